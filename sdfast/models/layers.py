@@ -1,0 +1,127 @@
+"""Layers that hold weights under diffusers' names, and apply one named operation each."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sdfast.models import ops
+
+
+class Linear(nn.Module):
+    def __init__(self, inputs: int, outputs: int, bias: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., inputs] -> [..., outputs]
+        return ops.linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the checkpoint's linear layers inside a packed one: its name beside the packed layer, and its
+    rows. `extra_bias` names one more bias that is added to its own."""
+
+    name: str
+    rows: int
+    extra_bias: str | None = None
+
+
+class PackedLinear(Linear):
+    """Several of the checkpoint's linear layers with the same input, as one matrix product."""
+
+    def __init__(self, inputs: int, parts: list[Part], bias: bool = False) -> None:
+        super().__init__(inputs, sum(part.rows for part in parts), bias)
+        self.parts = parts
+
+
+class Conv3x3(nn.Module):
+    """padding: zeros before (top, left) and after (bottom, right)."""
+
+    def __init__(
+        self, inputs: int, outputs: int, stride: int = 1, padding: tuple[int, int] = (1, 1), bias: bool = True
+    ) -> None:
+        super().__init__()
+        self.stride, self.padding = stride, list(padding)
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, 3, 3))
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.conv3x3(x, self.weight, self.bias, self.stride, self.padding)
+
+
+class Conv1x1(nn.Module):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, 1, 1))
+        self.bias = nn.Parameter(torch.empty(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.conv1x1(x, self.weight, self.bias)
+
+
+class GroupNorm(nn.Module):
+    def __init__(self, channels: int, groups: int, eps: float, silu: bool = False) -> None:
+        super().__init__()
+        self.groups, self.eps, self.silu = groups, eps, silu
+        self.weight = nn.Parameter(torch.empty(channels))
+        self.bias = nn.Parameter(torch.empty(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        op = ops.group_norm_silu if self.silu else ops.group_norm
+        return op(x, self.weight, self.bias, self.groups, self.eps)
+
+
+class LayerNorm(nn.Module):
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(channels))
+        self.bias = nn.Parameter(torch.empty(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int, padding: tuple[int, int] = (1, 1)) -> None:
+        super().__init__()
+        self.conv = Conv3x3(channels, channels, stride=2, padding=padding)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C, H / 2, W / 2]
+        y: Tensor = self.conv(x)
+        return y
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = Conv3x3(channels, channels)
+
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:  # [B, C, h, w] -> [B, C, height, width]
+        y: Tensor = self.conv(ops.upsample_nearest(x, height, width))
+        return y
+
+
+class ResBlock(nn.Module):
+    """Two convolutions around an addition (He et al. 2016); with `shift`, the timestep enters between them.
+
+    The first convolution of a shifted block has no bias of its own: it is part of the shift.
+    """
+
+    def __init__(self, inputs: int, outputs: int, groups: int, eps: float, shifted: bool) -> None:
+        super().__init__()
+        self.outputs = outputs
+        self.norm1 = GroupNorm(inputs, groups, eps, silu=True)
+        self.conv1 = Conv3x3(inputs, outputs, bias=not shifted)
+        self.norm2 = GroupNorm(outputs, groups, eps, silu=True)
+        self.conv2 = Conv3x3(outputs, outputs)
+        self.conv_shortcut = Conv1x1(inputs, outputs) if inputs != outputs else None
+
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:  # x [B, C, H, W], shift [B, C_out]
+        h: Tensor = self.conv1(self.norm1(x))
+        if shift is not None:
+            h = h + shift[:, :, None, None]
+        h = self.conv2(self.norm2(h))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))

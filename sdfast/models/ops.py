@@ -1,0 +1,119 @@
+"""The handful of operations that the networks are built on.
+
+Each is a plain PyTorch function, and that function is the truth: eager runs and compilers see nothing
+else. An exporter that lowers the operations itself opens `as_nodes()`, inside which every call leaves one
+node named `sdfast::<operation>` in the traced graph instead of the PyTorch operations it consists of.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import ParamSpec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+P = ParamSpec("P")
+_tracing_nodes = False
+
+
+@contextmanager
+def as_nodes() -> Iterator[None]:
+    """While open, calls are recorded as `torch.ops.sdfast.*` nodes. For one export at a time."""
+    global _tracing_nodes  # noqa: PLW0603
+    _tracing_nodes = True
+    try:
+        yield
+    finally:
+        _tracing_nodes = False
+
+
+def _named(definition: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Give a plain function its node; the definition also tells the tracer the shape of the result."""
+    node = torch.library.custom_op(f"sdfast::{definition.__name__}", definition, mutates_args=())
+    node.register_fake(definition)
+
+    @wraps(definition)
+    def call(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        return node(*args, **kwargs) if _tracing_nodes else definition(*args, **kwargs)
+
+    return call
+
+
+@_named
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., I], weight [O, I], bias [O] -> [..., O]."""
+    return F.linear(x, weight, bias)
+
+
+@_named
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: list[int]) -> Tensor:
+    """x [B, I, H, W], weight [O, I, 3, 3] -> [B, O, H', W']; padding: before and after."""
+    before, after = padding
+    if before != after:
+        x, before = F.pad(x, (before, after, before, after)), 0  # left, right, top, bottom
+    return F.conv2d(x, weight, bias, stride=stride, padding=before)
+
+
+@_named
+def conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [B, I, H, W], weight [O, I, 1, 1] -> [B, O, H, W]."""
+    return F.conv2d(x, weight, bias)
+
+
+@_named
+def group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+    """x [B, C, H, W] -> [B, C, H, W] (Wu & He 2018)."""
+    return F.group_norm(x, groups, weight, bias, eps)
+
+
+@_named
+def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+    """SiLU after group_norm, the pair that opens every convolution of a ResNet block."""
+    return F.silu(F.group_norm(x, groups, weight, bias, eps))
+
+
+@_named
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """x [..., C], normalised over C."""
+    return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+
+
+@_named
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, upcast: bool) -> Tensor:
+    """q [B, N, C], k and v [B, L, C] -> [B, N, C]: softmax(q kᵀ / √d) v in each of `heads` slices of C.
+
+    With `upcast` in float32 whatever the dtype, for checkpoints whose scores overflow float16.
+    """
+    shape = (q.shape[0], -1, heads, q.shape[2] // heads)
+    queries, keys, values = (t.reshape(shape).transpose(1, 2) for t in (q, k, v))  # [B, heads, N or L, d]
+    if upcast:
+        queries, keys, values = queries.float(), keys.float(), values.float()
+    out = F.scaled_dot_product_attention(queries, keys, values)
+    return out.transpose(1, 2).flatten(2).to(q.dtype)
+
+
+@_named
+def geglu(x: Tensor) -> Tensor:
+    """x [..., 2 F] -> [..., F]: first half × GELU(second half), the exact GELU (Shazeer 2020)."""
+    value, gate = x.chunk(2, dim=-1)
+    return value * F.gelu(gate)
+
+
+@_named
+def upsample_nearest(x: Tensor, height: int, width: int) -> Tensor:
+    """x [B, C, h, w] -> [B, C, height, width]."""
+    return F.interpolate(x, size=(height, width), mode="nearest")
+
+
+@_named
+def tokens_from_image(x: Tensor) -> Tensor:
+    """x [B, C, H, W] -> [B, H W, C]."""
+    return x.flatten(2).transpose(1, 2).contiguous()
+
+
+@_named
+def image_from_tokens(x: Tensor, height: int, width: int) -> Tensor:
+    """x [B, H W, C] -> [B, C, H, W]."""
+    return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], height, width).contiguous()

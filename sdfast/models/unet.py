@@ -1,0 +1,334 @@
+"""The U-Net of Stable Diffusion 1.x, 2.x, SDXL and their inpainting, LCM and turbo relatives.
+
+A step network is prompt-free and timestep-free. What depends on the prompt or the timestep alone is
+computed once, outside the loop, by `Context` and `TimeShift`, and enters `UNet` as two tensors.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from sdfast.models import ops
+from sdfast.models.config import Level, UNetConfig
+from sdfast.models.layers import (
+    Conv3x3,
+    Downsample,
+    GroupNorm,
+    LayerNorm,
+    Linear,
+    PackedLinear,
+    Part,
+    ResBlock,
+    Upsample,
+)
+from sdfast.models.weights import load_weights
+
+__all__ = ["Context", "TimeShift", "UNet", "UNetConfig", "load_unet"]
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, channels: int, heads: int, upcast: bool) -> None:
+        super().__init__()
+        self.heads, self.upcast = heads, upcast
+        self.to_qkv = PackedLinear(channels, [Part(name, channels) for name in ("to_q", "to_k", "to_v")])
+        self.to_out = nn.ModuleList([Linear(channels, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, N, C]
+        q, k, v = self.to_qkv(x).chunk(3, dim=-1)
+        y: Tensor = self.to_out[0](ops.attention(q, k, v, self.heads, self.upcast))
+        return y
+
+
+class CrossAttention(nn.Module):
+    """Attention to the prompt, whose keys and values `Context` has computed."""
+
+    def __init__(self, channels: int, heads: int, upcast: bool) -> None:
+        super().__init__()
+        self.channels, self.heads, self.upcast = channels, heads, upcast
+        self.to_q = Linear(channels, channels, bias=False)
+        self.to_out = nn.ModuleList([Linear(channels, channels)])
+
+    def forward(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:  # x [B, N, C], k and v [B, L, C]
+        y: Tensor = self.to_out[0](ops.attention(self.to_q(x), k, v, self.heads, self.upcast))
+        return y
+
+
+class GEGLU(nn.Module):
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.proj = Linear(channels, 2 * hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.geglu(self.proj(x))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        # The empty place is the dropout that diffusers counts in its names.
+        self.net = nn.ModuleList(
+            [GEGLU(channels, 4 * channels), nn.Identity(), Linear(4 * channels, channels)]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.net[2](self.net[0](x))
+        return y
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, channels: int, heads: int, upcast: bool) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(channels)
+        self.attn1 = SelfAttention(channels, heads, upcast)
+        self.norm2 = LayerNorm(channels)
+        self.attn2 = CrossAttention(channels, heads, upcast)
+        self.norm3 = LayerNorm(channels)
+        self.ff = FeedForward(channels)
+
+    def forward(self, x: Tensor, context: Iterator[Tensor]) -> Tensor:  # x [B, N, C]
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), next(context), next(context))
+        y: Tensor = x + self.ff(self.norm3(x))
+        return y
+
+
+class Transformer(nn.Module):
+    """Transformer blocks over the pixels of an image."""
+
+    def __init__(self, config: UNetConfig, level: Level, depth: int) -> None:
+        super().__init__()
+        channels = level.channels
+        self.norm = GroupNorm(channels, config.norm_num_groups, 1e-6)
+        # A 1×1 convolution in some checkpoints, a linear layer in others: on tokens the two are the same.
+        self.proj_in = Linear(channels, channels)
+        self.transformer_blocks = nn.ModuleList(
+            [TransformerBlock(channels, level.heads, config.upcast_attention) for _ in range(depth)]
+        )
+        self.proj_out = Linear(channels, channels)
+
+    def forward(self, x: Tensor, context: Iterator[Tensor]) -> Tensor:  # x [B, C, H, W]
+        h = self.proj_in(ops.tokens_from_image(self.norm(x)))
+        for block in self.transformer_blocks:
+            h = block(h, context)
+        return x + ops.image_from_tokens(self.proj_out(h), x.shape[2], x.shape[3])
+
+
+class Block(nn.Module):
+    """The ResNet blocks of one level, each followed by its transformer if the level has attention."""
+
+    def __init__(self, config: UNetConfig, level: Level, inputs: list[int]) -> None:
+        super().__init__()
+        groups, eps = config.norm_num_groups, config.norm_eps
+        self.resnets = nn.ModuleList([ResBlock(n, level.channels, groups, eps, shifted=True) for n in inputs])
+        self.attentions = nn.ModuleList([Transformer(config, level, depth) for depth in level.depths])
+
+
+class DownBlock(Block):
+    def __init__(self, config: UNetConfig, level: Level, inputs: int, last: bool) -> None:
+        super().__init__(config, level, [inputs] + [level.channels] * (level.resnets - 1))
+        self.downsamplers = nn.ModuleList([] if last else [Downsample(level.channels)])
+
+    def forward(self, x: Tensor, shifts: Iterator[Tensor], context: Iterator[Tensor]) -> list[Tensor]:
+        """Every intermediate image: the skips that the way up consumes, the last one also the result."""
+        skips = []
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x, next(shifts))
+            if self.attentions:
+                x = self.attentions[i](x, context)
+            skips.append(x)
+        return skips + [down(x) for down in self.downsamplers]
+
+
+class MidBlock(Block):
+    def __init__(self, config: UNetConfig, level: Level) -> None:
+        super().__init__(config, level, [level.channels] * level.resnets)
+
+    def forward(self, x: Tensor, shifts: Iterator[Tensor], context: Iterator[Tensor]) -> Tensor:
+        x = self.resnets[0](x, next(shifts))
+        for attention, resnet in zip(self.attentions, list(self.resnets)[1:], strict=True):
+            x = resnet(attention(x, context), next(shifts))
+        return x
+
+
+class UpBlock(Block):
+    def __init__(self, config: UNetConfig, level: Level, inputs: list[int], last: bool) -> None:
+        super().__init__(config, level, inputs)
+        self.upsamplers = nn.ModuleList([] if last else [Upsample(level.channels)])
+
+    def forward(
+        self, x: Tensor, skips: list[Tensor], shifts: Iterator[Tensor], context: Iterator[Tensor]
+    ) -> Tensor:
+        """Consumes one of `skips` from the end for each ResNet block, and ends in the size of the next."""
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(torch.cat([x, skips.pop()], dim=1), next(shifts))
+            if self.attentions:
+                x = self.attentions[i](x, context)
+        for up in self.upsamplers:
+            x = up(x, skips[-1].shape[2], skips[-1].shape[3])
+        return x
+
+
+class UNet(nn.Module):
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        first, last = config.down[0].channels, len(config.down) - 1
+        self.conv_in = Conv3x3(config.in_channels, first)
+        widths = [first] + [level.channels for level in config.down]
+        self.down_blocks = nn.ModuleList(
+            [DownBlock(config, level, widths[i], i == last) for i, level in enumerate(config.down)]
+        )
+        self.mid_block = MidBlock(config, config.mid) if config.mid else None
+        skips, x = _skip_channels(config), widths[-1]
+        self.up_blocks = nn.ModuleList()
+        for i, level in enumerate(config.up):
+            inputs = [(x if n == 0 else level.channels) + skips.pop() for n in range(level.resnets)]
+            self.up_blocks.append(UpBlock(config, level, inputs, i == last))
+            x = level.channels
+        self.conv_norm_out = GroupNorm(first, config.norm_num_groups, config.norm_eps, silu=True)
+        self.conv_out = Conv3x3(first, config.out_channels)
+        self.shift_widths = [part.rows for part in shift_parts(self)]
+        self.context_widths = [part.rows for part in context_parts(self)]
+
+    def forward(self, sample: Tensor, time_shift: Tensor, context: Tensor) -> Tensor:
+        """sample [B, C, H, W], time_shift [B, T], context [B, L, KV] -> [B, C_out, H, W], all of one dtype.
+
+        time_shift comes from `TimeShift` and context from `Context` of the same checkpoint.
+        """
+        shifts = iter(time_shift.split_with_sizes(self.shift_widths, dim=-1))
+        kv = iter(context.split_with_sizes(self.context_widths, dim=-1))
+        x = self.conv_in(sample)
+        skips = [x]
+        for block in self.down_blocks:
+            skips += block(skips[-1], shifts, kv)
+        x = skips[-1] if self.mid_block is None else self.mid_block(skips[-1], shifts, kv)
+        for block in self.up_blocks:
+            x = block(x, skips, shifts, kv)
+        y: Tensor = self.conv_out(self.conv_norm_out(x))
+        return y
+
+
+def _skip_channels(config: UNetConfig) -> list[int]:
+    """Channels of every skip in the order in which the way down leaves them."""
+    channels = [config.down[0].channels]
+    for i, level in enumerate(config.down):
+        channels += [level.channels] * (level.resnets + (i < len(config.down) - 1))
+    return channels
+
+
+def shift_parts(unet: UNet) -> list[Part]:
+    """The time projections of every ResNet block, in the order in which the U-Net consumes them."""
+    blocks = [(name, m) for name, m in unet.named_modules() if isinstance(m, ResBlock)]
+    return [Part(f"{name}.time_emb_proj", m.outputs, f"{name}.conv1.bias") for name, m in blocks]
+
+
+def context_parts(unet: UNet) -> list[Part]:
+    """Keys and values of every cross-attention, in the order in which the U-Net consumes them."""
+    layers = [(name, m) for name, m in unet.named_modules() if isinstance(m, CrossAttention)]
+    return [Part(f"{name}.{kv}", m.channels) for name, m in layers for kv in ("to_k", "to_v")]
+
+
+class Embedding(nn.Module):
+    """A two-layer perceptron over an embedding."""
+
+    def __init__(self, inputs: int, outputs: int, condition: int | None = None) -> None:
+        super().__init__()
+        self.linear_1 = Linear(inputs, outputs)
+        self.cond_proj = Linear(condition, inputs, bias=False) if condition else None
+        self.linear_2 = Linear(outputs, outputs)
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        if self.cond_proj is not None:
+            x = x + self.cond_proj(condition)
+        y: Tensor = self.linear_2(nn.functional.silu(self.linear_1(x)))
+        return y
+
+
+def sinusoid(x: Tensor, width: int, flip: bool, shift: float) -> Tensor:
+    """x [N] float32 -> [N, width] float32: sines then cosines, flipped if `flip` (Vaswani et al. 2017)."""
+    half = width // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=x.device) * (-math.log(10000) / (half - shift))
+    angles = x[:, None] * exponents.exp()[None]
+    parts = (angles.cos(), angles.sin()) if flip else (angles.sin(), angles.cos())
+    return nn.functional.pad(torch.cat(parts, dim=-1), (0, width % 2))
+
+
+class TimeShift(nn.Module):
+    """What every ResNet block adds for a timestep, in one batched pass for all timesteps of a run."""
+
+    def __init__(self, config: UNetConfig, parts: list[Part]) -> None:
+        super().__init__()
+        self.config = config
+        self.time_embedding = Embedding(
+            config.down[0].channels, config.time_embed_dim, config.time_cond_proj_dim
+        )
+        inputs = config.addition_input_dim
+        self.add_embedding = Embedding(inputs, config.time_embed_dim) if inputs else None
+        self.proj = PackedLinear(config.time_embed_dim, parts, bias=True)
+
+    def forward(
+        self,
+        timesteps: Tensor,
+        text_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
+    ) -> Tensor:
+        """timesteps [N] float32 -> [N, T], in the dtype of the weights.
+
+        text_embeds [N, P] (pooled) and time_ids [N, 6] float32 (original size, crop, target size) belong to
+        SDXL; timestep_cond [N, W] (the embedded guidance scale) to LCM. Every one that the checkpoint has
+        is needed, and no other.
+        """
+        dtype, flip, shift = self.proj.weight.dtype, self.config.flip_sin_to_cos, self.config.freq_shift
+        self._check(text_embeds=text_embeds, time_ids=time_ids, timestep_cond=timestep_cond)
+        t = sinusoid(timesteps, self.config.down[0].channels, flip, shift).to(dtype)
+        emb = self.time_embedding(t, timestep_cond)
+        if self.add_embedding is not None and text_embeds is not None and time_ids is not None:
+            width = self.config.addition_time_embed_dim or 0
+            sizes = sinusoid(time_ids.flatten(), width, flip, shift).reshape(time_ids.shape[0], -1)
+            emb = emb + self.add_embedding(torch.cat([text_embeds.to(dtype), sizes.to(dtype)], dim=-1))
+        y: Tensor = self.proj(nn.functional.silu(emb))
+        return y
+
+    def _check(
+        self, text_embeds: Tensor | None, time_ids: Tensor | None, timestep_cond: Tensor | None
+    ) -> None:
+        given = {"text_embeds": text_embeds, "time_ids": time_ids, "timestep_cond": timestep_cond}
+        names = {name for name, value in given.items() if value is not None}
+        if names != set(self.conditions()):
+            raise TypeError(f"TimeShift of this checkpoint takes {self.conditions()}, not {sorted(names)}")
+
+    def conditions(self) -> list[str]:
+        """Names of the inputs besides `timesteps`, in order."""
+        sdxl = ["text_embeds", "time_ids"] if self.config.addition_input_dim else []
+        return sdxl + (["timestep_cond"] if self.config.time_cond_proj_dim else [])
+
+
+class Context(nn.Module):
+    """Keys and values of every cross-attention layer for a prompt, in one matrix product."""
+
+    def __init__(self, config: UNetConfig, parts: list[Part]) -> None:
+        super().__init__()
+        self.proj = PackedLinear(config.cross_attention_dim, parts)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # [B, L, D] -> [B, L, KV]
+        y: Tensor = self.proj(hidden_states)
+        return y
+
+
+def load_unet(
+    config: UNetConfig, state_dict: Mapping[str, Tensor], dtype: torch.dtype | None = None
+) -> tuple[UNet, TimeShift, Context]:
+    """Build the three modules on the weights of diffusers' UNet2DConditionModel, cast to `dtype` if given.
+
+    Weights that need neither packing nor casting are used as they are, not copied: tensors of a memory-mapped
+    safetensors file stay in the file. Missing, unexpected or wrongly shaped ones raise CheckpointError.
+    """
+    with torch.device("meta"):
+        unet = UNet(config)
+        time_shift = TimeShift(config, shift_parts(unet))
+        context = Context(config, context_parts(unet))
+    load_weights("unet", [unet, time_shift, context], state_dict, dtype)
+    return unet.eval(), time_shift.eval(), context.eval()
