@@ -1,4 +1,4 @@
-"""The text encoder as an engine needs it: every hidden state and the pooled embedding of a tokenized prompt."""
+"""The text encoder as an engine needs it: every hidden state and the pooled embedding of a prompt."""
 
 from typing import Any
 
@@ -31,4 +31,5 @@ class TextEncoder(nn.Module):
 
 def _last_layer_norm(model: nn.Module) -> nn.Module:
     """transformers 4 keeps it one level deeper than transformers 5 does."""
-    return next(layer for name, layer in model.named_modules() if name.endswith("final_layer_norm"))
+    name = next(name for name, _ in model.named_modules() if name.endswith("final_layer_norm"))
+    return model.get_submodule(name)
