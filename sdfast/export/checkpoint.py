@@ -1,0 +1,249 @@
+"""Checkpoints: what goes in. A Hub id, a diffusers folder, a single `.safetensors` file, or `landscapes`.
+
+Whatever the source, what comes out of `resolve` is a diffusers folder on this disk whose every file has been
+looked at: a supported pipeline, configs that parse, weights in safetensors that are complete. No code from a
+checkpoint is ever run and no pickle is ever read.
+"""
+
+import os
+import re
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from sdfast.errors import CheckpointError
+from sdfast.export import layout
+from sdfast.export.files import Files, load_tensors, reason, sha256, tensor_names
+
+if TYPE_CHECKING:
+    import torch
+
+Progress = Callable[[str], None]
+"""Told, in one line, what is about to take a while."""
+
+BUILT_IN = "landscapes"
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+@dataclass(frozen=True)
+class Component:
+    """One network of a checkpoint: its class, its config, and the safetensors files that hold its weights."""
+
+    name: str
+    class_name: str
+    config: Mapping[str, Any]
+    weights: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on this disk, in diffusers layout, verified as far as its headers go.
+
+    `source` is what the user gave; `revision` the commit it stands for on the Hub, None elsewhere.
+    """
+
+    source: str
+    revision: str | None
+    folder: Path
+    family: layout.Family
+    index: Mapping[str, Any]
+    components: Mapping[str, Component]
+    scheduler_config: Mapping[str, Any]
+    tokenizers: Mapping[str, Path]
+
+    def state_dict(self, component: str) -> "dict[str, torch.Tensor]":
+        """The tensors of a component, in the dtype they are stored in, on the CPU.
+
+        They are views of the mapped files: nothing is copied, and a page is read when it is first touched.
+        """
+        if component not in self.components:
+            raise CheckpointError(
+                f"{self.source}: no component {component!r}; there are: {', '.join(self.components)}"
+            )
+        tensors: dict[str, torch.Tensor] = {}
+        for path in self.components[component].weights:
+            tensors.update(load_tensors(path, self.source))
+        return tensors
+
+    def digests(self) -> dict[str, str]:
+        """The SHA-256 of every weights file, by its name relative to the folder. Hashed once."""
+        return dict(self._digests)
+
+    @cached_property
+    def _digests(self) -> dict[str, str]:
+        paths = sorted({path for component in self.components.values() for path in component.weights})
+        with ThreadPoolExecutor(2) as pool:
+            digests = pool.map(lambda path: sha256(path, self.source), paths)
+            return {
+                path.relative_to(self.folder).as_posix(): digest
+                for path, digest in zip(paths, digests, strict=True)
+            }
+
+
+def resolve(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    config: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    token: str | None = None,
+    progress: Progress | None = None,
+) -> Checkpoint:
+    """Find a checkpoint, fetch or convert what has to be, and verify it.
+
+    `source` is `landscapes`, a diffusers folder, a `.safetensors` file in the original layout, or a Hub id;
+    what exists on this disk wins over the Hub. `revision` (branch, tag or commit), `token` and
+    `local_files_only` concern the Hub; `variant` ("fp16") the file names in a folder or on the Hub; `config`
+    a single file: the diffusers folder whose configs describe it, where the stock ones do not.
+    `cache_dir` is where downloads (the Hub's own cache otherwise) or conversions are kept.
+
+    Raises CheckpointError, and nothing else, for whatever is wrong with the source.
+    """
+    tell = progress or _silent
+    name = os.fspath(source)
+    kind = _kind(source)
+    _refuse_unused(name, kind, revision=revision, variant=variant, config=config)
+    if kind == "built-in":
+        from sdfast.landscapes import checkpoint_folder
+
+        return read_folder(checkpoint_folder(), source=name)
+    if kind == "folder":
+        return read_folder(name, variant=variant)
+    if kind == "file":
+        from sdfast.export import single_file
+
+        folder = single_file.convert(
+            Path(name),
+            config=config,
+            cache_dir=cache_dir,
+            progress=tell,
+        )
+        return read_folder(folder, source=name)
+    from sdfast.export import hub
+
+    snapshot, commit = hub.download(
+        name,
+        revision=revision,
+        variant=variant,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        token=token,
+        progress=tell,
+    )
+    return read_folder(snapshot, source=name, revision=commit, variant=variant)
+
+
+def _silent(message: str) -> None:
+    """The progress of a caller who asked for none."""
+
+
+def _kind(source: str | Path) -> Literal["built-in", "folder", "file", "hub"]:
+    """What a source is. What is on this disk wins over the Hub; a Path never means the built-in one."""
+    name = os.fspath(source)
+    if source == BUILT_IN:
+        return "built-in"
+    try:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            return "folder"
+        if path.exists():
+            return "file"
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{name!r}: {reason(error)}; give a folder, a file or a Hub id") from error
+    if "://" in name:
+        raise CheckpointError(
+            f"{name}: sdfast fetches no URLs; give the Hub id (org/name), or the path of a downloaded file"
+        )
+    if isinstance(source, Path) or not _HUB_ID.fullmatch(name):
+        raise CheckpointError(
+            f"{name!r}: no such folder or file, and not a Hub id (org/name); a checkpoint is '{BUILT_IN}', "
+            "a diffusers folder, a .safetensors file, or a Hub id"
+        )
+    return "hub"
+
+
+def _refuse_unused(name: str, kind: str, **given: object) -> None:
+    """Refuse an argument that would have no effect on this kind of source."""
+    used = {"built-in": (), "folder": ("variant",), "file": ("config",), "hub": ("revision", "variant")}[kind]
+    unused = [argument for argument, value in given.items() if value is not None and argument not in used]
+    if unused:
+        raise CheckpointError(
+            f"{name} is a {kind} checkpoint, for which {' and '.join(unused)} has no meaning; leave it out"
+        )
+
+
+def read_folder(
+    folder: str | Path, *, source: str | None = None, revision: str | None = None, variant: str | None = None
+) -> Checkpoint:
+    """The checkpoint in a diffusers folder, each of its files verified. Errors speak of `source`."""
+    source = source or os.fspath(folder)
+    files = Files(Path(folder).expanduser().resolve(), source)
+    if "model_index.json" not in files.names:
+        raise CheckpointError(f"{source}: {layout.why_no_index(files.names)}")
+    index = files.json("model_index.json")
+    family = layout.check_index(index, source)
+    return Checkpoint(
+        source=source,
+        revision=revision,
+        folder=files.folder,
+        family=family,
+        index=index,
+        components={
+            name: _component(files, name, index[name][1], variant) for name in layout.COMPONENTS[family]
+        },
+        scheduler_config=files.json("scheduler/scheduler_config.json"),
+        tokenizers={name: _tokenizer(files, name) for name in layout.TOKENIZERS[family]},
+    )
+
+
+def _component(files: Files, name: str, class_name: str, variant: str | None) -> Component:
+    config = files.json(f"{name}/config.json")
+    _check_config(config, name, class_name, files)
+    weights = layout.weights_file(files.names, name, variant, files.source)
+    if not weights.endswith(".json"):
+        return Component(name, class_name, config, (_check_tensors(files, weights),))
+    shards = layout.shard_files(files.json(weights), weights, files.source)
+    paths = tuple(_check_tensors(files, shard, tensors) for shard, tensors in sorted(shards.items()))
+    return Component(name, class_name, config, paths)
+
+
+def _check_config(config: Mapping[str, Any], name: str, class_name: str, files: Files) -> None:
+    """A config must be that of the class in model_index.json, and neither name nor bring code of its own."""
+    code = sorted(file for file in files.names if file.startswith(f"{name}/") and file.endswith(".py"))
+    if code or "auto_map" in config:
+        what = code[0] if code else "auto_map in config.json"
+        raise CheckpointError(
+            f"{files.source}: {name} brings code of its own ({what}); "
+            "sdfast runs no code from a checkpoint: remove it, or save the component again with a stock class"
+        )
+    stated = config.get("_class_name", class_name)
+    if stated != class_name:
+        raise CheckpointError(
+            f"{files.source}: {name}/config.json is of a {stated}, model_index.json says {class_name}; "
+            "the folder is mixed up: download it again"
+        )
+
+
+def _tokenizer(files: Files, name: str) -> Path:
+    """The folder of a tokenizer: a vocabulary with its merges, or a tokenizer.json; and its config."""
+    files.path(f"{name}/tokenizer_config.json")
+    if f"{name}/tokenizer.json" in files.names:
+        return files.path(f"{name}/tokenizer.json").parent
+    files.path(f"{name}/vocab.json")
+    return files.path(f"{name}/merges.txt").parent
+
+
+def _check_tensors(files: Files, name: str, expected: Collection[str] = ()) -> Path:
+    """A weights file whose header is whole and that holds the tensors expected of it."""
+    path = files.path(name)
+    there = set(tensor_names(path, files.source))
+    missing = sorted(set(expected) - there)
+    if missing or not there:
+        what = f"has no tensor {missing[0]!r}, which its index puts there" if missing else "holds no tensors"
+        raise CheckpointError(f"{files.source}: {name} {what}; download it again")
+    return path

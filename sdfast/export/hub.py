@@ -1,0 +1,144 @@
+"""Fetching a checkpoint from the Hugging Face Hub, or from a mirror that speaks its protocol.
+
+Two passes: the small files first, so that an unsupported model costs nothing, then exactly the weights that
+the layout rules choose from the repository's listing. No pickle is fetched, nor anything sdfast does not use.
+`HF_ENDPOINT`, `HF_HUB_OFFLINE`, `HF_HOME` and `HF_TOKEN` mean what they mean to every other user of the Hub.
+"""
+
+import errno
+import sys
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from types import ModuleType
+
+from sdfast.errors import CheckpointError, DependencyError
+from sdfast.export import layout
+from sdfast.export.files import Files, reason
+
+_TRANSPORTS = ("httpx2", "httpx", "requests")
+"""What huggingface_hub speaks HTTP with, depending on its version."""
+
+
+def download(
+    repo: str,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    token: str | None = None,
+    progress: Callable[[str], None],
+) -> tuple[Path, str]:
+    """The local snapshot of a Hub repository and the commit it is of. Raises CheckpointError."""
+    hub = _huggingface_hub()
+
+    def fetch(revision: str | None, names: Collection[str]) -> Path:
+        return Path(
+            hub.snapshot_download(
+                repo,
+                revision=revision,
+                allow_patterns=list(names),
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                token=token,
+            )
+        )
+
+    try:
+        progress(f"looking up {repo} on {hub.constants.ENDPOINT}")
+        folder = fetch(revision, layout.CONFIG_PATTERNS)
+        commit = folder.name
+        sizes = {} if local_files_only else _listing(hub, repo, commit, token)
+        weights = _weights(Files(folder, repo), sizes, variant)
+        size = sum(sizes.get(name, 0) for name in weights)
+        progress(
+            f"fetching the weights of {repo} at {commit[:8]}" + (f", {size / 1e9:.2f} GB" if size else "")
+        )
+        fetch(commit, weights)
+    except _failures(hub) as error:
+        raise CheckpointError(_explain(hub, error, repo, revision)) from error
+    return folder, commit
+
+
+def _huggingface_hub() -> ModuleType:
+    try:
+        import huggingface_hub
+        import huggingface_hub.errors
+    except ImportError as error:
+        raise DependencyError(
+            'huggingface_hub is needed to fetch from the Hub: pip install "sdfast[export]"'
+        ) from error
+    return huggingface_hub
+
+
+def _listing(hub: ModuleType, repo: str, commit: str, token: str | None) -> dict[str, int]:
+    """Every file of the repository with its size in bytes; empty when the Hub cannot be reached.
+
+    Empty is no failure here: the snapshot in the cache is then all there is, and is judged by itself.
+    """
+    try:
+        entries = hub.HfApi(token=token).list_repo_tree(repo, revision=commit, recursive=True)
+        return {entry.path: entry.size for entry in entries if hasattr(entry, "size")}
+    except (hub.errors.OfflineModeIsEnabled, *_transport_errors()):
+        return {}
+
+
+def _weights(files: Files, sizes: Mapping[str, int], variant: str | None) -> list[str]:
+    """The weights files to fetch, judged by the listing, or by the cache when there is no listing."""
+    names = sizes.keys() or files.names
+    if "model_index.json" not in names:
+        raise CheckpointError(f"{files.source}: {layout.why_no_index(names)}")
+    family = layout.check_index(files.json("model_index.json"), files.source)
+    chosen: list[str] = []
+    for component in layout.COMPONENTS[family]:
+        weights = layout.weights_file(names, component, variant, files.source)
+        if weights.endswith(".json"):
+            chosen += layout.shard_files(files.json(weights), weights, files.source)
+        else:
+            chosen.append(weights)
+    return chosen
+
+
+def _transport_errors() -> tuple[type[Exception], ...]:
+    """The root errors of the HTTP libraries in use."""
+    roots = {"httpx2": "HTTPError", "httpx": "HTTPError", "requests": "RequestException"}
+    return tuple(getattr(sys.modules[name], roots[name]) for name in _TRANSPORTS if name in sys.modules)
+
+
+def _failures(hub: ModuleType) -> tuple[type[Exception], ...]:
+    """What huggingface_hub may raise for reasons that lie outside of this program."""
+    errors = hub.errors
+    return (errors.EntryNotFoundError, errors.HFValidationError, *_transport_errors(), OSError)
+
+
+def _explain(hub: ModuleType, error: Exception, repo: str, revision: str | None) -> str:
+    """One line: what the Hub would not give, and what to do about it."""
+    errors, endpoint = hub.errors, hub.constants.ENDPOINT
+    page = f"{endpoint}/{repo}"
+    known: tuple[tuple[type[Exception], str], ...] = (  # the first that fits: a gated one is also "not found"
+        (
+            errors.GatedRepoError,
+            f"{repo} is gated: accept its conditions at {page}, then log in (hf auth login) or set HF_TOKEN",
+        ),
+        (
+            errors.RepositoryNotFoundError,
+            f"{repo}: no such model on {endpoint}, nor a folder or file of that name here; check the name, "
+            "or, if it is private, log in (hf auth login) or set HF_TOKEN",
+        ),
+        (
+            errors.RevisionNotFoundError,
+            f"{repo} has no revision {revision!r}; its branches and tags are listed at {page}/tree/main",
+        ),
+        (errors.HFValidationError, f"{repo!r} is not a valid Hub id: {reason(error)}"),
+        (
+            errors.LocalEntryNotFoundError,
+            f"{repo} is not complete in the local cache, and {endpoint} cannot be reached: check the "
+            "connection and HF_HUB_OFFLINE, or give a folder",
+        ),
+    )
+    for kind, message in known:
+        if isinstance(error, kind):
+            return message
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"{repo}: no space left on the disk; free some, or set HF_HOME to a larger disk"
+    return f"{repo}: the download failed ({reason(error)}); run the same command again, it goes on from there"

@@ -1,0 +1,191 @@
+"""The diffusers layout of a checkpoint, as rules on names: what is supported, where the weights lie.
+
+Everything here works on file names and parsed JSON alone, so that the same rules judge a folder on disk and
+the file listing of a repository that is still to be downloaded.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+from pathlib import PurePosixPath
+from typing import Any, Literal
+
+from sdfast.errors import CheckpointError
+
+Family = Literal["sd", "sdxl"]
+
+PIPELINES: Mapping[str, Family] = {
+    "StableDiffusionPipeline": "sd",
+    "StableDiffusionImg2ImgPipeline": "sd",
+    "StableDiffusionInpaintPipeline": "sd",
+    "LatentConsistencyModelPipeline": "sd",
+    "LatentConsistencyModelImg2ImgPipeline": "sd",
+    "StableDiffusionXLPipeline": "sdxl",
+    "StableDiffusionXLImg2ImgPipeline": "sdxl",
+    "StableDiffusionXLInpaintPipeline": "sdxl",
+}
+
+COMPONENTS: Mapping[Family, tuple[str, ...]] = {
+    "sd": ("text_encoder", "unet", "vae"),
+    "sdxl": ("text_encoder", "text_encoder_2", "unet", "vae"),
+}
+TOKENIZERS: Mapping[Family, tuple[str, ...]] = {"sd": ("tokenizer",), "sdxl": ("tokenizer", "tokenizer_2")}
+
+CLASSES: Mapping[str, tuple[str, ...]] = {
+    "text_encoder": ("CLIPTextModel",),
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
+}
+TRUSTED_LIBRARIES = ("diffusers", "transformers")
+"""Where a component's class may come from. Any other name means code that ships with the checkpoint."""
+
+_STEMS = {
+    "text_encoder": "model",
+    "text_encoder_2": "model",
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+}
+PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+CONFIG_PATTERNS = (
+    "model_index.json",
+    *(f"{name}/config.json" for name in _STEMS),
+    *(f"{name}/*.safetensors.index*.json" for name in _STEMS),
+    "scheduler/scheduler_config.json",
+    *(
+        f"{name}/{file}"
+        for name in ("tokenizer", "tokenizer_2")
+        for file in (
+            "vocab.json",
+            "merges.txt",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "special_tokens_map.json",
+            "added_tokens.json",
+        )
+    ),
+)
+"""Everything of a repository that is small and needed; the weights are chosen from its listing after."""
+
+CONVERT = (
+    "sdfast reads safetensors only, because a pickle can run code when it is read: where you trust the file, "
+    "load it with diffusers and save it again with pipe.save_pretrained(FOLDER), then give that folder"
+)
+
+
+def check_index(index: Mapping[str, Any], source: str) -> Family:
+    """The family of the pipeline in a `model_index.json`; what is not supported is refused by name."""
+    name = index.get("_class_name")
+    if not isinstance(name, str):
+        raise CheckpointError(
+            f"{source}: model_index.json names a custom pipeline ({name!r}); sdfast runs no code from a "
+            f"checkpoint. Supported: {', '.join(PIPELINES)}"
+        )
+    if "custom_pipeline" in index or "auto_map" in index:
+        raise CheckpointError(
+            f"{source}: model_index.json asks for custom code; sdfast runs no code from a checkpoint. "
+            f"Save the pipeline again with one of the stock classes: {', '.join(PIPELINES)}"
+        )
+    if name not in PIPELINES:
+        raise CheckpointError(
+            f"{source}: {name} is not supported; sdfast runs the U-Net family: {', '.join(PIPELINES)}"
+        )
+    family = PIPELINES[name]
+    for component in (*COMPONENTS[family], *TOKENIZERS[family], "scheduler"):
+        _check_component(index, component, source)
+    return family
+
+
+def _check_component(index: Mapping[str, Any], component: str, source: str) -> None:
+    """Refuse a component that is absent, comes with its own code, or is of a class sdfast does not have."""
+    entry = index.get(component)
+    if entry is None or entry == [None, None]:
+        raise CheckpointError(
+            f"{source}: model_index.json names no {component}, which {index['_class_name']} needs "
+            "(a refiner or a part of a pipeline cannot be exported); give the whole pipeline"
+        )
+    if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(item, str) for item in entry)):
+        raise CheckpointError(
+            f"{source}: model_index.json gives {component} as {entry!r}, not [library, class]"
+        )
+    library, name = entry
+    if library not in TRUSTED_LIBRARIES:
+        raise CheckpointError(
+            f"{source}: {component} is {library}.{name}, code outside of {' and '.join(TRUSTED_LIBRARIES)}; "
+            "sdfast runs no code from a checkpoint: save it again with a stock class"
+        )
+    allowed = CLASSES.get(component)
+    if allowed and name not in allowed:
+        raise CheckpointError(f"{source}: {component} is a {name}; supported: {', '.join(allowed)}")
+
+
+def weights_file(names: Collection[str], component: str, variant: str | None, source: str) -> str:
+    """The one file that leads to a component's weights: its safetensors, or the index of its shards.
+
+    `names` are relative POSIX paths. A variant is taken from its own files and nowhere else: nothing falls
+    back to another precision silently.
+    """
+    dotted = f".{variant}" if variant else ""
+    single = f"{component}/{_STEMS[component]}{dotted}.safetensors"
+    index = f"{component}/{_STEMS[component]}.safetensors.index{dotted}.json"
+    found = [name for name in (single, index) if name in names]
+    if len(found) == 2:
+        raise CheckpointError(f"{source}: both {single} and {index} are there; remove the one that is stale")
+    if not found:
+        raise CheckpointError(f"{source}: {_why_no_weights(names, component, variant)}")
+    return found[0]
+
+
+def _why_no_weights(names: Collection[str], component: str, variant: str | None) -> str:
+    here = sorted(name for name in names if name.startswith(f"{component}/"))
+    variants = _variants(here, component)
+    if variants:
+        wanted = f"variant {variant!r}" if variant else "default variant"
+        offers = " or ".join(f"variant={name!r}" if name else "no variant" for name in variants)
+        return f"{component} has no weights of the {wanted}; it has others: ask for {offers}"
+    pickles = [name for name in here if name.endswith(PICKLE_SUFFIXES)]
+    if pickles:
+        return f"the weights of {component} are a pickle only ({pickles[0]}). {CONVERT}"
+    expected = f"{component}/{_STEMS[component]}.safetensors"
+    return f"the weights of {component} are missing: expected {expected} (or its .index.json and shards)"
+
+
+def _variants(here: Collection[str], component: str) -> list[str]:
+    """The variants that a component's file names offer; "" stands for the default one."""
+    stem = re.escape(f"{component}/{_STEMS[component]}")
+    single = re.compile(rf"{stem}(?:\.([\w-]+))?\.safetensors")
+    index = re.compile(rf"{stem}\.safetensors\.index(?:\.([\w-]+))?\.json")
+    matches = (single.fullmatch(name) or index.fullmatch(name) for name in here)
+    return sorted({match.group(1) or "" for match in matches if match})
+
+
+def why_no_index(names: Collection[str]) -> str:
+    """What a folder without a model_index.json seems to be, and what to give instead."""
+    pickles = sorted(name for name in names if name.endswith(PICKLE_SUFFIXES))
+    singles = sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
+    if singles:
+        return f"no model_index.json, so not a diffusers folder; give the file itself: {singles[0]}"
+    if pickles:
+        return f"no model_index.json, and a pickle ({pickles[0]}). {CONVERT}"
+    return "no model_index.json, so not a diffusers folder; give the folder that pipe.save_pretrained() wrote"
+
+
+def shard_files(index: Mapping[str, Any], index_name: str, source: str) -> dict[str, set[str]]:
+    """The shards that an index names, each with its tensors: relative file name -> tensor names.
+
+    A shard must be a plain safetensors name beside its index: no folder, no `..`, no absolute path.
+    """
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, Mapping) or not weight_map:
+        raise CheckpointError(f"{source}: {index_name} has no weight_map; download it again")
+    folder = PurePosixPath(index_name).parent
+    shards: dict[str, set[str]] = {}
+    for tensor, file in weight_map.items():
+        if not isinstance(file, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", file):
+            raise CheckpointError(
+                f"{source}: {index_name} names {file!r} for {tensor!r}; a shard must be a plain "
+                ".safetensors file beside its index. Do not trust this checkpoint"
+            )
+        shards.setdefault(str(folder / file), set()).add(tensor)
+    return shards

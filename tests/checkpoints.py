@@ -1,0 +1,230 @@
+"""Tiny random checkpoints in diffusers layout, made with the stock classes: the real thing, but small.
+
+Pictures are 64x64 (latents 8x8), text is 77 tokens of a byte-level CLIP vocabulary made here, and a whole
+checkpoint is built in about a second. Weights are random yet not degenerate: norms and biases too.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers.pre_tokenizers import ByteLevel
+
+_PAIRS = (
+    "th",
+    "in",
+    "er",
+    "an",
+    "on",
+    "re",
+    "he",
+    "at",
+    "en",
+    "ou",
+    "es",
+    "or",
+    "nd",
+    "it",
+    "is",
+    "ar",
+    "te",
+)
+_WORDS = ("the", "a", "in", "of", "and", "cabin", "sea", "style", "misty", "mountain", "boat", "forest")
+
+
+def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """A CLIP vocabulary (token -> id) and its merges: all bytes, some pairs, some words; 0 is "!"."""
+    letters = sorted(ByteLevel.alphabet())
+    merges: list[tuple[str, str]] = []
+    tokens = [*letters, *(letter + "</w>" for letter in letters)]
+
+    def merge(left: str, right: str) -> str:
+        if (left, right) not in merges:
+            merges.append((left, right))
+            tokens.append(left + right)
+        return left + right
+
+    for pair in _PAIRS:
+        merge(pair[0], pair[1])
+    for word in _WORDS:
+        token = word[-1] + "</w>"
+        for letter in reversed(word[:-1]):
+            token = merge(letter, token)
+    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
+    return {token: i for i, token in enumerate(tokens)}, merges
+
+
+def save_tokenizer(folder: Path, *, pad: str = "<|endoftext|>") -> int:
+    """Write a tokenizer folder as the checkpoints on the Hub have it; returns the size of its vocabulary."""
+    vocab, merges = vocabulary()
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), "utf-8")
+    lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", "utf-8")
+    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    special["pad_token"] = pad
+    (folder / "special_tokens_map.json").write_text(json.dumps(special), "utf-8")
+    config = {**special, "model_max_length": 77, "tokenizer_class": "CLIPTokenizer", "do_lower_case": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
+    return len(vocab)
+
+
+def build_sd(
+    folder: Path,
+    *,
+    prediction_type: str = "epsilon",
+    in_channels: int = 4,
+    seed: int = 0,
+    pipeline: str = "StableDiffusionPipeline",
+    variant: str | None = None,
+    max_shard_size: str = "10GB",
+    **unet: Any,
+) -> Path:
+    """Write a tiny SD 1.x checkpoint into `folder` and return it. `unet` overrides the U-Net's config."""
+    torch.manual_seed(seed)
+    save = {"variant": variant, "max_shard_size": max_shard_size}
+    size = save_tokenizer(folder / "tokenizer")
+    _text_encoder("CLIPTextModel", size, seed, width=32).save_pretrained(folder / "text_encoder", **save)
+    _unet(seed, in_channels=in_channels, **unet).save_pretrained(folder / "unet", **save)
+    _vae(seed).save_pretrained(folder / "vae", **save)
+    _save_scheduler(folder, prediction_type)
+    entries = {
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "safety_checker": [None, None],
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+    }
+    return _save_index(folder, pipeline, entries)
+
+
+def build_sdxl(
+    folder: Path,
+    *,
+    seed: int = 0,
+    pipeline: str = "StableDiffusionXLPipeline",
+    force_zeros_for_empty_prompt: bool = True,
+    **unet: Any,
+) -> Path:
+    """Write a tiny SDXL checkpoint into `folder` and return it: two text encoders, text_time conditioning."""
+    torch.manual_seed(seed)
+    size = save_tokenizer(folder / "tokenizer")
+    save_tokenizer(folder / "tokenizer_2", pad="!")
+    first = _text_encoder("CLIPTextModel", size, seed, width=32)
+    second = _text_encoder("CLIPTextModelWithProjection", size, seed + 1, width=32, hidden_act="gelu")
+    first.save_pretrained(folder / "text_encoder")
+    second.save_pretrained(folder / "text_encoder_2")
+    sdxl = {
+        "cross_attention_dim": 64,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 32 + 6 * 8,
+        "transformer_layers_per_block": [1, 2],
+        "attention_head_dim": [2, 4],
+    }
+    _unet(seed, **{**sdxl, **unet}).save_pretrained(folder / "unet")
+    _vae(seed, scaling_factor=0.13025).save_pretrained(folder / "vae")
+    _save_scheduler(folder, "epsilon")
+    entries = {
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "image_encoder": [None, None],
+        "feature_extractor": [None, None],
+        "force_zeros_for_empty_prompt": force_zeros_for_empty_prompt,
+    }
+    return _save_index(folder, pipeline, entries)
+
+
+def _text_encoder(
+    name: str, vocabulary_size: int, seed: int, *, width: int, hidden_act: str = "quick_gelu"
+) -> Any:
+    import transformers
+
+    config = transformers.CLIPTextConfig(
+        vocab_size=vocabulary_size,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=77,
+        projection_dim=width,
+        hidden_act=hidden_act,
+        bos_token_id=vocabulary_size - 2,
+        eos_token_id=vocabulary_size - 1,
+        pad_token_id=1,
+    )
+    return _stir(getattr(transformers, name)(config), seed + 1)
+
+
+def _unet(seed: int, **overrides: Any) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    config = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (32, 64),
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "cross_attention_dim": 32,
+        "attention_head_dim": 2,
+    }
+    return _stir(UNet2DConditionModel(**{**config, **overrides}), seed + 2)
+
+
+def _vae(seed: int, **overrides: Any) -> Any:
+    from diffusers import AutoencoderKL
+
+    config = {
+        "sample_size": 64,
+        "latent_channels": 4,
+        "block_out_channels": (16, 16, 32, 32),
+        "layers_per_block": 1,
+        "norm_num_groups": 16,
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+    }
+    return _stir(AutoencoderKL(**{**config, **overrides}), seed + 3)
+
+
+def _stir(model: Any, seed: int) -> Any:
+    """Move what initialization leaves at zero or one, so that a lost bias or norm would show."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in model.parameters():
+            if tensor.ndim == 1:
+                tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=0.1)
+    return model.eval()
+
+
+def _save_scheduler(folder: Path, prediction_type: str) -> None:
+    from diffusers import PNDMScheduler
+
+    PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=prediction_type,
+        set_alpha_to_one=False,
+        skip_prk_steps=True,
+        steps_offset=1,
+    ).save_pretrained(folder / "scheduler")
+
+
+def _save_index(folder: Path, pipeline: str, entries: dict[str, Any]) -> Path:
+    index = {
+        "_class_name": pipeline,
+        "_diffusers_version": "0.30.0",
+        "scheduler": ["diffusers", "PNDMScheduler"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        **entries,
+    }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+    return folder
