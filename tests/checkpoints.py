@@ -113,15 +113,15 @@ def build_sdxl(
     size = save_tokenizer(folder / "tokenizer")
     save_tokenizer(folder / "tokenizer_2", pad="!")
     first = _text_encoder("CLIPTextModel", size, seed, width=32)
-    second = _text_encoder("CLIPTextModelWithProjection", size, seed + 1, width=32, hidden_act="gelu")
+    second = _text_encoder("CLIPTextModelWithProjection", size, seed + 1, width=48, hidden_act="gelu")
     first.save_pretrained(folder / "text_encoder")
     second.save_pretrained(folder / "text_encoder_2")
     sdxl = {
-        "cross_attention_dim": 64,
+        "cross_attention_dim": 32 + 48,
         "use_linear_projection": True,
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": 32 + 6 * 8,
+        "projection_class_embeddings_input_dim": 48 + 6 * 8,
         "transformer_layers_per_block": [1, 2],
         "attention_head_dim": [2, 4],
     }
