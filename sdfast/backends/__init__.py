@@ -1,0 +1,47 @@
+"""Backends: how a compiled module is loaded and called. Each lives in a file of its own."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from sdfast.errors import BackendError
+
+
+class CompiledModule(Protocol):
+    """One loaded function of an engine. Inputs and outputs are tensors on the engine's device, by name."""
+
+    def __call__(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Run once; the outputs are new tensors."""
+        ...
+
+    def bind(
+        self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]
+    ) -> Callable[[], None]:
+        """A call that reads `inputs` and writes `outputs` in place each time, without a copy.
+
+        The tensors must be contiguous and keep their storage for as long as the call is used.
+        """
+        ...
+
+
+Loader = Callable[[Path], CompiledModule]
+
+
+def loader(backend: str, device: torch.device, threads: int | None) -> Loader:
+    """What loads a module file of `backend` on `device`. Raises `BackendError` when it cannot run here."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BackendError(
+            "device 'cuda' was asked for, but this torch sees no CUDA device; "
+            "`sdfast doctor` says what is missing"
+        )
+    if backend == "onnx":
+        from sdfast.backends.onnx import OnnxRuntime
+
+        return OnnxRuntime(device, threads).load
+    if backend == "eager":
+        from sdfast.backends.eager import load_eager
+
+        return lambda path: load_eager(path, device)
+    raise BackendError(f"this sdfast has no {backend!r} backend; it runs engines of: onnx, eager")

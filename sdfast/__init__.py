@@ -1,0 +1,72 @@
+"""sdfast: export Stable Diffusion once, serve it fast, prove it is the same picture.
+
+The names below load on first use, so that importing sdfast costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from sdfast.engine import Engine
+    from sdfast.errors import (
+        BackendError,
+        CheckpointError,
+        DependencyError,
+        EngineError,
+        ExportError,
+        NumericalError,
+        RequestError,
+        SdfastError,
+        ValidationFailed,
+    )
+    from sdfast.export.build import export
+    from sdfast.pipeline import (
+        Pipeline,
+        StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
+    )
+    from sdfast.validation import validate
+
+_HOMES = {
+    "Engine": "sdfast.engine",
+    "Pipeline": "sdfast.pipeline",
+    "StableDiffusionPipeline": "sdfast.pipeline",
+    "StableDiffusionXLPipeline": "sdfast.pipeline",
+    "export": "sdfast.export.build",
+    "validate": "sdfast.validation",
+    "SdfastError": "sdfast.errors",
+    "RequestError": "sdfast.errors",
+    "CheckpointError": "sdfast.errors",
+    "ExportError": "sdfast.errors",
+    "EngineError": "sdfast.errors",
+    "BackendError": "sdfast.errors",
+    "DependencyError": "sdfast.errors",
+    "NumericalError": "sdfast.errors",
+    "ValidationFailed": "sdfast.errors",
+}
+
+__all__ = [
+    "BackendError",
+    "CheckpointError",
+    "DependencyError",
+    "Engine",
+    "EngineError",
+    "ExportError",
+    "NumericalError",
+    "Pipeline",
+    "RequestError",
+    "SdfastError",
+    "StableDiffusionPipeline",
+    "StableDiffusionXLPipeline",
+    "ValidationFailed",
+    "export",
+    "validate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sdfast' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

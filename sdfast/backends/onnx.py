@@ -1,0 +1,158 @@
+"""ONNX Runtime: sessions on an explicit execution provider, fed from torch tensors without a copy."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.dlpack import from_dlpack
+
+from sdfast.errors import BackendError, DependencyError, EngineError
+
+_NUMPY_TYPES = {
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.int64: "int64",
+    torch.int32: "int32",
+    torch.uint8: "uint8",
+    torch.bool: "bool",
+}
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_INSTALL = 'pip install "sdfast[cpu]" (or "sdfast[cuda]" for NVIDIA GPUs)'
+
+
+class OnnxRuntime:
+    """Loads modules into ONNX Runtime on one device. Never falls back to another provider."""
+
+    def __init__(self, device: torch.device, threads: int | None = None) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise DependencyError(f"an ONNX engine needs ONNX Runtime: {_INSTALL}") from error
+        self._ort = onnxruntime
+        self._device = device
+        self._threads = threads
+        self._provider = self._available_provider()
+
+    def load(self, path: Path) -> "OnnxModule":
+        """A session over the ONNX file at `path`, its external data beside it."""
+        check_external_data(path)
+        try:
+            session = self._ort.InferenceSession(
+                str(path), self._options(), providers=[(self._provider, self._provider_options())]
+            )
+        except Exception as error:  # ONNX Runtime raises a dozen unrelated types here
+            raise BackendError(f"{path.name}: ONNX Runtime cannot load it: {_first_line(error)}") from error
+        if session.get_providers()[0] != self._provider:
+            raise BackendError(
+                f"{path.name}: asked for {self._provider}, but ONNX Runtime started "
+                f"{session.get_providers()[0]}; `sdfast doctor` says what is missing"
+            )
+        return OnnxModule(session, self._device)
+
+    def _available_provider(self) -> str:
+        provider = _PROVIDERS.get(self._device.type)
+        available = self._ort.get_available_providers()
+        if provider is None or provider not in available:
+            raise BackendError(
+                f"device {str(self._device)!r} needs ONNX Runtime's {provider or 'provider for it'}, "
+                f"and this build has {', '.join(available)}; install onnxruntime-gpu for CUDA"
+            )
+        return provider
+
+    def _options(self) -> Any:
+        options = self._ort.SessionOptions()
+        options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        options.log_severity_level = 3
+        options.intra_op_num_threads = self._threads or torch.get_num_threads()
+        options.inter_op_num_threads = 1
+        return options
+
+    def _provider_options(self) -> dict[str, str]:
+        if self._device.type == "cpu":
+            return {}
+        # The caller's stream, so that what torch wrote before the call is there without a synchronisation.
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        index = self._device.index or 0
+        return {"device_id": str(index), "user_compute_stream": str(stream), "do_copy_in_default_stream": "1"}
+
+
+class OnnxModule:
+    """One ONNX Runtime session."""
+
+    def __init__(self, session: Any, device: torch.device) -> None:
+        self._session = session
+        self._device = device
+        self._outputs = [output.name for output in session.get_outputs()]
+
+    def __call__(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        binding = self._binding(inputs)
+        for name in self._outputs:
+            binding.bind_output(name, self._device.type, self._device.index or 0)
+        self._run(binding)
+        values = (from_dlpack(value) for value in binding.get_outputs())
+        return dict(zip(self._outputs, values, strict=True))
+
+    def bind(
+        self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]
+    ) -> Callable[[], None]:
+        binding = self._binding(inputs)
+        for name, tensor in outputs.items():
+            binding.bind_output(name, *_buffer(name, tensor))
+        held = (*inputs.values(), *outputs.values())  # the binding knows only their addresses
+
+        def run(_held: tuple[torch.Tensor, ...] = held) -> None:
+            self._run(binding)
+
+        return run
+
+    def _binding(self, inputs: Mapping[str, torch.Tensor]) -> Any:
+        binding = self._session.io_binding()
+        for name, tensor in inputs.items():
+            binding.bind_input(name, *_buffer(name, tensor))
+        return binding
+
+    def _run(self, binding: Any) -> None:
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # ONNX Runtime's own exceptions share no base class
+            raise BackendError(f"ONNX Runtime failed: {_first_line(error)}") from error
+
+
+def check_external_data(path: Path) -> None:
+    """Refuses an ONNX file whose weights lie outside its own directory, before anything loads it."""
+    try:
+        import onnx
+    except ImportError as error:
+        raise DependencyError(f"an ONNX engine needs the onnx package: {_INSTALL}") from error
+    try:
+        graph = onnx.load(str(path), load_external_data=False).graph
+    except Exception as error:  # protobuf's decoder raises its own types
+        raise EngineError(f"{path.name}: not an ONNX file ({_first_line(error)}); export again") from error
+    folder = path.parent.resolve()
+    for location in {
+        entry.value
+        for tensor in graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }:
+        target = (folder / location).resolve()
+        if not target.is_relative_to(folder) or not target.is_file():
+            raise EngineError(
+                f"{path.name}: its weights are said to lie at {location!r}, which is not a file inside the "
+                "engine; do not use this engine"
+            )
+
+
+def _buffer(name: str, tensor: torch.Tensor) -> tuple[str, int, str, tuple[int, ...], int]:
+    """What ONNX Runtime needs to know of a tensor: device, index, element type, shape, address."""
+    if not tensor.is_contiguous():
+        raise BackendError(f"tensor {name!r} is not contiguous")
+    if tensor.dtype not in _NUMPY_TYPES:
+        raise BackendError(f"tensor {name!r} is {tensor.dtype}, which ONNX Runtime does not take")
+    index = tensor.device.index or 0
+    return tensor.device.type, index, _NUMPY_TYPES[tensor.dtype], tuple(tensor.shape), tensor.data_ptr()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,197 @@
+"""The command line: `sdfast export | generate | validate | info | schedulers | doctor | demo`.
+
+Each command is a thin layer over the package. What sdfast raises on purpose is shown as one line, with exit
+status 1; `--debug` shows the traceback. Heavy imports are inside the commands, so that `--help` is immediate.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sdfast import __version__
+from sdfast.errors import RequestError, SdfastError
+
+
+class _OneLineErrors(click.Group):
+    """A group whose commands' own errors are one line, unless `--debug` asks for more."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SdfastError as error:
+            if ctx.params.get("debug"):
+                raise
+            raise click.ClickException(" ".join(str(error).split())) from error
+
+
+@click.group(cls=_OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.version_option(__version__, prog_name="sdfast")
+def main(debug: bool) -> None:
+    """Export Stable Diffusion once, serve it fast, prove it is the same picture."""
+
+
+@main.command()
+@click.argument("source", required=False)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The engine's directory.")
+@click.option("--recipe", type=click.Path(path_type=Path), help="A recipe, such as export/sd15.toml.")
+@click.option("--revision", help="Branch, tag or commit on the Hub.")
+@click.option("--variant", help='Weights variant, such as "fp16".')
+@click.option("--backend", type=click.Choice(["onnx", "eager"]), help="[default: onnx]")
+@click.option("--dtype", type=click.Choice(["fp32", "fp16"]), help="[default: fp32]")
+@click.option("--height", type=int, help="Pixels. [default: the checkpoint's own]")
+@click.option("--width", type=int, help="Pixels. [default: the checkpoint's own]")
+@click.option("--batch", type=int, help="The most pictures of one call. [default: 4]")
+def export(
+    source: str | None,
+    output: Path | None,
+    recipe: Path | None,
+    height: int | None,
+    width: int | None,
+    **fields: Any,
+) -> None:
+    """Build an engine of SOURCE: a Hub id, a diffusers folder, a .safetensors file, or "landscapes"."""
+    from sdfast.export.build import export as build
+    from sdfast.export.recipe import Recipe
+
+    given = {name: value for name, value in fields.items() if value is not None}
+    if (height is None) != (width is None):
+        raise click.UsageError("give --height and --width together")
+    if height is not None:
+        given["sizes"] = (f"{width}x{height}",)
+    chosen = Recipe.read(recipe, **given) if recipe else Recipe.make(**given)
+    target = output or Path("engines") / _engine_name(source, recipe)
+    folder = build(source, target, chosen, progress=_Stages())
+    click.echo(f"engine: {folder}")
+
+
+@main.command()
+@click.argument("prompt")
+@click.option("--engine", required=True, type=click.Path(path_type=Path), help="The engine's directory.")
+@click.option("--negative", help="What the picture should not show.")
+@click.option("--steps", type=int, default=20, show_default=True)
+@click.option("--guidance", type=float, default=7.0, show_default=True)
+@click.option("--scheduler", default="dpmpp_2m_karras", show_default=True, help="See `sdfast schedulers`.")
+@click.option("--seed", type=int, help="Picture i gets seed + i. [default: random]")
+@click.option("--size", help="WIDTHxHEIGHT in pixels. [default: the engine's own]")
+@click.option("--count", type=int, default=1, show_default=True, help="How many pictures.")
+@click.option("--clip-skip", type=int, help="Text layers to leave out, as diffusers counts them.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="A PNG file, or a directory.")
+@click.option("--overwrite", is_flag=True, help="Replace files that are there.")
+@click.option("--device", default="cpu", show_default=True, help='"cpu", "cuda" or "cuda:N".')
+@click.option("--backend", type=click.Choice(["engine", "diffusers"]), default="engine", show_default=True)
+def generate(prompt: str, engine: Path, output: Path | None, overwrite: bool, **options: Any) -> None:
+    """Draw PROMPT and write PNG files with their parameters inside."""
+    from sdfast.pictures import Job, draw
+
+    job = Job(prompt=prompt, engine=engine, **options)
+    for path, seed in draw(job, output, overwrite):
+        click.echo(f"{path}  seed {seed}")
+
+
+@main.command()
+@click.argument("engine", type=click.Path(path_type=Path))
+@click.option("--checkpoint", help="The reference. [default: the checkpoint the engine was made from]")
+@click.option("--prompts", type=click.Path(path_type=Path), help="A text file, one prompt a line.")
+@click.option("--steps", type=int, default=20, show_default=True)
+@click.option("--device", default="cpu", show_default=True)
+def validate(engine: Path, checkpoint: str | None, prompts: Path | None, steps: int, device: str) -> None:
+    """Run stock diffusers beside ENGINE and compare modules, steps and pictures."""
+    from sdfast.validation import validate as run
+
+    lines = _prompt_lines(prompts) if prompts else None
+    report = run(
+        engine, checkpoint=checkpoint, prompts=lines, steps=steps, device=device, progress=click.echo
+    )
+    click.echo(report.table())
+    click.echo(f"report: {engine / 'validation' / 'report.html'}")
+    if not report.passed:
+        sys.exit(1)
+
+
+@main.command()
+@click.argument("engine", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="The whole manifest.")
+def info(engine: Path, as_json: bool) -> None:
+    """Verify ENGINE and show what it is."""
+    from sdfast.engine import verify
+    from sdfast.manifest import read_manifest
+
+    manifest = read_manifest(engine)
+    verify(engine, manifest.files)
+    click.echo(manifest.to_json() if as_json else manifest.summary())
+
+
+@main.command()
+def schedulers() -> None:
+    """List the schedulers, by every name that --scheduler takes."""
+    from sdfast.schedulers import SAMPLERS
+
+    rows = [(s.short_name, s.name, s.scheduler, str(s.evaluations), s.advice) for s in SAMPLERS]
+    click.echo(_table([("short name", "name", "diffusers class", "evaluations", "when"), *rows]))
+
+
+@main.command()
+def doctor() -> None:
+    """Show versions, devices and providers: what runs here, what is missing, and how to get it."""
+    from sdfast.doctor import examine
+
+    click.echo(_table([(finding.name, finding.state, finding.advice) for finding in examine()]))
+
+
+@main.command()
+@click.option("--engines", type=click.Path(path_type=Path), default=Path("engines"), show_default=True)
+@click.option("--outputs", type=click.Path(path_type=Path), default=Path("outputs"), show_default=True)
+def demo(engines: Path, outputs: Path) -> None:
+    """Export the built-in checkpoint, draw a picture, validate the engine."""
+    from sdfast.demo import run
+
+    passed = run(engines, outputs, _Stages(), click.echo)
+    if not passed:
+        sys.exit(1)
+
+
+class _Stages:
+    """Shows an export's stages, one line each."""
+
+    def begin(self, stage: str) -> None:
+        if sys.stdout.isatty():
+            click.echo(f"  {stage:<16} …\r", nl=False)
+
+    def end(self, stage: Any) -> None:
+        size = f"{stage.size / 1e6:,.1f} MB" if stage.size else ""
+        click.echo(f"  {stage.name:<16} {stage.seconds:>6.1f} s  {size:>12}  {stage.note}".rstrip())
+
+    def say(self, message: str) -> None:
+        click.echo(f"  {message}")
+
+
+def _engine_name(source: str | None, recipe: Path | None) -> str:
+    if recipe is not None:
+        return recipe.stem
+    if source is None:
+        raise click.UsageError("give SOURCE or --recipe")
+    return Path(source).stem if source.endswith(".safetensors") else Path(source).name
+
+
+def _prompt_lines(path: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(
+            f"{path}: cannot be read as text ({error}); give a file of one prompt a line"
+        ) from error
+    prompts = [line for line in lines if line]
+    if not prompts:
+        raise RequestError(f"{path}: holds no prompts; give a file of one prompt a line")
+    return prompts
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    """Rows as aligned columns."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )

@@ -1,0 +1,80 @@
+"""What this machine can run, what is missing, and how to get it."""
+
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+import sdfast
+
+_RUNTIME = ("torch", "numpy", "pillow", "tokenizers", "safetensors", "pydantic")
+_EXPORT = ("diffusers", "transformers", "onnx", "onnxscript", "scikit-image", "matplotlib")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: what was looked at, what was found, and what to do when something is missing."""
+
+    name: str
+    state: str
+    advice: str = ""
+
+
+def examine() -> list[Finding]:
+    """Look at versions, processors, devices and providers."""
+    return [
+        Finding("sdfast", sdfast.__version__),
+        Finding("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        Finding("processor", f"{os.cpu_count()} cores, {_memory()}"),
+        Finding("disk", f"{shutil.disk_usage('.').free / 2**30:.0f} GiB free here"),
+        *(_package(name, 'pip install "sdfast"') for name in _RUNTIME),
+        *(_package(name, 'for export and validation: pip install "sdfast[export]"') for name in _EXPORT),
+        *_onnxruntime(),
+        _cuda(),
+        _package("xformers", 'optional, CUDA only: pip install "sdfast[xformers]"'),
+    ]
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _package(name: str, advice: str) -> Finding:
+    found = _installed(name)
+    return Finding(name, found or "missing", "" if found else advice)
+
+
+def _memory() -> str:
+    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return "memory unknown"
+    return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
+
+
+def _onnxruntime() -> list[Finding]:
+    names = [name for name in ("onnxruntime", "onnxruntime-gpu") if _installed(name)]
+    if not names:
+        return [
+            Finding("onnxruntime", "missing", 'pip install "sdfast[cpu]", or "sdfast[cuda]" for NVIDIA GPUs')
+        ]
+    import onnxruntime
+
+    providers = [name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers()]
+    clash = "uninstall one of the two: they overwrite each other" if len(names) > 1 else ""
+    found = [Finding(" + ".join(names), onnxruntime.__version__, clash)]
+    advice = "" if "CUDA" in providers else 'for CUDA: pip uninstall onnxruntime; pip install "sdfast[cuda]"'
+    return [*found, Finding("providers", ", ".join(providers), advice)]
+
+
+def _cuda() -> Finding:
+    import torch
+
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        return Finding("cuda", f"{torch.version.cuda}: {', '.join(names)}")
+    if torch.version.cuda is None:
+        return Finding("cuda", "this torch is built without it", "install a CUDA build of torch to use a GPU")
+    return Finding("cuda", "no device", "check the NVIDIA driver with nvidia-smi")

@@ -1,0 +1,197 @@
+"""An engine: a sealed directory, opened, verified, its modules loaded when first used.
+
+Nothing is loaded before its digest has been checked, and nothing outside the manifest's sizes is run.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sdfast.backends import CompiledModule, loader
+from sdfast.errors import EngineError, RequestError
+from sdfast.manifest import File, Manifest, Span, Variant, read_manifest
+from sdfast.tokenizer import Tokenizer
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+class Engine:
+    """An opened engine on one device.
+
+    `manifest` says what it is; `dtype` is that of the networks' inputs and outputs; `call` runs a module once
+    and `bind` prepares a call that is repeated on the same tensors.
+    """
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, device: torch.device, threads: int | None = None
+    ) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.device = device
+        self.dtype = DTYPES[manifest.dtype]
+        self._load = loader(manifest.backend, device, threads)
+        self._loaded: dict[str, CompiledModule] = {}
+
+    @classmethod
+    def open(
+        cls, folder: str | Path, device: str | torch.device = "cpu", *, threads: int | None = None
+    ) -> "Engine":
+        """Open the engine in `folder` on `device`, every file's digest checked.
+
+        `threads`: processor threads of the CPU backends (default: torch's). Raises `EngineError` when a file
+        is missing or changed, `BackendError` when the device or the backend is not available here.
+        """
+        folder = Path(folder)
+        manifest = read_manifest(folder)
+        verify(folder, manifest.files)
+        return cls(folder, manifest, torch.device(device), threads)
+
+    @cached_property
+    def tokenizers(self) -> tuple[Tokenizer, ...]:
+        return tuple(Tokenizer.load(self.folder / path) for path in self.manifest.tokenizers)
+
+    @cached_property
+    def scheduler_config(self) -> dict[str, Any]:
+        """The checkpoint's scheduler config, as diffusers wrote it."""
+        text = (self.folder / self.manifest.scheduler_config).read_text(encoding="utf-8")
+        config: dict[str, Any] = json.loads(text)
+        return config
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raises `RequestError` listing the engine's sizes when `height` × `width` pixels is not one of them."""
+        variants = self.manifest.modules["unet"].variants
+        if any(variant.fits(height, width) for variant in variants):
+            return
+        sizes = sorted({f"{variant.width}x{variant.height}" for variant in variants})
+        raise RequestError(
+            f"size {width}x{height} is not one of this engine's (width x height: {', '.join(sizes)}); "
+            "ask for one of these, or export an engine with that size"
+        )
+
+    def load(self, height: int | None = None, width: int | None = None) -> None:
+        """Load every module that a picture of this size needs (all sizes when not given)."""
+        for module in self.manifest.modules.values():
+            for variant in module.variants:
+                if height is None or variant.fits(height, width):
+                    self._module(variant)
+
+    def rows(self, name: str, batch: int, height: int | None = None, width: int | None = None) -> int:
+        """How many rows `bind` wants for `batch` rows of module `name`: more where only larger forms exist."""
+        return sum(size for size, _ in self._cover(name, batch, height, width))
+
+    def call(
+        self,
+        name: str,
+        inputs: Mapping[str, torch.Tensor],
+        height: int | None = None,
+        width: int | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Run module `name` once on inputs whose first axis is the batch; outputs are new tensors."""
+        batch = len(next(iter(inputs.values())))
+        parts, start = [], 0
+        for size, variant in self._cover(name, batch, height, width):
+            part = {key: _padded(value[start : start + size], size) for key, value in inputs.items()}
+            parts.append(self._module(variant)(part))
+            start += size
+        return {key: torch.cat([part[key] for part in parts])[:batch] for key in parts[0]}
+
+    def bind(
+        self,
+        name: str,
+        inputs: Mapping[str, torch.Tensor],
+        outputs: Mapping[str, torch.Tensor],
+        height: int | None = None,
+        width: int | None = None,
+    ) -> Callable[[], None]:
+        """A repeatable call of module `name` that reads `inputs` and writes `outputs` in place.
+
+        The first axis of every tensor is the batch, of the length that `rows` gives.
+        """
+        calls, start = [], 0
+        batch = len(next(iter(inputs.values())))
+        for size, variant in self._cover(name, batch, height, width):
+            rows = slice(start, start + size)
+            part_in = {key: value[rows] for key, value in inputs.items()}
+            part_out = {key: value[rows] for key, value in outputs.items()}
+            calls.append(self._module(variant).bind(part_in, part_out))
+            start += size
+        if len(calls) == 1:
+            return calls[0]
+
+        def run_all() -> None:
+            for call in calls:
+                call()
+
+        return run_all
+
+    def _cover(
+        self, name: str, batch: int, height: int | None, width: int | None
+    ) -> list[tuple[int, Variant]]:
+        variants = [v for v in self.manifest.modules[name].variants if v.fits(height, width)]
+        if not variants:
+            raise EngineError(f"module {name!r} has no form for {width}x{height}")
+        sizes = cover(batch, [variant.batch for variant in variants])
+        return [(size, next(v for v in variants if size in v.batch)) for size in sizes]
+
+    def _module(self, variant: Variant) -> CompiledModule:
+        if variant.file not in self._loaded:
+            self._loaded[variant.file] = self._load(self.folder / variant.file)
+        return self._loaded[variant.file]
+
+
+def cover(batch: int, spans: Iterable[Span]) -> list[int]:
+    """The call sizes that together hold `batch` rows: the largest that fit, then the smallest that covers.
+
+    >>> cover(6, [Span.exactly(1), Span.exactly(4)])
+    [4, 1, 1]
+    """
+    spans = list(spans)
+    sizes = []
+    while batch > 0:
+        fitting = [min(span.high, batch) for span in spans if span.low <= batch]
+        size = max(fitting) if fitting else min(span.low for span in spans)
+        sizes.append(size)
+        batch -= size
+    return sizes
+
+
+def verify(folder: Path, files: Sequence[File]) -> None:
+    """Raises `EngineError` naming the first file that is missing, outside `folder`, or not what was exported."""
+    root = folder.resolve()
+    for file in files:
+        path = folder / file.path
+        if not path.resolve().is_relative_to(root):
+            raise EngineError(f"{path}: leads out of the engine; do not use this engine")
+        if not path.is_file():
+            raise EngineError(f"{path}: missing; export the engine again")
+        if path.stat().st_size != file.size:
+            raise EngineError(
+                f"{path}: {path.stat().st_size} bytes, but {file.size} were exported; export the engine again"
+            )
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        digests = pool.map(sha256, [folder / file.path for file in files])
+        for file, digest in zip(files, digests, strict=True):
+            if digest != file.sha256:
+                raise EngineError(
+                    f"{folder / file.path}: digest {digest[:12]}…, but {file.sha256[:12]}… was exported: "
+                    "the file was changed or damaged; export the engine again"
+                )
+
+
+def sha256(path: Path) -> str:
+    """The file's SHA-256 in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _padded(tensor: torch.Tensor, size: int) -> torch.Tensor:
+    missing = size - len(tensor)
+    if missing == 0:
+        return tensor.contiguous()
+    return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])

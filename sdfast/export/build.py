@@ -1,0 +1,294 @@
+"""checkpoint → engine: every stage, in order."""
+
+import errno
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Protocol
+
+import sdfast
+from sdfast.engine import sha256, verify
+from sdfast.errors import EngineError, ExportError
+from sdfast.export.checkpoint import Checkpoint, resolve
+from sdfast.export.modules import ModuleSpec, Networks, module_specs
+from sdfast.export.publish import check_space, locked, publish, workplace
+from sdfast.export.recipe import Recipe
+from sdfast.export.tokenizer import save_runtime_tokenizer
+from sdfast.manifest import MANIFEST_NAME, Builder, File, Manifest, Module, Source, Variant, read_manifest
+
+PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "transformers", "diffusers")
+SPARE = 64 * 2**20  # bytes beside the weights that an engine may take
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A finished stage of an export, for the caller's progress display."""
+
+    name: str
+    seconds: float
+    size: int  # bytes written
+    note: str = ""
+
+
+class Progress(Protocol):
+    """Who is told of an export's stages."""
+
+    def begin(self, stage: str) -> None: ...
+    def end(self, stage: Stage) -> None: ...
+    def say(self, message: str) -> None: ...
+
+
+class Silent:
+    """The progress of a caller who asked for none."""
+
+    def begin(self, stage: str) -> None:
+        """A stage begins."""
+
+    def end(self, stage: Stage) -> None:
+        """A stage ended."""
+
+    def say(self, message: str) -> None:
+        """Something worth a line."""
+
+
+Compile = Callable[[ModuleSpec, Path], list[Variant]]
+
+
+def export(
+    source: str | Path | None,
+    target: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Path:
+    """Build the engine of a checkpoint in the directory `target`, and return that.
+
+    source: a Hub id, a diffusers folder, a single file, or "landscapes"; default: the recipe's.
+    An engine that is there already is kept when nothing changed; modules that did not change are reused.
+
+    Raises `CheckpointError` for what is wrong with the source and `ExportError` for the rest; whatever
+    happens, `target` is the old engine or the new one, never a part.
+    """
+    recipe, progress, target = recipe or Recipe(), progress or Silent(), Path(target)
+    source = source or recipe.checkpoint
+    if source is None:
+        raise ExportError("no checkpoint: name one, or use a recipe that does")
+    _check_target(target)
+    progress.begin("checkpoint")
+    start = time.perf_counter()
+    checkpoint = resolve(source, revision=recipe.revision, variant=recipe.variant, progress=progress.say)
+    digests = checkpoint.digests()
+    size = sum(path.stat().st_size for part in checkpoint.components.values() for path in part.weights)
+    progress.end(Stage("checkpoint", time.perf_counter() - start, 0, f"{size / 1e6:,.1f} MB of weights"))
+    try:
+        with locked(target, progress.say):
+            return _Build(checkpoint, digests, recipe, target, progress).run()
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        what = "the disk is full; make room" if full else f"{error}; check its permissions"
+        raise ExportError(
+            f"{target}: {what}, or choose another directory with -o. Nothing was changed."
+        ) from error
+
+
+class _Build:
+    """One export, under the lock."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        digests: dict[str, str],
+        recipe: Recipe,
+        target: Path,
+        progress: Progress,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.digests = digests
+        self.recipe = recipe
+        self.target = target
+        self.progress = progress
+        self.networks = Networks.of(checkpoint)
+        self.specs = module_specs(self.networks, recipe)
+        self.fingerprints = {spec.name: self._fingerprint(spec) for spec in self.specs}
+        self.old = _existing(target)
+
+    def run(self) -> Path:
+        if self.old is not None and self._unchanged(self.old):
+            self.progress.say(f"{self.target} is up to date; nothing to do")
+            return self.target
+        check_space(self.target, self._space())
+        with workplace(self.target) as place:
+            modules = {spec.name: self._module(spec, place) for spec in self.specs}
+            manifest = self._finish(place, modules)
+            (place / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+            publish(place, self.target)
+        return self.target
+
+    def _unchanged(self, old: Manifest) -> bool:
+        same = {name: module.fingerprint for name, module in old.modules.items()} == self.fingerprints
+        return same and old.checkpoint.revision == self.checkpoint.revision and old.recipe == self._recipe()
+
+    def _space(self) -> int:
+        parts = self.checkpoint.components
+        stored = sum(path.stat().st_size for part in parts.values() for path in part.weights)
+        itemsize = 4 if self.recipe.dtype == "fp32" else 2
+        # The checkpoint may be stored in either precision: the larger of the two is never too little.
+        return stored * itemsize // 2 + SPARE
+
+    def _module(self, spec: ModuleSpec, place: Path) -> Module:
+        kept = self._kept(spec, place)
+        if kept is not None:
+            return kept
+        before = set(place.iterdir())
+        with self._stage(spec.name, place):
+            variants = self._compiler()(spec, place)
+        files = sorted(path.name for path in set(place.iterdir()) - before)
+        inputs = tuple(spec.inputs(1, self.networks.default_side, self.networks.default_side))
+        return Module(
+            inputs=inputs,
+            outputs=spec.outputs,
+            variants=tuple(variants),
+            files=tuple(files),
+            fingerprint=self.fingerprints[spec.name],
+        )
+
+    def _kept(self, spec: ModuleSpec, place: Path) -> Module | None:
+        """The old engine's module, its files linked into the new one, when it would come out the same."""
+        if self.old is None:
+            return None
+        module = self.old.modules.get(spec.name)
+        if module is None or module.fingerprint != self.fingerprints[spec.name]:
+            return None
+        try:
+            verify(self.target, [file for file in self.old.files if file.path in module.files])
+        except EngineError as error:
+            self.progress.say(f"{spec.name}: built again, for {error}")
+            return None
+        for name in module.files:
+            _link(self.target / name, place / name)
+        self.progress.end(Stage(spec.name, 0.0, 0, "unchanged, kept"))
+        return module
+
+    def _compiler(self) -> Compile:
+        if self.recipe.backend == "eager":
+            from sdfast.export.eager import compile_eager
+
+            return lambda spec, place: compile_eager(spec, place, self.checkpoint)
+        from sdfast.export.forms import compile_onnx
+
+        return compile_onnx
+
+    def _finish(self, place: Path, modules: dict[str, Module]) -> Manifest:
+        tokenizers = sorted(self.checkpoint.tokenizers)
+        for name in tokenizers:
+            save_runtime_tokenizer(self.checkpoint.tokenizers[name], place / name)
+        config = dict(self.checkpoint.scheduler_config)
+        (place / "scheduler_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+        with self._stage("digests", place):
+            files = _files(place)
+        return Manifest(
+            name=self.target.name,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            backend=self.recipe.backend,
+            dtype=self.recipe.dtype,
+            checkpoint=Source(
+                source=self.checkpoint.source, revision=self.checkpoint.revision, weights=self.digests
+            ),
+            recipe=self._recipe(),
+            model=self.networks.model(),
+            max_images=self.recipe.max_images,
+            modules=modules,
+            tokenizers=tuple(tokenizers),
+            scheduler_config="scheduler_config.json",
+            files=files,
+            builder=Builder(
+                sdfast=sdfast.__version__, python=platform.python_version(), packages=_versions()
+            ),
+        )
+
+    def _recipe(self) -> dict[str, Any]:
+        return self.recipe.model_dump(mode="json", exclude_none=True)
+
+    def _fingerprint(self, spec: ModuleSpec) -> str:
+        """A digest of everything that the module's files depend on."""
+        parts = [self.checkpoint.components[name] for name in spec.components]
+        depends = {
+            "name": spec.name,
+            "weights": [
+                self.digests[path.relative_to(self.checkpoint.folder).as_posix()]
+                for part in parts
+                for path in part.weights
+            ],
+            "configs": [dict(part.config) for part in parts],
+            "forms": [str(form) for form in spec.forms],
+            "backend": self.recipe.backend,
+            "dtype": self.recipe.dtype,
+            "versions": {**_versions(), "sdfast": sdfast.__version__},
+        }
+        return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
+
+    @contextmanager
+    def _stage(self, name: str, place: Path) -> Iterator[None]:
+        """Tell of a stage, with the time it took and what it wrote in `place`."""
+        self.progress.begin(name)
+        start, before = time.perf_counter(), _size(place)
+        yield
+        self.progress.end(Stage(name, time.perf_counter() - start, _size(place) - before))
+
+
+def _check_target(target: Path) -> None:
+    """A directory that is something else than an engine is never replaced."""
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise ExportError(f"{target}: is there and is not a directory; choose another with -o")
+    if target.is_dir() and any(target.iterdir()) and not (target / MANIFEST_NAME).is_file():
+        raise ExportError(f"{target}: is there and is not an engine; choose another directory with -o")
+
+
+def _existing(target: Path) -> Manifest | None:
+    """The manifest of the engine that is there, if there is one that can be read."""
+    try:
+        return read_manifest(target)
+    except EngineError:
+        return None
+
+
+def _files(place: Path) -> tuple[File, ...]:
+    paths = sorted(path for path in place.rglob("*") if path.is_file())
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(sha256, paths))
+    return tuple(
+        File(path=path.relative_to(place).as_posix(), size=path.stat().st_size, sha256=digest)
+        for path, digest in zip(paths, digests, strict=True)
+    )
+
+
+def _size(place: Path) -> int:
+    return sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+
+
+def _link(old: Path, new: Path) -> None:
+    """The same file in a second place; a copy where the disk has no hard links."""
+    try:
+        os.link(old, new)
+    except OSError:
+        shutil.copy2(old, new)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

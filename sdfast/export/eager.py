@@ -1,0 +1,27 @@
+"""Writing a module for the eager backend: its weights as safetensors, its config in their header."""
+
+import json
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from sdfast.export.checkpoint import Checkpoint
+from sdfast.export.modules import ModuleSpec
+from sdfast.manifest import Span, Variant
+
+
+def compile_eager(spec: ModuleSpec, place: Path, checkpoint: Checkpoint) -> list[Variant]:
+    """Write `spec` to one file in `place`, which serves every size and batch that the spec's forms span."""
+    component = checkpoint.components[spec.components[0]]
+    header = {
+        "module": spec.name,
+        "class": component.class_name,
+        "family": checkpoint.family,
+        "config": json.dumps(dict(component.config)),
+    }
+    state = {name: tensor.contiguous() for name, tensor in spec.load().state_dict().items()}
+    path = place / f"{spec.name}.safetensors"
+    save_file(state, path, metadata=header)
+    batch = Span(low=1, high=max(form.batch.high for form in spec.forms))
+    sizes = dict.fromkeys((form.height, form.width) for form in spec.forms)
+    return [Variant(file=path.name, batch=batch, height=height, width=width) for height, width in sizes]

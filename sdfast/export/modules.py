@@ -1,0 +1,250 @@
+"""The modules of an engine: what each one computes, from which weights, on which inputs, in which sizes."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdfast.engine import DTYPES
+from sdfast.errors import CheckpointError
+from sdfast.export.checkpoint import Checkpoint
+from sdfast.export.recipe import Recipe
+from sdfast.manifest import Model, Span
+from sdfast.models.text import TextEncoder
+from sdfast.models.unet import Context, TimeShift, UNet, UNetConfig, load_unet
+from sdfast.models.vae import VAEConfig, VAEDecoder, load_vae
+from sdfast.request import MAX_STEPS
+
+ONE = Span.exactly(1)
+
+
+@dataclass(frozen=True)
+class Form:
+    """One form to compile a module in: its batch, and the picture's height and width in pixels."""
+
+    batch: Span
+    height: Span | None = None
+    width: Span | None = None
+
+
+@dataclass(frozen=True)
+class ModuleSpec:
+    """One module to be compiled.
+
+    load: builds the network on its weights; called when its turn comes, so that one is in memory at a time.
+    inputs: example inputs for (batch, height, width in pixels).
+    free: the axes of each input that follow the batch, height or width.
+    components: the checkpoint's components that it is made of.
+    """
+
+    name: str
+    load: Callable[[], nn.Module]
+    inputs: Callable[[int, int, int], dict[str, Tensor]]
+    free: Mapping[str, Mapping[int, str]]
+    outputs: tuple[str, ...]
+    components: tuple[str, ...]
+    forms: tuple[Form, ...]
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The configs of a checkpoint's networks."""
+
+    checkpoint: Checkpoint
+    unet: UNetConfig
+    vae: VAEConfig
+    text: tuple[str, ...]  # names of the text encoders
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> "Networks":
+        parts = checkpoint.components
+        return cls(
+            checkpoint,
+            UNetConfig.from_diffusers(parts["unet"].config),
+            VAEConfig.from_diffusers(parts["vae"].config),
+            tuple(sorted(name for name in parts if name.startswith("text_encoder"))),
+        )
+
+    @property
+    def factor(self) -> int:
+        """Pixels a latent, in each direction."""
+        return int(2 ** (len(self.vae.block_out_channels) - 1))
+
+    @property
+    def default_side(self) -> int:
+        """The side in pixels of the pictures that the checkpoint was trained on."""
+        size = self.checkpoint.components["unet"].config.get("sample_size") or 64
+        return int(size if isinstance(size, int) else size[0]) * self.factor
+
+    def model(self) -> Model:
+        """What the manifest says of the networks."""
+        with torch.device("meta"):
+            unet = UNet(self.unet)
+        widths = [int(self.checkpoint.components[name].config["hidden_size"]) for name in self.text]
+        return Model(
+            family=self.checkpoint.family,
+            in_channels=self.unet.in_channels,
+            latent_channels=self.vae.latent_channels,
+            vae_scale_factor=self.factor,
+            default_height=self.default_side,
+            default_width=self.default_side,
+            text_width=sum(widths),
+            context_width=sum(unet.context_widths),
+            time_shift_width=sum(unet.shift_widths),
+            pooled_width=self.unet.pooled_dim,
+            guidance_embedding=self.unet.time_cond_proj_dim,
+            zero_empty_negative=bool(self.checkpoint.index.get("force_zeros_for_empty_prompt", False)),
+        )
+
+
+def module_specs(networks: Networks, recipe: Recipe) -> list[ModuleSpec]:
+    """Every module of an engine of `recipe`, in the order in which they are built: the largest first."""
+    model, dtype = networks.model(), DTYPES[recipe.dtype]
+    sizes = recipe.size_spans(networks.default_side)
+    _check_sizes(sizes, networks.factor)
+    load = _UNetParts(networks, dtype)
+    return [
+        _unet(model, load, dtype, recipe.unet_batches(), sizes),
+        _context(model, load, dtype),
+        _time_shift(networks.unet, model, load, dtype),
+        _vae_decoder(networks, model, dtype, sizes),
+        *(_text_encoder(networks, name, dtype) for name in networks.text),
+    ]
+
+
+class _UNetParts:
+    """The three modules that a U-Net's weights are dealt out to, loaded one at a time."""
+
+    def __init__(self, networks: Networks, dtype: torch.dtype) -> None:
+        self._networks = networks
+        self._dtype = dtype
+
+    def _load(self) -> tuple[UNet, TimeShift, Context]:
+        return load_unet(self._networks.unet, self._networks.checkpoint.state_dict("unet"), self._dtype)
+
+    def unet(self) -> UNet:
+        return self._load()[0]
+
+    def time_shift(self) -> TimeShift:
+        return self._load()[1]
+
+    def context(self) -> Context:
+        return self._load()[2]
+
+
+def _unet(
+    model: Model,
+    load: _UNetParts,
+    dtype: torch.dtype,
+    batches: list[Span],
+    sizes: list[tuple[Span, Span]],
+) -> ModuleSpec:
+    def inputs(batch: int, height: int, width: int) -> dict[str, Tensor]:
+        factor = model.vae_scale_factor
+        latents = torch.randn(batch, model.in_channels, height // factor, width // factor, dtype=dtype)
+        return {
+            "sample": latents,
+            "time_shift": torch.randn(batch, model.time_shift_width, dtype=dtype),
+            "context": torch.randn(batch, 77, model.context_width, dtype=dtype),
+        }
+
+    free = {
+        "sample": {0: "batch", 2: "height", 3: "width"},
+        "time_shift": {0: "batch"},
+        "context": {0: "batch"},
+    }
+    forms = tuple(Form(batch, height, width) for height, width in sizes for batch in batches)
+    return ModuleSpec("unet", load.unet, inputs, free, ("output",), ("unet",), forms)
+
+
+def _context(model: Model, load: _UNetParts, dtype: torch.dtype) -> ModuleSpec:
+    def inputs(batch: int, height: int, width: int) -> dict[str, Tensor]:
+        return {"hidden_states": torch.randn(batch, 77, model.text_width, dtype=dtype)}
+
+    return ModuleSpec("context", load.context, inputs, {}, ("context",), ("unet",), (Form(ONE),))
+
+
+def _time_shift(config: UNetConfig, model: Model, load: _UNetParts, dtype: torch.dtype) -> ModuleSpec:
+    widths = {
+        "text_embeds": (model.pooled_width, dtype),
+        "time_ids": (6 if model.pooled_width else None, torch.float32),
+        "timestep_cond": (config.time_cond_proj_dim, dtype),
+    }
+    conditions = {name: (width, kind) for name, (width, kind) in widths.items() if width}
+
+    def inputs(batch: int, height: int, width: int) -> dict[str, Tensor]:
+        given = {"timesteps": torch.linspace(0, 999, batch)}
+        for name, (size, kind) in conditions.items():
+            given[name] = torch.rand(batch, size).to(kind)
+        return given
+
+    free = {name: {0: "batch"} for name in ("timesteps", *conditions)}
+    form = Form(Span(low=1, high=MAX_STEPS))
+    return ModuleSpec("time_shift", load.time_shift, inputs, free, ("time_shift",), ("unet",), (form,))
+
+
+def _vae_decoder(
+    networks: Networks, model: Model, dtype: torch.dtype, sizes: list[tuple[Span, Span]]
+) -> ModuleSpec:
+    def load() -> VAEDecoder:
+        return load_vae(networks.vae, networks.checkpoint.state_dict("vae"), dtype)[0]
+
+    def inputs(batch: int, height: int, width: int) -> dict[str, Tensor]:
+        factor = model.vae_scale_factor
+        shape = (batch, model.latent_channels, height // factor, width // factor)
+        return {"latents": torch.randn(shape, dtype=dtype)}
+
+    free = {"latents": {2: "height", 3: "width"}}
+    # One picture at a time: a batch of them takes more memory and no less time.
+    forms = tuple(Form(ONE, height, width) for height, width in sizes)
+    return ModuleSpec("vae_decoder", load, inputs, free, ("image",), ("vae",), forms)
+
+
+def _text_encoder(networks: Networks, name: str, dtype: torch.dtype) -> ModuleSpec:
+    vocabulary = int(networks.checkpoint.components[name].config["vocab_size"])
+
+    def inputs(batch: int, height: int, width: int) -> dict[str, Tensor]:
+        return {"input_ids": torch.randint(0, vocabulary, (batch, 77))}
+
+    def load() -> TextEncoder:
+        model = load_text_model(networks.checkpoint, name, dtype)
+        return TextEncoder(model, final_norm=networks.checkpoint.family == "sd")
+
+    return ModuleSpec(name, load, inputs, {}, ("hidden_states", "text_embeds"), (name,), (Form(ONE),))
+
+
+def load_text_model(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Any:
+    """transformers' own CLIP text model on the checkpoint's weights."""
+    import transformers
+
+    component = checkpoint.components[name]
+    cls = getattr(transformers, component.class_name, None)
+    if component.class_name not in ("CLIPTextModel", "CLIPTextModelWithProjection") or cls is None:
+        raise CheckpointError(
+            f"{checkpoint.source}: {name} is a {component.class_name}; "
+            "CLIPTextModel and CLIPTextModelWithProjection are supported"
+        )
+    config = transformers.CLIPTextConfig(**component.config)
+    try:
+        model = cls.from_pretrained(
+            None,
+            config=config,
+            state_dict=checkpoint.state_dict(name),
+            dtype=dtype,
+            attn_implementation="eager",
+        )
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"{checkpoint.source}: {name}: its weights do not fit its config: {error}"
+        ) from error
+    return model.eval()
+
+
+def _check_sizes(sizes: list[tuple[Span, Span]], factor: int) -> None:
+    for side in (side for pair in sizes for span in pair for side in (span.low, span.high)):
+        if side % factor:
+            raise CheckpointError(
+                f"side {side} is not a multiple of {factor}, which this checkpoint's VAE needs"
+            )

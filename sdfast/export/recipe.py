@@ -1,0 +1,119 @@
+"""Recipes: what to build, as a TOML file or as arguments."""
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from sdfast.errors import ExportError
+from sdfast.manifest import Span
+from sdfast.request import MAX_IMAGES, MAX_SIDE
+
+_SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
+
+
+def _size(text: str) -> str:
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r} is not WIDTHxHEIGHT in pixels, such as '512x512'")
+    for side in map(int, match.groups()):
+        if side % 8 or not 8 <= side <= MAX_SIDE:
+            raise ValueError(f"{text!r}: sides are multiples of 8 from 8 to {MAX_SIDE} pixels")
+    return text
+
+
+Size = Annotated[str, AfterValidator(_size)]
+
+
+def sides(size: str) -> tuple[int, int]:
+    """(height, width) of "WIDTHxHEIGHT"."""
+    width, height = size.split("x")
+    return int(height), int(width)
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SizeRange(_Part):
+    """Any size between two: one graph with free axes serves them all."""
+
+    min: Size
+    max: Size
+
+    @property
+    def spans(self) -> tuple[Span, Span]:
+        """The spans of the height and of the width, in pixels."""
+        low, high = sides(self.min), sides(self.max)
+        return Span(low=low[0], high=high[0]), Span(low=low[1], high=high[1])
+
+
+class Recipe(_Part):
+    """How to build one engine.
+
+    sizes: a list of "WIDTHxHEIGHT", each compiled for itself, or {min, max}; default: the checkpoint's own.
+    batch: the most pictures of one call into the networks (any number up to it), or a list of exact numbers,
+        each compiled for itself.
+    """
+
+    checkpoint: str | None = None
+    revision: str | None = None
+    variant: str | None = None
+    backend: Literal["onnx", "eager"] = "onnx"
+    dtype: Literal["fp32", "fp16"] = "fp32"
+    sizes: tuple[Size, ...] | SizeRange | None = None
+    batch: Annotated[int, Field(ge=1, le=MAX_IMAGES)] | tuple[int, ...] = 4
+
+    @field_validator("batch")
+    @classmethod
+    def _buckets(cls, batch: int | tuple[int, ...]) -> int | tuple[int, ...]:
+        if isinstance(batch, int):
+            return batch
+        if not batch or not all(1 <= size <= MAX_IMAGES for size in batch):
+            raise ValueError(f"batch sizes are from 1 to {MAX_IMAGES}")
+        return tuple(sorted(set(batch)))
+
+    @classmethod
+    def make(cls, **fields: Any) -> Self:
+        """A checked recipe. Raises `ExportError` naming the field."""
+        try:
+            return cls(**fields)
+        except ValidationError as error:
+            raise ExportError(f"recipe: {_explain(error)}") from None
+
+    @classmethod
+    def read(cls, path: str | Path, **overrides: Any) -> Self:
+        """The recipe in a TOML file, some fields replaced. Raises `ExportError`."""
+        try:
+            fields = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ExportError(f"{path}: not a recipe that can be read: {error}") from error
+        try:
+            return cls(**{**fields, **overrides})
+        except ValidationError as error:
+            raise ExportError(f"{path}: {_explain(error)}") from None
+
+    @property
+    def max_images(self) -> int:
+        return self.batch if isinstance(self.batch, int) else max(self.batch)
+
+    def unet_batches(self) -> list[Span]:
+        """The U-Net's batches: a picture takes two rows with guidance, one without."""
+        if isinstance(self.batch, int):
+            return [Span(low=1, high=2 * self.batch)]
+        return [Span.exactly(rows) for rows in sorted({n * m for n in self.batch for m in (1, 2)})]
+
+    def size_spans(self, default: int) -> list[tuple[Span, Span]]:
+        """The (height, width) spans to compile. `default`: the checkpoint's own side in pixels."""
+        if isinstance(self.sizes, SizeRange):
+            return [self.sizes.spans]
+        pairs = [sides(size) for size in self.sizes or (f"{default}x{default}",)]
+        return [(Span.exactly(height), Span.exactly(width)) for height, width in dict.fromkeys(pairs)]
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where}: {first['msg'].removeprefix('Value error, ')}"

@@ -1,0 +1,233 @@
+"""The schema of `manifest.json`: what an engine is, every file it holds, and the proof that came with it.
+
+The manifest is read from a directory that somebody else may have written, so every field is checked and
+unknown fields are refused. A seal (a digest over the rest of the document) shows damage to the manifest
+itself. It proves integrity, not origin.
+"""
+
+import hashlib
+import json
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sdfast.errors import EngineError
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+
+
+def _inside(path: str) -> str:
+    """A relative POSIX path that cannot leave the engine's directory."""
+    parts = PurePosixPath(path).parts
+    if not parts or path.startswith("/") or "\\" in path or "\0" in path or ".." in parts:
+        raise ValueError(f"{path!r} is not a path inside the engine")
+    return path
+
+
+RelativePath = Annotated[str, AfterValidator(_inside)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Span(_Part):
+    """The values an axis may take: `low` to `high`, both included; equal for a fixed axis."""
+
+    low: int = Field(ge=1)
+    high: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Span":
+        if self.low > self.high:
+            raise ValueError(f"{self.low} is above {self.high}")
+        return self
+
+    def __contains__(self, value: int) -> bool:
+        return self.low <= value <= self.high
+
+    def __str__(self) -> str:
+        return str(self.low) if self.low == self.high else f"{self.low}..{self.high}"
+
+    @classmethod
+    def exactly(cls, value: int) -> "Span":
+        return cls(low=value, high=value)
+
+
+class File(_Part):
+    """One file of the engine."""
+
+    path: RelativePath
+    size: int = Field(ge=0)  # bytes
+    sha256: Digest
+
+
+class Variant(_Part):
+    """One compiled form of a module, and the sizes it serves. Sizes are those of the picture, in pixels."""
+
+    file: RelativePath
+    batch: Span
+    height: Span | None = None
+    width: Span | None = None
+
+    def serves(self, batch: int, height: int | None = None, width: int | None = None) -> bool:
+        return batch in self.batch and self.fits(height, width)
+
+    def fits(self, height: int | None, width: int | None) -> bool:
+        """Whether this form takes pictures of `height` × `width`."""
+        if self.height is None or self.width is None:
+            return True
+        return height is not None and width is not None and height in self.height and width in self.width
+
+
+class Module(_Part):
+    """One compiled function of the engine: its inputs and outputs by name, in order."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    variants: tuple[Variant, ...] = Field(min_length=1)
+    files: tuple[RelativePath, ...]
+    fingerprint: Digest  # of everything the files depend on: a rebuild keeps what has not changed
+
+
+class Model(_Part):
+    """What the loop must know of the networks."""
+
+    family: Literal["sd", "sdxl"]
+    in_channels: int = Field(ge=1)
+    latent_channels: int = Field(ge=1)
+    vae_scale_factor: int = Field(ge=1)  # pixels a latent
+    default_height: int = Field(ge=1)  # pixels
+    default_width: int = Field(ge=1)
+    text_width: int = Field(ge=1)  # D of the text encoders' joined hidden states [B, 77, D]
+    context_width: int = Field(ge=1)  # KV of the packed context [B, 77, KV]
+    time_shift_width: int = Field(ge=1)  # T of the packed time projections [B, T]
+    pooled_width: int | None = None  # P of the pooled text embedding that SDXL adds to the time embedding
+    guidance_embedding: int | None = None  # W of an LCM's guidance embedding
+    zero_empty_negative: bool = False  # SDXL: a missing negative prompt is a context of zeros, not of ""
+
+
+class Source(_Part):
+    """The checkpoint the engine was made from."""
+
+    source: str
+    revision: str | None = None
+    weights: dict[str, Digest]  # file name in the checkpoint → sha256
+
+
+class Builder(_Part):
+    """The versions that built the engine."""
+
+    sdfast: str
+    python: str
+    packages: dict[str, str]  # torch, onnx, onnxruntime, diffusers, transformers
+    gpu_architecture: str | None = None  # set by backends whose code is bound to one
+
+
+class Validation(_Part):
+    """The figures of the last validation against the stock pipeline."""
+
+    passed: bool
+    created: str
+    report: RelativePath
+    figures: dict[str, float]
+
+
+class Manifest(_Part):
+    """Everything that is known of an engine."""
+
+    schema_version: Literal[1] = 1
+    name: str = Field(min_length=1)
+    created: str
+    backend: Literal["onnx", "eager", "inductor"]
+    dtype: Literal["fp32", "fp16"]
+    checkpoint: Source
+    recipe: dict[str, Any]
+    model: Model
+    max_images: int = Field(ge=1)  # pictures of one call into the networks; larger requests take several
+    modules: dict[str, Module]
+    tokenizers: tuple[RelativePath, ...]
+    scheduler_config: RelativePath
+    files: tuple[File, ...]
+    builder: Builder
+    validation: Validation | None = None
+    seal: str = ""
+
+    def sealed(self) -> "Manifest":
+        """The same manifest with its seal set."""
+        return self.model_copy(update={"seal": _seal(self.model_dump(mode="json"))})
+
+    def summary(self) -> str:
+        """The manifest for a person: a line a fact."""
+        unet = self.modules["unet"].variants
+        sizes = dict.fromkeys(f"{form.width}x{form.height}" for form in unet)
+        packages = self.builder.packages
+        facts = {
+            "engine": self.name,
+            "created": self.created,
+            "checkpoint": " ".join(filter(None, [self.checkpoint.source, self.checkpoint.revision])),
+            "family": self.model.family,
+            "backend": f"{self.backend} {self.dtype}",
+            "sizes": ", ".join(sizes),
+            "pictures": f"up to {self.max_images} a call",
+            "files": f"{len(self.files)}, {sum(file.size for file in self.files) / 1e6:,.1f} MB, verified",
+            "built with": ", ".join(f"{name} {version}" for name, version in packages.items()),
+            "validation": self._verdict(),
+        }
+        return "\n".join(f"{name:<12} {value}" for name, value in facts.items())
+
+    def _verdict(self) -> str:
+        if self.validation is None:
+            return "never validated; run `sdfast validate`"
+        figures = ", ".join(f"{name} {value:.3g}" for name, value in self.validation.figures.items())
+        return f"{'passed' if self.validation.passed else 'FAILED'} on {self.validation.created}: {figures}"
+
+    def to_json(self) -> str:
+        return json.dumps(self.sealed().model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
+
+
+def _seal(document: dict[str, Any]) -> str:
+    rest = {key: value for key, value in document.items() if key != "seal"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of the engine in `folder`.
+
+    Raises `EngineError` when there is none, or it cannot be read, is damaged, or is of another version.
+    """
+    path = folder / MANIFEST_NAME
+    document = _document(folder, path)
+    version = document.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise EngineError(
+            f"{path}: schema version {version!r}, but this sdfast reads version {SCHEMA_VERSION}; "
+            "export the engine again"
+        )
+    if document.get("seal") != _seal(document):
+        raise EngineError(f"{path}: does not match its seal: it was changed after the export; export again")
+    try:
+        return Manifest.model_validate_json(json.dumps(document))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise EngineError(f"{path}: {where}: {first['msg']}; export the engine again") from error
+
+
+def _document(folder: Path, path: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise EngineError(f"{folder}: no such engine; make one with `sdfast export SOURCE -o {folder}`")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise EngineError(
+            f"{folder}: not an engine (no {MANIFEST_NAME}); make one with `sdfast export SOURCE -o DIR`"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise EngineError(f"{path}: cannot be read ({error}); export the engine again") from error
+    if not isinstance(document, dict):
+        raise EngineError(f"{path}: not a manifest; export the engine again")
+    return document

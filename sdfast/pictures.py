@@ -1,0 +1,144 @@
+"""Pictures on disk: from a job of the command line to PNG files that tell how they were made."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from sdfast import __version__
+from sdfast.errors import RequestError
+from sdfast.infotext import Infotext, png_info
+from sdfast.manifest import Manifest, read_manifest
+from sdfast.request import Request
+from sdfast.schedulers import resolve
+
+_SIZE = re.compile(r"(\d+)x(\d+)")
+_NUMBERED = re.compile(r"(\d{5})-\d+\.png")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What `sdfast generate` was asked to draw."""
+
+    prompt: str
+    engine: Path
+    negative: str | None = None
+    steps: int = 20
+    guidance: float = 7.0
+    scheduler: str = "dpmpp_2m_karras"
+    seed: int | None = None
+    size: str | None = None
+    count: int = 1
+    clip_skip: int | None = None
+    device: str = "cpu"
+    backend: str = "engine"
+
+    def request(self, manifest: Manifest) -> Request:
+        """The checked request. Raises `RequestError`."""
+        model = manifest.model
+        match = _SIZE.fullmatch(self.size) if self.size else None
+        if self.size and match is None:
+            raise RequestError(f"size: {self.size!r} is not WIDTHxHEIGHT in pixels, such as 512x512")
+        width, height = map(int, match.groups()) if match else (model.default_width, model.default_height)
+        seed = {} if self.seed is None else {"seed": self.seed}
+        return Request.make(
+            prompts=(self.prompt,),
+            negative_prompts=(self.negative,),
+            height=height,
+            width=width,
+            num_inference_steps=self.steps,
+            scheduler=self.scheduler,
+            guidance_scale=self.guidance,
+            num_images_per_prompt=self.count,
+            clip_skip=self.clip_skip,
+            **seed,
+        )
+
+
+def draw(job: Job, output: Path | None, overwrite: bool) -> list[tuple[Path, int]]:
+    """Draw the pictures and write them; their paths and seeds. Refuses before drawing what it could not write.
+
+    output: a `.png` file (numbered when there are several pictures) or a directory; default `outputs/`.
+    """
+    manifest = read_manifest(job.engine)
+    request = job.request(manifest)
+    paths = _paths(output or Path("outputs"), request, overwrite)
+    images, cut = _images(job, request)
+    if cut:
+        print(f"sdfast: the prompt is longer than the text encoder reads; left out: {cut!r}")
+    for path, seed, image in zip(paths, request.seeds, images, strict=True):
+        _save(image, path, _infotext(request, manifest, seed), overwrite)
+    return list(zip(paths, request.seeds, strict=True))
+
+
+def _images(job: Job, request: Request) -> tuple[list[Image.Image], str]:
+    if job.backend == "diffusers":
+        from sdfast.validation.reference import draw_reference
+
+        return draw_reference(job.engine, request, job.device), ""
+    from sdfast.pipeline import Pipeline
+
+    output = Pipeline.from_engine(job.engine, job.device).generate(request)
+    return output.images, output.truncated[0]
+
+
+def _paths(output: Path, request: Request, overwrite: bool) -> list[Path]:
+    """Where each picture goes. Raises `RequestError` for files that are there, unless `overwrite`."""
+    if output.suffix.lower() != ".png":
+        first = _next_number(output)
+        return [output / f"{first + i:05d}-{seed}.png" for i, seed in enumerate(request.seeds)]
+    paths = [output]
+    if request.images > 1:
+        paths = [output.with_stem(f"{output.stem}-{i + 1}") for i in range(request.images)]
+    there = [str(path) for path in paths if path.exists()]
+    if there and not overwrite:
+        raise RequestError(f"{', '.join(there)}: already there; give another -o, or --overwrite")
+    return paths
+
+
+def _next_number(folder: Path) -> int:
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return 1 + max((int(m[1]) for m in map(_NUMBERED.fullmatch, names) if m), default=0)
+
+
+def _infotext(request: Request, manifest: Manifest, seed: int) -> Infotext:
+    sampler = resolve(request.scheduler or "")
+    weights = manifest.checkpoint.weights
+    digest = next(value for name, value in sorted(weights.items()) if name.startswith("unet/"))
+    return Infotext(
+        prompt=request.prompts[0],
+        negative_prompt=request.negative_prompts[0] or "",
+        steps=request.num_inference_steps or 0,
+        sampler=sampler.sampler,
+        schedule_type=sampler.schedule_type,
+        cfg_scale=request.guidance_scale,
+        seed=seed,
+        width=request.width,
+        height=request.height,
+        model=manifest.name,
+        model_hash=digest[:10],
+        version=f"sdfast {__version__}",
+        extra={} if request.clip_skip is None else {"Clip skip": str(request.clip_skip + 1)},
+    )
+
+
+def _save(image: Image.Image, path: Path, infotext: Infotext, overwrite: bool) -> None:
+    """Write the PNG whole or not at all; a file that appeared meanwhile is not replaced unasked."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(part, format="PNG", pnginfo=png_info(infotext))
+        if overwrite:
+            part.replace(path)
+        else:
+            os.link(part, path)
+    except FileExistsError:
+        raise RequestError(f"{path}: already there; give another -o, or --overwrite") from None
+    except OSError as error:
+        raise RequestError(
+            f"{path}: cannot be written ({error.strerror or error}); give another -o"
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,421 @@
+"""prompt → picture: the whole way, in the order in which it happens.
+
+`Pipeline` takes the call that diffusers' pipelines take. What it does not support it refuses by name.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from sdfast.engine import Engine
+from sdfast.errors import NumericalError, RequestError
+from sdfast.loop import Row, Rows
+from sdfast.noise import OwnNoise, SharedNoise, generator
+from sdfast.prompts import Prompts, PromptState
+from sdfast.request import Request
+from sdfast.schedulers import Schedule, own_config, schedule
+
+DEFAULT_STEPS = 50  # as in diffusers
+
+StepCallback = Callable[[Any, int, float, dict[str, torch.Tensor]], Mapping[str, torch.Tensor] | None]
+
+
+@dataclass(frozen=True)
+class Scheduler:
+    """The scheduler a pipeline will use: a diffusers class name and its config."""
+
+    name: str
+    config: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class PipelineOutput:
+    """What a call gives.
+
+    images: PIL images; or [n, H, W, 3] float32 in [0, 1] ("np"); or a tensor [n, 3, H, W] ("pt"); or the
+    latents [n, C, h, w] ("latent").
+    seeds: one for each picture; `None` when the caller's generators or latents were used.
+    truncated: the text that was cut from each prompt, "" for none.
+    """
+
+    images: Any
+    seeds: tuple[int, ...] | None
+    truncated: tuple[str, ...]
+    nsfw_content_detected: None = None  # sdfast runs no safety checker
+
+
+@dataclass(frozen=True)
+class Given:
+    """Tensors that a caller may give in place of what the pipeline would make."""
+
+    generators: torch.Generator | Sequence[torch.Generator] | None = None
+    latents: torch.Tensor | None = None
+    prompt_embeds: torch.Tensor | None = None
+    negative_prompt_embeds: torch.Tensor | None = None
+    pooled_prompt_embeds: torch.Tensor | None = None
+    negative_pooled_prompt_embeds: torch.Tensor | None = None
+
+
+class Pipeline:
+    """Text to image on one engine.
+
+    >>> pipe = Pipeline.from_engine("engines/landscapes")
+    >>> image = pipe("a cabin in misty mountains, watercolor style", seed=42).images[0]
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        if engine.manifest.model.in_channels != engine.manifest.model.latent_channels:
+            raise RequestError(
+                f"this engine's U-Net takes {engine.manifest.model.in_channels} channels (inpainting); "
+                "text to image needs one that takes the latents alone"
+            )
+        self.engine = engine
+        self.prompts = Prompts(engine)
+        name = str(engine.scheduler_config.get("_class_name", "DDIMScheduler"))
+        self._scheduler = Scheduler(name, engine.scheduler_config)
+        self._progress: dict[str, Any] = {"disable": None}
+        self._interrupt = False
+
+    @classmethod
+    def from_engine(
+        cls, folder: str | Path, device: str | torch.device = "cpu", *, threads: int | None = None
+    ) -> Self:
+        """Open the engine in `folder`; see `Engine.open`."""
+        return cls(Engine.open(folder, device, threads=threads))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        checkpoint: str | Path,
+        *,
+        torch_dtype: torch.dtype = torch.float32,
+        revision: str | None = None,
+        backend: str = "onnx",
+        **refused: Any,
+    ) -> Self:
+        """A pipeline for a checkpoint (Hub id, diffusers folder, single file, or "landscapes").
+
+        The engine is exported on first use into the cache (`SDFAST_CACHE`, by default
+        `~/.cache/sdfast/engines`), which is said, and opened from there after that.
+        """
+        from sdfast.export.cache import cached_engine
+
+        _refuse(refused, "from_pretrained", neutral={"use_safetensors": True, "safety_checker": None})
+        folder = cached_engine(checkpoint, dtype=torch_dtype, revision=revision, backend=backend)
+        return cls.from_engine(folder)
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move to `device` ("cpu", "cuda", "cuda:1"): the engine's modules are loaded anew there."""
+        target = torch.device(device)
+        if target != self.engine.device:
+            engine = self.engine
+            self.engine = Engine(engine.folder, engine.manifest, target)
+            self.prompts = Prompts(self.engine)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.engine.device
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """The scheduler of calls that name none. Set it to a name or to a diffusers scheduler object."""
+        return self._scheduler
+
+    @scheduler.setter
+    def scheduler(self, value: Any) -> None:
+        if isinstance(value, str):
+            self._scheduler = Scheduler(value, self.engine.scheduler_config)
+        elif isinstance(value, Scheduler):
+            self._scheduler = value
+        elif hasattr(value, "config"):
+            self._scheduler = Scheduler(type(value).__name__, own_config(value))
+        else:
+            raise RequestError(f"{value!r} is not a scheduler: give a name or a diffusers scheduler object")
+        self._schedule(steps=1)  # names what is not supported here rather than in the middle of a call
+
+    def set_progress_bar_config(self, **options: Any) -> None:
+        """Options of the tqdm progress bar, as in diffusers (`disable=True` hides it)."""
+        self._progress = options
+
+    @property
+    def interrupt(self) -> bool:
+        """Set to True in a step callback to stop after that step."""
+        return self._interrupt
+
+    @interrupt.setter
+    def interrupt(self, value: bool) -> None:
+        self._interrupt = value
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        timesteps: Sequence[int] | None = None,
+        sigmas: Sequence[float] | None = None,
+        guidance_scale: float = 7.5,
+        negative_prompt: str | Sequence[str] | None = None,
+        num_images_per_prompt: int = 1,
+        eta: float = 0.0,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        pooled_prompt_embeds: torch.Tensor | None = None,
+        negative_pooled_prompt_embeds: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        guidance_rescale: float = 0.0,
+        clip_skip: int | None = None,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        *,
+        seed: int | None = None,
+        scheduler: str | None = None,
+        **refused: Any,
+    ) -> Any:
+        """Draw pictures. The arguments are those of diffusers' `StableDiffusionPipeline.__call__`; beyond them:
+
+        seed: image i gets its own generator, seeded with seed + i (default: a random seed, told in the
+            output). `scheduler`: for this call only, by diffusers, AUTOMATIC1111 or short name.
+
+        Sizes are in pixels. Returns a `PipelineOutput`, or (images, None) with `return_dict=False`.
+        """
+        _refuse(refused, "the call")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise RequestError(f"output_type: {output_type!r} is not one of 'pil', 'np', 'pt', 'latent'")
+        if list(callback_on_step_end_tensor_inputs) != ["latents"]:
+            raise RequestError(
+                f"callback_on_step_end_tensor_inputs: {list(callback_on_step_end_tensor_inputs)}, but a step "
+                "callback gets and may change ['latents'] only"
+            )
+        if seed is not None and generator is not None:
+            raise RequestError("give seed or generator, not both")
+        given = Given(
+            generator,
+            latents,
+            prompt_embeds,
+            negative_prompt_embeds,
+            pooled_prompt_embeds,
+            negative_pooled_prompt_embeds,
+        )
+        if timesteps is not None or sigmas is not None:
+            num_inference_steps = None  # their length is the number of steps, as in diffusers
+        elif num_inference_steps is None:
+            num_inference_steps = DEFAULT_STEPS
+        model = self.engine.manifest.model
+        fields = {
+            **_texts(prompt, negative_prompt, prompt_embeds),
+            "height": model.default_height if height is None else height,
+            "width": model.default_width if width is None else width,
+            "num_inference_steps": num_inference_steps,
+            "timesteps": timesteps,
+            "sigmas": sigmas,
+            "scheduler": scheduler,
+            "guidance_scale": float(guidance_scale),
+            "guidance_rescale": float(guidance_rescale),
+            "eta": float(eta),
+            "num_images_per_prompt": num_images_per_prompt,
+            "clip_skip": clip_skip,
+        }
+        if seed is not None:
+            fields["seed"] = seed
+        output = self.generate(Request.make(**fields), given, output_type, callback_on_step_end)
+        return output if return_dict else (output.images, None)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        request: Request,
+        given: Given | None = None,
+        output_type: str = "pil",
+        callback: StepCallback | None = None,
+    ) -> PipelineOutput:
+        """Draw what `request` asks for: encode, denoise, decode."""
+        given = given or Given()
+        self.engine.check_size(request.height, request.width)
+        plan = self._schedule_of(request)
+        positive, negative, truncated = self._encode(request, given)
+        rows = self._rows(request, given, plan, positive, negative)
+        latents = self._denoise(rows, plan, callback)
+        images = latents if output_type == "latent" else self._decode(latents, request)
+        own_seeds = given.generators is None and given.latents is None
+        return PipelineOutput(_as(images, output_type), request.seeds if own_seeds else None, truncated)
+
+    def _schedule_of(self, request: Request) -> Schedule:
+        return self._schedule(
+            request.num_inference_steps, request.timesteps, request.sigmas, request.eta, request.scheduler
+        )
+
+    def _schedule(
+        self,
+        steps: int | None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        eta: float = 0.0,
+        name: str | None = None,
+    ) -> Schedule:
+        chosen = Scheduler(name, self.engine.scheduler_config) if name else self._scheduler
+        return schedule(
+            chosen.name,
+            chosen.config,
+            num_inference_steps=steps,
+            timesteps=timesteps,
+            sigmas=sigmas,
+            eta=eta,
+        )
+
+    def _encode(
+        self, request: Request, given: Given
+    ) -> tuple[PromptState, PromptState | None, tuple[str, ...]]:
+        """The prompts' states, one line a picture, and those of the negative prompts when guidance is on."""
+        if given.prompt_embeds is not None:
+            positive = self.prompts.from_embeds(given.prompt_embeds, given.pooled_prompt_embeds)
+            truncated: tuple[str, ...] = ("",) * len(request.prompts)
+        else:
+            positive, truncated = self.prompts.encode(request.prompts, request.clip_skip)
+        negative = None
+        if self._guided(request):
+            if given.negative_prompt_embeds is not None:
+                negative = self.prompts.from_embeds(
+                    given.negative_prompt_embeds, given.negative_pooled_prompt_embeds
+                )
+            else:
+                negative = self.prompts.encode_negative(request.negative_prompts)
+        count = request.num_images_per_prompt
+        return positive.repeat(count), negative.repeat(count) if negative else None, truncated
+
+    def _guided(self, request: Request) -> bool:
+        # An LCM takes the guidance as an embedding instead.
+        return request.guidance_scale > 1 and self.engine.manifest.model.guidance_embedding is None
+
+    def _rows(
+        self,
+        request: Request,
+        given: Given,
+        plan: Schedule,
+        positive: PromptState,
+        negative: PromptState | None,
+    ) -> list[Row]:
+        noise = self._noise(request, given)
+        latents = self._first_latents(request, given, noise) * plan.init_noise_sigma
+        told = self.prompts.conditionings(positive, plan, request)
+        told_negative = self.prompts.conditionings(negative, plan, request) if negative else None
+        return [
+            Row(
+                schedule=plan,
+                latents=latents[i],
+                positive=told[i],
+                negative=told_negative[i] if told_negative else None,
+                guidance=request.guidance_scale,
+                noise=noise.of_row(i),
+                guidance_rescale=request.guidance_rescale,
+            )
+            for i in range(request.images)
+        ]
+
+    def _latent_shape(self, request: Request) -> tuple[int, int, int]:
+        model = self.engine.manifest.model
+        factor = model.vae_scale_factor
+        return model.latent_channels, request.height // factor, request.width // factor
+
+    def _noise(self, request: Request, given: Given) -> OwnNoise | SharedNoise:
+        shape, source = self._latent_shape(request), given.generators
+        if source is None:
+            return OwnNoise([generator(seed) for seed in request.seeds], shape)
+        if isinstance(source, torch.Generator):
+            return SharedNoise(source, request.images, shape)
+        if len(source) != request.images:
+            raise RequestError(f"{len(source)} generators for {request.images} pictures; give one for each")
+        return OwnNoise(source, shape) if len(source) > 1 else SharedNoise(source[0], 1, shape)
+
+    def _first_latents(self, request: Request, given: Given, noise: OwnNoise | SharedNoise) -> torch.Tensor:
+        """Unit noise [n, C, h, w] float32: drawn, or the caller's."""
+        if given.latents is None:
+            return noise.initial().to(self.device)
+        expected = (request.images, *self._latent_shape(request))
+        if tuple(given.latents.shape) != expected:
+            raise RequestError(f"latents: shape {tuple(given.latents.shape)}, but {expected} is needed")
+        if not bool(torch.isfinite(given.latents).all()):
+            raise RequestError("latents: hold values that are not finite numbers")
+        return given.latents.to(self.device, torch.float32)
+
+    def _denoise(self, rows: list[Row], plan: Schedule, callback: StepCallback | None) -> torch.Tensor:
+        """The loop: latents [n, C, h, w] float32."""
+        _, h, w = rows[0].latents.shape
+        factor = self.engine.manifest.model.vae_scale_factor
+        running = Rows(self.engine, rows, h * factor, w * factor)
+        self._interrupt = False
+        for k in tqdm(range(len(plan)), **self._progress):
+            running.tick()
+            if callback is not None:
+                changed = callback(self, k, float(plan.timesteps[k]), {"latents": running.latents})
+                if changed and "latents" in changed:
+                    running.latents = changed["latents"]
+            if self._interrupt:
+                break
+        running.check()
+        return running.latents
+
+    def _decode(self, latents: torch.Tensor, request: Request) -> torch.Tensor:
+        """latents [n, C, h, w] → pictures [n, 3, H, W] float32 in [0, 1]."""
+        given = {"latents": latents.to(self.engine.dtype)}
+        images = self.engine.call("vae_decoder", given, request.height, request.width)["image"].float()
+        if not bool(torch.isfinite(images).all()):
+            raise NumericalError("the VAE's picture is not finite: export the engine in fp32")
+        return images
+
+
+class StableDiffusionPipeline(Pipeline):
+    """The drop-in for diffusers' class of this name."""
+
+
+class StableDiffusionXLPipeline(Pipeline):
+    """The drop-in for diffusers' class of this name."""
+
+
+def _texts(
+    prompt: str | Sequence[str] | None,
+    negative: str | Sequence[str] | None,
+    embeds: torch.Tensor | None,
+) -> dict[str, Any]:
+    """The prompts and one negative prompt for each."""
+    if (prompt is None) == (embeds is None):
+        raise RequestError("give prompt or prompt_embeds, one of them")
+    if embeds is not None:
+        prompts: tuple[Any, ...] = ("",) * len(embeds)
+    else:
+        prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt or ())
+    if negative is None or isinstance(negative, str):
+        return {"prompts": prompts, "negative_prompts": (negative,) * len(prompts)}
+    return {"prompts": prompts, "negative_prompts": tuple(negative)}
+
+
+def _refuse(given: Mapping[str, Any], where: str, neutral: Mapping[str, Any] | None = None) -> None:
+    """Raises `RequestError` for arguments that ask for something: `None` and neutral values pass."""
+    neutral = neutral or {}
+    asked = [n for n, value in given.items() if value is not None and neutral.get(n, ...) != value]
+    if asked:
+        raise RequestError(
+            f"{', '.join(asked)}: not supported by {where} of sdfast; leave it out, or use diffusers"
+        )
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Pictures [n, 3, H, W] in [0, 1] as [n, H, W, 3] uint8, rounded as diffusers rounds."""
+    return images.mul(255).round_().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def _as(images: torch.Tensor, output_type: str) -> Any:
+    if output_type in ("pt", "latent"):
+        return images
+    if output_type == "np":
+        return images.permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(array) for array in to_uint8(images).cpu().numpy()]

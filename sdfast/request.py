@@ -1,0 +1,132 @@
+"""One generation request: the only place where what a caller asks for is checked."""
+
+import math
+import secrets
+from collections.abc import Mapping
+from typing import Any, Self
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from sdfast.errors import RequestError
+
+MAX_PROMPT = 32_768  # characters
+MAX_STEPS = 1_000
+MAX_IMAGES = 128  # of one request
+MAX_SIDE = 8_192  # pixels
+SEED_LIMIT = 2**64
+
+
+class Request(BaseModel):
+    """What to draw. Every field is checked; unknown fields are refused.
+
+    `seed` gives image i of the request the generator of seed + i; `None` picks one at random when the request
+    is made, so that it can always be told. `num_inference_steps`, `timesteps` and `sigmas` are alternatives.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    prompts: tuple[str, ...] = Field(min_length=1)
+    negative_prompts: tuple[str | None, ...]
+    height: int = Field(ge=8, le=MAX_SIDE)  # pixels
+    width: int = Field(ge=8, le=MAX_SIDE)  # pixels
+    num_inference_steps: int | None = Field(default=None, ge=1, le=MAX_STEPS)
+    timesteps: tuple[float, ...] | None = None
+    sigmas: tuple[float, ...] | None = None
+    scheduler: str | None = None
+    guidance_scale: float = 7.5
+    guidance_rescale: float = Field(default=0.0, ge=0.0, le=1.0)
+    eta: float = Field(default=0.0, ge=0.0, le=1.0)
+    num_images_per_prompt: int = Field(default=1, ge=1, le=MAX_IMAGES)
+    clip_skip: int | None = Field(default=None, ge=0, le=64)
+    seed: int = Field(default_factory=lambda: secrets.randbelow(2**32), ge=0, lt=SEED_LIMIT)
+
+    @classmethod
+    def make(cls, **fields: Any) -> Self:
+        """A checked request. Raises `RequestError` naming the field, what was given, and what is allowed."""
+        given = {name: _plain(value) for name, value in fields.items()}
+        try:
+            return cls(**given)
+        except ValidationError as error:
+            raise RequestError(_explain(error)) from None
+
+    @property
+    def images(self) -> int:
+        """How many pictures are asked for in all."""
+        return len(self.prompts) * self.num_images_per_prompt
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """One seed for each picture."""
+        return tuple(self.seed + i for i in range(self.images))
+
+    @field_validator("prompts", "negative_prompts")
+    @classmethod
+    def _drawable(cls, texts: tuple[str | None, ...]) -> tuple[str | None, ...]:
+        for text in texts:
+            if text is not None:
+                _check_text(text)
+        return texts
+
+    @field_validator("height", "width")
+    @classmethod
+    def _multiple_of_eight(cls, side: int) -> int:
+        if side % 8:
+            low = side // 8 * 8
+            raise ValueError(f"must be a multiple of 8; the nearest are {low} and {low + 8}")
+        return side
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        given = [n for n in ("num_inference_steps", "timesteps", "sigmas") if getattr(self, n) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"give exactly one of num_inference_steps, timesteps, sigmas (got {given or 'none'})"
+            )
+        if len(self.negative_prompts) != len(self.prompts):
+            raise ValueError(
+                f"{len(self.negative_prompts)} negative prompts for {len(self.prompts)} prompts; "
+                "give one for each, or a single one for all"
+            )
+        if self.images > MAX_IMAGES:
+            raise ValueError(f"{self.images} pictures in one request; at most {MAX_IMAGES}")
+        if self.seed + self.images > SEED_LIMIT:
+            raise ValueError(f"seed {self.seed} leaves no seeds below 2**64 for {self.images} pictures")
+        return self
+
+
+def _check_text(text: str) -> None:
+    if len(text) > MAX_PROMPT:
+        raise ValueError(f"{len(text)} characters; at most {MAX_PROMPT}")
+    if "\0" in text:
+        raise ValueError("holds a NUL character; remove it")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("holds a lone surrogate, which is not text; remove it") from None
+
+
+def _plain(value: Any) -> Any:
+    """Numpy scalars and lists as the strict schema wants them; everything else as it is."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, (list, np.ndarray)):
+        return tuple(_plain(item) for item in value)
+    return value
+
+
+def _explain(error: ValidationError) -> str:
+    first: Mapping[str, Any] = error.errors()[0]
+    message = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:
+        return message
+    given = first["input"]
+    shown = (
+        repr(given)
+        if not isinstance(given, (str, tuple)) or len(repr(given)) < 60
+        else repr(given)[:57] + "…"
+    )
+    field = ".".join(str(part) for part in first["loc"])
+    if isinstance(given, float) and not math.isfinite(given):
+        message = "must be a finite number"
+    return f"{field}: {message} (got {shown})"
