@@ -1,0 +1,187 @@
+"""The text inside a picture that says how it was made, in the form that AUTOMATIC1111 made common.
+
+    a cabin in misty mountains
+    Negative prompt: blurry
+    Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7, Seed: 42, Size: 512x512
+
+The prompts stand as they are, over as many lines as they have; the last line holds the settings. A value with
+a comma, a colon or a line break in it is quoted as JSON quotes it. One thing the form cannot say: a prompt
+with a line that starts with "Negative prompt:" reads back as if its negative prompt began there.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
+
+from sdfast.errors import RequestError
+
+PNG_KEY = "parameters"
+_NEGATIVE = "Negative prompt:"
+_KEY = r"\w[\w \-/]+"
+_SETTING = re.compile(rf'\s*({_KEY}):\s*("(?:\\.|[^\\"])*"|[^,]*)\s*(?:,|$)')
+_FEWEST_SETTINGS = 3
+"""So many there must be before a line that does not start with Steps is taken for settings, not prompt."""
+
+_NAMES = {
+    "Steps": "steps",
+    "Sampler": "sampler",
+    "Schedule type": "schedule_type",
+    "CFG scale": "cfg_scale",
+    "Seed": "seed",
+    "Model hash": "model_hash",
+    "Model": "model",
+    "Version": "version",
+}
+_NUMBERS = {"steps": int, "seed": int, "cfg_scale": float}
+
+
+@dataclass(frozen=True)
+class Infotext:
+    """How a picture was made; None where it is not known. `str()` is the text, `parse` its inverse.
+
+    `extra` holds any other settings by their printed name, in order, such as "Denoising strength".
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    steps: int | None = None
+    sampler: str | None = None
+    schedule_type: str | None = None
+    cfg_scale: float | None = None
+    seed: int | None = None
+    width: int | None = None
+    height: int | None = None
+    model: str | None = None
+    model_hash: str | None = None
+    version: str | None = None
+    extra: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """The text. Raises RequestError for a name in `extra` that could not be read back."""
+        lines = [self.prompt] if self.prompt else []
+        if self.negative_prompt:
+            lines.append(f"{_NEGATIVE} {self.negative_prompt}")
+        settings = ", ".join(f"{name}: {_quote(value)}" for name, value in self._settings().items())
+        return "\n".join([*lines, settings] if settings else lines)
+
+    def _settings(self) -> dict[str, str]:
+        """The settings that are known, by printed name, in the customary order."""
+        wrong = [name for name in self.extra if not re.fullmatch(_KEY, name) or name in {*_NAMES, "Size"}]
+        if wrong:
+            raise RequestError(
+                f"extra: {wrong[0]!r} cannot name a setting; use letters, digits, spaces, - and /, at least "
+                "two, and none of the names that have a field"
+            )
+        size = f"{self.width}x{self.height}" if self.width is not None and self.height is not None else None
+        known = {
+            "Steps": self.steps,
+            "Sampler": self.sampler,
+            "Schedule type": self.schedule_type,
+            "CFG scale": None if self.cfg_scale is None else _number(self.cfg_scale),
+            "Seed": self.seed,
+            "Size": size,
+            "Model hash": self.model_hash,
+            "Model": self.model,
+            **self.extra,
+            "Version": self.version,
+        }
+        return {name: str(value) for name, value in known.items() if value is not None}
+
+
+def parse(text: str) -> Infotext:
+    """Read an infotext, this program's or another's. Text without a line of settings is a prompt alone.
+
+    A known setting whose value is not of its type is kept in `extra` as it stands.
+    """
+    prompts, _, last = text.rstrip().rpartition("\n")
+    settings = _parse_settings(last)
+    lines = (prompts if settings else text).split("\n")
+    start = next((i for i, line in enumerate(lines) if line.startswith(_NEGATIVE)), len(lines))
+    negative = "\n".join(lines[start:]).removeprefix(_NEGATIVE).removeprefix(" ")
+    fields: dict[str, str | int | float] = {}
+    extra = {name: value for name, value in settings.items() if not _assign(fields, name, value)}
+    return Infotext("\n".join(lines[:start]), negative, extra=extra, **fields)  # type: ignore[arg-type]
+
+
+def png_info(infotext: Infotext) -> PngImagePlugin.PngInfo:
+    """The text as PNG metadata, for `Image.save(pnginfo=...)`: tEXt, or iTXt where Latin-1 is not enough."""
+    text = str(infotext)
+    info = PngImagePlugin.PngInfo()
+    try:
+        info.add_text(PNG_KEY, text)
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"prompt {infotext.prompt!r:.80} is not valid Unicode text; remove its lone surrogates"
+        ) from error
+    return info
+
+
+def read(path: str | Path) -> Infotext:
+    """The infotext in a PNG file. Raises RequestError when there is no such file, PNG or text."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            text = image.info.get(PNG_KEY)
+    except UnidentifiedImageError as error:
+        raise RequestError(f"{path} is not a PNG picture; infotexts are read from PNG only") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise RequestError(f"{path} cannot be read ({error})") from error
+    if not isinstance(text, str):
+        raise RequestError(f"{path} holds no infotext (no PNG text {PNG_KEY!r}); it was saved without")
+    return parse(text)
+
+
+def _number(value: float) -> str:
+    """A number without a trailing .0."""
+    return str(int(value)) if float(value).is_integer() else repr(value)
+
+
+def _quote(value: str) -> str:
+    """A value that would not read back as it stands, as a JSON string."""
+    plain = value == value.strip() and not re.search(r'[,:\n]|^"', value)
+    return value if plain else json.dumps(value, ensure_ascii=False)
+
+
+def _unquote(value: str) -> str:
+    """The value that was quoted; one that only looks quoted stays as it is."""
+    value = value.strip()
+    if value.startswith('"') and value.endswith('"') and len(value) > 1:
+        try:
+            return str(json.loads(value))
+        except ValueError:
+            return value
+    return value
+
+
+def _parse_settings(line: str) -> dict[str, str]:
+    """The settings in a line, by name; none when the line is not made of settings from end to end."""
+    settings: dict[str, str] = {}
+    position = 0
+    while position < len(line):
+        match = _SETTING.match(line, position)
+        if not match:
+            return {}
+        settings[match.group(1)] = _unquote(match.group(2))
+        position = match.end()
+    enough = len(settings) >= _FEWEST_SETTINGS or line.startswith("Steps:")
+    return settings if enough else {}
+
+
+def _assign(fields: dict[str, str | int | float], name: str, value: str) -> bool:
+    """Put a setting into its field; False when it has none, or is not of the field's type."""
+    if name == "Size":
+        size = re.fullmatch(r"(\d{1,9})x(\d{1,9})", value)
+        if size:
+            fields["width"], fields["height"] = int(size[1]), int(size[2])
+        return size is not None
+    target = _NAMES.get(name)
+    if target is None:
+        return False
+    try:
+        fields[target] = _NUMBERS[target](value) if target in _NUMBERS else value
+    except ValueError:
+        return False
+    return True
