@@ -1,0 +1,234 @@
+"""Noise levels: betas, spacings, Karras sigmas.
+
+The noise levels of a checkpoint are data, and diffusers holds that data in float32: a table of cumulative
+alphas ᾱ, from which it reads everything else. 1 - ᾱ is small at the clean end, so that the rounding of ᾱ is
+visible in the picture (3.5e-5 of σ_min for Stable Diffusion). This module therefore makes the same float32
+numbers as diffusers; what is computed *from* them, elsewhere, is float64.
+"""
+
+import math
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdfast.errors import RequestError
+from sdfast.schedulers.config import DPMSolverConfig, EulerAncestralConfig, EulerConfig, Run, SchedulerConfig
+from sdfast.schedulers.table import Floats
+
+Float32s = NDArray[np.float32]
+
+ZERO_SNR_ALPHA = np.float32(2**-24)  # diffusers' stand-in for ᾱ_T = 0, so that σ_T is finite
+
+
+@lru_cache(maxsize=64)
+def alphas_cumprod(
+    T: int,
+    beta_start: float,
+    beta_end: float,
+    beta_schedule: str,
+    trained_betas: tuple[float, ...] | None,
+    zero_snr: bool,
+) -> Float32s:
+    """ᾱ_t = ∏ (1 - β_s), s ≤ t (Ho et al. 2020, eq. 4), bit for bit diffusers' table: [T] float32."""
+    if trained_betas is not None:
+        betas = np.array(trained_betas, np.float32)
+    elif beta_schedule == "linear":
+        betas = _linspace32(beta_start, beta_end, T)
+    elif beta_schedule == "scaled_linear":
+        betas = _linspace32(beta_start**0.5, beta_end**0.5, T) ** 2
+    else:
+        betas = _cosine_betas(T)
+    if zero_snr:
+        betas = _zero_terminal_snr(betas)
+    table = _cumprod32(1 - betas)
+    table.setflags(write=False)
+    return table
+
+
+def sigmas_of(alpha_bar: Float32s) -> Float32s:
+    """σ_t = √((1 - ᾱ_t) / ᾱ_t), the noise level in variance-exploding units: [T] float32, rising with t."""
+    sigmas: Float32s = np.sqrt((1 - alpha_bar) / alpha_bar)
+    return sigmas
+
+
+def alpha_bar_at(config: SchedulerConfig, t: Floats) -> Floats:
+    """ᾱ at whole timesteps: [K] float64. Raises RequestError for a timestep that was never trained."""
+    table = _alphas_cumprod(config)
+    outside = t[(t < 0) | (t >= len(table))]
+    if len(outside):
+        raise RequestError(
+            f"{config.scheduler}: {len(t)} steps with timestep_spacing={config.timestep_spacing!r} and"
+            f" steps_offset={config.steps_offset} would need timestep {outside[0]:g}; the model knows 0 to"
+            f" {len(table) - 1}. Take another number of steps or another timestep_spacing"
+        )
+    return table[t.astype(np.intp)].astype(np.float64)
+
+
+def ddpm_timesteps(config: SchedulerConfig, run: Run) -> Floats:
+    """The timesteps of DDPM and DDIM, falling and whole: [K] float64."""
+    if run.timesteps is not None:
+        return np.array(run.timesteps)
+    return spaced(config.timestep_spacing, run.steps, config.num_train_timesteps, config.steps_offset).round()
+
+
+def euler_levels(config: EulerConfig | EulerAncestralConfig, run: Run) -> tuple[Floats, Floats]:
+    """Timesteps [K] and noise levels [K + 1] of Euler and Euler ancestral: float32 numbers in float64."""
+    sigmas = sigmas_of(sigma_alphas(config))
+    if run.sigmas is not None:
+        given = np.array(run.sigmas, np.float32)
+        return _as_float32(sigma_to_t(given[:-1], np.log(sigmas))), given.astype(np.float64)
+    t = _euler_timesteps(config, run)
+    levels = np.interp(t, np.arange(len(sigmas)), sigmas)
+    if isinstance(config, EulerAncestralConfig):
+        return t, _as_float32(np.append(levels, 0.0))
+    if config.use_karras_sigmas:
+        levels = _karras_levels(config, levels[-1], levels[0], run.steps)
+        t = _as_float32(sigma_to_t(levels, np.log(sigmas)))
+    return t, _as_float32(np.append(levels, _final_sigma(config, sigmas)))
+
+
+def dpm_levels(config: DPMSolverConfig, run: Run) -> tuple[Floats, Floats]:
+    """Timesteps [K], whole, and noise levels σ/α [K + 1] of DPM-Solver, both float64."""
+    sigmas = sigmas_of(sigma_alphas(config))
+    if config.use_karras_sigmas:
+        levels = _karras_levels(config, sigmas[0], sigmas[-1], run.steps)
+        t = sigma_to_t(levels, np.log(sigmas))
+        t = t if config.beta_schedule == "squaredcos_cap_v2" else t.round()
+        t = np.trunc(t)  # diffusers casts to int64
+    else:
+        t = _dpm_timesteps(config, sigmas, run)
+        levels = np.interp(t, np.arange(len(sigmas)), sigmas)
+    levels = _as_float32(np.append(levels, _final_sigma(config, sigmas)))
+    if not (np.diff(levels[:-1]) < 0).all() or levels[-1] > levels[-2]:
+        raise RequestError(
+            f"{config.scheduler}: {len(t)} steps do not fit the noise levels of this model with"
+            f" timestep_spacing={config.timestep_spacing!r}: two of them fall together. Take fewer steps"
+        )
+    return t, levels
+
+
+def _euler_timesteps(config: SchedulerConfig, run: Run) -> Floats:
+    if run.timesteps is not None:
+        return _as_float32(np.array(run.timesteps))
+    return _as_float32(
+        spaced(config.timestep_spacing, run.steps, config.num_train_timesteps, config.steps_offset)
+    )
+
+
+def _dpm_timesteps(config: DPMSolverConfig, sigmas: Float32s, run: Run) -> Floats:
+    if run.timesteps is not None:
+        return np.array(run.timesteps)
+    T = config.num_train_timesteps
+    last = T - int(np.searchsorted(-np.log(sigmas[::-1]), config.lambda_min_clipped))  # λ = -log(σ/α)
+    if last < 1:
+        raise RequestError(f"lambda_min_clipped={config.lambda_min_clipped:g} leaves no timestep; lower it")
+    return spaced_open(config.timestep_spacing, run.steps, T, last, config.steps_offset)
+
+
+def _karras_levels(
+    config: EulerConfig | DPMSolverConfig, lowest: float, highest: float, steps: int
+) -> Floats:
+    """Karras levels between the model's own lowest and highest, where the config does not set them."""
+    sigma_min = float(lowest) if config.sigma_min is None else config.sigma_min
+    sigma_max = float(highest) if config.sigma_max is None else config.sigma_max
+    return karras(sigma_min, sigma_max, steps)
+
+
+def _final_sigma(config: EulerConfig | DPMSolverConfig, sigmas: Float32s) -> float:
+    return 0.0 if config.final_sigmas_type == "zero" else float(sigmas[0])
+
+
+def _alphas_cumprod(config: SchedulerConfig) -> Float32s:
+    return alphas_cumprod(
+        config.num_train_timesteps,
+        config.beta_start,
+        config.beta_end,
+        config.beta_schedule,
+        config.trained_betas,
+        config.rescale_betas_zero_snr,
+    )
+
+
+def sigma_alphas(config: SchedulerConfig) -> Float32s:
+    """ᾱ as the schedulers that divide by it use it: never quite zero."""
+    table = _alphas_cumprod(config)
+    return np.append(table[:-1], ZERO_SNR_ALPHA) if config.rescale_betas_zero_snr else table
+
+
+def _as_float32(values: Floats) -> Floats:
+    """Round to float32 where diffusers stores float32."""
+    return values.astype(np.float32).astype(np.float64)
+
+
+def _linspace32(start: float, stop: float, n: int) -> Float32s:
+    """torch.linspace in float32: from both ends to the middle, the step rounded, each value rounded."""
+    if n == 1:
+        return np.array([start], np.float32)
+    first, last = np.float32(start), np.float32(stop)
+    step = np.float64((last - first) / np.float32(n - 1))
+    up = np.float64(first) + step * np.arange(n // 2)
+    down = np.float64(last) - step * np.arange(n - n // 2 - 1, -1, -1)
+    return np.concatenate([up, down]).astype(np.float32)
+
+
+def _cosine_betas(T: int, max_beta: float = 0.999) -> Float32s:
+    """β_t = 1 - f(t + 1) / f(t), f(t) = cos²((t/T + 0.008) / 1.008 π/2) (Nichol & Dhariwal 2021, eq. 17)."""
+    f = [math.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(T + 1)]
+    return np.array([min(1 - f[t + 1] / f[t], max_beta) for t in range(T)], np.float32)
+
+
+def _zero_terminal_snr(betas: Float32s) -> Float32s:
+    """Shift and scale √ᾱ so that √ᾱ_T = 0 and √ᾱ_1 stays (Lin et al. 2023, algorithm 1), in float32."""
+    root = np.sqrt(_cumprod32(1 - betas))
+    first, last = root[0], root[-1]
+    root = (root - last) * (first / (first - last))
+    alpha_bar = root**2
+    alphas: Float32s = np.concatenate([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
+    return 1 - alphas
+
+
+def _cumprod32(alphas: Float32s) -> Float32s:
+    """torch.cumprod of float32 on a CPU: the product is kept in float64, each value rounded once."""
+    return np.cumprod(alphas, dtype=np.float64).astype(np.float32)
+
+
+def spaced(spacing: str, steps: int, T: int, offset: int) -> Floats:
+    """Timesteps of DDPM, DDIM and Euler, falling (Lin et al. 2023, table 2): [K] float64.
+
+    Linspace timesteps are fractions; DDPM and DDIM round them. Everything else is whole.
+    """
+    if spacing == "linspace":
+        return np.linspace(0, T - 1, steps)[::-1]
+    if spacing == "leading":
+        return np.arange(steps - 1, -1, -1, dtype=np.float64) * (T // steps) + offset
+    return np.arange(T, 0, -T / steps).round() - 1
+
+
+def spaced_open(spacing: str, steps: int, T: int, last: int, offset: int) -> Floats:
+    """Timesteps of DPM-Solver, falling and whole: [K] float64.
+
+    One more point than steps is laid out and the lowest left out: the solver's last step goes from there to
+    the end. `last` < T cuts off the noisiest timesteps (`lambda_min_clipped`).
+    """
+    if spacing == "linspace":
+        return np.linspace(0, last - 1, steps + 1).round()[:0:-1]
+    if spacing == "leading":
+        return np.arange(steps, 0, -1, dtype=np.float64) * (last // (steps + 1)) + offset
+    return np.arange(last, 0, -T / steps).round() - 1
+
+
+def karras(sigma_min: float, sigma_max: float, steps: int, rho: float = 7.0) -> Floats:
+    """σ_i^(1/ρ) falls evenly from σ_max^(1/ρ) to σ_min^(1/ρ) (Karras et al. 2022, eq. 5): [K] float64."""
+    top, bottom = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    levels: Floats = (top + np.linspace(0, 1, steps) * (bottom - top)) ** rho
+    return levels
+
+
+def sigma_to_t(sigmas: NDArray[np.floating], log_sigmas: Float32s) -> Floats:
+    """The (fractional) timestep of each noise level, by linear interpolation in log σ: [K] float64."""
+    log_sigma = np.log(np.maximum(sigmas, 1e-10))
+    low = np.clip(np.searchsorted(log_sigmas, log_sigma, side="right") - 1, 0, len(log_sigmas) - 2)
+    w = np.clip((log_sigmas[low] - log_sigma) / (log_sigmas[low] - log_sigmas[low + 1]), 0, 1)
+    timesteps: Floats = ((1 - w) * low + w * (low + 1)).astype(np.float64)
+    return timesteps

@@ -1,0 +1,65 @@
+"""`Schedule`: a scheduler's run as a table of numbers."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdfast.errors import RequestError
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """K rows; each is one evaluation of the network and one small matrix. All arrays are read-only.
+
+    The loop that runs any schedule, with R registers that start as `[latents, 0, ...]`:
+
+        m = network(registers[0] * input_scale[k], timesteps[k])      # after guidance
+        z = randn() if draws_noise[k] else 0
+        registers = matrix[k] @ [*registers, m, z]
+
+    After row K - 1, register 0 holds the finished latents.
+
+    Attributes:
+        timesteps: [K] float64, what the network is told; the numbers of diffusers' `scheduler.timesteps`.
+        input_scale: [K] float64, diffusers' `scale_model_input`.
+        matrix: [K, R, R + 2] float64. Columns: the R registers, the guided model output m, unit noise z.
+        draws_noise: [K] bool, whether diffusers draws noise from the generator in this row. A row that
+            draws but weighs its noise with zero still has to draw, so that later rows see the same numbers.
+        init_noise_sigma: the latents start as unit noise times this.
+        scheduler: diffusers class name, "DPMSolverMultistepScheduler".
+        sampler: AUTOMATIC1111's name for it, "DPM++ 2M".
+        schedule_type: AUTOMATIC1111's name for its noise levels, "Karras".
+    """
+
+    timesteps: Floats
+    input_scale: Floats
+    matrix: Floats
+    draws_noise: NDArray[np.bool_]
+    init_noise_sigma: float
+    scheduler: str
+    sampler: str
+    schedule_type: str
+
+    def __post_init__(self) -> None:
+        finite = np.isfinite(self.matrix).all(axis=(1, 2))
+        if not finite.all():
+            k = int(np.argmin(finite))
+            raise RequestError(
+                f"{self.scheduler} has no finite coefficients for step {k + 1} of {len(self)}, timestep"
+                f" {self.timesteps[k]:g}. An epsilon model cannot start from zero terminal SNR: check"
+                " prediction_type, rescale_betas_zero_snr and the betas in the scheduler config"
+            )
+        for array in (self.timesteps, self.input_scale, self.matrix, self.draws_noise):
+            array.setflags(write=False)
+
+    def __len__(self) -> int:
+        """K: how often the network is evaluated."""
+        return len(self.timesteps)
+
+    @property
+    def registers(self) -> int:
+        """R: the latents and the history that the scheduler keeps."""
+        return int(self.matrix.shape[1])
