@@ -79,13 +79,14 @@ class Tokenizer:
 
 
 def _settings(path: Path) -> dict[str, int]:
-    """The length and the special ids, all of them there and not negative."""
+    """The length, at least that of a start, a word and an end, and the special ids."""
     try:
         settings = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise EngineError(f"{path} cannot be read ({error}); export the engine again") from error
+    least = dict.fromkeys(_SETTINGS, 0) | {"model_max_length": 3}
     if not isinstance(settings, dict) or not all(
-        type(settings.get(name)) is int and settings[name] >= 0 for name in _SETTINGS
+        type(settings.get(name)) is int and settings[name] >= least[name] for name in _SETTINGS
     ):
         raise EngineError(
             f"{path} must give {', '.join(_SETTINGS)} as whole numbers; export the engine again"

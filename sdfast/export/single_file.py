@@ -202,10 +202,10 @@ def _write_configs(configs: Mapping[str, Any], folder: Path) -> None:
         file.write_text(content if isinstance(content, str) else json.dumps(content), "utf-8")
     for tokenizer in folder.glob("tokenizer*"):
         if not any((tokenizer / name).exists() for name in ("vocab.json", "tokenizer.json")):
-            _write_clip_vocabulary(tokenizer)
+            write_clip_vocabulary(tokenizer)
 
 
-def _write_clip_vocabulary(folder: Path) -> None:
+def write_clip_vocabulary(folder: Path) -> None:
     """CLIP's vocabulary, from its merges: bytes, bytes ending a word, one token a merge, start, end."""
     merges = (resources.files("sdfast.export") / "stock" / "clip_merges.txt").read_text("utf-8")
     letters = sorted(ByteLevel.alphabet())

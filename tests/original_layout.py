@@ -1,0 +1,130 @@
+"""The way back: a diffusers folder's weights under the names of the original (LDM) single-file layout.
+
+sdfast never writes that layout. Tests need it, at any size, to read it.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+Tensors = dict[str, torch.Tensor]
+
+_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}
+_UNET_ENDS = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+_VAE_MIDDLE = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+_OPEN_CLIP = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
+_OPEN_CLIP_ENDS = {
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "final_layer_norm.weight": "ln_final.weight",
+    "final_layer_norm.bias": "ln_final.bias",
+}
+
+
+def save_original(folder: Path, file: Path, *, layers_per_block: int = 1, **extra: torch.Tensor) -> Path:
+    """Write the diffusers checkpoint in `folder` (SD 1.x, or SDXL when it has two encoders) as one file."""
+    unet = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    vae = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
+    tensors = {f"model.diffusion_model.{_unet_name(n, layers_per_block)}": t for n, t in unet.items()}
+    tensors |= {f"first_stage_model.{_vae_name(n)}": _vae_tensor(n, t) for n, t in vae.items()}
+    text = load_file(folder / "text_encoder" / "model.safetensors")
+    second = folder / "text_encoder_2" / "model.safetensors"
+    where = "conditioner.embedders.0" if second.exists() else "cond_stage_model"
+    tensors |= {f"{where}.transformer.text_model.{_bare(n)}": t for n, t in text.items()}
+    if second.exists():
+        open_clip = _open_clip(load_file(second))
+        tensors |= {f"conditioner.embedders.1.model.{n}": t for n, t in open_clip.items()}
+    save_file({n: t.contiguous() for n, t in {**tensors, **extra}.items()}, file)
+    return file
+
+
+def _bare(name: str) -> str:
+    return name.removeprefix("text_model.")
+
+
+def _unet_name(name: str, layers: int) -> str:
+    for ours, theirs in _UNET_ENDS.items():
+        if name.startswith(ours + "."):
+            return theirs + name.removeprefix(ours)
+    if match := re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d)\.(.+)", name):
+        kind, j, rest = match.groups()
+        return f"middle_block.{1 if kind == 'attentions' else 2 * int(j)}.{_resnet(kind, rest)}"
+    match = re.fullmatch(r"(down|up)_blocks\.(\d)\.(resnets|attentions|\w+samplers)\.(\d)\.(.+)", name)
+    assert match, name
+    side, block, kind, j, rest = match.groups()
+    return _block_name(side, int(block), kind, int(j), rest, layers)
+
+
+def _block_name(side: str, block: int, kind: str, j: int, rest: str, layers: int) -> str:
+    slot = {"resnets": 0, "attentions": 1}.get(kind)
+    if side == "down":
+        if slot is None:
+            return f"input_blocks.{(block + 1) * (layers + 1)}.0.{rest.replace('conv', 'op')}"
+        return f"input_blocks.{1 + block * (layers + 1) + j}.{slot}.{_resnet(kind, rest)}"
+    if slot is None:
+        return f"output_blocks.{block * (layers + 1) + layers}.2.{rest}"
+    return f"output_blocks.{block * (layers + 1) + j}.{slot}.{_resnet(kind, rest)}"
+
+
+def _resnet(kind: str, rest: str) -> str:
+    part, _, leaf = rest.partition(".")
+    return f"{_RESNET[part]}.{leaf}" if kind == "resnets" else rest
+
+
+def _vae_name(name: str) -> str:
+    name = name.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
+    name = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
+    if "mid_block.attentions.0." in name:
+        head, rest = name.split("mid_block.attentions.0.")
+        part, leaf = rest.rsplit(".", 1)
+        return f"{head}mid.attn_1.{_VAE_MIDDLE[part]}.{leaf}"
+    name = re.sub(
+        r"up_blocks\.(\d)", lambda m: f"up.{3 - int(m[1])}", name
+    )  # four levels, numbered from below
+    name = name.replace("down_blocks", "down").replace("resnets", "block")
+    return re.sub(r"(down|up)samplers\.0", r"\1sample", name)
+
+
+def _vae_tensor(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The original attention of the VAE is made of 1x1 convolutions."""
+    return tensor[:, :, None, None] if ".attentions." in name and tensor.ndim == 2 else tensor
+
+
+def _open_clip(tensors: Tensors) -> Tensors:
+    """A CLIP encoder with projection under OpenCLIP's names: Q, K, V packed, the projection transposed."""
+    out = {"text_projection": tensors["text_projection.weight"].T}
+    bare = {_bare(name): tensor for name, tensor in tensors.items()}
+    for name, tensor in bare.items():
+        if name in _OPEN_CLIP_ENDS:
+            out[_OPEN_CLIP_ENDS[name]] = tensor
+        elif match := re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name):
+            layer, part, leaf = match.groups()
+            if part in _OPEN_CLIP:
+                out[f"transformer.resblocks.{layer}.{_OPEN_CLIP[part]}.{leaf}"] = tensor
+            elif part == "self_attn.q_proj":
+                packed = [bare[f"encoder.layers.{layer}.self_attn.{p}_proj.{leaf}"] for p in "qkv"]
+                out[f"transformer.resblocks.{layer}.attn.in_proj_{leaf}"] = torch.cat(packed)
+    return out
