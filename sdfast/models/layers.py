@@ -99,8 +99,9 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = Conv3x3(channels, channels)
 
-    def forward(self, x: Tensor, height: int, width: int) -> Tensor:  # [B, C, h, w] -> [B, C, height, width]
-        y: Tensor = self.conv(ops.upsample_nearest(x, height, width))
+    def forward(self, x: Tensor, like: Tensor | None = None) -> Tensor:
+        """x [B, C, h, w] -> [B, C, H, W], the height and width of `like`, or else twice its own."""
+        y: Tensor = self.conv(ops.upsample_twice(x) if like is None else ops.upsample_nearest(x, like))
         return y
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 P = ParamSpec("P")
+NAMES: list[str] = []
 _tracing_nodes = False
 
 
@@ -33,6 +34,7 @@ def _named(definition: Callable[P, Tensor]) -> Callable[P, Tensor]:
     """Give a plain function its node; the definition also tells the tracer the shape of the result."""
     node = torch.library.custom_op(f"sdfast::{definition.__name__}", definition, mutates_args=())
     node.register_fake(definition)
+    NAMES.append(definition.__name__)
 
     @wraps(definition)
     def call(*args: P.args, **kwargs: P.kwargs) -> Tensor:
@@ -102,9 +104,15 @@ def geglu(x: Tensor) -> Tensor:
 
 
 @_named
-def upsample_nearest(x: Tensor, height: int, width: int) -> Tensor:
-    """x [B, C, h, w] -> [B, C, height, width]."""
-    return F.interpolate(x, size=(height, width), mode="nearest")
+def upsample_nearest(x: Tensor, like: Tensor) -> Tensor:
+    """x [B, C, h, w], like [..., H, W] -> [B, C, H, W]."""
+    return F.interpolate(x, size=like.shape[-2:], mode="nearest")
+
+
+@_named
+def upsample_twice(x: Tensor) -> Tensor:
+    """x [B, C, h, w] -> [B, C, 2 h, 2 w]: each pixel four times."""
+    return F.interpolate(x, size=(2 * x.shape[2], 2 * x.shape[3]), mode="nearest")
 
 
 @_named
@@ -114,6 +122,6 @@ def tokens_from_image(x: Tensor) -> Tensor:
 
 
 @_named
-def image_from_tokens(x: Tensor, height: int, width: int) -> Tensor:
-    """x [B, H W, C] -> [B, C, H, W]."""
-    return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], height, width).contiguous()
+def image_from_tokens(x: Tensor, like: Tensor) -> Tensor:
+    """x [B, H W, C], like [B, C, H, W] -> [B, C, H, W]."""
+    return x.transpose(1, 2).reshape(like.shape).contiguous()

@@ -112,7 +112,7 @@ class Transformer(nn.Module):
         h = self.proj_in(ops.tokens_from_image(self.norm(x)))
         for block in self.transformer_blocks:
             h = block(h, context)
-        return x + ops.image_from_tokens(self.proj_out(h), x.shape[2], x.shape[3])
+        return x + ops.image_from_tokens(self.proj_out(h), x)
 
 
 class Block(nn.Module):
@@ -166,7 +166,7 @@ class UpBlock(Block):
             if self.attentions:
                 x = self.attentions[i](x, context)
         for up in self.upsamplers:
-            x = up(x, skips[-1].shape[2], skips[-1].shape[3])
+            x = up(x, like=skips[-1])
         return x
 
 

@@ -90,7 +90,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
         q, k, v = self.to_qkv(ops.tokens_from_image(self.group_norm(x))).chunk(3, dim=-1)
         h = self.to_out[0](ops.attention(q, k, v, 1, True))
-        return x + ops.image_from_tokens(h, x.shape[2], x.shape[3])
+        return x + ops.image_from_tokens(h, x)
 
 
 def _resnets(config: VAEConfig, inputs: int, outputs: int, count: int) -> nn.ModuleList:
@@ -152,7 +152,7 @@ class UpLevel(Level):
     def forward(self, x: Tensor) -> Tensor:
         x = super().forward(x)
         for up in self.upsamplers:
-            x = up(x, 2 * x.shape[2], 2 * x.shape[3])
+            x = up(x)
         return x
 
 
