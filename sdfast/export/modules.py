@@ -1,6 +1,7 @@
 """The modules of an engine: what each one computes, from which weights, on which inputs, in which sizes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -228,18 +229,33 @@ def load_text_model(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> An
         )
     config = transformers.CLIPTextConfig(**component.config)
     try:
-        model = cls.from_pretrained(
-            None,
-            config=config,
-            state_dict=checkpoint.state_dict(name),
-            dtype=dtype,
-            attn_implementation="eager",
-        )
+        with _no_progress_bar():
+            model = cls.from_pretrained(
+                None,
+                config=config,
+                state_dict=checkpoint.state_dict(name),
+                dtype=dtype,
+                attn_implementation="eager",
+            )
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(
             f"{checkpoint.source}: {name}: its weights do not fit its config: {error}"
         ) from error
     return model.eval()
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """transformers shows a bar for every loaded model; an export has a display of its own."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _check_sizes(sizes: list[tuple[Span, Span]], factor: int) -> None:

@@ -1,0 +1,69 @@
+"""Compiling a module for ONNX Runtime, in every form that the recipe asks for."""
+
+from pathlib import Path
+
+from torch import nn
+
+from sdfast.engine import sha256
+from sdfast.export.modules import Form, ModuleSpec
+from sdfast.export.onnx import export_module
+from sdfast.manifest import Span, Variant
+
+
+def compile_onnx(spec: ModuleSpec, place: Path) -> list[Variant]:
+    """Write `spec` to `place` as one ONNX file a form. Forms whose weights are the same share the file on disk."""
+    network = spec.load()
+    variants = []
+    for form in spec.forms:
+        path = place / _file_name(spec, form)
+        _export(network, spec, form, path)
+        variants.append(Variant(file=path.name, batch=form.batch, height=form.height, width=form.width))
+    _share_weights([_weights(place / variant.file) for variant in variants])
+    return variants
+
+
+def _export(network: nn.Module, spec: ModuleSpec, form: Form, path: Path) -> None:
+    """One form: axes that span a range are free in the graph, the others are fixed."""
+    spans = {"batch": form.batch, "height": form.height, "width": form.width}
+    example = [span.low if span else 8 for span in spans.values()]
+    inputs = spec.inputs(*example)
+    dynamic = {}
+    for name, axes in spec.free.items():
+        free = {axis: (kind, *_bounds(spans[kind], inputs[name].shape[axis])) for axis, kind in axes.items()}
+        dynamic[name] = {axis: bounds for axis, bounds in free.items() if bounds[1] < bounds[2]}
+    export_module(network, inputs, {n: axes for n, axes in dynamic.items() if axes}, spec.outputs, path)
+
+
+def _bounds(span: Span | None, lowest: int) -> tuple[int, int]:
+    """The range of an axis whose example, `lowest`, stands for the low end of `span`."""
+    if span is None:
+        return lowest, lowest
+    return lowest, lowest * span.high // span.low
+
+
+def _file_name(spec: ModuleSpec, form: Form) -> str:
+    """`unet.onnx` when there is one form, else `unet-512x768-b2.onnx`."""
+    if len(spec.forms) == 1:
+        return f"{spec.name}.onnx"
+    parts = [spec.name]
+    if form.height is not None:
+        parts.append(f"{form.width}x{form.height}".replace("..", "to"))
+    if len({other.batch for other in spec.forms}) > 1:
+        parts.append(f"b{form.batch}".replace("..", "to"))
+    return "-".join(parts) + ".onnx"
+
+
+def _weights(graph: Path) -> Path:
+    return graph.with_name(f"{graph.name}.data")
+
+
+def _share_weights(paths: list[Path]) -> None:
+    """Make files of equal content one file with several names."""
+    first_of: dict[str, Path] = {}
+    for path in paths:
+        if not path.exists():
+            continue
+        first = first_of.setdefault(sha256(path), path)
+        if first is not path:
+            path.unlink()
+            path.hardlink_to(first)
