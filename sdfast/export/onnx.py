@@ -1,0 +1,172 @@
+"""Writing a module as ONNX: one graph file, its weights in one file beside it.
+
+The networks' named operations (`sdfast.models.ops`) arrive in the traced graph as one node each, and are
+replaced there by what a table of lowerings writes for them: one table for each execution provider. Nothing
+is recognised by pattern; what the table writes is what runs.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir
+import torch
+from onnxscript.values import Op, Opset
+from torch import Tensor, nn
+
+from sdfast.errors import ExportError
+from sdfast.export.onnx_cpu import CPU, Graph, Lowerings
+from sdfast.models import ops
+
+OPSET = 20
+DOMAIN = "sdfast"
+Dynamic = Mapping[str, Mapping[int, tuple[str, int, int]]]
+
+
+def export_module(
+    module: nn.Module,
+    inputs: Mapping[str, Tensor],
+    dynamic: Dynamic,
+    outputs: Sequence[str],
+    path: Path,
+    lowerings: Lowerings = CPU,
+) -> None:
+    """Write `module` to `path` (NAME.onnx) and its weights to NAME.onnx.data beside it.
+
+    inputs: an example of each input by name, in the order in which `forward` takes them; an axis that is not
+    in `dynamic` has the example's size for ever. dynamic: input name -> {axis: (name, lowest, highest)}; axes
+    of one name are the same number. outputs: names for what `forward` returns. The weights keep their dtype
+    and go from where they lie to the file, so those of a memory-mapped checkpoint never fill memory.
+
+    Raises ExportError if the module cannot be traced or written.
+    """
+    model = _trace(module, inputs, dynamic, outputs)
+    lower(model, lowerings)
+    model.opset_imports.pop(DOMAIN, None)
+    model.opset_imports.setdefault("com.microsoft", 1)
+    try:
+        onnx_ir.save(model, str(path), external_data=f"{path.name}.data", size_threshold_bytes=1024)
+    except OSError as error:
+        raise ExportError(f"cannot write {path}: {error}") from error
+
+
+def lower(model: onnx_ir.Model, lowerings: Lowerings) -> None:
+    """Replace every named operation of `model` by what its lowering writes."""
+    for node in list(model.graph):
+        if node.domain == DOMAIN:
+            graph = Graph(model.graph)
+            attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+            result = lowerings[node.op_type](graph, *node.inputs, **attributes)
+            onnx_ir.convenience.replace_nodes_and_values(
+                model.graph, node, [node], graph.nodes, node.outputs, [result]
+            )
+    onnx_ir.passes.common.RemoveUnusedNodesPass()(model)
+
+
+def _trace(
+    module: nn.Module, inputs: Mapping[str, Tensor], dynamic: Dynamic, outputs: Sequence[str]
+) -> onnx_ir.Model:
+    try:
+        with torch.no_grad(), _quiet(), ops.as_nodes():
+            program = torch.onnx.export(
+                module.eval(),
+                tuple(_example(tensor, dynamic.get(name, {})) for name, tensor in inputs.items()),
+                dynamo=True,
+                verbose=False,
+                input_names=list(inputs),
+                output_names=list(outputs),
+                opset_version=OPSET,
+                dynamic_shapes=_dynamic_shapes(inputs, dynamic),
+                custom_translation_table=_translations(),
+            )
+    except torch.onnx.OnnxExporterError as error:
+        raise ExportError(f"{type(module).__name__} cannot be exported: {_cause(error)}") from error
+    if program is None:
+        raise ExportError(f"{type(module).__name__} was exported to nothing")
+    return program.model
+
+
+def _example(tensor: Tensor, axes: Mapping[int, Any]) -> Tensor:
+    """A tensor whose dynamic axes are not 1, a size for which tracing would make the axis static."""
+    for axis in axes:
+        if tensor.shape[axis] == 1:
+            tensor = tensor.repeat_interleave(2, dim=axis)
+    return tensor
+
+
+def _dynamic_shapes(inputs: Mapping[str, Tensor], dynamic: Dynamic) -> tuple[dict[int, Any], ...] | None:
+    unknown = set(dynamic) - set(inputs)
+    if unknown:
+        raise ExportError(f"dynamic axes of {sorted(unknown)}, but the inputs are {list(inputs)}")
+    if not any(dynamic.values()):
+        return None
+    dims: dict[tuple[str, int, int], Any] = {}
+    for axes in dynamic.values():
+        for name, low, high in axes.values():
+            dims.setdefault((name, low, high), torch.export.Dim(name, min=low, max=high))
+    return tuple({axis: dims[dim] for axis, dim in dynamic.get(name, {}).items()} for name in inputs)
+
+
+def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    targets = [getattr(torch.ops.sdfast, name).default for name in ops.NAMES]
+    return {target: _as_one_node(target) for target in targets}
+
+
+def _as_one_node(target: Any) -> Callable[..., Any]:
+    """Write a call of the operation as one ONNX node: tensors are its inputs, all else its attributes."""
+    kind, schema = onnx.defs.OpSchema, target._schema
+    tensors = [argument.name for argument in schema.arguments if "Tensor" in str(argument.type)]
+    types = {"float": kind.AttrType.FLOAT, "List[int]": kind.AttrType.INTS}
+    node = Op(
+        Opset(DOMAIN, 1),
+        schema.name.split("::")[1],
+        onnx.defs.OpSchema(
+            schema.name.split("::")[1],
+            DOMAIN,
+            1,
+            inputs=[
+                kind.FormalParameter(n, "T", param_option=kind.FormalParameterOption.Optional)
+                for n in tensors
+            ],
+            outputs=[kind.FormalParameter("output", "T")],
+            type_constraints=[("T", ["tensor(float)", "tensor(float16)"], "")],
+            attributes=[
+                kind.Attribute(argument.name, types.get(str(argument.type), kind.AttrType.INT))
+                for argument in schema.arguments
+                if argument.name not in tensors
+            ],
+        ),
+    )
+
+    def translate(*args: Any) -> Any:
+        given = dict(zip((argument.name for argument in schema.arguments), args, strict=True))
+        return node(*(given.pop(name) for name in tensors), **given)
+
+    return translate
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of the innermost error: the exporter wraps it in pages of advice about itself."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter warns about torchvision, and about its own use of deprecated functions."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            for category in (FutureWarning, DeprecationWarning, UserWarning):
+                warnings.simplefilter("ignore", category=category)
+            yield
+    finally:
+        logger.setLevel(level)
