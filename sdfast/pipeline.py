@@ -95,18 +95,28 @@ class Pipeline:
         *,
         torch_dtype: torch.dtype = torch.float32,
         revision: str | None = None,
+        variant: str | None = None,
         backend: str = "onnx",
+        sizes: Sequence[str] | None = None,
         **refused: Any,
     ) -> Self:
         """A pipeline for a checkpoint (Hub id, diffusers folder, single file, or "landscapes").
 
         The engine is exported on first use into the cache (`SDFAST_CACHE`, by default
-        `~/.cache/sdfast/engines`), which is said, and opened from there after that.
+        `~/.cache/sdfast/engines`), which is said, and opened from there after that. It has the checkpoint's
+        own size, or `sizes` ("512x768", width first).
         """
         from sdfast.export.cache import cached_engine
 
-        _refuse(refused, "from_pretrained", neutral={"use_safetensors": True, "safety_checker": None})
-        folder = cached_engine(checkpoint, dtype=torch_dtype, revision=revision, backend=backend)
+        _refuse(refused, "from_pretrained", neutral={"use_safetensors": True})
+        folder = cached_engine(
+            checkpoint,
+            dtype=torch_dtype,
+            revision=revision,
+            variant=variant,
+            backend=backend,
+            sizes=tuple(sizes) if sizes else None,
+        )
         return cls.from_engine(folder)
 
     def to(self, device: str | torch.device) -> Self:
@@ -181,7 +191,7 @@ class Pipeline:
         scheduler: str | None = None,
         **refused: Any,
     ) -> Any:
-        """Draw pictures. The arguments are those of diffusers' `StableDiffusionPipeline.__call__`; beyond them:
+        """Draw pictures. The arguments are those of diffusers' pipelines; beyond them:
 
         seed: image i gets its own generator, seeded with seed + i (default: a random seed, told in the
             output). `scheduler`: for this call only, by diffusers, AUTOMATIC1111 or short name.

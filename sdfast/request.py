@@ -117,7 +117,7 @@ def _plain(value: Any) -> Any:
 
 def _explain(error: ValidationError) -> str:
     first: Mapping[str, Any] = error.errors()[0]
-    message = first["msg"].removeprefix("Value error, ")
+    message = str(first["msg"]).removeprefix("Value error, ")
     if not first["loc"]:
         return message
     given = first["input"]

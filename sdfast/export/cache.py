@@ -9,7 +9,7 @@ import torch
 
 from sdfast.errors import RequestError
 from sdfast.export.build import Stage, export
-from sdfast.export.recipe import Recipe, SizeRange
+from sdfast.export.recipe import Recipe
 
 _DTYPES = {torch.float32: "fp32", torch.float16: "fp16"}
 
@@ -44,7 +44,9 @@ def cached_engine(
     )
     source = str(checkpoint)
     shown = source.replace(os.sep, "--").strip("-.") or "checkpoint"
-    key = hashlib.sha256(f"{Path(source).resolve() if Path(source).exists() else source}\n{recipe!r}".encode())
+    key = hashlib.sha256(
+        f"{Path(source).resolve() if Path(source).exists() else source}\n{recipe!r}".encode()
+    )
     target = cache_folder() / f"{shown[-60:]}-{recipe.dtype}-{key.hexdigest()[:12]}"
     return export(checkpoint, target, recipe, progress=_Announce(source, target))
 
