@@ -32,6 +32,8 @@ from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
+
 from sdfast.errors import RequestError
 from sdfast.schedulers.config import Run, SchedulerConfig, own_config, read
 from sdfast.schedulers.names import SAMPLERS, Sampler, resolve
@@ -68,7 +70,9 @@ def schedule(
     sampler = resolve(scheduler)
     model, table = SAMPLING[sampler.scheduler]
     settings = read(model, config, sampler.overrides)
-    return table(settings, _checked_run(settings, num_inference_steps, timesteps, sigmas, eta))
+    run = _checked_run(settings, num_inference_steps, timesteps, sigmas, eta)
+    with np.errstate(divide="ignore", invalid="ignore"):  # what is not finite, `Schedule` refuses
+        return table(settings, run)
 
 
 def _checked_run(

@@ -113,8 +113,7 @@ def dpmpp_2m(config: DPMSolverConfig, run: Run) -> Schedule:
     t, levels = dpm_levels(config, run)
     alphas = 1 / np.sqrt(levels**2 + 1)
     sigmas = levels * alphas
-    with np.errstate(divide="ignore"):
-        h = -np.diff(np.log(levels))  # log σ/α = -λ; the last step may go to λ = ∞
+    h = -np.diff(np.log(levels))  # log σ/α = -λ; the last step may go to λ = ∞
     h_0 = np.append(np.inf, h[:-1])
     e = np.expm1(-h)
     slope = e + h if config.solver_type == "heun" else -e * h / 2
