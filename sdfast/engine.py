@@ -64,7 +64,7 @@ class Engine:
         return config
 
     def check_size(self, height: int, width: int) -> None:
-        """Raises `RequestError` listing the engine's sizes when `height` × `width` pixels is not one of them."""
+        """Raises `RequestError` listing the engine's sizes when `height` × `width` pixels is none of them."""
         variants = self.manifest.modules["unet"].variants
         if any(variant.fits(height, width) for variant in variants):
             return
@@ -82,7 +82,7 @@ class Engine:
                     self._module(variant)
 
     def rows(self, name: str, batch: int, height: int | None = None, width: int | None = None) -> int:
-        """How many rows `bind` wants for `batch` rows of module `name`: more where only larger forms exist."""
+        """How many rows `bind` wants for `batch` rows of module `name`: more where all forms are larger."""
         return sum(size for size, _ in self._cover(name, batch, height, width))
 
     def call(
@@ -146,23 +146,30 @@ class Engine:
 
 
 def cover(batch: int, spans: Iterable[Span]) -> list[int]:
-    """The call sizes that together hold `batch` rows: the largest that fit, then the smallest that covers.
+    """The call sizes that together hold `batch` rows: as few padded rows as can be, then as few calls.
+
+    So the sizes for the sum of these sizes are the same again, which `rows` and `bind` rely on.
 
     >>> cover(6, [Span.exactly(1), Span.exactly(4)])
     [4, 1, 1]
     """
     spans = list(spans)
-    sizes = []
+    if any(batch in span for span in spans):
+        return [batch]
+    sizes = sorted({n for span in spans for n in range(span.low, max(span.low, min(span.high, batch)) + 1)})
+    best: list[tuple[int, int, int]] = [(0, 0, 0)]  # for each number of rows: total, calls, the largest call
+    for rows in range(1, batch + 1):
+        rests = ((size, best[max(rows - size, 0)]) for size in sizes)
+        best.append(min((size + total, calls + 1, -size) for size, (total, calls, _) in rests))
+    chosen = []
     while batch > 0:
-        fitting = [min(span.high, batch) for span in spans if span.low <= batch]
-        size = max(fitting) if fitting else min(span.low for span in spans)
-        sizes.append(size)
-        batch -= size
-    return sizes
+        chosen.append(-best[batch][2])
+        batch -= chosen[-1]
+    return chosen
 
 
 def verify(folder: Path, files: Sequence[File]) -> None:
-    """Raises `EngineError` naming the first file that is missing, outside `folder`, or not what was exported."""
+    """Raises `EngineError` naming the first file that is missing, outside `folder`, or was changed."""
     root = folder.resolve()
     for file in files:
         path = folder / file.path

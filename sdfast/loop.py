@@ -113,6 +113,7 @@ class Rows:
         torch.index_select(self._time_shifts, 0, self._shift_index, out=self._time_shift)
         self._run_unet()
         self._guide()
+        self._silence_finished()
         matrix = self._matrices.index_select(0, self._table_index)  # [n, R, R+2]
         self._registers.copy_(torch.bmm(matrix, self._state))
         self._advance()
@@ -203,6 +204,12 @@ class Rows:
             if self._rescale is not None:
                 mixed = rescale_guidance(mixed, positive, self._rescale)
             self._guided_output[:guided].copy_(mixed)
+
+    def _silence_finished(self) -> None:
+        """A finished row's idle line weighs the network's output with zero; zero times NaN would be NaN."""
+        for i, (k, row) in enumerate(zip(self.step, self.rows, strict=True)):
+            if k >= len(row.schedule):
+                self._state[i, -2:] = 0
 
     def _advance(self) -> None:
         torch.minimum(self._table_index + 1, self._table_end, out=self._table_index)

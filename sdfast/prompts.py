@@ -67,7 +67,7 @@ class Prompts:
         self._cache = PromptCache()
 
     def encode(self, prompts: Sequence[str], clip_skip: int | None) -> tuple[PromptState, tuple[str, ...]]:
-        """The states of `prompts`, and the text cut from each. `clip_skip`: text layers left out at the end."""
+        """The states of `prompts`, and the text cut from each. `clip_skip`: last text layers left out."""
         found = [self._cached(prompt, clip_skip) for prompt in prompts]
         return _joined([state for state, _ in found]), tuple(cut for _, cut in found)
 
@@ -98,7 +98,8 @@ class Prompts:
 
     def conditionings(self, state: PromptState, plan: Schedule, request: Request) -> list[Conditioning]:
         """What the U-Net is told of each picture, at every step of `plan`."""
-        timesteps = torch.tensor(plan.timesteps, dtype=torch.float32, device=self._engine.device)
+        # through a list: a schedule's array may be a reversed view, which torch does not take
+        timesteps = torch.tensor(plan.timesteps.tolist(), dtype=torch.float32, device=self._engine.device)
         inputs = {"timesteps": timesteps}
         if self._model.guidance_embedding is not None:
             scale = torch.tensor([request.guidance_scale - 1.0])

@@ -1,0 +1,208 @@
+"""The loop: rows that differ in everything, stepping together, each as if it were alone."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from sdfast.errors import BackendError, NumericalError
+from sdfast.loop import Conditioning, Row, Rows, rescale_guidance
+from sdfast.manifest import Span
+from sdfast.noise import OwnNoise, SharedNoise, generator
+from sdfast.schedulers import Schedule, schedule
+from tests.fakes import CONTEXT_WIDTH, LENGTH, SCHEDULER_CONFIG, SHIFT_WIDTH, Failpoint, FakeEngine
+
+SHAPE = (4, 2, 2)
+SIDE = 16
+
+
+def plan(name: str, steps: int) -> Schedule:
+    return schedule(name, SCHEDULER_CONFIG, num_inference_steps=steps)
+
+
+def told(schedule: Schedule, value: float) -> Conditioning:
+    """A conditioning with `value` for its prompt."""
+    shifts = torch.zeros(len(schedule), SHIFT_WIDTH)
+    shifts[:, 0] = torch.tensor(schedule.timesteps.tolist()) / 1000
+    return Conditioning(torch.full((LENGTH, CONTEXT_WIDTH), value), shifts)
+
+
+def row(
+    name: str = "euler_a",
+    steps: int = 4,
+    seed: int = 0,
+    prompt: float = 10.0,
+    negative: float | None = -5.0,
+    guidance: float = 7.0,
+    rescale: float = 0.0,
+) -> Row:
+    chosen = plan(name, steps)
+    noise = OwnNoise([generator(seed)], SHAPE)
+    return Row(
+        schedule=chosen,
+        latents=noise.initial()[0] * chosen.init_noise_sigma,
+        positive=told(chosen, prompt),
+        negative=None if negative is None else told(chosen, negative),
+        guidance=guidance,
+        noise=noise.of_row(0),
+        guidance_rescale=rescale,
+    )
+
+
+MIXED: list[dict[str, object]] = [
+    {"name": "dpmpp_2m_karras", "steps": 5, "seed": 1, "prompt": 30.0},
+    {"name": "euler_a", "steps": 3, "seed": 2, "negative": None},
+    {"name": "ddim", "steps": 7, "seed": 3, "guidance": 2.0},
+    {"name": "ddpm", "steps": 2, "seed": 4, "guidance": 3.0, "rescale": 0.7},
+    {"name": "euler", "steps": 6, "seed": 5, "negative": None, "prompt": -2.0},
+    {"name": "dpmpp_2m", "steps": 1, "seed": 6, "rescale": 0.2},
+]
+
+
+def run(engine: FakeEngine, rows: Sequence[Row]) -> torch.Tensor:
+    running = Rows(engine, rows, SIDE, SIDE)
+    while running.active:
+        running.tick()
+    running.check()
+    return running.latents
+
+
+def alone(**kinds: object) -> torch.Tensor:
+    return run(FakeEngine(), [row(**kinds)])[0]
+
+
+def by_hand(told_row: Row) -> torch.Tensor:
+    """The row in float64, from the documentation of `Schedule` alone."""
+    table = told_row.schedule
+    registers = torch.zeros(table.registers, *SHAPE, dtype=torch.float64)
+    registers[0] = told_row.latents
+    for k in range(len(table)):
+        sample = registers[0] * table.input_scale[k]
+        outputs = [
+            sample * 0.5 + c.context[0, 0].double() / 100 + c.time_shift[k, 0].double()
+            for c in (told_row.negative, told_row.positive)
+            if c is not None
+        ]
+        guided = outputs[-1]
+        if told_row.negative is not None:
+            guided = outputs[0] + told_row.guidance * (outputs[1] - outputs[0])
+        if told_row.negative is not None and told_row.guidance_rescale:
+            rescaled = guided * outputs[1].std() / guided.std()
+            guided = told_row.guidance_rescale * rescaled + (1 - told_row.guidance_rescale) * guided
+        z = told_row.noise(k).double() if table.draws_noise[k] else torch.zeros(SHAPE, dtype=torch.float64)
+        state = torch.cat([registers, guided[None], z[None]])
+        registers = torch.einsum(
+            "rs,schw->rchw", torch.tensor(table.matrix[k].tolist(), dtype=torch.float64), state
+        )
+    return registers[0]
+
+
+@pytest.mark.parametrize("kinds", MIXED, ids=lambda kinds: str(kinds["name"]))
+def test_a_row_is_its_schedule_applied_by_hand(kinds: dict[str, object]) -> None:
+    torch.testing.assert_close(alone(**kinds).double(), by_hand(row(**kinds)), rtol=1e-4, atol=1e-4)
+
+
+def test_rows_that_differ_in_everything_equal_each_run_alone() -> None:
+    together = run(FakeEngine([Span(low=1, high=16)]), [row(**kinds) for kinds in MIXED])
+    for kinds, latents in zip(MIXED, together, strict=True):
+        torch.testing.assert_close(latents, alone(**kinds), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("forms", "calls"),
+    [
+        ([Span.exactly(4)], [4, 4, 4]),  # ten rows, padded to twelve
+        ([Span.exactly(3), Span.exactly(4)], [4, 3, 3]),  # without a padded row
+        ([Span(low=1, high=4)], [4, 4, 2]),
+        ([Span.exactly(16)], [16]),
+    ],
+)
+def test_rows_are_padded_and_split_over_the_forms_there_are(forms: list[Span], calls: list[int]) -> None:
+    engine = FakeEngine(forms)
+    running = Rows(engine, [row(**kinds) for kinds in MIXED], SIDE, SIDE)  # four guided and two plain rows
+    running.tick()
+    assert sorted(engine.calls["unet"], reverse=True) == calls
+    while running.active:
+        running.tick()
+    for kinds, latents in zip(MIXED, running.latents, strict=True):
+        torch.testing.assert_close(latents, alone(**kinds), rtol=1e-5, atol=1e-5)
+
+
+def test_a_finished_row_keeps_its_latents_to_the_bit() -> None:
+    running = Rows(FakeEngine(), [row(steps=2), row(name="dpmpp_2m", steps=9)], SIDE, SIDE)
+    running.tick()
+    running.tick()
+    finished = running.latents[0].clone()
+    while running.active:
+        running.tick()
+    assert torch.equal(running.latents[0], finished)
+    last = running.latents.clone()
+    running.tick()  # nobody has steps left
+    assert torch.equal(running.latents, last)
+
+
+def test_a_finished_row_is_safe_from_what_the_network_says_of_it_later() -> None:
+    engine = FakeEngine()
+    running = Rows(engine, [row(steps=1, negative=None), row(steps=3, negative=None)], SIDE, SIDE)
+    running.tick()
+    finished = running.latents[0].clone()
+    engine.failpoints["unet"] = Failpoint("nan", rows=[0])
+    while running.active:
+        running.tick()
+    running.check()
+    assert torch.equal(running.latents[0], finished)
+
+
+def test_a_row_that_is_not_finite_leaves_the_others_alone_and_is_told() -> None:
+    rows = [row(seed=1, negative=None), row(seed=2, negative=None)]
+    running = Rows(FakeEngine(failpoints={"unet": Failpoint("nan", rows=[0])}), rows, SIDE, SIDE)
+    while running.active:
+        running.tick()
+    with pytest.raises(NumericalError, match="not finite"):
+        running.check()
+    torch.testing.assert_close(running.latents[1], alone(seed=2, negative=None))
+
+
+def test_latents_come_and_go_in_the_callers_order() -> None:
+    rows = [row(seed=i, negative=None if i % 2 else -5.0) for i in range(5)]
+    running = Rows(FakeEngine([Span(low=1, high=16)]), rows, SIDE, SIDE)
+    given = torch.stack([r.latents for r in rows])
+    assert torch.equal(running.latents, given)
+    running.latents = given.flip(0)
+    assert torch.equal(running.latents, given.flip(0))
+
+
+def test_latents_given_out_do_not_change_with_the_next_tick() -> None:
+    running = Rows(FakeEngine(), [row()], SIDE, SIDE)
+    before = running.latents
+    kept = before.clone()
+    running.tick()
+    assert torch.equal(before, kept)
+
+
+def test_shared_noise_is_one_draw_for_all_rows_and_own_noise_is_not() -> None:
+    shared = SharedNoise(generator(7), 3, SHAPE)
+    source = generator(7)
+    assert torch.equal(shared.initial(), torch.randn(3, *SHAPE, generator=source))
+    drawn = torch.randn(3, *SHAPE, generator=source)
+    assert all(torch.equal(shared.of_row(i)(0), drawn[i]) for i in range(3))
+    later = torch.randn(3, *SHAPE, generator=source)
+    assert torch.equal(shared.of_row(2)(5), later[2])
+    own = OwnNoise([generator(7), generator(8)], SHAPE)
+    assert torch.equal(own.initial()[1], torch.randn(1, *SHAPE, generator=generator(8))[0])
+
+
+def test_rescaled_guidance_has_the_spread_of_the_positive_output() -> None:
+    guided, positive = torch.randn(2, 4, 8, 8) * 5, torch.randn(2, 4, 8, 8)
+    whole = rescale_guidance(guided, positive, torch.ones(2, 1, 1, 1))
+    axes = (1, 2, 3)
+    torch.testing.assert_close(whole.std(dim=axes), positive.std(dim=axes))
+    none = rescale_guidance(guided, positive, torch.zeros(2, 1, 1, 1))
+    assert torch.equal(none, guided)
+
+
+def test_a_failing_network_is_not_hidden() -> None:
+    running = Rows(FakeEngine(failpoints={"unet": Failpoint("raise", after=1)}), [row()], SIDE, SIDE)
+    running.tick()
+    with pytest.raises(BackendError, match="failpoint"):
+        running.tick()
