@@ -1,0 +1,331 @@
+"""validate(): an engine beside the stock diffusers pipeline of its checkpoint, from prompt to picture."""
+
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import sdfast
+from sdfast.engine import Engine
+from sdfast.errors import CheckpointError, EngineError, RequestError
+from sdfast.export.checkpoint import Checkpoint
+from sdfast.export.checkpoint import resolve as resolve_checkpoint
+from sdfast.pipeline import Pipeline
+from sdfast.request import Request
+from sdfast.schedulers import Schedule, resolve, schedule
+from sdfast.validation import rule
+from sdfast.validation.modules import Stock, measure, scheduler_error, token_ids
+from sdfast.validation.pictures import Picture, Repetition, compare_picture, repeat
+from sdfast.validation.proof import publish_proof
+from sdfast.validation.reference import PIPELINES, reference_pipeline, stock
+from sdfast.validation.report import Check, ModuleFigures, PictureFigures, Report, Setting
+
+PROMPTS = (
+    "a cabin in misty mountains, watercolor style",
+    "a lighthouse by the sea at sunset, flat style",
+)
+STOCHASTIC = "Euler a"  # draws noise at every step: its pictures prove the order of the draws
+KNOWN = "DPM++ 2M Karras"  # in place of a checkpoint's own scheduler, where sdfast does not have that
+OBSERVED_STEPS = 5  # of each picture, at which the U-Net is compared: the first, the last, and between
+PACKAGES = ("torch", "diffusers", "transformers", "onnxruntime", "onnxruntime-gpu", "numpy", "scikit-image")
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """The pictures of one scheduler. scheduler: None for the checkpoint's own."""
+
+    name: str
+    plan: Schedule
+    pictures: list[Picture]
+
+
+def validate(
+    engine: Engine | str | Path,
+    *,
+    checkpoint: str | Path | None = None,
+    prompts: Sequence[str] | None = None,
+    steps: int = 20,
+    guidance_scale: float = 7.5,
+    scheduler: str | Sequence[str] | None = None,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Run the stock diffusers pipeline beside `engine`, and judge the engine by the rule of `rule.py`.
+
+    checkpoint: what to compare with; default: the one the engine was exported from, which must not have
+        changed since. scheduler: names to run; default: the checkpoint's own, and one that draws noise.
+    device: of both sides; default: the engine's, or "cpu".
+
+    Writes `validation/report.json` and `validation/report.html` into the engine, and the figures into its
+    manifest. An engine that differs makes a report whose `passed` is False, not an error.
+
+    Raises `EngineError` when the engine cannot be opened or its checkpoint is not what it was exported from,
+    `CheckpointError` for what is wrong with `checkpoint`, `DependencyError` without diffusers, transformers
+    or scikit-image, `RequestError` for a bad argument.
+    """
+    start, tell = time.perf_counter(), progress or _silent
+    stock()
+    engine = _opened(engine, device)
+    tell("checkpoint")
+    reference, notes = _checkpoint(engine, checkpoint)
+    tell("stock pipelines")
+    sides = Stock(
+        reference_pipeline(reference, device=engine.device),
+        reference_pipeline(reference, dtype=engine.dtype, device=engine.device)
+        if engine.dtype != torch.float32
+        else None,
+    )
+    requests, more = _requests(engine, reference, prompts, steps, guidance_scale, scheduler, seed)
+    trials = [_trial(engine, sides, own, tell) for own in requests]
+    tell("modules")
+    judged, figures, checks = _judge(engine, reference, sides, trials)
+    report = Report(
+        setting=_setting(engine, reference, requests[0][0], start),
+        modules=tuple(judged),
+        pictures=tuple(figures),
+        checks=tuple(checks),
+        failures=tuple(rule.failures(judged, figures, checks)),
+        notes=(*notes, *more),
+    )
+    tell("report")
+    publish_proof(engine, report, [picture for trial in trials for picture in trial.pictures])
+    return report
+
+
+def _silent(message: str) -> None:
+    """The progress of a caller who asked for none."""
+
+
+def _opened(engine: Engine | str | Path, device: str | torch.device | None) -> Engine:
+    if isinstance(engine, (str, Path)):
+        return Engine.open(engine, device or "cpu")
+    if device is not None and torch.device(device) != engine.device:
+        raise RequestError(
+            f"device: {device}, but this engine is open on {engine.device}; open it on {device}"
+        )
+    return engine
+
+
+def _checkpoint(engine: Engine, given: str | Path | None) -> tuple[Checkpoint, list[str]]:
+    """The checkpoint to compare with, and what is to be said of it."""
+    made_from = engine.manifest.checkpoint
+    if given is None:
+        try:
+            found = resolve_checkpoint(
+                made_from.source, revision=made_from.revision, variant=engine.manifest.recipe.get("variant")
+            )
+        except CheckpointError as error:
+            raise EngineError(
+                f"{engine.folder}: the checkpoint it was exported from is not there any more: {error}. "
+                "Give it with --checkpoint"
+            ) from error
+    else:
+        found = resolve_checkpoint(given)
+    changed = _changed(made_from.weights, found.digests())
+    if not changed:
+        return found, []
+    if given is None:
+        raise EngineError(
+            f"{engine.folder}: exported from other weights than {made_from.source} now holds ({changed}), "
+            "so a comparison would mean nothing; export it again, or name a checkpoint with --checkpoint"
+        )
+    return found, [f"compared, as asked, with weights that the engine was not exported from: {changed}"]
+
+
+def _changed(exported: Mapping[str, str], found: Mapping[str, str]) -> str:
+    """The first weights file that differs, with both digests; "" when there is none."""
+    for name in sorted({*exported, *found}):
+        old, new = exported.get(name, "none"), found.get(name, "none")
+        if old != new:
+            return f"{name}: exported {old[:12]}, found {new[:12]}"
+    return ""
+
+
+def _requests(
+    engine: Engine,
+    reference: Checkpoint,
+    prompts: Sequence[str] | None,
+    steps: int,
+    guidance_scale: float,
+    scheduler: str | Sequence[str] | None,
+    seed: int,
+) -> tuple[list[list[Request]], list[str]]:
+    """One request for each scheduler and prompt, and what will not be looked at."""
+    names, notes = _schedulers(reference, scheduler)
+    height, width, others = _size(engine)
+    if others:
+        notes.append(f"compared at {width}x{height} only; the engine also has {', '.join(others)}")
+    prompts = PROMPTS if prompts is None else tuple(prompts)
+    if not prompts:
+        raise RequestError("prompts: none given; give at least one")
+    requests = [
+        [
+            Request.make(
+                prompts=(prompt,),
+                negative_prompts=(None,),
+                height=height,
+                width=width,
+                num_inference_steps=steps,
+                scheduler=name,
+                guidance_scale=float(guidance_scale),
+                seed=seed + i,
+            )
+            for i, prompt in enumerate(prompts)
+        ]
+        for name in names
+    ]
+    return requests, notes
+
+
+def _schedulers(
+    reference: Checkpoint, given: str | Sequence[str] | None
+) -> tuple[list[str | None], list[str]]:
+    """Names of schedulers to run, None for the checkpoint's own, and what is to be said of the choice."""
+    if given is not None:
+        names = [given] if isinstance(given, str) else list(given)
+        for name in names:
+            resolve(name)
+        return list(names), []
+    own = str(reference.scheduler_config.get("_class_name"))
+    try:
+        schedule(own, reference.scheduler_config, num_inference_steps=1)
+    except RequestError as error:
+        return [KNOWN, STOCHASTIC], [
+            f"the checkpoint's own scheduler was not run, but {KNOWN} in its place: "
+            f"{str(error).partition(';')[0]}"
+        ]
+    return [None, STOCHASTIC], []
+
+
+def _size(engine: Engine) -> tuple[int, int, list[str]]:
+    """Height and width to compare at, in pixels: the engine's default or its first; and its other sizes."""
+    model, variants = engine.manifest.model, engine.manifest.modules["unet"].variants
+    height, width = model.default_height, model.default_width
+    first = variants[0]
+    if not any(v.fits(height, width) for v in variants) and first.height and first.width:
+        height, width = first.height.low, first.width.low
+    sizes = {f"{v.width}x{v.height}" for v in variants if v.width and v.height}
+    return height, width, sorted(sizes - {f"{width}x{height}"})
+
+
+def _trial(engine: Engine, sides: Stock, requests: Sequence[Request], tell: Progress) -> _Trial:
+    pipe = Pipeline(engine)
+    pipe.set_progress_bar_config(disable=True)
+    first = requests[0]
+    name = resolve(first.scheduler).name if first.scheduler else type(sides.exact.scheduler).__name__
+    plan = schedule(
+        first.scheduler or pipe.scheduler.name,
+        engine.scheduler_config,
+        num_inference_steps=first.num_inference_steps,
+    )
+    pictures = []
+    for i, request in enumerate(requests):
+        tell(f"{name}: picture {i + 1} of {len(requests)}")
+        pictures.append(compare_picture(pipe, sides.exact, sides.same, request, _observed(len(plan))))
+    return _Trial(name, plan, pictures)
+
+
+def _observed(steps: int) -> list[int]:
+    return sorted({int(k) for k in np.linspace(0, steps - 1, min(steps, OBSERVED_STEPS)).round()})
+
+
+def _judge(
+    engine: Engine, reference: Checkpoint, sides: Stock, trials: Sequence[_Trial]
+) -> tuple[list[ModuleFigures], list[PictureFigures], list[Check]]:
+    """Every figure with its verdict."""
+    prompts = [picture.request.prompts[0] for picture in trials[0].pictures]
+    runs = [picture.truth for trial in trials for picture in trial.pictures]
+    measured = measure(engine, sides, ["", *prompts], runs)
+    checks = [_same_tokens(engine, sides.exact, ["", *prompts]), _same_scheduler(engine, reference)]
+    whole = rule.measured_pictures([picture for trial in trials for picture in trial.pictures])
+    figures = []
+    for trial in trials:
+        truths = [picture.truth for picture in trial.pictures]
+        measured.append(scheduler_error(f"scheduler {trial.name}", trial.plan, truths))
+        figures += [rule.judge_picture(picture, trial.name) for picture in trial.pictures]
+        checks += rule.judge_repetition(_repetition(engine, trial), whole, trial.name)
+    return [rule.judge_module(one) for one in (*measured, *whole)], figures, checks
+
+
+def _repetition(engine: Engine, trial: _Trial) -> Repetition:
+    pipe = Pipeline(engine)
+    pipe.set_progress_bar_config(disable=True)
+    return repeat(pipe, trial.pictures)
+
+
+def _same_tokens(engine: Engine, pipe: Any, prompts: Sequence[str]) -> Check:
+    """Whether the engine's tokenizers give the ids of the stock ones."""
+    for index, tokenizer in enumerate(engine.tokenizers):
+        for prompt in prompts:
+            own, truth = tokenizer([prompt]).input_ids[0], token_ids(pipe, index, [prompt])[0].numpy()
+            if not np.array_equal(own, truth):
+                detail = f"tokenizer {index + 1} reads {prompt!r:.60} as other ids than the stock one"
+                return Check(name="tokenizer", passed=False, detail=detail)
+    return Check(name="tokenizer", passed=True, detail="the prompts become the same ids")
+
+
+def _same_scheduler(engine: Engine, reference: Checkpoint) -> Check:
+    """Whether the engine's copy of the scheduler config is still the checkpoint's."""
+    own, truth = engine.scheduler_config, reference.scheduler_config
+    keys = sorted(k for k in {*own, *truth} - {"_diffusers_version"} if own.get(k, ...) != truth.get(k, ...))
+    if keys:
+        told = ", ".join(f"{k} {own.get(k, 'absent')} (checkpoint: {truth.get(k, 'absent')})" for k in keys)
+        return Check(name="scheduler config", passed=False, detail=f"differs from the checkpoint's: {told}")
+    return Check(name="scheduler config", passed=True, detail="is the checkpoint's")
+
+
+def _setting(engine: Engine, reference: Checkpoint, request: Request, start: float) -> Setting:
+    manifest = engine.manifest
+    versions = _versions()
+    return Setting(
+        engine=manifest.name,
+        folder=str(engine.folder),
+        backend=manifest.backend,
+        dtype=manifest.dtype,
+        device=str(engine.device),
+        checkpoint=reference.source
+        if reference.revision is None
+        else f"{reference.source}@{reference.revision}",
+        reference=f"diffusers {versions['diffusers']} {PIPELINES[reference.family]} in float32",
+        height=request.height,
+        width=request.width,
+        steps=request.num_inference_steps or 0,
+        guidance_scale=request.guidance_scale,
+        seed=request.seed,
+        machine=_machine(engine.device),
+        versions=versions,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {"sdfast": sdfast.__version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _machine(device: torch.device) -> str:
+    threads = f"{torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, {platform.platform()}"
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    model = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{model[0] if model else platform.machine()}, {threads}, {platform.platform()}"

@@ -1,0 +1,250 @@
+"""Every module of an engine beside its counterpart in the stock pipeline, on the same inputs.
+
+The inputs are real prompts' tokens and what the float32 stock pipeline itself computed on its way to the
+pictures, so that the error of one module is not the drift of another.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdfast.engine import Engine
+from sdfast.errors import EngineError
+from sdfast.noise import generator
+from sdfast.schedulers import Schedule
+from sdfast.validation.metrics import Error, compare
+from sdfast.validation.observe import Run, StepInputs, StepOutputs, observed_step
+
+TIMESTEP_ROUNDING = 1e-3  # float32 of a fractional timestep up to 1000, and the logarithms behind it
+Pairs = Iterable[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Stock:
+    """The stock pipeline in float32, and, beside an fp16 engine, the stock pipeline in float16."""
+
+    exact: Any
+    same: Any | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The error of one module, and that of the stock pipeline in the same reduced precision.
+
+    `stock` is None where there is none to compare with: in float32, and for what is float32 in any engine.
+    """
+
+    name: str
+    what: str
+    error: Error
+    stock: Error | None = None
+
+
+def measure(engine: Engine, stock: Stock, prompts: Sequence[str], runs: Sequence[Run]) -> list[Measured]:
+    """The networks of `engine`, each alone, and a U-Net step as a whole. runs: of `stock.exact`."""
+    size = runs[0].image.shape[1:]
+    return [
+        *_text_encoders(engine, stock, prompts),
+        *_unet(engine, stock, [step for run in runs for step in run.steps], size[0], size[1]),
+        _vae_decoder(engine, stock, runs),
+    ]
+
+
+# ---------------------------------------------------------------- text
+
+
+def token_ids(pipe: Any, index: int, prompts: Sequence[str]) -> Tensor:
+    """The ids [n, 77] of `prompts` by the pipeline's own tokenizer, the first or the second."""
+    tokenizer = getattr(pipe, ("tokenizer", "tokenizer_2")[index])
+    given = tokenizer(
+        list(prompts),
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    )
+    ids: Tensor = given.input_ids
+    return ids
+
+
+def _text_encoders(engine: Engine, stock: Stock, prompts: Sequence[str]) -> Iterator[Measured]:
+    for index, _ in enumerate(engine.tokenizers):
+        name = ("text_encoder", "text_encoder_2")[index]
+        ids = token_ids(stock.exact, index, prompts)
+        truth = _text_states(stock.exact, name, ids)
+        same = None if stock.same is None else _text_states(stock.same, name, ids)
+        given = engine.call(name, {"input_ids": ids.to(engine.device)})
+        for output, what in _used_outputs(stock.exact, name):
+            value = _shaped(name, given[output], truth[output])
+            error = compare(zip(value, truth[output], strict=True))
+            own = None if same is None else compare(zip(same[output], truth[output], strict=True))
+            yield Measured(f"{name}.{output}", what, error, own)
+
+
+def _used_outputs(pipe: Any, name: str) -> list[tuple[str, str]]:
+    """The outputs that the pipeline uses, with what they are: SDXL alone takes one encoder's pooled one."""
+    used = [("hidden_states", "every layer")]
+    if name == "text_encoder_2" and hasattr(pipe, "text_encoder_2"):
+        used.append(("text_embeds", "the prompt as a whole"))
+    return used
+
+
+@torch.no_grad()
+def _text_states(pipe: Any, name: str, ids: Tensor) -> dict[str, Tensor]:
+    """Every hidden state [n, layers + 1, 77, D], as the pipeline would use it, and the pooled one [n, P]."""
+    model = getattr(pipe, name)
+    output = model(ids.to(model.device), output_hidden_states=True)
+    states = torch.stack(output.hidden_states, dim=1)
+    if not hasattr(
+        pipe, "text_encoder_2"
+    ):  # SD finishes whichever layer it takes by the last norm; SDXL does not
+        norm = next(part for path, part in model.named_modules() if path.endswith("final_layer_norm"))
+        states = norm(states)
+    pooled = output.text_embeds if hasattr(output, "text_embeds") else output.pooler_output
+    return {"hidden_states": states, "text_embeds": pooled}
+
+
+# ---------------------------------------------------------------- U-Net
+
+
+def _unet(
+    engine: Engine, stock: Stock, steps: Sequence[StepInputs], height: int, width: int
+) -> Iterator[Measured]:
+    truths = [observed_step(stock.exact.unet, step) for step in steps]
+    same = None if stock.same is None else [observed_step(stock.same.unet, step) for step in steps]
+
+    def error_of(values: Sequence[Tensor], part: Callable[[StepOutputs], Tensor], name: str) -> Error:
+        return compare(
+            (_shaped(name, value, part(truth)), part(truth))
+            for value, truth in zip(values, truths, strict=True)
+        )
+
+    def measured(
+        name: str, what: str, values: list[Tensor], part: Callable[[StepOutputs], Tensor]
+    ) -> Measured:
+        own = None if same is None else error_of([part(outputs) for outputs in same], part, name)
+        return Measured(name, what, error_of(values, part, name), own)
+
+    contexts = [_context(engine, step) for step in steps]
+    shifts = [_time_shift(engine, step) for step in steps]
+    alone = [
+        _output(engine, step, truth.time_shift, truth.context, height, width)
+        for step, truth in zip(steps, truths, strict=True)
+    ]
+    whole = [
+        _output(engine, step, shift, context, height, width)
+        for step, shift, context in zip(steps, shifts, contexts, strict=True)
+    ]
+    yield measured("context", "keys and values of the prompt", contexts, lambda outputs: outputs.context)
+    yield measured("time_shift", "time projections", shifts, lambda outputs: outputs.time_shift)
+    yield measured("unet", "on the reference's context and shifts", alone, lambda outputs: outputs.output)
+    yield measured("step", "context + time_shift + unet", whole, lambda outputs: outputs.output)
+
+
+def _context(engine: Engine, step: StepInputs) -> Tensor:
+    hidden = step.hidden_states.to(engine.device, engine.dtype)
+    return engine.call("context", {"hidden_states": hidden})["context"]
+
+
+def _time_shift(engine: Engine, step: StepInputs) -> Tensor:
+    inputs = {"timesteps": torch.full((len(step.sample),), step.timestep, dtype=torch.float32)}
+    for name, value in step.conditions.items():
+        inputs[name] = value.to(dtype=torch.float32 if name == "time_ids" else engine.dtype)
+    inputs = {name: value.to(engine.device) for name, value in inputs.items()}
+    return engine.call("time_shift", inputs)["time_shift"]
+
+
+def _output(
+    engine: Engine, step: StepInputs, time_shift: Tensor, context: Tensor, height: int, width: int
+) -> Tensor:
+    tensors: Mapping[str, Tensor] = {"sample": step.sample, "time_shift": time_shift, "context": context}
+    inputs = {name: value.to(engine.device, engine.dtype) for name, value in tensors.items()}
+    return engine.call("unet", inputs, height, width)["output"]
+
+
+# ---------------------------------------------------------------- VAE
+
+
+def _vae_decoder(engine: Engine, stock: Stock, runs: Sequence[Run]) -> Measured:
+    latents = [run.latents[-1] for run in runs]
+    truths = [run.image for run in runs]
+    height, width = truths[0].shape[1:]
+    values = [
+        engine.call("vae_decoder", {"latents": part.to(engine.device, engine.dtype)}, height, width)["image"][
+            0
+        ]
+        for part in latents
+    ]
+    error = compare((_shaped("vae_decoder", v, t), t) for v, t in zip(values, truths, strict=True))
+    own = None
+    if stock.same is not None:
+        own = compare(zip((_decoded(stock.same, part) for part in latents), truths, strict=True))
+    return Measured("vae_decoder", "the reference's last latents", error, own)
+
+
+@torch.no_grad()
+def _decoded(pipe: Any, latents: Tensor) -> Tensor:
+    """latents [1, C, h, w] → picture [3, H, W] float32, with the stock VAE, upcast where SDXL does that."""
+    vae = pipe.vae
+    upcast = hasattr(pipe, "text_encoder_2") and vae.config.force_upcast and vae.dtype == torch.float16
+    if upcast:
+        vae.to(dtype=torch.float32)
+    image = vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+    if upcast:
+        vae.to(dtype=torch.float16)
+    picture: Tensor = pipe.image_processor.postprocess(image, output_type="pt")[0]
+    return picture.float()
+
+
+# ---------------------------------------------------------------- scheduler
+
+
+def scheduler_error(name: str, plan: Schedule, runs: Sequence[Run]) -> Measured:
+    """The engine's table run on the very model outputs that the stock scheduler was given, noise included.
+
+    The error is without bound where the two do not even take the same timesteps.
+    """
+    what = f"{len(plan)} evaluations"
+    for run in runs:
+        if len(run.timesteps) != len(plan) or abs(plan.timesteps - run.timesteps).max() > TIMESTEP_ROUNDING:
+            error = Error(len(runs), math.inf, math.inf, math.inf, math.nan)
+            return Measured(
+                name, f"{what} at other timesteps than the reference's {len(run.timesteps)}", error
+            )
+    return Measured(name, what, compare(pair for run in runs for pair in replay(plan, run)))
+
+
+def replay(plan: Schedule, run: Run) -> Pairs:
+    """(the table's, the stock scheduler's) latents after each step, and network inputs where known."""
+    shape = run.latents[0].shape[1:]
+    source = generator(run.seed)
+    registers = torch.zeros(plan.registers, shape.numel(), dtype=torch.float64)
+    registers[0] = _noise(source, shape) * plan.init_noise_sigma
+    samples = {step.index: step.sample[-1] for step in run.steps}
+    for k, (output, latents) in enumerate(zip(run.outputs, run.latents, strict=True)):
+        if k in samples:
+            yield registers[0] * plan.input_scale[k], samples[k]
+        noise = (
+            _noise(source, shape) if plan.draws_noise[k] else torch.zeros(shape.numel(), dtype=torch.float64)
+        )
+        state = torch.cat([registers, output.double().view(1, -1), noise[None]])
+        registers = torch.from_numpy(plan.matrix[k].copy()) @ state
+        yield registers[0], latents
+
+
+def _noise(source: torch.Generator, shape: torch.Size) -> Tensor:
+    return torch.randn((1, *shape), generator=source, dtype=torch.float32).double().flatten()
+
+
+def _shaped(name: str, value: Tensor, truth: Tensor) -> Tensor:
+    """The value, if it has the shape of the truth."""
+    if value.shape != truth.shape:
+        raise EngineError(
+            f"module {name!r} gives {tuple(value.shape)} where the reference has {tuple(truth.shape)}: "
+            "this is not an engine of this checkpoint; export it again"
+        )
+    return value

@@ -1,0 +1,149 @@
+"""The reference: the stock diffusers pipeline of a checkpoint, run with the same request.
+
+Nothing of sdfast's networks, schedulers or loop takes part here; that is what makes it a reference.
+"""
+
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from sdfast.errors import BackendError, DependencyError
+from sdfast.export.checkpoint import Checkpoint
+from sdfast.noise import generator
+from sdfast.request import Request
+from sdfast.schedulers import resolve
+
+PIPELINES = {"sd": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
+_VARIANT = re.compile(r"\.(\w+?)(?:-\d+-of-\d+)?\.safetensors$")
+
+
+def stock() -> Any:
+    """The diffusers package. Raises `DependencyError` when it, or transformers, is not there."""
+    try:
+        import diffusers
+        import transformers  # noqa: F401  (diffusers names a missing one only deep inside a pipeline)
+    except ImportError as error:
+        raise DependencyError(
+            f'the reference pipeline needs diffusers and transformers ({error}): pip install "sdfast[export]"'
+        ) from error
+    return diffusers
+
+
+def reference_pipeline(
+    checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> Any:
+    """diffusers' own text-to-image pipeline of `checkpoint`, in `dtype`, without its safety checker.
+
+    Raises `DependencyError` without diffusers, `BackendError` when the device is not there.
+    """
+    diffusers, device = stock(), torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BackendError(
+            "device 'cuda' was asked for, but this torch sees no CUDA device; `sdfast doctor` says more"
+        )
+    without: dict[str, Any] = {"add_watermarker": False}
+    if checkpoint.family == "sd":
+        without = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    with quiet():
+        pipe = getattr(diffusers, PIPELINES[checkpoint.family]).from_pretrained(
+            checkpoint.folder,
+            use_safetensors=True,
+            local_files_only=True,
+            variant=_variant(checkpoint),
+            **without,
+        )
+        pipe = pipe.to(device, dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without diffusers' and transformers' bars and warnings: of float16 on a processor, asked for here, of
+    their own deprecated calls. The progress bar of the steps is not theirs to lose."""
+    import diffusers
+    import transformers
+
+    logs = [diffusers.logging, transformers.logging]
+    verbosity = [log.get_verbosity() for log in logs]
+    for log in logs:
+        log.set_verbosity_error()
+        log.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        for log, level in zip(logs, verbosity, strict=True):
+            log.set_verbosity(level)
+            log.enable_progress_bar()
+
+
+def stock_scheduler(pipe: Any, name: str | None) -> Any:
+    """A new diffusers scheduler with the config of the checkpoint, which the name may override in part.
+
+    name: any that `sdfast.schedulers.resolve` knows; None for the checkpoint's own class.
+    """
+    config = pipe.scheduler.config
+    if name is None:
+        return type(pipe.scheduler).from_config(config)
+    sampler = resolve(name)
+    return getattr(stock(), sampler.scheduler).from_config(config, **sampler.overrides)
+
+
+def generate(pipe: Any, request: Request, *, scheduler: Any = None, output_type: str = "pil") -> Any:
+    """The pictures of `request` by the stock pipeline, the way sdfast's `Pipeline.generate` draws them.
+
+    Image i has the generator of seed + i. scheduler: a diffusers scheduler in place of the one that the
+    request names. Returns a list of PIL images, or for `output_type="pt"` a tensor [n, 3, H, W] float32 in
+    [0, 1].
+    """
+    own = pipe.scheduler
+    pipe.scheduler = scheduler or stock_scheduler(pipe, request.scheduler)
+    try:
+        with quiet():
+            parts = [_generate_one(pipe, request, i, output_type) for i in range(len(request.prompts))]
+    finally:
+        pipe.scheduler = own
+    if output_type == "pt":
+        return torch.cat(parts).float()
+    return [image for part in parts for image in part]
+
+
+def _generate_one(pipe: Any, request: Request, index: int, output_type: str) -> Any:
+    """The pictures of one prompt: diffusers takes a missing negative prompt for all prompts or for none."""
+    count = request.num_images_per_prompt
+    rows = slice(index * count, (index + 1) * count)
+    run: dict[str, Any] = {"num_inference_steps": request.num_inference_steps}
+    if request.timesteps is not None:
+        run = {"timesteps": [_whole(t) for t in request.timesteps]}
+    if request.sigmas is not None:
+        run = {"sigmas": list(request.sigmas)}
+    return pipe(
+        prompt=request.prompts[index],
+        negative_prompt=request.negative_prompts[index],
+        height=request.height,
+        width=request.width,
+        guidance_scale=request.guidance_scale,
+        guidance_rescale=request.guidance_rescale,
+        num_images_per_prompt=count,
+        eta=request.eta,
+        clip_skip=request.clip_skip,
+        generator=[generator(seed) for seed in request.seeds[rows]],
+        output_type=output_type,
+        **run,
+    ).images
+
+
+def _whole(timestep: float) -> float:
+    return int(timestep) if timestep == int(timestep) else timestep
+
+
+def _variant(checkpoint: Checkpoint) -> str | None:
+    """The variant ("fp16") that the weights' file names speak of."""
+    match = _VARIANT.search(checkpoint.components["unet"].weights[0].name)
+    return match.group(1) if match else None

@@ -1,0 +1,190 @@
+"""The report of a validation: every figure, the bar it had to meet, and the verdict in words."""
+
+from pydantic import BaseModel, ConfigDict
+
+from sdfast.validation.metrics import IDENTICAL_DB
+
+
+class _Part(BaseModel):
+    # Figures that are not finite are results too: they go into the JSON as "NaN" and "Infinity".
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+
+
+class ModuleFigures(_Part):
+    """The error of one module against float32 stock, over `inputs` inputs.
+
+    relative_l2: all inputs together; worst: that of the worst input. stock_relative_l2: the error of stock
+    diffusers in the engine's own reduced precision. measure: the name of the figure that had to meet `bar`.
+    """
+
+    name: str
+    what: str
+    inputs: int
+    relative_l2: float
+    worst: float
+    max_abs: float
+    cosine: float
+    stock_relative_l2: float | None
+    measure: str
+    bar: float
+    passed: bool
+
+
+class PictureFigures(_Part):
+    """One picture against float32 stock. drift: relative L2 of the latents after each step.
+
+    stock_*: the same figures of stock diffusers in the engine's own reduced precision. `bar` in dB, where the
+    picture has one of its own.
+    """
+
+    scheduler: str
+    prompt: str
+    seed: int
+    psnr: float
+    ssim: float
+    relative_l2: float
+    max_abs: float
+    drift: tuple[float, ...]
+    bar: float | None
+    passed: bool
+    stock_psnr: float | None
+    stock_ssim: float | None
+    stock_relative_l2: float | None
+    stock_drift: tuple[float, ...]
+
+
+class Check(_Part):
+    """Something that holds or does not."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+class Failure(_Part):
+    """Why the engine failed: the part at fault, and what is wrong with it."""
+
+    part: str
+    reason: str
+
+
+class Setting(_Part):
+    """What was compared, how, and where."""
+
+    engine: str
+    folder: str
+    backend: str
+    dtype: str
+    device: str
+    checkpoint: str
+    reference: str
+    height: int
+    width: int
+    steps: int
+    guidance_scale: float
+    seed: int
+    machine: str
+    versions: dict[str, str]
+    created: str
+    seconds: float
+
+
+class Report(_Part):
+    """A validation. `failures` is empty when the engine passed; `notes` says what was not looked at."""
+
+    setting: Setting
+    modules: tuple[ModuleFigures, ...]
+    pictures: tuple[PictureFigures, ...]
+    checks: tuple[Check, ...]
+    failures: tuple[Failure, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures
+
+    @property
+    def verdict(self) -> str:
+        """One line: passed, or the first reason why not."""
+        if self.passed:
+            return f"passed: {self.setting.engine} makes the picture of {self.setting.reference}"
+        more = f" (and {len(self.failures) - 1} more)" if len(self.failures) > 1 else ""
+        return f"failed: {self.failures[0].part}: {self.failures[0].reason}{more}"
+
+    def figures(self) -> dict[str, float]:
+        """The figures that enter the engine's manifest."""
+        found = {f"{module.name}.relative_l2": module.relative_l2 for module in self.modules}
+        found["picture.psnr_min"] = min(picture.psnr for picture in self.pictures)
+        found["picture.ssim_min"] = min(picture.ssim for picture in self.pictures)
+        found["latents.relative_l2_max"] = max(p.drift[-1] for p in self.pictures if p.drift)
+        return found
+
+    def table(self) -> str:
+        """Everything that matters, as aligned plain text."""
+        setting = self.setting
+        lines = [
+            f"{setting.engine}: {setting.backend} {setting.dtype} on {setting.device}, "
+            f"against {setting.reference}",
+            f"{setting.width}x{setting.height}, {setting.steps} steps, guidance {setting.guidance_scale:g}, "
+            f"seed {setting.seed}",
+            "",
+            *_columns(_MODULE_HEAD, [_module_line(module) for module in self.modules]),
+            "",
+            *_columns(_PICTURE_HEAD, [_picture_line(picture) for picture in self.pictures]),
+            "",
+            *_columns(("check", "", ""), [(c.name, c.detail, _mark(c.passed)) for c in self.checks]),
+            *[f"\nnote: {note}" for note in self.notes],
+            "",
+            *([f"passed in {setting.seconds:.1f} s"] if self.passed else self._failed()),
+        ]
+        return "\n".join(line.rstrip() for line in lines)
+
+    def _failed(self) -> list[str]:
+        return ["FAILED", *(f"  {failure.part}: {failure.reason}" for failure in self.failures)]
+
+
+_MODULE_HEAD = ("module", "relative L2", "worst", "stock", "bar", "max abs", "cosine", "")
+_PICTURE_HEAD = ("picture", "scheduler", "PSNR dB", "SSIM", "last latents", "")
+
+
+def _module_line(module: ModuleFigures) -> tuple[str, ...]:
+    stock = "" if module.stock_relative_l2 is None else f"{module.stock_relative_l2:.2e}"
+    return (
+        module.name,
+        f"{module.relative_l2:.2e}",
+        f"{module.worst:.2e}",
+        stock,
+        f"{module.bar:.2e}",
+        f"{module.max_abs:.2e}",
+        f"{module.cosine:.9f}",
+        _mark(module.passed),
+    )
+
+
+def _picture_line(picture: PictureFigures) -> tuple[str, ...]:
+    prompt = picture.prompt if len(picture.prompt) <= 44 else picture.prompt[:43] + "…"
+    drift = f"{picture.drift[-1]:.2e}" if picture.drift else ""
+    return (
+        prompt,
+        picture.scheduler,
+        decibels(picture.psnr),
+        f"{picture.ssim:.6f}",
+        drift,
+        _mark(picture.passed),
+    )
+
+
+def decibels(psnr: float) -> str:
+    return "equal" if psnr >= IDENTICAL_DB else f"{psnr:.1f}"
+
+
+def _mark(passed: bool) -> str:
+    return "ok" if passed else "FAILED"
+
+
+def _columns(head: tuple[str, ...], lines: list[tuple[str, ...]]) -> list[str]:
+    """Lines of cells under a head, each column as wide as its widest cell; empty columns are left out."""
+    rows = [head, *lines]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    used = [i for i in range(len(head)) if any(row[i] for row in lines)]
+    return ["  ".join(row[i].ljust(widths[i]) for i in used) for row in rows]
