@@ -14,7 +14,9 @@ MAX_PROMPT = 32_768  # characters
 MAX_STEPS = 1_000
 MAX_IMAGES = 128  # of one request
 MAX_SIDE = 8_192  # pixels
+MAX_GUIDANCE = 100.0
 SEED_LIMIT = 2**64
+_SHOWN = 60  # characters of a bad value that an error repeats
 
 
 class Request(BaseModel):
@@ -31,10 +33,10 @@ class Request(BaseModel):
     height: int = Field(ge=8, le=MAX_SIDE)  # pixels
     width: int = Field(ge=8, le=MAX_SIDE)  # pixels
     num_inference_steps: int | None = Field(default=None, ge=1, le=MAX_STEPS)
-    timesteps: tuple[float, ...] | None = None
-    sigmas: tuple[float, ...] | None = None
+    timesteps: tuple[float, ...] | None = Field(default=None, max_length=MAX_STEPS)
+    sigmas: tuple[float, ...] | None = Field(default=None, max_length=MAX_STEPS + 1)
     scheduler: str | None = None
-    guidance_scale: float = 7.5
+    guidance_scale: float = Field(default=7.5, ge=0.0, le=MAX_GUIDANCE)
     guidance_rescale: float = Field(default=0.0, ge=0.0, le=1.0)
     eta: float = Field(default=0.0, ge=0.0, le=1.0)
     num_images_per_prompt: int = Field(default=1, ge=1, le=MAX_IMAGES)
@@ -85,13 +87,16 @@ class Request(BaseModel):
             )
         if len(self.negative_prompts) != len(self.prompts):
             raise ValueError(
-                f"{len(self.negative_prompts)} negative prompts for {len(self.prompts)} prompts; "
+                f"negative_prompts: {len(self.negative_prompts)} for {len(self.prompts)} prompts; "
                 "give one for each, or a single one for all"
             )
         if self.images > MAX_IMAGES:
-            raise ValueError(f"{self.images} pictures in one request; at most {MAX_IMAGES}")
+            raise ValueError(
+                f"num_images_per_prompt: {self.num_images_per_prompt} for {len(self.prompts)} prompts are "
+                f"{self.images} pictures; at most {MAX_IMAGES} in one request"
+            )
         if self.seed + self.images > SEED_LIMIT:
-            raise ValueError(f"seed {self.seed} leaves no seeds below 2**64 for {self.images} pictures")
+            raise ValueError(f"seed: {self.seed} leaves no seeds below 2**64 for {self.images} pictures")
         return self
 
 
@@ -116,17 +121,25 @@ def _plain(value: Any) -> Any:
 
 
 def _explain(error: ValidationError) -> str:
+    """One line: the field, what is wrong with it, what was given."""
     first: Mapping[str, Any] = error.errors()[0]
-    message = str(first["msg"]).removeprefix("Value error, ")
+    message = str(first["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
     if not first["loc"]:
         return message
-    given = first["input"]
-    shown = (
-        repr(given)
-        if not isinstance(given, (str, tuple)) or len(repr(given)) < 60
-        else repr(given)[:57] + "…"
-    )
-    field = ".".join(str(part) for part in first["loc"])
+    field, given = ".".join(str(part) for part in first["loc"]), first["input"]
+    if first["type"] == "missing":
+        return f"{field}: is missing"
+    if first["type"] == "extra_forbidden":
+        return f"{field}: unknown; the fields are: {', '.join(Request.model_fields)}"
     if isinstance(given, float) and not math.isfinite(given):
         message = "must be a finite number"
-    return f"{field}: {message} (got {shown})"
+    return f"{field}: {message} (got {_shown(given)})"
+
+
+def _shown(value: Any) -> str:
+    """A value in short, on one line."""
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # Python prints no integers beyond some thousand digits
+        return f"a number of {value.bit_length()} bits"
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
