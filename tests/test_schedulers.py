@@ -475,6 +475,7 @@ REFUSED_OPTIONS = [
     ("DDIMScheduler", "trained_betas", [0.1, 0.2]),
     ("DDIMScheduler", "trained_betas", [0.0] * 1000),
     ("DDIMScheduler", "trained_betas", ["a"] * 1000),
+    ("DDIMScheduler", "trained_betas", 5),
 ]
 
 
@@ -510,7 +511,9 @@ BAD_REQUESTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "too-high": ("Euler", {"timesteps": [1000, 1]}, "999 down to 0"),
     "below-zero": ("Euler", {"timesteps": [10, -1]}, "999 down to 0"),
     "nan-timestep": ("Euler", {"timesteps": [math.nan]}, "finite"),
-    "words": ("Euler", {"timesteps": ["a"]}, "must be numbers"),
+    "words": ("Euler", {"timesteps": ["a"]}, "must all be numbers"),
+    "no-list": ("Euler", {"timesteps": 7}, "not a list"),
+    "a-word": ("Euler", {"sigmas": "321"}, "not a list"),
     "karras-timesteps": ("Euler Karras", {"timesteps": [9, 1]}, "Karras"),
     "fraction": ("DPM++ 2M", {"timesteps": [9.5, 1]}, "whole timesteps"),
     "ddim-timesteps": ("DDIM", {"timesteps": [9, 1]}, "DDIMScheduler takes no custom timesteps"),
@@ -543,6 +546,24 @@ def test_trailing_timestep_below_zero_is_refused() -> None:
         schedule("DDIM", config, num_inference_steps=61)
     table = schedule("Euler", config, num_inference_steps=61)
     assert_same_map(table, diffusers.EulerDiscreteScheduler.from_config(config), num_inference_steps=61)
+
+
+def test_arrays_and_tensors_are_taken_as_lists_are() -> None:
+    timesteps = [999, 500, 20]
+    plain = schedule("Euler", STABLE_DIFFUSION, num_inference_steps=None, timesteps=timesteps)
+    for given in (np.array(timesteps), torch.tensor(timesteps), tuple(timesteps)):
+        other = schedule("Euler", STABLE_DIFFUSION, num_inference_steps=None, timesteps=given)
+        np.testing.assert_array_equal(plain.matrix, other.matrix)
+    betas = np.linspace(0.001, 0.015, 1000)
+    listed = schedule("DDIM", {"clip_sample": False, "trained_betas": betas.tolist()}, num_inference_steps=4)
+    arrayed = schedule("DDIM", {"clip_sample": False, "trained_betas": betas}, num_inference_steps=4)
+    np.testing.assert_array_equal(listed.matrix, arrayed.matrix)
+
+
+def test_a_refusal_is_short() -> None:
+    with pytest.raises(RequestError) as refusal:
+        schedule("DDIM", {**STABLE_DIFFUSION, "trained_betas": ["a"] * 1000}, num_inference_steps=4)
+    assert len(str(refusal.value)) < 600
 
 
 def test_table_is_read_only() -> None:

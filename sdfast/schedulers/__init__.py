@@ -123,12 +123,14 @@ def _agreed(steps: int | None, given: int, name: str) -> int:
 
 def _falling(name: str, values: Sequence[float], most: int) -> tuple[float, ...]:
     """`values` as finite floats, each below the one before."""
+    if not hasattr(values, "__len__") or isinstance(values, str):
+        raise RequestError(f"{name}={values!r} is not a list of numbers")
     if not 1 <= len(values) <= most:
         raise RequestError(f"{name} has {len(values)} values; give 1 to {most}")
     try:
         numbers = tuple(float(value) for value in values)
     except (TypeError, ValueError):
-        raise RequestError(f"{name} must be numbers") from None
+        raise RequestError(f"{name} must all be numbers") from None
     if not all(math.isfinite(number) for number in numbers):
         raise RequestError(f"{name} must be finite numbers")
     for before, after in pairwise(numbers):

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from sdfast.errors import RequestError
@@ -41,7 +42,10 @@ class SchedulerConfig(BaseModel):
     @field_validator("trained_betas", mode="before")
     @classmethod
     def _as_tuple(cls, betas: Any) -> Any:
-        return betas if betas is None else tuple(float(beta) for beta in betas)
+        """JSON has a list, a scheduler object may have an array; anything else goes on and is refused."""
+        if isinstance(betas, np.ndarray):
+            return tuple(betas.tolist())
+        return tuple(betas) if isinstance(betas, list) else betas
 
 
 class DDPMConfig(SchedulerConfig):
@@ -192,8 +196,8 @@ def read(model: type[Config], config: Mapping[str, Any], overrides: Mapping[str,
 
 def _story(error: ValidationError) -> str:
     """One clause per refused field: its name, its value, what is allowed."""
-    clauses = [f"{'.'.join(map(str, e['loc']))}={e['input']!r} ({e['msg']})" for e in error.errors()]
-    return "cannot honour " + "; ".join(clauses)
+    clauses = [f"{'.'.join(map(str, e['loc']))}={repr(e['input'])[:60]} ({e['msg']})" for e in error.errors()]
+    return "cannot honour " + "; ".join(clauses[:3])
 
 
 def _check_betas(settings: SchedulerConfig) -> None:

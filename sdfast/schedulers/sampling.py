@@ -108,7 +108,7 @@ def dpmpp_2m(config: DPMSolverConfig, run: Run) -> Schedule:
 
     From level s to level t, with λ = log(α / σ), h = λ_t - λ_s and h_0 the step before:
     x_t = σ_t / σ_s x - α_t (e^{-h} - 1) D, where D is x0 extrapolated along its last difference.
-    `heun` weighs the difference as eq. 3.3's exact integral does, `midpoint` by its leading term.
+    `heun` weighs that difference by the exact integral of the exponential, `midpoint` by half a step's.
     """
     t, levels = dpm_levels(config, run)
     alphas = 1 / np.sqrt(levels**2 + 1)
