@@ -16,7 +16,7 @@ from sdfast.errors import RequestError
 
 MAX_TRAIN_TIMESTEPS = 100_000
 
-_NOT_LINEAR = "it is not linear, so it cannot be a table; Stable Diffusion has no use for it: set it to false"
+_NOT_LINEAR = "it is not linear, so it cannot be a table; write false into the scheduler config"
 _SPACING = "only Karras sigmas and the plain timestep spacings are supported; set it to false"
 
 
