@@ -215,6 +215,8 @@ def _save_scheduler(folder: Path, prediction_type: str) -> None:
         skip_prk_steps=True,
         steps_offset=1,
     ).save_pretrained(folder / "scheduler")
+    path = folder / "scheduler" / "scheduler_config.json"  # SD 1.5's own also holds what PNDM does not read
+    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), "clip_sample": False}), "utf-8")
 
 
 def _save_index(folder: Path, pipeline: str, entries: dict[str, Any]) -> Path:

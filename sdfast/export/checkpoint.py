@@ -107,6 +107,8 @@ def resolve(
     tell = progress or _silent
     name = os.fspath(source)
     kind = _kind(source)
+    if variant is not None and not re.fullmatch(r"[\w-]+", variant):
+        raise CheckpointError(f"{name}: {variant!r} is not a variant; a variant is a word such as fp16")
     _refuse_unused(name, kind, revision=revision, variant=variant, config=config)
     if kind == "built-in":
         from sdfast.landscapes import checkpoint_folder
@@ -149,11 +151,11 @@ def _kind(source: str | Path) -> Literal["built-in", "folder", "file", "hub"]:
         return "built-in"
     try:
         path = Path(name).expanduser()
-        if path.is_dir():
+        if name and path.is_dir():
             return "folder"
-        if path.exists():
+        if name and path.exists():
             return "file"
-    except (OSError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{name!r}: {reason(error)}; give a folder, a file or a Hub id") from error
     if "://" in name:
         raise CheckpointError(

@@ -58,6 +58,10 @@ class Files:
             )
         if not real.is_file():
             raise CheckpointError(f"{self.source}: {name} is not a file; download it again")
+        try:
+            real.open("rb").close()
+        except OSError as error:
+            raise CheckpointError(f"{self.source}: {name} cannot be read ({reason(error)})") from error
         return path
 
     def json(self, name: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ the layout rules choose from the repository's listing. No pickle is fetched, nor
 """
 
 import errno
+import re
 import sys
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from sdfast.errors import CheckpointError, DependencyError
 from sdfast.export import layout
 from sdfast.export.files import Files, reason
 
+_REVISION = r"(?!.*\.\.)[\w@][\w@ .+/#=-]*"
 _TRANSPORTS = ("httpx2", "httpx", "requests")
 """What huggingface_hub speaks HTTP with, depending on its version."""
 
@@ -30,6 +32,8 @@ def download(
     progress: Callable[[str], None],
 ) -> tuple[Path, str]:
     """The local snapshot of a Hub repository and the commit it is of. Raises CheckpointError."""
+    if revision is not None and not re.fullmatch(_REVISION, revision):
+        raise CheckpointError(f"{repo}: {revision!r} is not the name of a branch, a tag or a commit")
     hub = _huggingface_hub()
 
     def fetch(revision: str | None, names: Collection[str]) -> Path:
@@ -46,7 +50,7 @@ def download(
 
     try:
         progress(f"looking up {repo} on {hub.constants.ENDPOINT}")
-        folder = fetch(revision, layout.CONFIG_PATTERNS)
+        folder = fetch(revision, layout.config_files(variant))
         commit = folder.name
         sizes = {} if local_files_only else _listing(hub, repo, commit, token)
         weights = _weights(Files(folder, repo), sizes, variant)
@@ -63,6 +67,7 @@ def download(
 def _huggingface_hub() -> ModuleType:
     try:
         import huggingface_hub
+        import huggingface_hub.constants
         import huggingface_hub.errors
     except ImportError as error:
         raise DependencyError(

@@ -48,30 +48,30 @@ _STEMS = {
     "vae": "diffusion_pytorch_model",
 }
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
-CONFIG_PATTERNS = (
-    "model_index.json",
-    *(f"{name}/config.json" for name in _STEMS),
-    *(f"{name}/*.safetensors.index*.json" for name in _STEMS),
-    "scheduler/scheduler_config.json",
-    *(
-        f"{name}/{file}"
-        for name in ("tokenizer", "tokenizer_2")
-        for file in (
-            "vocab.json",
-            "merges.txt",
-            "tokenizer.json",
-            "tokenizer_config.json",
-            "special_tokens_map.json",
-            "added_tokens.json",
-        )
-    ),
+_TOKENIZER_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
 )
-"""Everything of a repository that is small and needed; the weights are chosen from its listing after."""
 
 CONVERT = (
     "sdfast reads safetensors only, because a pickle can run code when it is read: where you trust the file, "
     "load it with diffusers and save it again with pipe.save_pretrained(FOLDER), then give that folder"
 )
+
+
+def config_files(variant: str | None) -> list[str]:
+    """What a checkpoint may have beside its weights: small, and all of it to be fetched where it is there."""
+    return [
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        *(f"{name}/config.json" for name in _STEMS),
+        *(_index_name(name, variant) for name in _STEMS),
+        *(f"{name}/{file}" for name in TOKENIZERS["sdxl"] for file in _TOKENIZER_FILES),
+    ]
 
 
 def check_index(index: Mapping[str, Any], source: str) -> Family:
@@ -126,15 +126,22 @@ def weights_file(names: Collection[str], component: str, variant: str | None, so
     `names` are relative POSIX paths. A variant is taken from its own files and nowhere else: nothing falls
     back to another precision silently.
     """
-    dotted = f".{variant}" if variant else ""
-    single = f"{component}/{_STEMS[component]}{dotted}.safetensors"
-    index = f"{component}/{_STEMS[component]}.safetensors.index{dotted}.json"
+    single = f"{component}/{_STEMS[component]}{_dotted(variant)}.safetensors"
+    index = _index_name(component, variant)
     found = [name for name in (single, index) if name in names]
     if len(found) == 2:
         raise CheckpointError(f"{source}: both {single} and {index} are there; remove the one that is stale")
     if not found:
         raise CheckpointError(f"{source}: {_why_no_weights(names, component, variant)}")
     return found[0]
+
+
+def _index_name(component: str, variant: str | None) -> str:
+    return f"{component}/{_STEMS[component]}.safetensors.index{_dotted(variant)}.json"
+
+
+def _dotted(variant: str | None) -> str:
+    return f".{variant}" if variant else ""
 
 
 def _why_no_weights(names: Collection[str], component: str, variant: str | None) -> str:

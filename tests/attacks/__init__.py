@@ -1,0 +1,1 @@
+"""Exploits that were tried on programs of this kind, kept as tests."""

@@ -1,0 +1,271 @@
+"""Checkpoints from a Hub, through huggingface_hub itself, each in a process and a cache of its own."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdfast.export.checkpoint import resolve
+from tests.checkpoints import build_sd
+from tests.hub.server import TOKEN, Hub, Repo, commit_of, serve
+
+# Answers each line of input, a resolve() call in JSON, with a line of output: what it got, or the error.
+PROGRAM = """
+import json, sys, time
+from sdfast.errors import CheckpointError
+from sdfast.export.checkpoint import resolve
+for line in sys.stdin:
+    steps = []
+    try:
+        found = resolve(progress=steps.append, **json.loads(line))
+        answer = {"folder": str(found.folder), "revision": found.revision, "digests": found.digests()}
+        answer["tensors"] = {name: len(found.state_dict(name)) for name in found.components}
+    except CheckpointError as error:
+        answer = {"error": str(error)}
+    print(json.dumps({**answer, "steps": steps}), flush=True)
+"""
+IMPATIENT = "import time\ntime.sleep = lambda seconds: None\n"  # no waiting between retries
+
+
+def start(hub: Hub, program: str = IMPATIENT + PROGRAM, **env: str) -> subprocess.Popen[str]:
+    """A process of its own, because huggingface_hub reads its environment once."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
+    local = {
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": "/nonexistent",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", program],
+        env={**kept, **quiet, **local, **env},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ask(process: subprocess.Popen[str], source: str, home: Path, **arguments: Any) -> Any:
+    assert process.stdin and process.stdout
+    process.stdin.write(json.dumps({"source": source, "cache_dir": str(home), **arguments}) + "\n")
+    process.stdin.flush()
+    return json.loads(process.stdout.readline())
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[tuple[Hub, subprocess.Popen[str]]]:
+    with serve(Hub()) as hub, start(hub) as process:
+        yield hub, process
+        process.terminate()
+
+
+@pytest.fixture
+def hub(running: tuple[Hub, Any], tiny_sd: Path) -> Hub:
+    """The hub, in order, with one model: org/tiny."""
+    hub = running[0]
+    hub.repos = {"org/tiny": Repo({"main": tiny_sd})}
+    hub.cut, hub.cuts, hub.broken = None, 0, False
+    hub.requests.clear()
+    return hub
+
+
+@pytest.fixture
+def fetch(running: tuple[Any, subprocess.Popen[str]], hub: Hub, tmp_path: Path) -> Callable[..., Any]:
+    """Resolve a source, org/tiny unless said, in a cache of its own."""
+
+    def fetch(source: str = "org/tiny", home: Path = tmp_path / "home", **arguments: Any) -> Any:
+        return ask(running[1], source, home, **arguments)
+
+    return fetch
+
+
+def fetch_once(hub: Hub, home: Path, source: str = "org/tiny", **env: str) -> Any:
+    """The same in a new process, with an environment of its own."""
+    with start(hub, **env) as process:
+        answer = ask(process, source, home)
+        process.terminate()
+    return answer
+
+
+def copied(source: Path, target: Path) -> Path:
+    shutil.copytree(source, target)
+    return target
+
+
+def test_a_checkpoint_comes_whole_and_nothing_else(
+    hub: Hub, fetch: Callable[..., Any], tiny_sd: Path, tmp_path: Path
+) -> None:
+    folder = copied(tiny_sd, tmp_path / "repo")
+    for name in (
+        "unet/diffusion_pytorch_model.bin",
+        "v1-5.ckpt",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+    ):
+        (folder / name).write_bytes(b"x" * 100)
+    for name in ("safety_checker/model.safetensors", "feature_extractor/a.json", "unet/x.py", "a.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"x" * 100)
+    hub.repos["org/tiny"] = Repo({"main": folder})
+    found = fetch()
+    assert found["revision"] == commit_of(folder) == Path(found["folder"]).name
+    assert set(found["tensors"]) == {"text_encoder", "unet", "vae"} and min(found["tensors"].values()) > 10
+    assert hub.fetched() == {path.relative_to(tiny_sd).as_posix() for path in tiny_sd.rglob("*.*")}
+    assert any("GB" in step for step in found["steps"])
+
+
+def test_a_second_time_nothing_is_fetched_and_offline_works(
+    hub: Hub, fetch: Callable[..., Any], tmp_path: Path
+) -> None:
+    first = fetch()
+    hub.requests.clear()
+    assert fetch()["folder"] == first["folder"] and hub.fetched() == set()
+    hub.requests.clear()
+    offline = fetch_once(hub, tmp_path / "home", HF_HUB_OFFLINE="1")
+    for again in (offline, fetch(local_files_only=True)):
+        assert again["digests"] == first["digests"] and again["revision"] == first["revision"]
+    assert hub.requests == []
+    hub.broken = True
+    assert fetch()["folder"] == first["folder"]
+    gone = fetch_once(hub, tmp_path / "home", HF_ENDPOINT="http://127.0.0.1:9")
+    assert gone["folder"] == first["folder"]
+
+
+def test_revisions(hub: Hub, fetch: Callable[..., Any], tiny_sd: Path, tmp_path: Path) -> None:
+    other = build_sd(tmp_path / "other", seed=1)
+    hub.repos["org/tiny"] = Repo({"main": tiny_sd, "v2": other, "fix/a b": other})
+    by_tag, by_branch = fetch(revision="v2"), fetch(revision="fix/a b")
+    by_commit, main = fetch(revision=commit_of(other)), fetch()
+    assert by_tag["revision"] == by_branch["revision"] == by_commit["revision"] == commit_of(other)
+    assert main["revision"] == commit_of(tiny_sd) and main["digests"] != by_tag["digests"]
+    page = f"{hub.url}/org/tiny/tree/main"
+    for wrong in ("v3", "0" * 40):
+        assert fetch(revision=wrong)["error"] == (
+            f"org/tiny has no revision {wrong!r}; its branches and tags are listed at {page}"
+        )
+
+
+@pytest.mark.parametrize("revision", ["", "../main", "/etc", "a/../b", "a\nb", "a?b=c"])
+def test_what_cannot_be_a_revision_is_not_asked_for(
+    hub: Hub, fetch: Callable[..., Any], revision: str
+) -> None:
+    assert "is not the name of a branch, a tag or a commit" in fetch(revision=revision)["error"]
+    assert hub.requests == []
+
+
+def test_variants_and_shards(hub: Hub, fetch: Callable[..., Any], tmp_path: Path) -> None:
+    folder = build_sd(tmp_path / "repo", variant="fp16", max_shard_size="200KB")
+    shards = {path.relative_to(folder).as_posix() for path in folder.glob("*/*.safetensors")}
+    assert len(shards) > 5
+    hub.repos["org/tiny"] = Repo({"main": folder})
+    refused = fetch()
+    assert not any(name.endswith(".safetensors") for name in hub.fetched())
+    assert "text_encoder has no weights of the default variant" in refused["error"]
+    assert "variant='fp16'" in refused["error"]
+    assert set(fetch(variant="fp16")["digests"]) == shards
+
+
+def test_what_cannot_be_had(hub: Hub, fetch: Callable[..., Any], tiny_sd: Path, tmp_path: Path) -> None:
+    hub.repos["org/gated"] = Repo({"main": tiny_sd}, gated=True)
+    hub.repos["org/private"] = Repo({"main": tiny_sd}, private=True)
+    missing = fetch("org/missing")["error"]
+    assert missing.startswith(f"org/missing: no such model on {hub.url}, nor a folder or file of that name")
+    assert "org/gated is gated: accept its conditions at" in fetch("org/gated")["error"]
+    assert "org/private: no such model" in fetch("org/private")["error"]
+    for repo in ("org/gated", "org/private"):
+        wrong = fetch(repo, token="hf_wrong")["error"]
+        assert "hf_wrong" not in wrong and "\n" not in wrong
+        assert fetch(repo, token=TOKEN)["revision"] == commit_of(tiny_sd)
+    assert fetch_once(hub, tmp_path / "other", "org/gated", HF_TOKEN=TOKEN)["revision"] == commit_of(tiny_sd)
+
+
+def test_no_connection_and_no_cache(hub: Hub, fetch: Callable[..., Any], tmp_path: Path) -> None:
+    nowhere = fetch_once(hub, tmp_path, HF_ENDPOINT="http://127.0.0.1:9")
+    offline = fetch_once(hub, tmp_path, HF_HUB_OFFLINE="1")
+    hub.broken = True
+    for answer in (nowhere, offline, fetch(), fetch(local_files_only=True)):
+        assert answer["error"].startswith("org/tiny is not complete in the local cache, and ")
+        assert answer["error"].endswith("check the connection and HF_HUB_OFFLINE, or give a folder")
+
+
+@pytest.mark.parametrize("name", ["a/b--c", "a/b..c", "-a/b", "a/" + "b" * 200, "a/b.git"])
+def test_ids_that_the_hub_cannot_have(fetch: Callable[..., Any], name: str) -> None:
+    error = fetch(name)["error"]
+    assert "\n" not in error and name in error
+
+
+def test_a_cut_connection_is_taken_up_again(hub: Hub, fetch: Callable[..., Any]) -> None:
+    hub.cut, hub.cuts = "unet/diffusion_pytorch_model.safetensors", 1
+    assert fetch()["tensors"]["unet"] > 10
+    assert hub.cuts == 0
+
+
+def test_a_download_that_never_ends_is_an_error_and_the_next_goes_on(
+    hub: Hub, fetch: Callable[..., Any]
+) -> None:
+    hub.cut, hub.cuts = "unet/diffusion_pytorch_model.safetensors", 10**9
+    failed = fetch()["error"]
+    assert failed.startswith("org/tiny: the download failed (")
+    assert failed.endswith("run the same command again, it goes on from there")
+    assert "error" in fetch(local_files_only=True)
+    hub.cuts = 0
+    hub.requests.clear()
+    assert fetch()["tensors"]["unet"] > 10
+    assert "model_index.json" not in hub.fetched()
+
+
+def test_a_killed_download_leaves_nothing_that_is_taken_for_whole(
+    hub: Hub, fetch: Callable[..., Any], tmp_path: Path
+) -> None:
+    hub.cut, hub.cuts = "unet/diffusion_pytorch_model.safetensors", 10**9
+    with start(hub, PROGRAM) as process:
+        assert process.stdin
+        process.stdin.write(json.dumps({"source": "org/tiny", "cache_dir": str(tmp_path / "home")}) + "\n")
+        process.stdin.flush()
+        deadline = time.monotonic() + 60
+        while hub.cut not in hub.fetched() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.kill()
+    assert hub.cut in hub.fetched()
+    hub.cuts = 0
+    assert "error" in fetch(local_files_only=True)
+    assert fetch()["tensors"]["unet"] > 10
+
+
+def test_an_unsupported_model_costs_no_download(
+    hub: Hub, fetch: Callable[..., Any], tiny_sd: Path, tmp_path: Path
+) -> None:
+    flux = copied(tiny_sd, tmp_path / "flux")
+    index = json.loads((flux / "model_index.json").read_text())
+    (flux / "model_index.json").write_text(json.dumps({**index, "_class_name": "FluxPipeline"}))
+    pickles = copied(tiny_sd, tmp_path / "pickles")
+    weights = pickles / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    lora = tmp_path / "lora"
+    lora.mkdir()
+    (lora / "pytorch_lora_weights.safetensors").write_bytes(b"x")
+    folders = {"org/flux": flux, "org/pickles": pickles, "org/lora": lora}
+    hub.repos = {name: Repo({"main": folder}) for name, folder in folders.items()}
+    errors = {name: fetch(name)["error"] for name in folders}
+    assert (
+        "FluxPipeline is not supported; sdfast runs the U-Net family: StableDiffusionP" in errors["org/flux"]
+    )
+    assert "a pickle only (unet/diffusion_pytorch_model.bin)" in errors["org/pickles"]
+    assert "no model_index.json" in errors["org/lora"]
+    assert not any(name.endswith((".safetensors", ".bin")) for name in hub.fetched())
+
+
+def test_a_folder_of_the_same_name_wins(
+    hub: Hub, tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copied(tiny_sd, tmp_path / "org" / "tiny")
+    monkeypatch.chdir(tmp_path)
+    found = resolve("org/tiny")
+    assert found.folder == folder.resolve() and found.revision is None
