@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sdfast.backends import CompiledModule, loader
+from sdfast.backends import CompiledModule, loader, parse_device
 from sdfast.errors import EngineError, RequestError
 from sdfast.manifest import File, Manifest, Span, Variant, read_manifest
 from sdfast.tokenizer import Tokenizer
@@ -34,6 +34,7 @@ class Engine:
         self.folder = folder
         self.manifest = manifest
         self.device = device
+        self.threads = threads
         self.dtype = DTYPES[manifest.dtype]
         self._load = loader(manifest.backend, device, threads)
         self._loaded: dict[str, CompiledModule] = {}
@@ -47,10 +48,10 @@ class Engine:
         `threads`: processor threads of the CPU backends (default: torch's). Raises `EngineError` when a file
         is missing or changed, `BackendError` when the device or the backend is not available here.
         """
-        folder = Path(folder)
+        folder, device = Path(folder), parse_device(device)
         manifest = read_manifest(folder)
         verify(folder, manifest.files)
-        return cls(folder, manifest, torch.device(device), threads)
+        return cls(folder, manifest, device, threads)
 
     @cached_property
     def tokenizers(self) -> tuple[Tokenizer, ...]:
@@ -65,8 +66,10 @@ class Engine:
 
     def check_size(self, height: int, width: int) -> None:
         """Raises `RequestError` listing the engine's sizes when `height` × `width` pixels is none of them."""
-        variants = self.manifest.modules["unet"].variants
+        variants, factor = self.manifest.modules["unet"].variants, self.manifest.model.vae_scale_factor
         if any(variant.fits(height, width) for variant in variants):
+            if height % factor or width % factor:
+                raise RequestError(f"size {width}x{height}: sides of this engine are multiples of {factor}")
             return
         sizes = sorted({f"{variant.width}x{variant.height}" for variant in variants})
         raise RequestError(

@@ -12,15 +12,17 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from sdfast.backends import parse_device
 from sdfast.engine import Engine
 from sdfast.errors import NumericalError, RequestError
 from sdfast.loop import Row, Rows
 from sdfast.noise import OwnNoise, SharedNoise, generator
-from sdfast.prompts import Prompts, PromptState
+from sdfast.prompts import Prompts, PromptState, check_tensor
 from sdfast.request import Request
 from sdfast.schedulers import Schedule, own_config, schedule
 
 DEFAULT_STEPS = 50  # as in diffusers
+DEFAULT_GUIDANCE = {"sd": 7.5, "sdxl": 5.0}  # as in diffusers
 
 StepCallback = Callable[[Any, int, float, dict[str, torch.Tensor]], Mapping[str, torch.Tensor] | None]
 
@@ -121,10 +123,10 @@ class Pipeline:
 
     def to(self, device: str | torch.device) -> Self:
         """Move to `device` ("cpu", "cuda", "cuda:1"): the engine's modules are loaded anew there."""
-        target = torch.device(device)
+        target = parse_device(device)
         if target != self.engine.device:
             engine = self.engine
-            self.engine = Engine(engine.folder, engine.manifest, target)
+            self.engine = Engine(engine.folder, engine.manifest, target, engine.threads)
             self.prompts = Prompts(self.engine)
         return self
 
@@ -140,14 +142,16 @@ class Pipeline:
     @scheduler.setter
     def scheduler(self, value: Any) -> None:
         if isinstance(value, str):
-            self._scheduler = Scheduler(value, self.engine.scheduler_config)
+            chosen = Scheduler(value, self.engine.scheduler_config)
         elif isinstance(value, Scheduler):
-            self._scheduler = value
+            chosen = value
         elif hasattr(value, "config"):
-            self._scheduler = Scheduler(type(value).__name__, own_config(value))
+            chosen = Scheduler(type(value).__name__, own_config(value))
         else:
             raise RequestError(f"{value!r} is not a scheduler: give a name or a diffusers scheduler object")
-        self._schedule(steps=1)  # names what is not supported here rather than in the middle of a call
+        # What is not supported is named here rather than in the middle of a call.
+        schedule(chosen.name, chosen.config, num_inference_steps=1)
+        self._scheduler = chosen
 
     def set_progress_bar_config(self, **options: Any) -> None:
         """Options of the tqdm progress bar, as in diffusers (`disable=True` hides it)."""
@@ -170,7 +174,7 @@ class Pipeline:
         num_inference_steps: int | None = None,
         timesteps: Sequence[int] | None = None,
         sigmas: Sequence[float] | None = None,
-        guidance_scale: float = 7.5,
+        guidance_scale: float | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         num_images_per_prompt: int = 1,
         eta: float = 0.0,
@@ -185,7 +189,7 @@ class Pipeline:
         guidance_rescale: float = 0.0,
         clip_skip: int | None = None,
         callback_on_step_end: StepCallback | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
         *,
         seed: int | None = None,
         scheduler: str | None = None,
@@ -195,19 +199,22 @@ class Pipeline:
 
         seed: image i gets its own generator, seeded with seed + i (default: a random seed, told in the
             output). `scheduler`: for this call only, by diffusers, AUTOMATIC1111 or short name.
+        guidance_scale: 7.5 by default, 5 for SDXL, as in diffusers.
 
         Sizes are in pixels. Returns a `PipelineOutput`, or (images, None) with `return_dict=False`.
         """
         _refuse(refused, "the call")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise RequestError(f"output_type: {output_type!r} is not one of 'pil', 'np', 'pt', 'latent'")
-        if list(callback_on_step_end_tensor_inputs) != ["latents"]:
+        if list(callback_on_step_end_tensor_inputs or ["latents"]) != ["latents"]:
             raise RequestError(
-                f"callback_on_step_end_tensor_inputs: {list(callback_on_step_end_tensor_inputs)}, but a step "
+                f"callback_on_step_end_tensor_inputs: {callback_on_step_end_tensor_inputs!r}, but a step "
                 "callback gets and may change ['latents'] only"
             )
         if seed is not None and generator is not None:
             raise RequestError("give seed or generator, not both")
+        if negative_prompt is not None and negative_prompt_embeds is not None:
+            raise RequestError("give negative_prompt or negative_prompt_embeds, not both")
         given = Given(
             generator,
             latents,
@@ -229,9 +236,9 @@ class Pipeline:
             "timesteps": timesteps,
             "sigmas": sigmas,
             "scheduler": scheduler,
-            "guidance_scale": float(guidance_scale),
-            "guidance_rescale": float(guidance_rescale),
-            "eta": float(eta),
+            "guidance_scale": DEFAULT_GUIDANCE[model.family] if guidance_scale is None else guidance_scale,
+            "guidance_rescale": guidance_rescale,
+            "eta": eta,
             "num_images_per_prompt": num_images_per_prompt,
             "clip_skip": clip_skip,
         }
@@ -287,7 +294,9 @@ class Pipeline:
     ) -> tuple[PromptState, PromptState | None, tuple[str, ...]]:
         """The prompts' states, one line a picture, and those of the negative prompts when guidance is on."""
         if given.prompt_embeds is not None:
-            positive = self.prompts.from_embeds(given.prompt_embeds, given.pooled_prompt_embeds)
+            positive = self.prompts.from_embeds(
+                "prompt_embeds", given.prompt_embeds, given.pooled_prompt_embeds, len(request.prompts)
+            )
             truncated: tuple[str, ...] = ("",) * len(request.prompts)
         else:
             positive, truncated = self.prompts.encode(request.prompts, request.clip_skip)
@@ -295,7 +304,10 @@ class Pipeline:
         if self._guided(request):
             if given.negative_prompt_embeds is not None:
                 negative = self.prompts.from_embeds(
-                    given.negative_prompt_embeds, given.negative_pooled_prompt_embeds
+                    "negative_prompt_embeds",
+                    given.negative_prompt_embeds,
+                    given.negative_pooled_prompt_embeds,
+                    len(request.prompts),
                 )
             else:
                 negative = self.prompts.encode_negative(request.negative_prompts)
@@ -342,6 +354,8 @@ class Pipeline:
             return OwnNoise([generator(seed) for seed in request.seeds], shape)
         if isinstance(source, torch.Generator):
             return SharedNoise(source, request.images, shape)
+        if not isinstance(source, Sequence) or not all(isinstance(one, torch.Generator) for one in source):
+            raise RequestError(f"generator: {source!r:.60} is not a torch.Generator, nor a list of them")
         if len(source) != request.images:
             raise RequestError(f"{len(source)} generators for {request.images} pictures; give one for each")
         return OwnNoise(source, shape) if len(source) > 1 else SharedNoise(source[0], 1, shape)
@@ -350,11 +364,7 @@ class Pipeline:
         """Unit noise [n, C, h, w] float32: drawn, or the caller's."""
         if given.latents is None:
             return noise.initial().to(self.device)
-        expected = (request.images, *self._latent_shape(request))
-        if tuple(given.latents.shape) != expected:
-            raise RequestError(f"latents: shape {tuple(given.latents.shape)}, but {expected} is needed")
-        if not bool(torch.isfinite(given.latents).all()):
-            raise RequestError("latents: hold values that are not finite numbers")
+        check_tensor("latents", given.latents, (request.images, *self._latent_shape(request)))
         return given.latents.to(self.device, torch.float32)
 
     def _denoise(self, rows: list[Row], plan: Schedule, callback: StepCallback | None) -> torch.Tensor:
@@ -366,9 +376,11 @@ class Pipeline:
         for k in tqdm(range(len(plan)), **self._progress):
             running.tick()
             if callback is not None:
-                changed = callback(self, k, float(plan.timesteps[k]), {"latents": running.latents})
-                if changed and "latents" in changed:
-                    running.latents = changed["latents"]
+                told = {"latents": running.latents}
+                changed = callback(self, k, float(plan.timesteps[k]), told) or {}
+                new = changed.get("latents", told["latents"])  # returned, or changed in place
+                check_tensor("latents of callback_on_step_end", new, tuple(told["latents"].shape))
+                running.latents = new
             if self._interrupt:
                 break
         running.check()
@@ -393,25 +405,33 @@ class StableDiffusionXLPipeline(Pipeline):
 
 def _texts(
     prompt: str | Sequence[str] | None,
-    negative: str | Sequence[str] | None,
+    negative: str | Sequence[str | None] | None,
     embeds: torch.Tensor | None,
 ) -> dict[str, Any]:
     """The prompts and one negative prompt for each."""
     if (prompt is None) == (embeds is None):
         raise RequestError("give prompt or prompt_embeds, one of them")
     if embeds is not None:
-        prompts: tuple[Any, ...] = ("",) * len(embeds)
+        if not isinstance(embeds, torch.Tensor) or embeds.ndim != 3:
+            raise RequestError("prompt_embeds: must be a tensor of shape (prompts, tokens, width)")
+        prompts: Any = ("",) * len(embeds)
     else:
-        prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt or ())
+        prompts = (prompt,) if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, (list, tuple)):
+        raise RequestError(f"prompt: must be a string or a list of strings (got {type(prompt).__name__})")
     if negative is None or isinstance(negative, str):
-        return {"prompts": prompts, "negative_prompts": (negative,) * len(prompts)}
-    return {"prompts": prompts, "negative_prompts": tuple(negative)}
+        negative = (negative,) * len(prompts)
+    elif not isinstance(negative, (list, tuple)):
+        raise RequestError(
+            f"negative_prompt: must be a string or a list of strings (got {type(negative).__name__})"
+        )
+    return {"prompts": prompts, "negative_prompts": negative}
 
 
 def _refuse(given: Mapping[str, Any], where: str, neutral: Mapping[str, Any] | None = None) -> None:
     """Raises `RequestError` for arguments that ask for something: `None` and neutral values pass."""
     neutral = neutral or {}
-    asked = [n for n, value in given.items() if value is not None and neutral.get(n, ...) != value]
+    asked = [n for n, value in given.items() if value is not None and neutral.get(n) is not value]
     if asked:
         raise RequestError(
             f"{', '.join(asked)}: not supported by {where} of sdfast; leave it out, or use diffusers"

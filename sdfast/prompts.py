@@ -3,6 +3,8 @@
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from threading import Lock
+from typing import Any
 
 import torch
 
@@ -43,19 +45,24 @@ class PromptCache:
     def __init__(self, limit: int = CACHE_BYTES) -> None:
         self._limit = limit
         self._bytes = 0
+        self._lock = Lock()
         self._states: OrderedDict[object, tuple[PromptState, str]] = OrderedDict()
 
     def get(self, key: object) -> tuple[PromptState, str] | None:
-        if key in self._states:
-            self._states.move_to_end(key)
-        return self._states.get(key)
+        with self._lock:
+            if key in self._states:
+                self._states.move_to_end(key)
+            return self._states.get(key)
 
     def put(self, key: object, state: PromptState, truncated: str) -> None:
-        self._states[key] = (state, truncated)
-        self._bytes += state.nbytes
-        while self._bytes > self._limit and len(self._states) > 1:
-            _, (dropped, _) = self._states.popitem(last=False)
-            self._bytes -= dropped.nbytes
+        with self._lock:
+            if key in self._states:  # two threads encoded it at once
+                return
+            self._states[key] = (state, truncated)
+            self._bytes += state.nbytes
+            while self._bytes > self._limit:
+                _, (dropped, _) = self._states.popitem(last=False)
+                self._bytes -= dropped.nbytes
 
 
 class Prompts:
@@ -82,17 +89,20 @@ class Prompts:
             ]
         )
 
-    def from_embeds(self, embeds: torch.Tensor, pooled: torch.Tensor | None) -> PromptState:
-        """The state of hidden states [n, L, D] (and pooled embeddings [n, P]) that the caller made."""
-        width = self._model.text_width
-        if embeds.ndim != 3 or embeds.shape[-1] != width:
-            raise RequestError(
-                f"prompt_embeds: shape {tuple(embeds.shape)}, but (n, tokens, {width}) is needed"
-            )
-        if self._model.pooled_width is not None and pooled is None:
-            raise RequestError("prompt_embeds of an SDXL engine need pooled_prompt_embeds beside them")
-        engine = self._engine
-        if pooled is not None:
+    def from_embeds(self, name: str, embeds: Any, pooled: Any, count: int) -> PromptState:
+        """The state of hidden states [count, L, D], and pooled embeddings [count, P], that the caller made.
+
+        `name`: "prompt_embeds" or "negative_prompt_embeds". Raises `RequestError` for what does not fit.
+        """
+        engine, model = self._engine, self._model
+        check_tensor(name, embeds, (count, engine.tokenizers[0].max_length, model.text_width))
+        name_pooled = name.replace("prompt", "pooled_prompt")
+        if model.pooled_width is None and pooled is not None:
+            raise RequestError(f"{name_pooled}: only engines of SDXL take one; leave it out")
+        if model.pooled_width is not None:
+            if pooled is None:
+                raise RequestError(f"{name} of an SDXL engine need {name_pooled} beside them")
+            check_tensor(name_pooled, pooled, (count, model.pooled_width))
             pooled = pooled.to(engine.device, engine.dtype)
         return PromptState(self._context(embeds.to(engine.device, engine.dtype)), pooled)
 
@@ -104,7 +114,8 @@ class Prompts:
         if self._model.guidance_embedding is not None:
             scale = torch.tensor([request.guidance_scale - 1.0])
             embedding = guidance_embedding(scale, self._model.guidance_embedding)
-            inputs["timestep_cond"] = embedding.to(self._engine.device).expand(len(plan), -1)
+            embedding = embedding.to(self._engine.device, self._engine.dtype)
+            inputs["timestep_cond"] = embedding.expand(len(plan), -1)
         if state.pooled is None:
             shift = self._engine.call("time_shift", inputs)["time_shift"]
             return [Conditioning(context, shift) for context in state.context]
@@ -182,6 +193,15 @@ def guidance_embedding(scale: torch.Tensor, width: int) -> torch.Tensor:
     angles = scale[:, None] * 1000.0 * torch.exp(torch.arange(half) * -step)[None]
     embedding = torch.cat([angles.sin(), angles.cos()], dim=1)
     return torch.nn.functional.pad(embedding, (0, width - 2 * half))
+
+
+def check_tensor(name: str, given: Any, shape: tuple[int, ...]) -> None:
+    """Raises `RequestError` unless `given` is a tensor of `shape` that holds finite numbers."""
+    if not isinstance(given, torch.Tensor) or tuple(given.shape) != shape:
+        what = f"shape {tuple(given.shape)}" if isinstance(given, torch.Tensor) else type(given).__name__
+        raise RequestError(f"{name}: {what}, but a tensor of shape {shape} is needed")
+    if not given.is_floating_point() or not bool(torch.isfinite(given).all()):
+        raise RequestError(f"{name}: must hold finite floating point numbers")
 
 
 def _joined(states: Sequence[PromptState]) -> PromptState:

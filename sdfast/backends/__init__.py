@@ -29,6 +29,17 @@ class CompiledModule(Protocol):
 Loader = Callable[[Path], CompiledModule]
 
 
+def parse_device(device: str | torch.device) -> torch.device:
+    """The device of that name. Raises `BackendError` for what is neither a processor nor a CUDA device."""
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise BackendError(f"device: {str(device)!r} is not one of 'cpu', 'cuda', 'cuda:N'")
+    return found
+
+
 def loader(backend: str, device: torch.device, threads: int | None) -> Loader:
     """What loads a module file of `backend` on `device`. Raises `BackendError` when it cannot run here."""
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -36,6 +47,8 @@ def loader(backend: str, device: torch.device, threads: int | None) -> Loader:
             "device 'cuda' was asked for, but this torch sees no CUDA device; "
             "`sdfast doctor` says what is missing"
         )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise BackendError(f"device: {str(device)!r}, but there are {torch.cuda.device_count()} CUDA devices")
     if backend == "onnx":
         from sdfast.backends.onnx import OnnxRuntime
 

@@ -1,4 +1,4 @@
-"""Plain PyTorch: the networks as they are written, on the weights of an engine. For development and checks."""
+"""Plain PyTorch: the networks as they are written, on an engine's weights. For development and checks."""
 
 import json
 from collections.abc import Callable, Mapping
