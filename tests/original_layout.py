@@ -44,21 +44,28 @@ _OPEN_CLIP_ENDS = {
 }
 
 
-def save_original(folder: Path, file: Path, *, layers_per_block: int = 1, **extra: torch.Tensor) -> Path:
-    """Write the diffusers checkpoint in `folder` (SD 1.x, or SDXL when it has two encoders) as one file."""
-    unet = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
-    vae = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
+def save_original(folder: Path, file: Path, *, sd2: bool = False) -> Path:
+    """Write a tiny diffusers checkpoint as one file: SD 1.x, SD 2.x, or SDXL when it has two encoders."""
+    paths = {path.parent.name: path for path in folder.glob("*/*.safetensors")}
+    states = {component: load_file(path) for component, path in paths.items()}
+    save_file(to_original(states, layers_per_block=1, sd2=sd2), file)
+    return file
+
+
+def to_original(states: dict[str, Tensors], *, layers_per_block: int, sd2: bool = False) -> Tensors:
+    """The tensors of all components under the names and in the shapes of the original layout."""
+    unet, vae, text = states["unet"], states["vae"], states["text_encoder"]
     tensors = {f"model.diffusion_model.{_unet_name(n, layers_per_block)}": t for n, t in unet.items()}
     tensors |= {f"first_stage_model.{_vae_name(n)}": _vae_tensor(n, t) for n, t in vae.items()}
-    text = load_file(folder / "text_encoder" / "model.safetensors")
-    second = folder / "text_encoder_2" / "model.safetensors"
-    where = "conditioner.embedders.0" if second.exists() else "cond_stage_model"
-    tensors |= {f"{where}.transformer.text_model.{_bare(n)}": t for n, t in text.items()}
-    if second.exists():
-        open_clip = _open_clip(load_file(second))
-        tensors |= {f"conditioner.embedders.1.model.{n}": t for n, t in open_clip.items()}
-    save_file({n: t.contiguous() for n, t in {**tensors, **extra}.items()}, file)
-    return file
+    if sd2:
+        tensors |= {f"cond_stage_model.model.{n}": t for n, t in _open_clip(text).items()}
+    else:
+        where = "conditioner.embedders.0" if "text_encoder_2" in states else "cond_stage_model"
+        tensors |= {f"{where}.transformer.text_model.{_bare(n)}": t for n, t in text.items()}
+    if "text_encoder_2" in states:
+        second = _open_clip(states["text_encoder_2"])
+        tensors |= {f"conditioner.embedders.1.model.{n}": t for n, t in second.items()}
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
 def _bare(name: str) -> str:
@@ -114,8 +121,9 @@ def _vae_tensor(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _open_clip(tensors: Tensors) -> Tensors:
-    """A CLIP encoder with projection under OpenCLIP's names: Q, K, V packed, the projection transposed."""
-    out = {"text_projection": tensors["text_projection.weight"].T}
+    """A CLIP encoder under OpenCLIP's names: Q, K, V packed, the projection, if it has one, transposed."""
+    projection = tensors.get("text_projection.weight")
+    out = {} if projection is None else {"text_projection": projection.T}
     bare = {_bare(name): tensor for name, tensor in tensors.items()}
     for name, tensor in bare.items():
         if name in _OPEN_CLIP_ENDS:

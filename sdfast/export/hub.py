@@ -144,6 +144,8 @@ def _explain(hub: ModuleType, error: Exception, repo: str, revision: str | None)
     for kind, message in known:
         if isinstance(error, kind):
             return message
+    if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+        return f"{repo}: {endpoint} refused the token; log in again (hf auth login) or unset HF_TOKEN"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"{repo}: no space left on the disk; free some, or set HF_HOME to a larger disk"
     return f"{repo}: the download failed ({reason(error)}); run the same command again, it goes on from there"

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -19,12 +20,15 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from tokenizers.pre_tokenizers import ByteLevel
 
-from sdfast.errors import CheckpointError
+from sdfast.errors import CheckpointError, DependencyError
 from sdfast.export import layout
 from sdfast.export.files import Files, reason, sha256, unreadable
 
 _VERSION = 1
 """Part of the cache key: raise it when the same file would be converted differently."""
+
+_SCRATCH = ".converting-"
+_ABANDONED_SECONDS = 86_400.0
 
 _UNET = "model.diffusion_model."
 _FIRST_CONV = _UNET + "input_blocks.0.0.weight"
@@ -174,7 +178,8 @@ def _publish(path: Path, configs: Mapping[str, Any], dtype: str, target: Path) -
     """Convert into a temporary folder beside the target, then rename: no half conversion is ever found."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".converting-", dir=target.parent))
+        _remove_abandoned(target.parent)
+        scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=target.parent))
     except OSError as error:
         raise CheckpointError(
             f"{path}: {target.parent} cannot be written ({reason(error)}); "
@@ -186,12 +191,22 @@ def _publish(path: Path, configs: Mapping[str, Any], dtype: str, target: Path) -
             path, scratch / "configs", configs["model_index.json"]["_class_name"], dtype, scratch / "out"
         )
         (scratch / "out").rename(target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
         if target.exists():  # someone else converted the same file meanwhile
             return
-        raise CheckpointError(f"{path}: {reason(error)} while converting into {target.parent}") from error
+        raise CheckpointError(
+            f"{path} cannot be converted into {target.parent} ({reason(error)}); "
+            "make room there, or set XDG_CACHE_HOME to where there is"
+        ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what conversions that were killed left behind; none that still runs is a day old."""
+    for scratch in folder.glob(f"{_SCRATCH}*"):
+        if time.time() - scratch.stat().st_mtime > _ABANDONED_SECONDS:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _write_configs(configs: Mapping[str, Any], folder: Path) -> None:
@@ -218,9 +233,14 @@ def write_clip_vocabulary(folder: Path) -> None:
 
 def _convert(path: Path, configs: Path, pipeline: str, dtype: str, target: Path) -> None:
     """Let diffusers read the file by the configs and save it as a folder, in the dtype the file has."""
-    import diffusers
-    import torch
-    from diffusers.loaders.single_file_utils import SingleFileComponentError
+    try:
+        import diffusers
+        import torch
+        from diffusers.loaders.single_file_utils import SingleFileComponentError
+    except ImportError as error:
+        raise DependencyError(
+            f'diffusers is needed to convert {path.name}: pip install "sdfast[export]"'
+        ) from error
 
     dtypes = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
     if dtype not in dtypes:

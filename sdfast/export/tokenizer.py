@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from sdfast.errors import CheckpointError
+from sdfast.errors import CheckpointError, DependencyError
 from sdfast.export.files import reason
 from sdfast.tokenizer import SETTINGS_FILE, VOCABULARY_FILE
 
@@ -17,8 +17,12 @@ def save_runtime_tokenizer(source: Path, target: Path) -> None:
     transformers reads the checkpoint's files, whatever their age and form, so that what runs later is what
     stock diffusers runs. Raises CheckpointError when they cannot be read or are not CLIP's.
     """
-    from transformers import CLIPTokenizer
-
+    try:
+        from transformers import CLIPTokenizer
+    except ImportError as error:
+        raise DependencyError(
+            'transformers is needed to export a tokenizer: pip install "sdfast[export]"'
+        ) from error
     try:
         tokenizer = CLIPTokenizer.from_pretrained(source, local_files_only=True)
         vocabulary = tokenizer.backend_tokenizer.to_str()

@@ -2,8 +2,10 @@
 
 import json
 import os
+import resource
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from sdfast.errors import CheckpointError
 from sdfast.export import single_file
 from sdfast.export.checkpoint import resolve
 from tests.checkpoints import build_sd, build_sdxl
-from tests.original_layout import save_original
+from tests.original_layout import save_original, to_original
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -52,6 +54,15 @@ def test_sd(tiny_sd: Path) -> None:
     assert found.scheduler_config["_class_name"] == "PNDMScheduler"
     assert found.tokenizers == {"tokenizer": tiny_sd.resolve() / "tokenizer"}
     assert found.index["requires_safety_checker"] is False
+
+
+def test_the_built_in_one(tiny_sd: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "landscapes").mkdir()  # a folder of that name here does not take its place
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sdfast.landscapes.checkpoint_folder", lambda: tiny_sd, raising=False)
+    assert resolve("landscapes").folder == tiny_sd.resolve()
+    with pytest.raises(CheckpointError, match="a built-in checkpoint, for which revision and variant"):
+        resolve("landscapes", revision="main", variant="fp16")
 
 
 def test_sdxl(tiny_sdxl: Path) -> None:
@@ -405,6 +416,93 @@ def test_a_single_file_is_the_folder_it_was_made_of(tmp_path: Path, build: Calla
             save_runtime_tokenizer(checkpoint.tokenizers[name], tmp_path / out / name)
             texts.append((tmp_path / out / name / "tokenizer.json").read_text())
         assert texts[0] == texts[1]
+
+
+def test_a_single_file_of_sd_2(tmp_path: Path, tiny_sd: Path) -> None:
+    file = save_original(tiny_sd, tmp_path / "model.safetensors", sd2=True)
+    found = resolve(file, config=tiny_sd, cache_dir=tmp_path / "cache")
+    for name in ("text_encoder", "unet"):
+        state, original = found.state_dict(name), resolve(tiny_sd).state_dict(name)
+        assert state.keys() == original.keys()
+        assert all(torch.equal(state[key], original[key]) for key in original)
+
+
+def test_two_conversions_of_one_file_at_once(
+    single_sd: Path, tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert = single_file._convert
+
+    def meanwhile(path: Path, configs: Path, pipeline: str, dtype: str, target: Path) -> None:
+        convert(path, configs, pipeline, dtype, target)
+        monkeypatch.undo()
+        resolve(path, config=tiny_sd, cache_dir=tmp_path)  # the other one is done first
+
+    monkeypatch.setattr(single_file, "_convert", meanwhile)
+    assert len(resolve(single_sd, config=tiny_sd, cache_dir=tmp_path).state_dict("unet")) > 10
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_a_killed_conversion_left_is_removed_after_a_day(
+    single_sd: Path, tiny_sd: Path, tmp_path: Path
+) -> None:
+    for name, age in ((".converting-old", 90_000), (".converting-new", 10)):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    resolve(single_sd, config=tiny_sd, cache_dir=tmp_path)
+    assert [path.name for path in tmp_path.glob(".converting-*")] == [".converting-new"]
+
+
+def test_no_room_for_a_conversion(single_sd: Path, tiny_sd: Path, tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # no file may grow beyond
+    try:
+        message = refused(single_sd, config=tiny_sd, cache_dir=tmp_path / "cache")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert f"cannot be converted into {tmp_path / 'cache'}" in message and "make room there" in message
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written(single_sd: Path, tiny_sd: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in refused(single_sd, config=tiny_sd, cache_dir=tmp_path / "file" / "cache")
+
+
+def test_the_cache_is_where_the_user_keeps_caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert single_file._cache_root(None) == tmp_path / "sdfast" / "checkpoints"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert single_file._cache_root(None) == tmp_path / ".cache" / "sdfast" / "checkpoints"
+
+
+@pytest.mark.slow
+def test_a_single_file_of_full_size_needs_no_config(tmp_path: Path) -> None:
+    """SD 1.5 in half precision, 2.1 GB: the shipped configs and vocabulary, and no network."""
+    import diffusers
+    import transformers
+
+    configs = single_file.stock_configs(shapes(), "x")
+    with torch.device("meta"):
+        models = {
+            "unet": diffusers.UNet2DConditionModel.from_config(configs["unet/config.json"]),
+            "vae": diffusers.AutoencoderKL.from_config(configs["vae/config.json"]),
+            "text_encoder": transformers.CLIPTextModel(
+                transformers.CLIPTextConfig(**configs["text_encoder/config.json"])
+            ),
+        }
+    states = {
+        name: {key: torch.rand(t.shape, dtype=torch.float16) for key, t in model.state_dict().items()}
+        for name, model in models.items()
+    }
+    save_file(to_original(states, layers_per_block=2), tmp_path / "v1-5.safetensors")
+    found = resolve(tmp_path / "v1-5.safetensors", cache_dir=tmp_path / "cache")
+    for name in ("unet", "vae", "text_encoder"):
+        state = found.state_dict(name)
+        assert all(torch.equal(state[key], states[name][key]) for key in state)
+    assert len(found.state_dict("unet")) == len(states["unet"])
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(found.tokenizers["tokenizer"])
+    assert tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
 
 
 def test_a_conversion_is_kept(single_sd: Path, tiny_sd: Path, tmp_path: Path) -> None:

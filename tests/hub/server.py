@@ -77,6 +77,8 @@ class _Handler(BaseHTTPRequestHandler):
         file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         if self.hub.broken:
             self._error(500, "ServerError", "out of order")
+        elif self.headers.get("Authorization") and not self._authorized():
+            self._error(401, "Unauthorized", "Invalid credentials in Authorization header")
         elif api:
             self._api(api[1], api[2] or "revision", unquote(api[3] or "main"))
         elif file:
