@@ -175,15 +175,7 @@ def verify(folder: Path, files: Sequence[File]) -> None:
     """Raises `EngineError` naming the first file that is missing, outside `folder`, or was changed."""
     root = folder.resolve()
     for file in files:
-        path = folder / file.path
-        if not path.resolve().is_relative_to(root):
-            raise EngineError(f"{path}: leads out of the engine; do not use this engine")
-        if not path.is_file():
-            raise EngineError(f"{path}: missing; export the engine again")
-        if path.stat().st_size != file.size:
-            raise EngineError(
-                f"{path}: {path.stat().st_size} bytes, but {file.size} were exported; export the engine again"
-            )
+        _check_file(root, folder / file.path, file)
     with ThreadPoolExecutor(max_workers=4) as pool:
         digests = pool.map(sha256, [folder / file.path for file in files])
         for file, digest in zip(files, digests, strict=True):
@@ -194,10 +186,30 @@ def verify(folder: Path, files: Sequence[File]) -> None:
                 )
 
 
+def _check_file(root: Path, path: Path, file: File) -> None:
+    """Raises `EngineError` unless `path` is a file under `root` of the stated size."""
+    try:
+        real = path.resolve(strict=True)
+        size = real.stat().st_size if real.is_file() else None
+    except FileNotFoundError:
+        raise EngineError(f"{path}: missing; export the engine again") from None
+    except (OSError, RuntimeError) as error:  # a link to itself is a RuntimeError
+        raise EngineError(f"{path}: cannot be read ({error}); export the engine again") from error
+    if not real.is_relative_to(root):
+        raise EngineError(f"{path}: leads out of the engine; do not use this engine")
+    if size is None:
+        raise EngineError(f"{path}: is not a file; export the engine again")
+    if size != file.size:
+        raise EngineError(f"{path}: {size} bytes, but {file.size} were exported; export the engine again")
+
+
 def sha256(path: Path) -> str:
-    """The file's SHA-256 in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """The file's SHA-256 in hex. Raises `EngineError` when it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise EngineError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
 
 
 def _padded(tensor: torch.Tensor, size: int) -> torch.Tensor:

@@ -13,9 +13,11 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from sdfast.errors import EngineError
+from sdfast.tokenizer import SETTINGS_FILE, VOCABULARY_FILE
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+MODULES = {"text_encoder", "context", "time_shift", "unet", "vae_decoder"}  # what no engine can do without
 
 
 def _inside(path: str) -> str:
@@ -156,6 +158,21 @@ class Manifest(_Part):
     validation: Validation | None = None
     seal: str = ""
 
+    @model_validator(mode="after")
+    def _whole(self) -> "Manifest":
+        """Nothing is missing, and what is loaded is listed, so that its digest is checked first."""
+        if missing := sorted(MODULES - set(self.modules)):
+            raise ValueError(f"no module {missing[0]!r}")
+        listed = {file.path for file in self.files}
+        loaded = {self.scheduler_config}
+        for module in self.modules.values():
+            loaded.update(module.files, (variant.file for variant in module.variants))
+        for name in self.tokenizers:
+            loaded.update((f"{name}/{VOCABULARY_FILE}", f"{name}/{SETTINGS_FILE}"))
+        if unlisted := sorted(loaded - listed):
+            raise ValueError(f"{unlisted[0]!r} is used, but not among the files")
+        return self
+
     def sealed(self) -> "Manifest":
         """The same manifest with its seal set."""
         return self.model_copy(update={"seal": _seal(self.model_dump(mode="json"))})
@@ -213,8 +230,9 @@ def read_manifest(folder: Path) -> Manifest:
         return Manifest.model_validate_json(json.dumps(document))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise EngineError(f"{path}: {where}: {first['msg']}; export the engine again") from error
+        where = ".".join(str(part) for part in first["loc"]) or "manifest"
+        message = first["msg"].removeprefix("Value error, ")
+        raise EngineError(f"{path}: {where}: {message}; export the engine again") from error
 
 
 def _document(folder: Path, path: Path) -> dict[str, Any]:
@@ -226,7 +244,7 @@ def _document(folder: Path, path: Path) -> dict[str, Any]:
         raise EngineError(
             f"{folder}: not an engine (no {MANIFEST_NAME}); make one with `sdfast export SOURCE -o DIR`"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise EngineError(f"{path}: cannot be read ({error}); export the engine again") from error
     if not isinstance(document, dict):
         raise EngineError(f"{path}: not a manifest; export the engine again")

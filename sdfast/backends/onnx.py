@@ -1,6 +1,6 @@
 """ONNX Runtime: sessions on an explicit execution provider, fed from torch tensors without a copy."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -120,28 +120,37 @@ class OnnxModule:
 
 
 def check_external_data(path: Path) -> None:
-    """Refuses an ONNX file whose weights lie outside its own directory, before anything loads it."""
+    """Refuses an ONNX file whose weights do not lie in a file beside it, before anything loads it.
+
+    A plain name leaves no way out of the directory, nor to the names that ONNX Runtime reads as addresses.
+    """
     try:
         import onnx
     except ImportError as error:
         raise DependencyError(f"an ONNX engine needs the onnx package: {_INSTALL}") from error
     try:
-        graph = onnx.load(str(path), load_external_data=False).graph
+        model = onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf's decoder raises its own types
         raise EngineError(f"{path.name}: not an ONNX file ({_first_line(error)}); export again") from error
     folder = path.parent.resolve()
-    for location in {
-        entry.value
-        for tensor in graph.initializer
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }:
-        target = (folder / location).resolve()
-        if not target.is_relative_to(folder) or not target.is_file():
+    for location in set(_external_locations(model, onnx.TensorProto)):
+        inside = Path(location).name == location and "\0" not in location
+        if not inside or not (folder / location).is_file() or (folder / location).resolve().parent != folder:
             raise EngineError(
-                f"{path.name}: its weights are said to lie at {location!r}, which is not a file inside the "
-                "engine; do not use this engine"
+                f"{path.name}: its weights are said to lie at {location!r}, which is not a file beside it in "
+                "the engine; do not use this engine"
             )
+
+
+def _external_locations(message: Any, tensor_type: Any) -> Iterator[str]:
+    """Where the tensors in a protobuf message lie: also those in attributes, subgraphs and functions."""
+    if isinstance(message, tensor_type):
+        yield from (entry.value for entry in message.external_data if entry.key == "location")
+        return
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for child in [value] if hasattr(value, "ListFields") else value:
+                yield from _external_locations(child, tensor_type)
 
 
 def _buffer(name: str, tensor: torch.Tensor) -> tuple[str, int, str, tuple[int, ...], int]:
