@@ -28,9 +28,9 @@ class Graph(Tape):  # type: ignore[misc]
 
         return node
 
-    def constant(self, array: np.ndarray[Any, Any], dtype: onnx_ir.DataType | None = None) -> Value:
+    def constant(self, array: np.ndarray[Any, Any]) -> Value:
         """A tensor in the graph; equal ones are stored once."""
-        tensor = onnx_ir.tensor(array, dtype=dtype)
+        tensor = onnx_ir.tensor(array)
         name = f"{tensor.dtype.name.lower()}_{'_'.join(map(str, array.shape))}_{array.tobytes().hex()}"
         if name not in self.graph.initializers:
             tensor.name = name
@@ -84,7 +84,7 @@ def conv1x1(g: Graph, x: Value, weight: Value, bias: Value | None = None) -> Val
 
 
 def group_norm(g: Graph, x: Value, weight: Value, bias: Value, groups: int, eps: float) -> Value:
-    one, zero = (g.constant(np.full(groups, v, np.float32), x.dtype) for v in (1, 0))
+    one, zero = (g.constant(np.full(groups, v, x.dtype.numpy())) for v in (1, 0))
     normal = g.InstanceNormalization(g.Reshape(x, g.ints(0, groups, -1)), one, zero, epsilon=eps)
     scaled = g.Mul(g.reshape(normal, *g.sizes(x, 0, 4)), g.Reshape(weight, g.ints(-1, 1, 1)))
     return g.Add(scaled, g.Reshape(bias, g.ints(-1, 1, 1)))

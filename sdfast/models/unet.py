@@ -246,13 +246,21 @@ class Embedding(nn.Module):
         return y
 
 
-def sinusoid(x: Tensor, width: int, flip: bool, shift: float) -> Tensor:
+class Sinusoid(nn.Module):
     """x [N] float32 -> [N, width] float32: sines then cosines, flipped if `flip` (Vaswani et al. 2017)."""
-    half = width // 2
-    exponents = torch.arange(half, dtype=torch.float32, device=x.device) * (-math.log(10000) / (half - shift))
-    angles = x[:, None] * exponents.exp()[None]
-    parts = (angles.cos(), angles.sin()) if flip else (angles.sin(), angles.cos())
-    return nn.functional.pad(torch.cat(parts, dim=-1), (0, width % 2))
+
+    def __init__(self, width: int, flip: bool, shift: float) -> None:
+        super().__init__()
+        self.width, self.flip = width, flip
+        half = width // 2
+        exponents = -math.log(10000) * torch.arange(half, dtype=torch.float32, device="cpu") / (half - shift)
+        # Neither a weight nor a buffer: a module cast to half precision must keep its frequencies.
+        self.frequencies = exponents.exp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        angles = x[:, None] * self.frequencies.to(x.device)
+        parts = (angles.cos(), angles.sin()) if self.flip else (angles.sin(), angles.cos())
+        return nn.functional.pad(torch.cat(parts, dim=-1), (0, self.width % 2))
 
 
 class TimeShift(nn.Module):
@@ -261,11 +269,13 @@ class TimeShift(nn.Module):
     def __init__(self, config: UNetConfig, parts: list[Part]) -> None:
         super().__init__()
         self.config = config
-        self.time_embedding = Embedding(
-            config.down[0].channels, config.time_embed_dim, config.time_cond_proj_dim
+        first, width, sizes = config.down[0].channels, config.time_embed_dim, config.addition_time_embed_dim
+        self.sinusoid = Sinusoid(first, config.flip_sin_to_cos, config.freq_shift)
+        self.time_embedding = Embedding(first, width, config.time_cond_proj_dim)
+        self.add_sinusoid = Sinusoid(sizes, config.flip_sin_to_cos, config.freq_shift) if sizes else None
+        self.add_embedding = (
+            Embedding(config.addition_input_dim, width) if config.addition_input_dim else None
         )
-        inputs = config.addition_input_dim
-        self.add_embedding = Embedding(inputs, config.time_embed_dim) if inputs else None
         self.proj = PackedLinear(config.time_embed_dim, parts, bias=True)
 
     def forward(
@@ -281,21 +291,16 @@ class TimeShift(nn.Module):
         SDXL; timestep_cond [N, W] (the embedded guidance scale) to LCM. Every one that the checkpoint has
         is needed, and no other.
         """
-        dtype, flip, shift = self.proj.weight.dtype, self.config.flip_sin_to_cos, self.config.freq_shift
         self._check(text_embeds=text_embeds, time_ids=time_ids, timestep_cond=timestep_cond)
-        t = sinusoid(timesteps, self.config.down[0].channels, flip, shift).to(dtype)
-        emb = self.time_embedding(t, timestep_cond)
-        if self.add_embedding is not None and text_embeds is not None and time_ids is not None:
-            width = self.config.addition_time_embed_dim or 0
-            sizes = sinusoid(time_ids.flatten(), width, flip, shift).reshape(time_ids.shape[0], -1)
+        dtype = self.proj.weight.dtype
+        emb = self.time_embedding(self.sinusoid(timesteps).to(dtype), timestep_cond)
+        if self.add_sinusoid and self.add_embedding and text_embeds is not None and time_ids is not None:
+            sizes = self.add_sinusoid(time_ids.flatten()).reshape(time_ids.shape[0], -1)
             emb = emb + self.add_embedding(torch.cat([text_embeds.to(dtype), sizes.to(dtype)], dim=-1))
         y: Tensor = self.proj(nn.functional.silu(emb))
         return y
 
-    def _check(
-        self, text_embeds: Tensor | None, time_ids: Tensor | None, timestep_cond: Tensor | None
-    ) -> None:
-        given = {"text_embeds": text_embeds, "time_ids": time_ids, "timestep_cond": timestep_cond}
+    def _check(self, **given: Tensor | None) -> None:
         names = {name for name, value in given.items() if value is not None}
         if names != set(self.conditions()):
             raise TypeError(f"TimeShift of this checkpoint takes {self.conditions()}, not {sorted(names)}")

@@ -1,0 +1,176 @@
+"""ONNX modules give what their PyTorch definitions give."""
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from sdfast.errors import ExportError
+from sdfast.export.onnx import export_module
+from sdfast.export.onnx_cpu import CPU
+from sdfast.models import ops
+from sdfast.models.text import TextEncoder
+from sdfast.models.unet import UNetConfig, load_unet
+from sdfast.models.vae import VAEConfig, load_vae
+from tests.models.conftest import SDXL, TINY, VAES, randomise
+
+BATCH = ("batch", 1, 8)
+HEIGHT, WIDTH = ("height", 4, 64), ("width", 4, 64)
+
+
+def unet_modules(config, dtype=None):
+    from diffusers import UNet2DConditionModel
+
+    weights = randomise(UNet2DConditionModel(**config)).state_dict()
+    return load_unet(UNetConfig.from_diffusers(config), weights, dtype)
+
+
+def unet_inputs(unet, batch, height, width, dtype=torch.float32):
+    return {
+        "sample": torch.randn(batch, unet.config.in_channels, height, width, dtype=dtype),
+        "time_shift": torch.randn(batch, sum(unet.shift_widths), dtype=dtype),
+        "context": torch.randn(batch, 77, sum(unet.context_widths), dtype=dtype),
+    }
+
+
+def session(path):
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def check(path, module, inputs, tolerance=2e-6):
+    with torch.no_grad():
+        expected = module(**inputs)
+    got = session(path).run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+    for value, truth in zip(got, expected if isinstance(expected, tuple) else (expected,), strict=True):
+        assert value.shape == tuple(truth.shape)
+        error = (torch.from_numpy(value).double() - truth.double()).norm() / truth.double().norm()
+        assert error < tolerance
+
+
+def test_every_operation_has_a_lowering():
+    assert set(CPU) == set(ops.NAMES)
+
+
+def test_unet_of_fixed_size(tmp_path):
+    unet, _, _ = unet_modules(TINY)
+    inputs = unet_inputs(unet, 2, 8, 12)
+    export_module(unet, inputs, {}, ["model_output"], tmp_path / "unet.onnx")
+    check(tmp_path / "unet.onnx", unet, inputs)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["unet.onnx", "unet.onnx.data"]
+
+
+def test_unet_of_any_size(tmp_path):
+    unet, _, _ = unet_modules(TINY)
+    dynamic = {
+        "sample": {0: BATCH, 2: HEIGHT, 3: WIDTH},
+        "time_shift": {0: BATCH},
+        "context": {0: BATCH, 1: ("tokens", 77, 770)},
+    }
+    path = tmp_path / "unet.onnx"
+    export_module(unet, unet_inputs(unet, 1, 8, 12), dynamic, ["model_output"], path)
+    for batch, height, width in ((1, 8, 12), (3, 16, 8), (2, 7, 9)):
+        check(path, unet, unet_inputs(unet, batch, height, width))
+    long = unet_inputs(unet, 1, 8, 8) | {"context": torch.randn(1, 154, sum(unet.context_widths))}
+    check(path, unet, long)
+    opened = session(path)
+    assert [i.name for i in opened.get_inputs()] == ["sample", "time_shift", "context"]
+    assert opened.get_inputs()[0].shape == ["batch", 4, "height", "width"]
+    assert [o.name for o in opened.get_outputs()] == ["model_output"]
+
+
+def test_conditioning_of_sdxl(tmp_path):
+    _, time_shift, context = unet_modules(SDXL)
+    inputs = {
+        "timesteps": torch.tensor([981.0, 17.25]),
+        "text_embeds": torch.randn(2, 40),
+        "time_ids": torch.tensor([[1024.0, 768, 0, 32, 1024, 1024], [512, 512, 0, 0, 512, 640]]),
+    }
+    path = tmp_path / "time_shift.onnx"
+    export_module(time_shift, inputs, {n: {0: ("steps", 1, 2000)} for n in inputs}, ["time_shift"], path)
+    check(path, time_shift, inputs)
+    check(path, time_shift, {name: tensor[:1] for name, tensor in inputs.items()})
+    hidden = {"hidden_states": torch.randn(2, 77, 56)}
+    path = tmp_path / "context.onnx"
+    export_module(context, hidden, {"hidden_states": {0: BATCH}}, ["context"], path)
+    check(path, context, {"hidden_states": torch.randn(3, 77, 56)})
+
+
+@pytest.mark.parametrize("half", [0, 1], ids=["decoder", "encoder"])
+def test_vae(tmp_path, half):
+    from diffusers import AutoencoderKL
+
+    weights = randomise(AutoencoderKL(**VAES["sd"])).state_dict()
+    module = load_vae(VAEConfig.from_diffusers(VAES["sd"]), weights)[half]
+    name, channels = (("latents", 4), ("image", 3))[half]
+    dynamic = {name: {0: BATCH, 2: ("height", 8, 64), 3: ("width", 8, 64)}}
+    export_module(module, {name: torch.randn(1, channels, 16, 16)}, dynamic, ["out"], tmp_path / "vae.onnx")
+    for shape in ((1, channels, 8, 16), (2, channels, 16, 8)):
+        check(tmp_path / "vae.onnx", module, {name: torch.rand(shape)})
+
+
+@pytest.mark.parametrize("projected", [False, True])
+def test_text_encoder(tmp_path, projected):
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    kind = CLIPTextModelWithProjection if projected else CLIPTextModel
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = kind(CLIPTextConfig(**sizes, vocab_size=100, projection_dim=24, bos_token_id=98, eos_token_id=99))
+    module = TextEncoder(randomise(model), final_norm=not projected)
+    ids = torch.randint(0, 98, (2, 77))
+    ids[0, 9:], ids[1, 30:] = 99, 99
+    path = tmp_path / "text_encoder.onnx"
+    outputs = ["hidden_states", "pooled"]
+    export_module(module, {"input_ids": ids}, {"input_ids": {0: BATCH}}, outputs, path)
+    for rows in (ids, ids[:1]):
+        check(path, module, {"input_ids": rows}, 1e-5)
+    with torch.no_grad():
+        states, pooled = module(ids)
+        theirs = model(ids, output_hidden_states=True)
+    assert states.shape == (2, 3, 77, 32)
+    last = theirs.last_hidden_state if module.final_norm else theirs.hidden_states[-1]
+    assert torch.equal(states[:, -1], last)
+    assert torch.equal(pooled, theirs.text_embeds if projected else theirs.pooler_output)
+
+
+def test_half_precision_keeps_what_must_stay_single(tmp_path):
+    """upcast_attention: the scores are computed in float32, all else in float16."""
+    unet, _, _ = unet_modules(TINY | {"upcast_attention": True}, torch.float16)
+    path = tmp_path / "unet.onnx"
+    export_module(unet, unet_inputs(unet, 2, 8, 8, torch.float16), {}, ["out"], path)
+    graph = onnx.load(path, load_external_data=False).graph
+    assert {i.type.tensor_type.elem_type for i in [*graph.input, *graph.output]} == {onnx.TensorProto.FLOAT16}
+    attentions = [node for node in graph.node if node.op_type == "MultiHeadAttention"]
+    makers = {name: node for node in graph.node for name in node.output}
+    assert attentions
+    assert all(makers[name].op_type == "Cast" for node in attentions for name in node.input)
+    weights = {tensor.data_type for tensor in graph.initializer if len(tensor.dims) == 4}
+    assert weights == {onnx.TensorProto.FLOAT16}
+    with torch.no_grad():
+        inputs = unet_inputs(unet, 2, 8, 8, torch.float16)
+        expected = unet.float()(**{name: tensor.float() for name, tensor in inputs.items()})
+    got = torch.from_numpy(session(path).run(None, {n: t.numpy() for n, t in inputs.items()})[0]).float()
+    assert (got - expected).norm() / expected.norm() < 5e-3
+
+
+def test_a_module_that_cannot_be_traced_is_an_export_error(tmp_path):
+    class Branches(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(ExportError, match="Branches cannot be exported"):
+        export_module(Branches(), {"x": torch.ones(2)}, {}, ["y"], tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_dynamic_axes_of_an_unknown_input_are_refused(tmp_path):
+    with pytest.raises(ExportError, match="'z'"):
+        export_module(nn.Identity(), {"x": torch.ones(2)}, {"z": {0: BATCH}}, ["y"], tmp_path / "m.onnx")
+
+
+def test_a_folder_that_is_not_there_is_an_export_error(tmp_path):
+    with pytest.raises(ExportError, match="cannot write"):
+        export_module(nn.Linear(64, 64), {"x": torch.ones(2, 64)}, {}, ["y"], tmp_path / "none" / "m.onnx")
