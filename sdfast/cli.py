@@ -63,7 +63,7 @@ def export(
         given["sizes"] = (f"{width}x{height}",)
     chosen = Recipe.read(recipe, **given) if recipe else Recipe.make(**given)
     target = output or Path("engines") / _engine_name(source, recipe)
-    folder = build(source, target, chosen, progress=_Stages())
+    folder = build(source, target, chosen, progress=Stages())
     click.echo(f"engine: {folder}")
 
 
@@ -148,12 +148,12 @@ def demo(engines: Path, outputs: Path) -> None:
     """Export the built-in checkpoint, draw a picture, validate the engine."""
     from sdfast.demo import run
 
-    passed = run(engines, outputs, _Stages(), click.echo)
+    passed = run(engines, outputs, Stages(), click.echo)
     if not passed:
         sys.exit(1)
 
 
-class _Stages:
+class Stages:
     """Shows an export's stages, one line each."""
 
     def begin(self, stage: str) -> None:
