@@ -120,10 +120,7 @@ def resolve(
         from sdfast.export import single_file
 
         folder = single_file.convert(
-            Path(name),
-            config=config,
-            cache_dir=cache_dir,
-            progress=tell,
+            Path(name).expanduser(), config=config, cache_dir=cache_dir, progress=tell
         )
         return read_folder(folder, source=name)
     from sdfast.export import hub
@@ -161,6 +158,8 @@ def _kind(source: str | Path) -> Literal["built-in", "folder", "file", "hub"]:
         raise CheckpointError(
             f"{name}: sdfast fetches no URLs; give the Hub id (org/name), or the path of a downloaded file"
         )
+    if name.lower().endswith((".safetensors", *layout.PICKLE_SUFFIXES)):
+        raise CheckpointError(f"{name}: no such file; check the path")
     if isinstance(source, Path) or not _HUB_ID.fullmatch(name):
         raise CheckpointError(
             f"{name!r}: no such folder or file, and not a Hub id (org/name); a checkpoint is '{BUILT_IN}', "

@@ -175,6 +175,8 @@ def test_a_snapshot_in_the_hubs_cache_links_to_its_blobs(tiny_sd: Path, tmp_path
         ("", "a checkpoint is 'landscapes', a diffusers folder"),
         ("https://example.com/model.safetensors", "fetches no URLs"),
         ("file:///etc/passwd", "fetches no URLs"),
+        ("models/v1-5.safetensors", "no such file; check the path"),
+        ("models/v1-5.ckpt", "no such file; check the path"),
         ("nul\0byte", "no such folder or file"),
         ("~no-such-user/x", "give a folder, a file or a Hub id"),
         ("x" * 5000, "give a folder, a file or a Hub id"),
@@ -516,6 +518,14 @@ def test_a_conversion_is_kept(single_sd: Path, tiny_sd: Path, tmp_path: Path) ->
     }
     assert not any("converting" in message for message in messages)
     assert list(tmp_path.glob(".converting-*")) == []
+
+
+def test_a_single_file_in_the_home_folder(
+    single_sd: Path, tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copy(single_sd, tmp_path / "model.safetensors")
+    assert resolve("~/model.safetensors", config=tiny_sd, cache_dir=tmp_path / "cache").family == "sd"
 
 
 def test_another_file_or_another_config_is_another_conversion(
