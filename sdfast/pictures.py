@@ -8,11 +8,13 @@ from pathlib import Path
 from PIL import Image
 
 from sdfast import __version__
+from sdfast.engine import Engine
 from sdfast.errors import RequestError
 from sdfast.infotext import Infotext, png_info
-from sdfast.manifest import Manifest, read_manifest
+from sdfast.manifest import Manifest
+from sdfast.pipeline import Pipeline
 from sdfast.request import Request
-from sdfast.schedulers import resolve
+from sdfast.schedulers import Schedule, schedule
 
 _SIZE = re.compile(r"(\d+)x(\d+)")
 _NUMBERED = re.compile(r"(\d{5})-\d+\.png")
@@ -62,26 +64,35 @@ def draw(job: Job, output: Path | None, overwrite: bool) -> list[tuple[Path, int
 
     output: a `.png` file (numbered when there are several pictures) or a directory; default `outputs/`.
     """
-    manifest = read_manifest(job.engine)
-    request = job.request(manifest)
+    engine = Engine.open(job.engine, job.device)
+    request = job.request(engine.manifest)
+    plan = schedule(job.scheduler, engine.scheduler_config, num_inference_steps=request.num_inference_steps)
     paths = _paths(output or Path("outputs"), request, overwrite)
-    images, cut = _images(job, request)
-    if cut:
-        print(f"sdfast: the prompt is longer than the text encoder reads; left out: {cut!r}")
+    images = _stock_images(engine, request) if job.backend == "diffusers" else _images(engine, request)
     for path, seed, image in zip(paths, request.seeds, images, strict=True):
-        _save(image, path, _infotext(request, manifest, seed), overwrite)
+        _save(image, path, _infotext(request, plan, engine.manifest, seed), overwrite)
     return list(zip(paths, request.seeds, strict=True))
 
 
-def _images(job: Job, request: Request) -> tuple[list[Image.Image], str]:
-    if job.backend == "diffusers":
-        from sdfast.validation.reference import draw_reference
+def _images(engine: Engine, request: Request) -> list[Image.Image]:
+    output = Pipeline(engine).generate(request)
+    if output.truncated[0]:
+        print(f"sdfast: the text encoder reads no more than 77 tokens; left out: {output.truncated[0]!r}")
+    images: list[Image.Image] = output.images
+    return images
 
-        return draw_reference(job.engine, request, job.device), ""
-    from sdfast.pipeline import Pipeline
 
-    output = Pipeline.from_engine(job.engine, job.device).generate(request)
-    return output.images, output.truncated[0]
+def _stock_images(engine: Engine, request: Request) -> list[Image.Image]:
+    """The same request on the stock pipeline of the checkpoint that the engine was made from."""
+    from sdfast.export.checkpoint import resolve
+    from sdfast.validation.reference import generate, reference_pipeline
+
+    made_of = engine.manifest.checkpoint
+    checkpoint = resolve(made_of.source, revision=made_of.revision)
+    pipe = reference_pipeline(checkpoint, dtype=engine.dtype, device=engine.device)
+    pipe.set_progress_bar_config(disable=None)
+    images: list[Image.Image] = generate(pipe, request)
+    return images
 
 
 def _paths(output: Path, request: Request, overwrite: bool) -> list[Path]:
@@ -103,16 +114,15 @@ def _next_number(folder: Path) -> int:
     return 1 + max((int(m[1]) for m in map(_NUMBERED.fullmatch, names) if m), default=0)
 
 
-def _infotext(request: Request, manifest: Manifest, seed: int) -> Infotext:
-    sampler = resolve(request.scheduler or "")
+def _infotext(request: Request, plan: Schedule, manifest: Manifest, seed: int) -> Infotext:
     weights = manifest.checkpoint.weights
     digest = next(value for name, value in sorted(weights.items()) if name.startswith("unet/"))
     return Infotext(
         prompt=request.prompts[0],
         negative_prompt=request.negative_prompts[0] or "",
-        steps=request.num_inference_steps or 0,
-        sampler=sampler.sampler,
-        schedule_type=sampler.schedule_type,
+        steps=len(plan),
+        sampler=plan.sampler,
+        schedule_type=plan.schedule_type,
         cfg_scale=request.guidance_scale,
         seed=seed,
         width=request.width,
