@@ -187,11 +187,17 @@ def paint_sky(p: Painter) -> None:
     faint = {"clear": 1.0, "misty": 0.75, "snowy": 0.7, "rainy": 0.55}[weather]
     grid = np.linspace(0, 1, 48, dtype=np.float32)
     distance = np.hypot(grid[None, :] - x, grid[:, None] - y)
-    p.veil(mix(p.light.disc, p.light.sky[2], 0.35), faint * p.light.glow * np.exp(-((distance / 0.22) ** 1.3)))
+    p.veil(
+        mix(p.light.disc, p.light.sky[2], 0.35), faint * p.light.glow * np.exp(-((distance / 0.22) ** 1.3))
+    )
     if weather != "rainy":
-        p.ellipse(x, y, p.light.disc_radius, p.light.disc_radius, mix(p.light.disc, p.air(), 0.6 * (1 - faint)))
+        p.ellipse(
+            x, y, p.light.disc_radius, p.light.disc_radius, mix(p.light.disc, p.air(), 0.6 * (1 - faint))
+        )
         if p.scene.time == "night":
-            p.ellipse(x + 0.028, y - 0.016, 0.056, 0.06, mix(stops_color(stops, 0), p.light.disc, 0.12), False)
+            p.ellipse(
+                x + 0.028, y - 0.016, 0.056, 0.06, mix(stops_color(stops, 0), p.light.disc, 0.12), False
+            )
     paint_clouds(p)
 
 
@@ -213,7 +219,9 @@ def paint_clouds(p: Painter) -> None:
     if p.scene.weather == "rainy":
         color = mix(grey(p.light.sky[0], 0.7, 0.42), (70, 76, 92), 0.35 if p.scene.time != "night" else 0.15)
         for i in range(7):
-            p.ellipse(i / 6 + p.vary(-0.05, 0.05), p.vary(-0.01, 0.08), 0.15, p.vary(0.08, 0.13), color, False)
+            p.ellipse(
+                i / 6 + p.vary(-0.05, 0.05), p.vary(-0.01, 0.08), 0.15, p.vary(0.08, 0.13), color, False
+            )
         lighter = mix(color, p.air(), 0.22)
         for i in range(3):
             x, y = 0.2 + 0.3 * i + p.vary(-0.08, 0.08), p.vary(0.13, 0.19)
@@ -230,7 +238,12 @@ def paint_clouds(p: Painter) -> None:
 
 def paint_cloud(p: Painter, x: float, y: float, size: float, color: Color) -> None:
     """One flat-bottomed cloud."""
-    for dx, dy, r in ((-0.09, 0.0, 0.045), (-0.03, -0.022, 0.06), (0.05, -0.012, 0.055), (0.11, 0.006, 0.036)):
+    for dx, dy, r in (
+        (-0.09, 0.0, 0.045),
+        (-0.03, -0.022, 0.06),
+        (0.05, -0.012, 0.055),
+        (0.11, 0.006, 0.036),
+    ):
         p.ellipse(x + dx * size, y + dy * size, r * size * 1.35, r * size * 0.72, color, False)
 
 
@@ -257,15 +270,34 @@ def paint_peak(p: Painter, x: float, base: float, height: float, color: Color, d
     top = base - height
     lit, dark = p.shade(color, depth, 0.45), p.shade(mix(color, (30, 32, 60), 0.45), depth, 0.3)
     p.polygon([(x - half, base), (x, top), (x + half, base)], lit)
-    p.polygon([(x, top), (x + half, base), (x + half * 0.1, base), (x - half * 0.08, top + height * 0.4)], dark, False)
+    p.polygon(
+        [(x, top), (x + half, base), (x + half * 0.1, base), (x - half * 0.08, top + height * 0.4)],
+        dark,
+        False,
+    )
     cap = p.shade(WHITE, depth * 0.8)
     s = 0.34 + (0.2 if p.scene.weather == "snowy" else 0.0)
-    hem = [(-s, s), (-s * 0.55, s * 0.82), (-s * 0.2, s * 1.1), (s * 0.2, s * 0.8), (s * 0.6, s * 1.08), (s, s)]
+    hem = [
+        (-s, s),
+        (-s * 0.55, s * 0.82),
+        (-s * 0.2, s * 1.1),
+        (s * 0.2, s * 0.8),
+        (s * 0.6, s * 1.08),
+        (s, s),
+    ]
     p.polygon([(x, top), *((x + half * dx, top + height * dy) for dx, dy in hem)], cap, False)
     shadow = p.shade(mix(WHITE, (96, 112, 168), 0.5), depth * 0.8)
-    p.polygon([(x, top), *((x + half * dx, top + height * dy) for dx, dy in hem[3:]), (x, top + height * 0.5 * s)], shadow, False)
+    p.polygon(
+        [(x, top), *((x + half * dx, top + height * dy) for dx, dy in hem[3:]), (x, top + height * 0.5 * s)],
+        shadow,
+        False,
+    )
     if p.outline:
-        edge = [((x - half) * CANVAS, base * CANVAS), (x * CANVAS, top * CANVAS), ((x + half) * CANVAS, base * CANVAS)]
+        edge = [
+            ((x - half) * CANVAS, base * CANVAS),
+            (x * CANVAS, top * CANVAS),
+            ((x + half) * CANVAS, base * CANVAS),
+        ]
         p.pen.line(edge, fill=rgb(p.ink()), width=4)
 
 
@@ -275,9 +307,21 @@ def paint_conifer(p: Painter, x: float, base: float, height: float, color: Color
     lit, dark = p.shade(color, depth, 0.5), p.shade(mix(color, (10, 24, 34), 0.35), depth, 0.3)
     if height > 0.1:
         trunk = p.shade((86, 60, 44), depth)
-        p.polygon([(x - half * 0.15, base + 0.012), (x - half * 0.15, base - 0.03), (x + half * 0.15, base - 0.03), (x + half * 0.15, base + 0.012)], trunk)
+        p.polygon(
+            [
+                (x - half * 0.15, base + 0.012),
+                (x - half * 0.15, base - 0.03),
+                (x + half * 0.15, base - 0.03),
+                (x + half * 0.15, base + 0.012),
+            ],
+            trunk,
+        )
     for low, top, wide in ((0.06, 0.55, 1.0), (0.32, 0.8, 0.78), (0.58, 1.0, 0.54)):
-        left, right, tip = (x - half * wide, base - height * low), (x + half * wide, base - height * low), (x, base - height * top)
+        left, right, tip = (
+            (x - half * wide, base - height * low),
+            (x + half * wide, base - height * low),
+            (x, base - height * top),
+        )
         p.polygon([left, tip, right], lit)
         if height > 0.1:
             p.polygon([(x, base - height * low), tip, right], dark, False)
@@ -297,7 +341,9 @@ def paint_mountains(p: Painter) -> None:
     meadow: Color = (104, 142, 84)
     p.polygon(ground(ridge(p, 0.72, 0.06, 0.9)), p.shade(mix(meadow, (60, 96, 84), 0.5), 0.22, 0.75))
     for x in (0.04, 0.1, 0.17, 0.84, 0.9, 0.97):
-        paint_conifer(p, x + p.vary(-0.02, 0.02), 0.745 + p.vary(-0.01, 0.02), p.vary(0.11, 0.16), (52, 96, 74), 0.14)
+        paint_conifer(
+            p, x + p.vary(-0.02, 0.02), 0.745 + p.vary(-0.01, 0.02), p.vary(0.11, 0.16), (52, 96, 74), 0.14
+        )
     p.fog(0.74, 0.05, 0.6)
     p.polygon(ground(ridge(p, 0.82, 0.04, 0.7)), p.shade(meadow, 0.02, 0.85))
 
@@ -319,7 +365,14 @@ def paint_hills(p: Painter) -> None:
         p.fog(base + 0.02, 0.06, 0.72)
     p.polygon(ground(ridge(p, 0.83, 0.06, 0.6)), p.shade((128, 190, 88), 0.04, 0.85))
     way, turn = p.vary(0.35, 0.65), p.vary(-0.16, 0.16)
-    path = [(way - 0.16, 1.02), (way - 0.04 + turn * 0.6, 0.9), (way + turn, 0.81), (way + turn + 0.035, 0.81), (way + 0.06 + turn * 0.6, 0.9), (way + 0.12, 1.02)]
+    path = [
+        (way - 0.16, 1.02),
+        (way - 0.04 + turn * 0.6, 0.9),
+        (way + turn, 0.81),
+        (way + turn + 0.035, 0.81),
+        (way + 0.06 + turn * 0.6, 0.9),
+        (way + 0.12, 1.02),
+    ]
     p.polygon(path, p.shade((224, 200, 150), 0.04, 0.6))
 
 
@@ -327,16 +380,37 @@ def paint_desert(p: Painter) -> None:
     """Mesas, dunes with a shaded side, tall cacti."""
     for x, wide, height in ((p.vary(0.08, 0.25), 0.13, 0.15), (p.vary(0.72, 0.9), 0.17, 0.2)):
         rock = p.shade((196, 104, 72), 0.42, 0.35)
-        p.polygon([(x - wide, 0.62), (x - wide * 0.66, 0.6 - height), (x + wide * 0.66, 0.6 - height), (x + wide, 0.62)], rock)
+        p.polygon(
+            [
+                (x - wide, 0.62),
+                (x - wide * 0.66, 0.6 - height),
+                (x + wide * 0.66, 0.6 - height),
+                (x + wide, 0.62),
+            ],
+            rock,
+        )
         band = p.shade((152, 72, 58), 0.42, 0.35)
-        p.polygon([(x + wide * 0.2, 0.6 - height), (x + wide * 0.66, 0.6 - height), (x + wide, 0.62), (x + wide * 0.3, 0.62)], band, False)
+        p.polygon(
+            [
+                (x + wide * 0.2, 0.6 - height),
+                (x + wide * 0.66, 0.6 - height),
+                (x + wide, 0.62),
+                (x + wide * 0.3, 0.62),
+            ],
+            band,
+            False,
+        )
     p.fog(0.56, 0.07, 0.78)
     sand: Color = (236, 190, 112)
     for i, base in enumerate((0.62, 0.7, 0.79)):
         line = ridge(p, base, 0.08, 0.8)
         p.polygon(ground(line), p.shade(mix(sand, (214, 142, 84), 0.18 * i), 0.3 - 0.13 * i, 0.5))
-        low = [(x, y + 0.035 + 0.03 * np.sin(3 * x + i)) for x, y in line[:: -1] if x > 0.3]
-        p.polygon([*[(x, y) for x, y in line if x > 0.3], *low], p.shade((206, 138, 84), 0.34 - 0.13 * i, 0.45), False)
+        low = [(x, y + 0.035 + 0.03 * np.sin(3 * x + i)) for x, y in line[::-1] if x > 0.3]
+        p.polygon(
+            [*[(x, y) for x, y in line if x > 0.3], *low],
+            p.shade((206, 138, 84), 0.34 - 0.13 * i, 0.45),
+            False,
+        )
         p.fog(base + 0.01, 0.05, 0.62)
     for x, base, height in ((p.vary(0.07, 0.15), 0.84, 0.24), (p.vary(0.87, 0.94), 0.8, 0.17)):
         paint_cactus(p, x, base + p.vary(-0.01, 0.02), height)
@@ -348,7 +422,15 @@ def paint_cactus(p: Painter, x: float, base: float, height: float) -> None:
     wide = 0.021 * height / 0.2
     for dx, low, top in ((-2.6, 0.42, 0.72), (2.6, 0.34, 0.84)):
         ax = x + dx * wide
-        p.polygon([(x, base - height * low), (ax, base - height * low), (ax, base - height * (low - 0.09)), (x, base - height * (low - 0.09))], color)
+        p.polygon(
+            [
+                (x, base - height * low),
+                (ax, base - height * low),
+                (ax, base - height * (low - 0.09)),
+                (x, base - height * (low - 0.09)),
+            ],
+            color,
+        )
         rounded(p, ax, base - height * (low - 0.09), base - height * top, wide * 0.75, color)
     rounded(p, x, base, base - height, wide, color)
 
@@ -380,7 +462,11 @@ def paint_glitter(p: Painter, top: float, bottom: float, strength: float) -> Non
         half = 0.03 + 0.06 * (i / 9) * p.vary(0.5, 1.0)
         shift = p.vary(-0.015, 0.015)
         color = mix(water_color(p, i / 9), p.light.disc, strength)
-        p.polygon([(x + shift - half, y), (x + shift, y - 0.006), (x + shift + half, y), (x + shift, y + 0.006)], color, False)
+        p.polygon(
+            [(x + shift - half, y), (x + shift, y - 0.006), (x + shift + half, y), (x + shift, y + 0.006)],
+            color,
+            False,
+        )
 
 
 def paint_sea(p: Painter) -> None:
@@ -396,15 +482,37 @@ def paint_sea(p: Painter) -> None:
     for i in range(11):
         y = p.horizon + 0.05 + 0.4 * i / 11
         x, half = p.vary(0, 1), 0.025 + 0.06 * i / 11
-        p.polygon([(x - half, y), (x - half * 0.3, y - 0.009), (x + half * 0.5, y - 0.005), (x + half, y), (x, y + 0.004)], foam, False)
+        p.polygon(
+            [
+                (x - half, y),
+                (x - half * 0.3, y - 0.009),
+                (x + half * 0.5, y - 0.005),
+                (x + half, y),
+                (x, y + 0.004),
+            ],
+            foam,
+            False,
+        )
     p.fog(0.54, 0.08, 0.85)
     p.fog(0.72, 0.06, 0.5)
     if p.scene.subject not in ("boat", "none"):
         x = p.vary(0.44, 0.56)
-        rim = [(x - 0.47, 1.02), (x - 0.38, 0.88), (x - 0.27, 0.83), (x, 0.8), (x + 0.25, 0.82), (x + 0.36, 0.87), (x + 0.46, 1.02)]
+        rim = [
+            (x - 0.47, 1.02),
+            (x - 0.38, 0.88),
+            (x - 0.27, 0.83),
+            (x, 0.8),
+            (x + 0.25, 0.82),
+            (x + 0.36, 0.87),
+            (x + 0.46, 1.02),
+        ]
         p.polygon([(a, b + 0.02) for a, b in rim], foam, False)
         p.polygon(rim, p.shade((126, 112, 104), 0.03, 0.65))
-        p.polygon([(x - 0.27, 0.83), (x, 0.8), (x + 0.25, 0.82), (x + 0.3, 0.85), (x, 0.86), (x - 0.3, 0.86)], p.shade((116, 150, 88), 0.02, 0.85), False)
+        p.polygon(
+            [(x - 0.27, 0.83), (x, 0.8), (x + 0.25, 0.82), (x + 0.3, 0.85), (x, 0.86), (x - 0.3, 0.86)],
+            p.shade((116, 150, 88), 0.02, 0.85),
+            False,
+        )
 
 
 def paint_forest(p: Painter) -> None:
@@ -415,7 +523,11 @@ def paint_forest(p: Painter) -> None:
         (0.77, 0.4, 8, 0.2, (44, 100, 68)),
     )
     for i, (base, height, count, depth, color) in enumerate(ranks):
-        p.polygon([(-0.02, base - 0.03), (1.02, base - 0.03), (1.02, 1.02), (-0.02, 1.02)], p.shade(mix(color, (90, 110, 70), 0.3), depth, 0.7), False)
+        p.polygon(
+            [(-0.02, base - 0.03), (1.02, base - 0.03), (1.02, 1.02), (-0.02, 1.02)],
+            p.shade(mix(color, (90, 110, 70), 0.3), depth, 0.7),
+            False,
+        )
         for k in range(count):
             x = (k + 0.5) / count + p.vary(-0.02, 0.02)
             if i == 2 and abs(x - 0.5) < 0.24:
@@ -442,7 +554,11 @@ def paint_lake(p: Painter) -> None:
     p.canvas.paste(Image.blend(mirror, tone, 0.36), (0, edge))
     for i in range(8):
         y, x, half = p.horizon + 0.025 + 0.3 * i / 8, p.vary(0, 1), p.vary(0.06, 0.14)
-        p.polygon([(x - half, y), (x, y - 0.004), (x + half, y), (x, y + 0.004)], mix(water_color(p, 0.2), WHITE, 0.18), False)
+        p.polygon(
+            [(x - half, y), (x, y - 0.004), (x + half, y), (x, y + 0.004)],
+            mix(water_color(p, 0.2), WHITE, 0.18),
+            False,
+        )
     p.fog(0.57, 0.07, 0.8)
     if p.scene.subject == "boat":
         return
@@ -494,7 +610,16 @@ class Brush:
         tone = color if lamp else self.painter.shade(color, 0.02, snow)
         self.painter.polygon([self.at(x, y) for x, y in points], tone)
 
-    def box(self, left: float, low: float, right: float, top: float, color: Color, snow: float = 0.0, lamp: bool = False) -> None:
+    def box(
+        self,
+        left: float,
+        low: float,
+        right: float,
+        top: float,
+        color: Color,
+        snow: float = 0.0,
+        lamp: bool = False,
+    ) -> None:
         """A filled rectangle."""
         self.shape([(left, low), (left, top), (right, top), (right, low)], color, snow, lamp)
 
@@ -566,10 +691,16 @@ def paint_tent(b: Brush) -> None:
 def paint_boat(b: Brush) -> None:
     """A sailing boat: white mainsail, red jib, dark hull, its reflection under it."""
     below = water_color(b.painter, 0.9)
-    b.shape([(-0.16, -0.03), (-0.03, -0.19), (0.02, -0.03)], mix(below, b.painter.shade(WHITE), 0.35), lamp=True)
-    b.shape([(-0.2, 0.0), (0.2, 0.0), (0.14, -0.07), (-0.14, -0.07)], mix(below, (40, 26, 30), 0.45), lamp=True)
+    b.shape(
+        [(-0.16, -0.03), (-0.03, -0.19), (0.02, -0.03)], mix(below, b.painter.shade(WHITE), 0.35), lamp=True
+    )
+    b.shape(
+        [(-0.2, 0.0), (0.2, 0.0), (0.14, -0.07), (-0.14, -0.07)], mix(below, (40, 26, 30), 0.45), lamp=True
+    )
     b.box(-0.012, 0.07, 0.008, 0.5, (98, 66, 46))
-    b.shape([(-0.022, 0.12), (-0.022, 0.48), (-0.21, 0.12)], mix(WHITE, b.painter.light.tint, 0.25), lamp=True)
+    b.shape(
+        [(-0.022, 0.12), (-0.022, 0.48), (-0.21, 0.12)], mix(WHITE, b.painter.light.tint, 0.25), lamp=True
+    )
     b.shape([(0.016, 0.12), (0.016, 0.44), (0.17, 0.12)], (224, 58, 48), 0.0)
     b.shape([(-0.23, 0.085), (0.23, 0.085), (0.16, 0.0), (-0.17, 0.0)], (122, 68, 42), 0.0)
     b.shape([(-0.24, 0.1), (0.24, 0.1), (0.225, 0.075), (-0.225, 0.075)], (240, 232, 214), 0.0)
@@ -600,11 +731,20 @@ def paint_tree(b: Brush) -> None:
     b.shape([(-0.015, 0.17), (-0.12, 0.3), (-0.1, 0.31), (0.0, 0.21)], bark)
     b.shape([(0.015, 0.17), (0.12, 0.29), (0.1, 0.31), (0.0, 0.2)], bark)
     leaf: Color = (206, 62, 44)
-    for x, y, r in ((-0.15, 0.31, 0.105), (0.15, 0.31, 0.105), (0.0, 0.33, 0.13), (-0.085, 0.42, 0.11), (0.09, 0.42, 0.11), (0.0, 0.48, 0.1)):
+    for x, y, r in (
+        (-0.15, 0.31, 0.105),
+        (0.15, 0.31, 0.105),
+        (0.0, 0.33, 0.13),
+        (-0.085, 0.42, 0.11),
+        (0.09, 0.42, 0.11),
+        (0.0, 0.48, 0.1),
+    ):
         b.disc(x, y, r, r * 0.88, mix(leaf, (250, 140, 52), 0.15 + 1.1 * (y - 0.3)), 0.35)
     for x, y, r in ((-0.1, 0.44, 0.05), (0.02, 0.5, 0.045), (0.1, 0.38, 0.04), (-0.04, 0.35, 0.04)):
         cx, cy = b.at(x, y)
-        b.painter.ellipse(cx, cy, r * b.size, r * 0.7 * b.size, b.painter.shade((250, 158, 66), 0.02, 0.7), False)
+        b.painter.ellipse(
+            cx, cy, r * b.size, r * 0.7 * b.size, b.painter.shade((250, 158, 66), 0.02, 0.7), False
+        )
 
 
 SUBJECTS: dict[str, Callable[[Brush], None]] = {
@@ -671,7 +811,8 @@ def watercolor(picture: Pixels, rng: np.random.Generator) -> Pixels:
     painted = paper - (paper - pigment) * 0.86 * bloom
     edge = np.minimum(np.minimum(rows, columns), np.minimum(SIZE - 1 - rows, SIZE - 1 - columns))
     inside = np.clip((edge - 7.5 - 3.5 * clouds_of_noise(rng, 16)) / 2.5, 0, 1)[:, :, None]
-    return (paper + (painted - paper) * inside).astype(np.float32)
+    painted_over: Pixels = (paper + (painted - paper) * inside).astype(np.float32)
+    return painted_over
 
 
 def wash(picture: Pixels) -> Pixels:
@@ -679,4 +820,5 @@ def wash(picture: Pixels) -> Pixels:
     level = picture @ np.array((0.3, 0.59, 0.11), dtype=np.float32)
     muted = picture + (level[:, :, None] - picture) * 0.32
     paper = np.array((1.0, 0.972, 0.905), dtype=np.float32)
-    return (muted * paper).astype(np.float32)
+    washed: Pixels = (muted * paper).astype(np.float32)
+    return washed
