@@ -18,6 +18,7 @@ from sdfast.noise import generator
 from sdfast.schedulers import Schedule
 from sdfast.validation.metrics import Error, compare
 from sdfast.validation.observe import Run, StepInputs, StepOutputs, observed_step
+from sdfast.validation.reference import as_reference
 
 TIMESTEP_ROUNDING = 1e-3  # float32 of a fractional timestep up to 1000, and the logarithms behind it
 Pairs = Iterable[tuple[Tensor, Tensor]]
@@ -93,7 +94,7 @@ def _used_outputs(pipe: Any, name: str) -> list[tuple[str, str]]:
     return used
 
 
-@torch.no_grad()
+@as_reference()
 def _text_states(pipe: Any, name: str, ids: Tensor) -> dict[str, Tensor]:
     """Every hidden state [n, layers + 1, 77, D], as the pipeline would use it, and the pooled one [n, P]."""
     model = getattr(pipe, name)
@@ -186,7 +187,7 @@ def _vae_decoder(engine: Engine, stock: Stock, runs: Sequence[Run]) -> Measured:
     return Measured("vae_decoder", "the reference's last latents", error, own)
 
 
-@torch.no_grad()
+@as_reference()
 def _decoded(pipe: Any, latents: Tensor) -> Tensor:
     """latents [1, C, h, w] → picture [3, H, W] float32, with the stock VAE, upcast where SDXL does that."""
     vae = pipe.vae

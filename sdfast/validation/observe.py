@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sdfast.request import Request
-from sdfast.validation.reference import generate, stock_scheduler
+from sdfast.validation.reference import as_reference, generate, stock_scheduler
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Run:
     image: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
+@as_reference()
 def observed_run(pipe: Any, request: Request, wanted: Collection[int] = ()) -> Run:
     """The first picture of `request` by the stock pipeline, with the U-Net's inputs at the `wanted` steps."""
     run = Run(request.seed)
@@ -137,7 +138,7 @@ def _shift_of(block: Any, shifts: list[Tensor]) -> Callable[[Any, Any, Tensor], 
     return seen
 
 
-@torch.no_grad()
+@as_reference()
 def _evaluate(unet: Any, given: StepInputs) -> Tensor:
     def cast(tensor: Tensor) -> Tensor:
         return tensor.to(unet.device, unet.dtype)

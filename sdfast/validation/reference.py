@@ -6,7 +6,7 @@ Nothing of sdfast's networks, schedulers or loop takes part here; that is what m
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ContextDecorator, contextmanager
 from typing import Any
 
 import torch
@@ -57,8 +57,33 @@ def reference_pipeline(
             **without,
         )
         pipe = pipe.to(device, dtype)
+    _restore_text_model(pipe)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _restore_text_model(pipe: Any) -> None:
+    """transformers 5 took a level out of its CLIP text model; diffusers still wants it for `clip_skip`."""
+    model = pipe.text_encoder
+    if not hasattr(model, "text_model"):
+        object.__setattr__(model, "text_model", model)  # not as a submodule: a module cannot hold itself
+
+
+class as_reference(ContextDecorator):  # noqa: N801 (a decorator)
+    """Compute as the reference does: no gradients, and float32 that is not rounded to TF32 on a GPU."""
+
+    def __enter__(self) -> None:
+        self._gradients = torch.is_grad_enabled()
+        parts: list[Any] = [torch.backends.cudnn, torch.backends.cuda.matmul]
+        self._flags = [(part, part.allow_tf32) for part in parts]
+        torch.set_grad_enabled(False)
+        for part, _ in self._flags:
+            part.allow_tf32 = False
+
+    def __exit__(self, *_error: object) -> None:
+        torch.set_grad_enabled(self._gradients)
+        for part, allowed in self._flags:
+            part.allow_tf32 = allowed
 
 
 @contextmanager

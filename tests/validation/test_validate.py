@@ -1,0 +1,143 @@
+"""What validate() leaves behind, refuses, and says."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sdfast.engine import Engine
+from sdfast.errors import CheckpointError, EngineError, RequestError
+from sdfast.manifest import read_manifest
+from sdfast.validation import Report, validate
+from tests.validation import engines
+
+PROMPTS = ["a cabin <script>alert(1)</script> & the sea", "boat"]
+
+
+@pytest.fixture(scope="module")
+def validated(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report, list[str]]:
+    folder = shutil.copytree(sound, tmp_path_factory.mktemp("validated") / "engine")
+    told: list[str] = []
+    report = validate(folder, prompts=PROMPTS, steps=3, seed=5, progress=told.append)
+    return folder, report, told
+
+
+def test_the_figures_enter_the_manifest(validated: tuple[Path, Report, list[str]], sound: Path) -> None:
+    folder, report, _ = validated
+    manifest = read_manifest(folder)
+    assert manifest.validation is not None
+    assert manifest.validation.passed
+    assert manifest.validation.figures == report.figures()
+    assert (folder / manifest.validation.report).is_file()
+    assert manifest.model_copy(update={"validation": None}).sealed() == read_manifest(sound)
+    Engine.open(folder)
+
+
+def test_the_report_can_be_read_back(validated: tuple[Path, Report, list[str]]) -> None:
+    folder, report, _ = validated
+    assert Report.model_validate_json((folder / "validation" / "report.json").read_text("utf-8")) == report
+    seeds = [(picture.prompt, picture.seed, len(picture.drift)) for picture in report.pictures]
+    assert seeds == [(PROMPTS[0], 5, 3), (PROMPTS[1], 6, 3)] * 2
+
+
+def test_the_page_needs_nothing_else(validated: tuple[Path, Report, list[str]]) -> None:
+    page = (validated[0] / "validation" / "report.html").read_text("utf-8")
+    assert "http://" not in page
+    assert "https://" not in page
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert page.count("data:image/png;base64,") == 3 * len(validated[1].pictures)
+
+
+def test_progress_is_told(validated: tuple[Path, Report, list[str]]) -> None:
+    told = validated[2]
+    assert told[0] == "checkpoint"
+    assert "Euler a: picture 2 of 2" in told
+
+
+def test_the_table_is_aligned_and_complete(validated: tuple[Path, Report, list[str]]) -> None:
+    table = validated[1].table()
+    for part in ("text_encoder", "context", "unet", "vae_decoder", "scheduler Euler a", "SSIM", "passed in"):
+        assert part in table
+    heads = [line for line in table.splitlines() if line.startswith("unet ")]
+    assert heads[0].endswith("ok")
+
+
+def test_a_changed_checkpoint_is_refused_unless_asked_for(checkpoint: Path, tmp_path: Path) -> None:
+    changed = shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    folder = engines.build(changed, tmp_path / "engine")
+    weights = changed / "vae" / "diffusion_pytorch_model.safetensors"
+    state = load_file(weights)
+    state["decoder.conv_out.bias"] += 0.3
+    save_file(state, weights)
+    with pytest.raises(EngineError, match=r"vae/diffusion_pytorch_model\.safetensors"):
+        validate(folder, prompts=["boat"], steps=1)
+    report = validate(folder, checkpoint=changed, prompts=["boat"], steps=1, scheduler="DDIM")
+    assert "vae_decoder" in {failure.part for failure in report.failures}
+    assert "as asked" in report.notes[0]
+
+
+def test_a_checkpoint_that_is_gone(checkpoint: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    folder = engines.build(moved, tmp_path / "engine")
+    moved.rename(tmp_path / "elsewhere")
+    with pytest.raises(EngineError, match="--checkpoint"):
+        validate(folder, steps=1)
+    assert validate(folder, checkpoint=tmp_path / "elsewhere", prompts=["boat"], steps=1).passed
+    with pytest.raises(CheckpointError):
+        validate(folder, checkpoint=tmp_path / "nowhere", steps=1)
+
+
+def test_bad_arguments(engine: Path) -> None:
+    before = (engine / "manifest.json").read_bytes()
+    with pytest.raises(RequestError, match="unknown scheduler"):
+        validate(engine, scheduler="Eulr")
+    with pytest.raises(RequestError, match="num_inference_steps"):
+        validate(engine, steps=0)
+    with pytest.raises(RequestError, match="guidance_scale"):
+        validate(engine, guidance_scale=float("nan"))
+    with pytest.raises(RequestError, match="prompts"):
+        validate(engine, prompts=[])
+    assert (engine / "manifest.json").read_bytes() == before
+    assert not (engine / "validation").exists()
+
+
+def test_an_engine_replaced_meanwhile_is_left_alone(engine: Path) -> None:
+    opened = Engine.open(engine)
+    manifest = read_manifest(engine).model_copy(update={"name": "another", "seal": ""})
+    (engine / "manifest.json").write_text(manifest.to_json(), "utf-8")
+    with pytest.raises(EngineError, match="another engine"):
+        validate(opened, prompts=["boat"], steps=1, scheduler="DDIM")
+    assert json.loads((engine / "manifest.json").read_text("utf-8"))["name"] == "another"
+
+
+def test_an_sdxl_engine(tiny_sdxl: Path, tmp_path: Path) -> None:
+    """Two text encoders, pooled embeddings, zeros for a missing negative prompt."""
+    folder = engines.build(tiny_sdxl, tmp_path / "sdxl")
+    report = validate(folder, prompts=["boat"], steps=2)
+    assert report.passed, report.table()
+    assert "text_encoder_2.text_embeds" in {module.name for module in report.modules}
+
+
+def test_half_precision_is_measured_against_stock_in_half_precision(checkpoint: Path, tmp_path: Path) -> None:
+    folder = engines.build(checkpoint, tmp_path / "half", dtype="fp16")
+    report = validate(folder, prompts=["boat", "cabin"], steps=2, scheduler="DDIM")
+    modules = {module.name: module for module in report.modules}
+    for name in ("text_encoder.hidden_states", "context", "time_shift", "unet", "vae_decoder", "pictures"):
+        module = modules[name]
+        assert module.stock_relative_l2 is not None
+        assert module.bar == pytest.approx(max(1e-4, 1.1 * module.stock_relative_l2))
+        assert module.passed == (module.relative_l2 <= module.bar)
+        assert module.relative_l2 < 2 * module.stock_relative_l2
+    assert modules["scheduler DDIM"].stock_relative_l2 is None
+    engines.change_weight(folder, "unet", "conv_in.weight", engines.perturbed)
+    assert "unet" in {f.part for f in validate(folder, prompts=["boat"], steps=2, scheduler="DDIM").failures}
+
+
+def test_zero_guidance_and_one_step(engine: Path) -> None:
+    report = validate(engine, prompts=["boat"], steps=1, guidance_scale=1.0, scheduler="DDPM")
+    assert report.passed, report.table()
+    assert torch.isfinite(torch.tensor(report.pictures[0].drift)).all()
