@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from sdfast.pipeline import Pipeline
 from sdfast.request import Request
 from sdfast.schedulers import Schedule, schedule
 
-_SIZE = re.compile(r"(\d+)x(\d+)")
+_SIZE = re.compile(r"(\d{1,9})x(\d{1,9})")
+_OTHER_PICTURES = {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
 _NUMBERED = re.compile(r"(\d{5})-\d+\.png")
 
 
@@ -60,12 +62,13 @@ class Job:
 
 
 def draw(job: Job, output: Path | None, overwrite: bool) -> list[tuple[Path, int]]:
-    """Draw the pictures and write them; their paths and seeds. Refuses before drawing what it could not write.
+    """Draw the pictures and write them; their paths and seeds. What could not be written is refused first.
 
     output: a `.png` file (numbered when there are several pictures) or a directory; default `outputs/`.
     """
     engine = Engine.open(job.engine, job.device)
     request = job.request(engine.manifest)
+    engine.check_size(request.height, request.width)
     plan = schedule(job.scheduler, engine.scheduler_config, num_inference_steps=request.num_inference_steps)
     paths = _paths(output or Path("outputs"), request, overwrite)
     images = _stock_images(engine, request) if job.backend == "diffusers" else _images(engine, request)
@@ -76,8 +79,8 @@ def draw(job: Job, output: Path | None, overwrite: bool) -> list[tuple[Path, int
 
 def _images(engine: Engine, request: Request) -> list[Image.Image]:
     output = Pipeline(engine).generate(request)
-    if output.truncated[0]:
-        print(f"sdfast: the text encoder reads no more than 77 tokens; left out: {output.truncated[0]!r}")
+    if cut := output.truncated[0]:
+        print(f"sdfast: the text encoder reads no more than 77 tokens; left out: {cut!r}", file=sys.stderr)
     images: list[Image.Image] = output.images
     return images
 
@@ -97,16 +100,32 @@ def _stock_images(engine: Engine, request: Request) -> list[Image.Image]:
 
 def _paths(output: Path, request: Request, overwrite: bool) -> list[Path]:
     """Where each picture goes. Raises `RequestError` for files that are there, unless `overwrite`."""
-    if output.suffix.lower() != ".png":
-        first = _next_number(output)
-        return [output / f"{first + i:05d}-{seed}.png" for i, seed in enumerate(request.seeds)]
-    paths = [output]
-    if request.images > 1:
-        paths = [output.with_stem(f"{output.stem}-{i + 1}") for i in range(request.images)]
-    there = [str(path) for path in paths if path.exists()]
-    if there and not overwrite:
+    if output.suffix.lower() in _OTHER_PICTURES:
+        raise RequestError(f"{output}: pictures are written as PNG; give a .png file, or a directory")
+    try:
+        if output.suffix.lower() != ".png":
+            _check_directory(output)
+            first = _next_number(output)
+            return [output / f"{first + i:05d}-{seed}.png" for i, seed in enumerate(request.seeds)]
+        _check_directory(output.parent)
+        paths = [output]
+        if request.images > 1:
+            paths = [output.with_stem(f"{output.stem}-{i + 1}") for i in range(request.images)]
+        there = [str(path) for path in paths if path.is_dir() or (path.exists() and not overwrite)]
+    except OSError as error:  # such as a name that is too long
+        raise RequestError(f"{output}: {error.strerror}; give another -o") from error
+    if there:
         raise RequestError(f"{', '.join(there)}: already there; give another -o, or --overwrite")
     return paths
+
+
+def _check_directory(folder: Path) -> None:
+    """Raises `RequestError` unless `folder` can be written to, or made."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise RequestError(f"{nearest}: is not a directory; give another -o")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise RequestError(f"{nearest}: may not be written to; give another -o")
 
 
 def _next_number(folder: Path) -> int:
@@ -116,7 +135,7 @@ def _next_number(folder: Path) -> int:
 
 def _infotext(request: Request, plan: Schedule, manifest: Manifest, seed: int) -> Infotext:
     weights = manifest.checkpoint.weights
-    digest = next(value for name, value in sorted(weights.items()) if name.startswith("unet/"))
+    digest = next((value for name, value in sorted(weights.items()) if name.startswith("unet/")), None)
     return Infotext(
         prompt=request.prompts[0],
         negative_prompt=request.negative_prompts[0] or "",
@@ -128,7 +147,7 @@ def _infotext(request: Request, plan: Schedule, manifest: Manifest, seed: int) -
         width=request.width,
         height=request.height,
         model=manifest.name,
-        model_hash=digest[:10],
+        model_hash=digest[:10] if digest else None,
         version=f"sdfast {__version__}",
         extra={} if request.clip_skip is None else {"Clip skip": str(request.clip_skip + 1)},
     )
@@ -140,10 +159,9 @@ def _save(image: Image.Image, path: Path, infotext: Infotext, overwrite: bool) -
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(part, format="PNG", pnginfo=png_info(infotext))
-        if overwrite:
-            part.replace(path)
-        else:
-            os.link(part, path)
+        if not overwrite:
+            path.open("x").close()  # nobody else writes there from here on
+        part.replace(path)
     except FileExistsError:
         raise RequestError(f"{path}: already there; give another -o, or --overwrite") from None
     except OSError as error:
