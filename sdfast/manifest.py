@@ -118,6 +118,7 @@ class Source(_Part):
     source: str
     revision: str | None = None
     weights: dict[str, Digest]  # file name in the checkpoint → sha256
+    settings: Digest | None = None  # of its tokenizers and its scheduler config
 
 
 class Builder(_Part):

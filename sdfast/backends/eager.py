@@ -13,6 +13,7 @@ from sdfast.errors import BackendError, DependencyError, EngineError
 from sdfast.models.unet import Context, TimeShift, UNet, UNetConfig, context_parts, shift_parts
 from sdfast.models.vae import VAEConfig, VAEDecoder
 
+HEADER = "sdfast"  # the key in a file's metadata that says in JSON which network it holds
 _OUTPUTS = {
     "unet": ("output",),
     "context": ("context",),
@@ -49,7 +50,7 @@ def load_eager(path: Path, device: torch.device) -> EagerModule:
     """The network in the safetensors file at `path`, on `device`."""
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
-            header = file.metadata() or {}
+            header = json.loads((file.metadata() or {}).get(HEADER, "{}"))
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (OSError, SafetensorError) as error:
         raise EngineError(
@@ -66,8 +67,8 @@ def load_eager(path: Path, device: torch.device) -> EagerModule:
     return EagerModule(network.to(device).eval().requires_grad_(False), _OUTPUTS[name])
 
 
-def _network(name: str, header: Mapping[str, str]) -> nn.Module:
-    config = json.loads(header["config"])
+def _network(name: str, header: Mapping[str, Any]) -> nn.Module:
+    config = header["config"]
     if name.startswith("text_encoder"):
         return _text_encoder(config, header)
     with torch.device("meta"):
@@ -80,7 +81,7 @@ def _network(name: str, header: Mapping[str, str]) -> nn.Module:
         return unet if name == "unet" else Context(unet_config, context_parts(unet))
 
 
-def _text_encoder(config: dict[str, Any], header: Mapping[str, str]) -> nn.Module:
+def _text_encoder(config: dict[str, Any], header: Mapping[str, Any]) -> nn.Module:
     try:
         import transformers
     except ImportError as error:

@@ -12,22 +12,25 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 import sdfast
 from sdfast.engine import sha256, verify
-from sdfast.errors import EngineError, ExportError
+from sdfast.errors import DependencyError, EngineError, ExportError
 from sdfast.export.checkpoint import Checkpoint, resolve
 from sdfast.export.modules import ModuleSpec, Networks, module_specs
-from sdfast.export.publish import check_space, locked, publish, workplace
+from sdfast.export.publish import check_space, clear_leftovers, locked, publish, workplace
 from sdfast.export.recipe import Recipe
 from sdfast.export.tokenizer import save_runtime_tokenizer
 from sdfast.manifest import MANIFEST_NAME, Builder, File, Manifest, Module, Source, Variant, read_manifest
 
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "transformers", "diffusers")
 SPARE = 64 * 2**20  # bytes beside the weights that an engine may take
+VALIDATION = "validation/"  # where the report of an engine lies
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ def export(
     happens, `target` is the old engine or the new one, never a part.
     """
     recipe, progress, target = recipe or Recipe(), progress or Silent(), Path(target)
+    _require("transformers", *(("onnx", "onnxscript") if recipe.backend == "onnx" else ()))
     source = source or recipe.checkpoint
     if source is None:
         raise ExportError("no checkpoint: name one, or use a recipe that does")
@@ -123,20 +127,32 @@ class _Build:
         self.old = _existing(target)
 
     def run(self) -> Path:
+        clear_leftovers(self.target)
         if self.old is not None and self._unchanged(self.old):
             self.progress.say(f"{self.target} is up to date; nothing to do")
             return self.target
+        if self.old is not None:
+            _check_foreign_files(self.target, self.old)
         check_space(self.target, self._space())
         with workplace(self.target) as place:
             modules = {spec.name: self._module(spec, place) for spec in self.specs}
             manifest = self._finish(place, modules)
             (place / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+            _check_target(self.target)  # once more: the export took its time
             publish(place, self.target)
         return self.target
 
     def _unchanged(self, old: Manifest) -> bool:
-        same = {name: module.fingerprint for name, module in old.modules.items()} == self.fingerprints
-        return same and old.checkpoint.revision == self.checkpoint.revision and old.recipe == self._recipe()
+        """Whether a new engine would be the old one, and the old one is whole."""
+        fingerprints = {name: module.fingerprint for name, module in old.modules.items()}
+        then = (fingerprints, old.model, old.recipe, old.checkpoint)
+        if then != (self.fingerprints, self.networks.model(), self._recipe(), self._source()):
+            return False
+        try:
+            verify(self.target, old.files)
+        except EngineError:  # each module's own check tells of it
+            return False
+        return True
 
     def _space(self) -> int:
         parts = self.checkpoint.components
@@ -201,9 +217,7 @@ class _Build:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             backend=self.recipe.backend,
             dtype=self.recipe.dtype,
-            checkpoint=Source(
-                source=self.checkpoint.source, revision=self.checkpoint.revision, weights=self.digests
-            ),
+            checkpoint=self._source(),
             recipe=self._recipe(),
             model=self.networks.model(),
             max_images=self.recipe.max_images,
@@ -214,6 +228,24 @@ class _Build:
             builder=Builder(
                 sdfast=sdfast.__version__, python=platform.python_version(), packages=_versions()
             ),
+        )
+
+    def _source(self) -> Source:
+        made_of = self.checkpoint
+        settings = {
+            "scheduler": dict(made_of.scheduler_config),
+            "tokenizers": {
+                f"{name}/{path.name}": sha256(path)
+                for name, folder in made_of.tokenizers.items()
+                for path in folder.iterdir()
+                if path.is_file()
+            },
+        }
+        return Source(
+            source=made_of.source,
+            revision=made_of.revision,
+            weights=self.digests,
+            settings=_digest(settings),
         )
 
     def _recipe(self) -> dict[str, Any]:
@@ -235,7 +267,7 @@ class _Build:
             "dtype": self.recipe.dtype,
             "versions": {**_versions(), "sdfast": sdfast.__version__},
         }
-        return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
+        return _digest(depends)
 
     @contextmanager
     def _stage(self, name: str, place: Path) -> Iterator[None]:
@@ -246,12 +278,42 @@ class _Build:
         self.progress.end(Stage(name, time.perf_counter() - start, _size(place) - before))
 
 
+def _require(*packages: str) -> None:
+    """Raises `DependencyError` when a package that exporting needs is not installed."""
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise DependencyError(f'exporting needs {", ".join(missing)}: pip install "sdfast[export]"')
+
+
 def _check_target(target: Path) -> None:
     """A directory that is something else than an engine is never replaced."""
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise ExportError(f"{target}: is there and is not a directory; choose another with -o")
-    if target.is_dir() and any(target.iterdir()) and not (target / MANIFEST_NAME).is_file():
-        raise ExportError(f"{target}: is there and is not an engine; choose another directory with -o")
+    if "\0" in str(target):
+        raise ExportError(f"{str(target)!r}: holds a NUL character; choose another directory with -o")
+    try:
+        if target.is_symlink() or (target.exists() and not target.is_dir()):
+            raise ExportError(f"{target}: is there and is not a directory; choose another with -o")
+        if target.is_dir() and any(target.iterdir()) and not _holds_engine(target):
+            raise ExportError(f"{target}: is there and is not an engine; choose another directory with -o")
+    except OSError as error:  # such as a name that is too long
+        raise ExportError(f"{target}: {error}; choose another directory with -o") from error
+
+
+def _holds_engine(folder: Path) -> bool:
+    """Whether a manifest of ours lies there, be it damaged or of another version."""
+    path = folder / MANIFEST_NAME
+    return path.is_file() and b'"schema_version"' in path.read_bytes()[:1000]
+
+
+def _check_foreign_files(target: Path, old: Manifest) -> None:
+    """Raises `ExportError` for a file that is not the engine's own and would go with it."""
+    own = {file.path for file in old.files} | {MANIFEST_NAME}
+    names = (path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir())
+    foreign = sorted(n for n in names if n not in own and not n.startswith((VALIDATION, ".")))
+    if foreign:
+        raise ExportError(
+            f"{target / foreign[0]}: is not part of the engine that would be replaced; "
+            "move it away, or choose another directory with -o"
+        )
 
 
 def _existing(target: Path) -> Manifest | None:
@@ -284,6 +346,11 @@ def _link(old: Path, new: Path) -> None:
         shutil.copy2(old, new)
 
 
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+@cache
 def _versions() -> dict[str, str]:
     found = {}
     for package in PACKAGES:

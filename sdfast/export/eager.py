@@ -3,8 +3,11 @@
 import json
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from sdfast.backends.eager import HEADER
+from sdfast.errors import ExportError
 from sdfast.export.checkpoint import Checkpoint
 from sdfast.export.modules import ModuleSpec
 from sdfast.manifest import Span, Variant
@@ -17,11 +20,15 @@ def compile_eager(spec: ModuleSpec, place: Path, checkpoint: Checkpoint) -> list
         "module": spec.name,
         "class": component.class_name,
         "family": checkpoint.family,
-        "config": json.dumps(dict(component.config)),
+        "config": dict(component.config),
     }
     state = {name: tensor.contiguous() for name, tensor in spec.load().state_dict().items()}
     path = place / f"{spec.name}.safetensors"
-    save_file(state, path, metadata=header)
+    try:
+        # under one key: safetensors writes several in a different order each time
+        save_file(state, path, metadata={HEADER: json.dumps(header)})
+    except SafetensorError as error:  # what it makes of a full disk
+        raise ExportError(f"{path.name}: cannot be written ({error}); is the disk full?") from error
     batch = Span(low=1, high=max(form.batch.high for form in spec.forms))
     sizes = dict.fromkeys((form.height, form.width) for form in spec.forms)
     return [Variant(file=path.name, batch=batch, height=height, width=width) for height, width in sizes]

@@ -11,14 +11,15 @@ from sdfast.manifest import Span, Variant
 
 
 def compile_onnx(spec: ModuleSpec, place: Path) -> list[Variant]:
-    """Write `spec` to `place` as one ONNX file a form. Forms whose weights are the same share the file on disk."""
+    """Write `spec` to `place` as one ONNX file a form. Forms of the same weights share the file on disk."""
     network = spec.load()
     variants = []
+    stored: dict[str, Path] = {}
     for form in spec.forms:
         path = place / _file_name(spec, form)
         _export(network, spec, form, path)
+        _share(path.with_name(f"{path.name}.data"), stored)
         variants.append(Variant(file=path.name, batch=form.batch, height=form.height, width=form.width))
-    _share_weights([_weights(place / variant.file) for variant in variants])
     return variants
 
 
@@ -53,17 +54,10 @@ def _file_name(spec: ModuleSpec, form: Form) -> str:
     return "-".join(parts) + ".onnx"
 
 
-def _weights(graph: Path) -> Path:
-    return graph.with_name(f"{graph.name}.data")
-
-
-def _share_weights(paths: list[Path]) -> None:
-    """Make files of equal content one file with several names."""
-    first_of: dict[str, Path] = {}
-    for path in paths:
-        if not path.exists():
-            continue
-        first = first_of.setdefault(sha256(path), path)
-        if first is not path:
-            path.unlink()
-            path.hardlink_to(first)
+def _share(weights: Path, stored: dict[str, Path]) -> None:
+    """Make a file whose content is stored already a second name of that. `stored`: digest → first file."""
+    if weights.exists():
+        first = stored.setdefault(sha256(weights), weights)
+        if first is not weights:
+            weights.unlink()
+            weights.hardlink_to(first)

@@ -83,6 +83,7 @@ class Networks:
         """What the manifest says of the networks."""
         with torch.device("meta"):
             unet = UNet(self.unet)
+        sdxl = self.checkpoint.family == "sdxl"  # where diffusers' pipeline has that on by default
         widths = [int(self.checkpoint.components[name].config["hidden_size"]) for name in self.text]
         return Model(
             family=self.checkpoint.family,
@@ -96,7 +97,7 @@ class Networks:
             time_shift_width=sum(unet.shift_widths),
             pooled_width=self.unet.pooled_dim,
             guidance_embedding=self.unet.time_cond_proj_dim,
-            zero_empty_negative=bool(self.checkpoint.index.get("force_zeros_for_empty_prompt", False)),
+            zero_empty_negative=bool(self.checkpoint.index.get("force_zeros_for_empty_prompt", sdxl)),
         )
 
 

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -35,14 +36,15 @@ def locked(target: Path, waiting: Callable[[str], None]) -> Iterator[None]:
         lock.release()
 
 
+def clear_leftovers(target: Path) -> None:
+    """Remove what a killed export of the same target left behind; to be called under its lock."""
+    for left in target.parent.glob(f".{escape(target.name)}.part-*"):
+        shutil.rmtree(left)
+
+
 @contextmanager
 def workplace(target: Path) -> Iterator[Path]:
-    """An empty hidden directory beside `target`, gone afterwards unless it was published.
-
-    Also removes what a killed export of the same target left behind; call it under the lock.
-    """
-    for left in target.parent.glob(f".{target.name}.part-*"):
-        shutil.rmtree(left)
+    """An empty hidden directory beside `target`, gone afterwards unless it was published."""
     place = target.parent / f".{target.name}.part-{os.getpid()}"
     place.mkdir()
     try:

@@ -5,7 +5,15 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from sdfast.errors import ExportError
 from sdfast.manifest import Span
@@ -17,14 +25,15 @@ _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 def _size(text: str) -> str:
     match = _SIZE.fullmatch(text)
     if match is None:
-        raise ValueError(f"{text!r} is not WIDTHxHEIGHT in pixels, such as '512x512'")
+        raise ValueError("must be WIDTHxHEIGHT in pixels, such as '512x512'")
     for side in map(int, match.groups()):
         if side % 8 or not 8 <= side <= MAX_SIDE:
-            raise ValueError(f"{text!r}: sides are multiples of 8 from 8 to {MAX_SIDE} pixels")
+            raise ValueError(f"sides are multiples of 8 from 8 to {MAX_SIDE} pixels")
     return text
 
 
 Size = Annotated[str, AfterValidator(_size)]
+Count = Annotated[int, Field(strict=True, ge=1, le=MAX_IMAGES)]
 
 
 def sides(size: str) -> tuple[int, int]:
@@ -49,6 +58,13 @@ class SizeRange(_Part):
         low, high = sides(self.min), sides(self.max)
         return Span(low=low[0], high=high[0]), Span(low=low[1], high=high[1])
 
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        low, high = sides(self.min), sides(self.max)
+        if low[0] > high[0] or low[1] > high[1]:
+            raise ValueError(f"min {self.min!r} is larger than max {self.max!r}")
+        return self
+
 
 class Recipe(_Part):
     """How to build one engine.
@@ -63,16 +79,16 @@ class Recipe(_Part):
     variant: str | None = None
     backend: Literal["onnx", "eager"] = "onnx"
     dtype: Literal["fp32", "fp16"] = "fp32"
-    sizes: tuple[Size, ...] | SizeRange | None = None
-    batch: Annotated[int, Field(ge=1, le=MAX_IMAGES)] | tuple[int, ...] = 4
+    sizes: Annotated[tuple[Size, ...], Field(min_length=1)] | SizeRange | None = None
+    batch: Count | tuple[Count, ...] = 4
 
     @field_validator("batch")
     @classmethod
     def _buckets(cls, batch: int | tuple[int, ...]) -> int | tuple[int, ...]:
         if isinstance(batch, int):
             return batch
-        if not batch or not all(1 <= size <= MAX_IMAGES for size in batch):
-            raise ValueError(f"batch sizes are from 1 to {MAX_IMAGES}")
+        if not batch:
+            raise ValueError(f"give at least one number, from 1 to {MAX_IMAGES}")
         return tuple(sorted(set(batch)))
 
     @classmethod
@@ -114,6 +130,13 @@ class Recipe(_Part):
 
 
 def _explain(error: ValidationError) -> str:
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    return f"{where}: {first['msg'].removeprefix('Value error, ')}"
+    """One line on the error that lies deepest: of the alternatives, the one that was meant."""
+    deepest = max(error.errors(), key=lambda found: (len(found["loc"]), found["type"] == "value_error"))
+    field, message = deepest["loc"][0], deepest["msg"].removeprefix("Value error, ")
+    if deepest["type"] == "extra_forbidden":
+        known = ", ".join(SizeRange.model_fields if field == "sizes" else Recipe.model_fields)
+        return f"{field}: unknown field {deepest['loc'][-1]!r}; there are: {known}"
+    if deepest["type"] == "missing":
+        return f"{field}: {deepest['loc'][-1]!r} is missing"
+    message = message.replace("Input should be", "must be").replace("a valid tuple", "a list")
+    return f"{field}: {message} (got {deepest['input']!r:.60})"

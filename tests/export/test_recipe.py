@@ -1,0 +1,111 @@
+"""Recipes: what they say, and everything that can be wrong with one in one line."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdfast.errors import ExportError
+from sdfast.export.recipe import Recipe
+from sdfast.manifest import Span
+
+RECIPES = sorted((Path(__file__).parents[2] / "export").glob("*.toml"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"batch": 0}, "batch: must be greater than or equal to 1 (got 0)"),
+        ({"batch": -1}, "batch: must be greater"),
+        ({"batch": 10**9}, "batch: must be less than or equal to 128"),
+        ({"batch": "4"}, "batch: must be a valid integer (got '4')"),
+        ({"batch": True}, "batch: must be a valid integer (got True)"),
+        ({"batch": 4.0}, "batch: must be a valid integer"),
+        ({"batch": []}, "batch: give at least one number"),
+        ({"batch": [1, 0]}, "batch: must be greater"),
+        ({"batch": [1, "2"]}, "batch: must be a valid integer (got '2')"),
+        ({"sizes": []}, "sizes: "),
+        ({"sizes": "512x512"}, "sizes: must be a list (got '512x512')"),
+        ({"sizes": ["512"]}, "sizes: must be WIDTHxHEIGHT in pixels, such as '512x512' (got '512')"),
+        (
+            {"sizes": ["512x512", "0x512"]},
+            "sizes: sides are multiples of 8 from 8 to 8192 pixels (got '0x512')",
+        ),
+        ({"sizes": ["12x12"]}, "sizes: sides are multiples of 8 from 8 to 8192 pixels (got '12x12')"),
+        ({"sizes": ["-8x8"]}, "sizes: must be WIDTHxHEIGHT"),
+        ({"sizes": ["99999x8"]}, "sizes: sides are"),
+        ({"sizes": ["9" * 5000 + "x8"]}, "sizes: "),
+        ({"sizes": [512]}, "sizes: must be a valid string"),
+        ({"sizes": {"min": "64x64"}}, "sizes: 'max' is missing"),
+        ({"sizes": {"min": "65x64", "max": "128x128"}}, "sizes: sides are"),
+        ({"sizes": {"min": "128x64", "max": "64x128"}}, "sizes: min '128x64' is larger than max"),
+        (
+            {"sizes": {"min": "64x64", "max": "128x128", "mid": "1"}},
+            "sizes: unknown field 'mid'; there are: min",
+        ),
+        ({"dtype": "int8"}, "dtype: must be 'fp32' or 'fp16' (got 'int8')"),
+        ({"backend": "tensorrt"}, "backend: must be 'onnx' or 'eager'"),
+        ({"revision": 5}, "revision: must be a valid string"),
+        ({"checkpoint": ["a"]}, "checkpoint: must be a valid string"),
+        ({"chekpoint": "a"}, "chekpoint: unknown field 'chekpoint'; there are: checkpoint, revision"),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_a_bad_field_is_named_with_what_is_allowed(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ExportError) as caught:
+        Recipe.make(**fields)
+    assert str(caught.value).startswith(f"recipe: {message}")
+    assert len(str(caught.value).splitlines()) == 1
+    assert len(str(caught.value)) < 250
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"batch = ", b"\xff\xfe", b"batch = 1\nbatch = 2", b"[sizes", b'checkpoint = "a\ndtype = "b"'],
+)
+def test_a_file_that_is_no_toml_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_bytes(content)
+    with pytest.raises(ExportError, match=r"bad\.toml: not a recipe that can be read"):
+        Recipe.read(path)
+
+
+def test_a_recipe_that_is_not_there_is_named(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "none.toml"):
+        with pytest.raises(ExportError, match="not a recipe that can be read"):
+            Recipe.read(path)
+
+
+def test_a_bad_field_in_a_file_names_file_and_field(tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text('dtype = "fp8"')
+    with pytest.raises(ExportError, match=r"r\.toml: dtype: must be"):
+        Recipe.read(path)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_recipes_in_the_tree_are_good(path: Path) -> None:
+    recipe = Recipe.read(path)
+    assert recipe.checkpoint
+    assert recipe.size_spans(512)
+
+
+def test_what_is_given_beside_a_recipe_wins(tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text('checkpoint = "org/name"\nbatch = 2\nsizes = ["64x96"]')
+    recipe = Recipe.read(path, batch=3)
+    assert (recipe.checkpoint, recipe.batch) == ("org/name", 3)
+
+
+def test_sizes_and_batches_become_spans() -> None:
+    assert Recipe().size_spans(512) == [(Span.exactly(512), Span.exactly(512))]
+    several = Recipe.make(sizes=["64x96", "128x64", "64x96"], batch=[2, 1, 2])
+    assert several.size_spans(8) == [
+        (Span.exactly(96), Span.exactly(64)),
+        (Span.exactly(64), Span.exactly(128)),
+    ]
+    assert several.unet_batches() == [Span.exactly(rows) for rows in (1, 2, 4)]
+    assert several.max_images == 2
+    free = Recipe.make(sizes={"min": "64x96", "max": "128x160"}, batch=3)
+    assert free.size_spans(8) == [(Span(low=96, high=160), Span(low=64, high=128))]
+    assert free.unet_batches() == [Span(low=1, high=6)]
