@@ -173,7 +173,8 @@ def _engine_name(source: str | None, recipe: Path | None) -> str:
         return recipe.stem
     if source is None:
         raise click.UsageError("give SOURCE or --recipe")
-    return Path(source).stem if source.endswith(".safetensors") else Path(source).name
+    path = Path(source).resolve() if Path(source).exists() else Path(source)  # "." has no name of its own
+    return path.stem if source.endswith(".safetensors") else path.name
 
 
 def _prompt_lines(path: Path) -> list[str]:

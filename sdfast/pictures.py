@@ -91,7 +91,8 @@ def _stock_images(engine: Engine, request: Request) -> list[Image.Image]:
     from sdfast.validation.reference import generate, reference_pipeline
 
     made_of = engine.manifest.checkpoint
-    checkpoint = resolve(made_of.source, revision=made_of.revision)
+    variant = engine.manifest.recipe.get("variant")
+    checkpoint = resolve(made_of.source, revision=made_of.revision, variant=variant)
     pipe = reference_pipeline(checkpoint, dtype=engine.dtype, device=engine.device)
     pipe.set_progress_bar_config(disable=None)
     images: list[Image.Image] = generate(pipe, request)

@@ -1,0 +1,281 @@
+"""The command line: pictures with their parameters inside, and one line for whatever is wrong."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from sdfast import infotext
+from sdfast.cli import _engine_name, main
+from sdfast.schedulers import SAMPLERS
+
+
+def sdfast(*arguments: Any) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def refused(*arguments: Any) -> str:
+    """The one line on stderr of a command that must fail."""
+    result = sdfast(*arguments)
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit)
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("Error: ")
+    assert "Traceback" not in result.output
+    return lines[0].removeprefix("Error: ")
+
+
+def draw(engine: Path, *arguments: Any) -> Result:
+    return sdfast("generate", "a cabin, misty", "--engine", engine, "--steps", 2, *arguments)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_picture_tells_how_it_was_made(sd_engine: Path, here: Path) -> None:
+    result = draw(sd_engine, "--seed", 7, "--negative", "blurry", "--clip-skip", 1, "-o", "out/cabin.png")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == "out/cabin.png  seed 7\n"
+    told = infotext.read(here / "out" / "cabin.png")
+    assert (told.prompt, told.negative_prompt) == ("a cabin, misty", "blurry")
+    assert (told.steps, told.seed, told.cfg_scale) == (2, 7, 7.0)
+    assert (told.width, told.height) == Image.open(here / "out" / "cabin.png").size
+    assert (told.sampler, told.schedule_type) == ("DPM++ 2M", "Karras")
+    assert told.model == sd_engine.name
+    assert told.extra["Clip skip"] == "2"
+
+
+def test_the_same_seed_gives_the_same_file_and_the_seed_is_told(sd_engine: Path, here: Path) -> None:
+    seed = draw(sd_engine, "-o", "a.png").stdout.split()[-1]
+    assert draw(sd_engine, "-o", "b.png", "--seed", seed).exit_code == 0
+    assert (here / "a.png").read_bytes() == (here / "b.png").read_bytes()
+
+
+def test_several_pictures_are_numbered_in_a_directory_and_never_replaced(sd_engine: Path, here: Path) -> None:
+    for _ in range(2):
+        assert draw(sd_engine, "--count", 2, "--seed", 40, "-o", "out").exit_code == 0
+    names = sorted(path.name for path in (here / "out").iterdir())
+    assert names == ["00001-40.png", "00002-41.png", "00003-40.png", "00004-41.png"]
+    assert draw(sd_engine, "--count", 2, "-o", "x.png").exit_code == 0
+    assert {"x-1.png", "x-2.png"} <= {path.name for path in here.iterdir()}
+
+
+def test_a_file_that_is_there_is_replaced_only_when_asked(sd_engine: Path, here: Path) -> None:
+    (here / "mine.png").write_text("mine")
+    message = refused("generate", "a", "--engine", sd_engine, "--steps", 1, "-o", "mine.png")
+    assert message == "mine.png: already there; give another -o, or --overwrite"
+    assert (here / "mine.png").read_text() == "mine"
+    assert draw(sd_engine, "-o", "mine.png", "--overwrite").exit_code == 0
+    assert Image.open(here / "mine.png").size == (64, 64)
+    assert [path.name for path in here.iterdir()] == ["mine.png"]
+
+
+def test_a_file_that_appears_meanwhile_is_not_replaced(
+    sd_engine: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sdfast import pictures
+
+    drawn = pictures._images
+
+    def slow(*arguments: Any) -> Any:
+        (here / "a.png").write_text("mine")
+        return drawn(*arguments)
+
+    monkeypatch.setattr(pictures, "_images", slow)
+    assert "already there" in refused("generate", "a", "--engine", sd_engine, "--steps", 1, "-o", "a.png")
+    assert (here / "a.png").read_text() == "mine"
+    assert [path.name for path in here.iterdir()] == ["a.png"]
+
+
+def test_the_stock_pipeline_draws_the_same_request(sd_engine: Path, here: Path) -> None:
+    for name, backend in (("ours.png", "engine"), ("stock.png", "diffusers")):
+        result = draw(sd_engine, "--seed", 3, "--backend", backend, "-o", name)
+        assert result.exit_code == 0, result.output
+    ours, stock = (np.asarray(Image.open(here / name), dtype=int) for name in ("ours.png", "stock.png"))
+    assert np.abs(ours - stock).max() <= 1
+    assert infotext.read(here / "stock.png").seed == 3
+
+
+def test_what_was_cut_from_the_prompt_is_told_on_stderr(sd_engine: Path, here: Path) -> None:
+    result = sdfast("generate", "sea " * 100, "--engine", sd_engine, "--steps", 1, "-o", "a.png")
+    assert result.exit_code == 0
+    assert "left out: 'sea" in result.stderr
+    assert result.stdout.startswith("a.png  seed ")
+
+
+BAD: dict[str, tuple[list[Any], str]] = {
+    "no steps": (["--steps", 0], "num_inference_steps: must be greater than or equal to 1 (got 0)"),
+    "a billion steps": (["--steps", 10**9], "num_inference_steps: must be less than or equal to 1000"),
+    "NaN guidance": (["--guidance", "nan"], "guidance_scale: must be a finite number (got nan)"),
+    "infinite guidance": (["--guidance", "inf"], "guidance_scale: must be a finite number"),
+    "a billion pictures": (["--count", 10**9], "num_images_per_prompt: must be less than or equal to 128"),
+    "a negative seed": (["--seed", -1], "seed: must be greater than or equal to 0 (got -1)"),
+    "a huge seed": (["--seed", 2**64], "seed: must be less than"),
+    "an unknown scheduler": (["--scheduler", "dpm++9"], "unknown scheduler 'dpm++9'"),
+    "a size that is none": (["--size", "big"], "size: 'big' is not WIDTHxHEIGHT"),
+    "a size of thousands of digits": (["--size", "9" * 5000 + "x8"], "size: "),
+    "a crooked size": (["--size", "64x65"], "height: must be a multiple of 8; the nearest are 64 and 72"),
+    "a size outside": (["--size", "256x64"], "size 256x64 is not one of this engine's"),
+    "no size": (["--size", "0x0"], "height: must be greater"),
+    "layers left out": (["--clip-skip", 9], "clip_skip: 9, but this text encoder has 3 layers"),
+    "a device": (["--device", "gpu"], "device: 'gpu' is not one of 'cpu', 'cuda', 'cuda:N'"),
+    "another kind of picture": (["-o", "a.jpg"], "a.jpg: pictures are written as PNG"),
+    "a name that is too long": (["-o", "x" * 300 + ".png"], "File name too long; give another -o"),
+    "a directory in the way": (["-o", "folder.png", "--overwrite"], "folder.png: already there"),
+    "a file for a directory": (["-o", "file"], "is not a directory; give another -o"),
+    "a file for a parent": (["-o", "file/a.png"], "is not a directory; give another -o"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_request_is_one_line_and_writes_nothing(sd_engine: Path, here: Path, case: str) -> None:
+    (here / "folder.png").mkdir()
+    (here / "file").touch()
+    options, message = BAD[case]
+    assert message in refused("generate", "a", "--engine", sd_engine, "--steps", 1, *options)
+    assert sorted(path.name for path in here.rglob("*")) == ["file", "folder.png"]
+
+
+@pytest.mark.parametrize("prompt", ["a\0b", "a \udce4 b", "x" * 40_000])
+def test_a_bad_prompt_is_one_line(sd_engine: Path, here: Path, prompt: str) -> None:
+    assert refused("generate", prompt, "--engine", sd_engine).startswith("prompts: ")
+
+
+def test_a_damaged_engine_is_refused_with_the_file_named(sd_engine: Path, here: Path) -> None:
+    engine = shutil.copytree(sd_engine, here / "engine")
+    with (engine / "unet.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    for command in (["generate", "a", "--engine", engine], ["info", engine]):
+        assert f"{engine / 'unet.safetensors'}: 1000 bytes, but " in refused(*command)
+    assert "no such engine; make one with" in refused("info", here / "none")
+    assert "not an engine (no manifest.json)" in refused("generate", "a", "--engine", here)
+
+
+def test_info_tells_what_an_engine_is(sd_engine: Path) -> None:
+    result = sdfast("info", sd_engine)
+    assert result.exit_code == 0
+    assert "backend      eager fp32" in result.stdout
+    assert '"schema_version": 1' in sdfast("info", sd_engine, "--json").stdout
+
+
+def test_schedulers_lists_every_name(here: Path) -> None:
+    listed = sdfast("schedulers").stdout
+    for sampler in SAMPLERS:
+        assert sampler.short_name in listed
+        assert sampler.name in listed
+        assert sampler.scheduler in listed
+
+
+def test_doctor_tells_versions_and_what_is_missing(here: Path) -> None:
+    result = sdfast("doctor")
+    assert result.exit_code == 0
+    for name in ("sdfast", "python", "torch", "onnxruntime", "providers", "cuda", "xformers"):
+        assert any(line.startswith(name) for line in result.stdout.splitlines()), name
+
+
+def test_export_says_each_stage_and_where_the_engine_is(tiny_sd: Path, here: Path) -> None:
+    (here / "small.toml").write_text(f'checkpoint = "{tiny_sd}"\nbackend = "eager"')
+    result = sdfast("export", "--recipe", "small.toml")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-1] == "engine: engines/small"
+    for stage in ("checkpoint", "unet", "vae_decoder", "text_encoder", "digests"):
+        assert f"  {stage} " in result.stdout
+    assert "up to date; nothing to do" in sdfast("export", "--recipe", "small.toml").stdout
+    assert draw(here / "engines" / "small", "-o", "a.png").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("org/model", "model"),
+        ("landscapes", "landscapes"),
+        ("weights/v1.5.safetensors", "v1.5"),
+        (".", "checkpoint"),
+        ("../checkpoint/", "checkpoint"),
+    ],
+)
+def test_an_engine_is_called_like_its_source(
+    here: Path, monkeypatch: pytest.MonkeyPatch, source: str, name: str
+) -> None:
+    (here / "checkpoint").mkdir()
+    monkeypatch.chdir(here / "checkpoint")
+    assert _engine_name(source, None) == name
+    assert _engine_name(source, Path("export/sd15.toml")) == "sd15"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere", "--backend", "eager"], "no such folder or file"),
+        (["{sd}", "--backend", "eager", "--batch", "0"], "batch: must be greater than or equal to 1"),
+        (["{sd}", "--backend", "eager", "--height", "12", "--width", "12"], "multiples of 8"),
+        (["{sd}", "--backend", "eager", "--height", "-8", "--width", "8"], "must be WIDTHxHEIGHT"),
+        (["{sd}", "--recipe", "none.toml"], "not a recipe that can be read"),
+        (["{sd}", "--backend", "eager", "-o", "mine"], "is there and is not an engine"),
+        (["{sd}", "--backend", "eager", "--revision", "main"], "revision has no meaning"),
+    ],
+)
+def test_a_bad_export_is_one_line(tiny_sd: Path, here: Path, arguments: list[str], message: str) -> None:
+    (here / "mine").mkdir()
+    (here / "mine" / "file").touch()
+    assert message in refused("export", *(argument.format(sd=tiny_sd) for argument in arguments))
+    assert sorted(path.name for path in here.rglob("*")) == ["file", "mine"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["export"],
+        ["export", "x", "--height", "64"],
+        ["generate", "a"],
+        ["generate", "a", "--engine", "x", "--steps", "many"],
+        ["generate", "a", "--engine", "x", "--backend", "tensorrt"],
+        ["paint"],
+        ["--bogus"],
+    ],
+)
+def test_a_command_used_wrongly_shows_its_usage(here: Path, arguments: list[str]) -> None:
+    result = sdfast(*arguments)
+    assert result.exit_code == 2
+    assert "Usage: " in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_a_list_of_prompts_that_cannot_be_read_is_one_line(sd_engine: Path, here: Path) -> None:
+    (here / "empty.txt").write_text("\n \n")
+    (here / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+    for name, message in [
+        ("none", "cannot be read"),
+        ("empty", "holds no prompts"),
+        ("bytes", "cannot be read"),
+    ]:
+        assert message in refused("validate", sd_engine, "--prompts", f"{name}.txt")
+
+
+def test_the_real_command_fails_with_one_line_and_shows_more_with_debug(here: Path) -> None:
+    command = [sys.executable, "-c", "from sdfast.cli import main; main()"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for options, traceback in (([], False), (["--debug"], True)):
+        result = subprocess.run(
+            [*command, *options, "info", "no/engine"],
+            check=False,
+            capture_output=True,
+            text=True,
+            env=environment,
+        )
+        assert result.returncode == 1
+        assert ("Traceback" in result.stderr) == traceback
+        assert traceback or result.stderr.splitlines() == [
+            "Error: no/engine: no such engine; make one with `sdfast export SOURCE -o no/engine`"
+        ]
