@@ -5,10 +5,10 @@ else. An exporter that lowers the operations itself opens `as_nodes()`, inside w
 node named `sdfast::<operation>` in the traced graph instead of the PyTorch operations it consists of.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
 import torch
 import torch.nn.functional as F
@@ -30,26 +30,42 @@ def as_nodes() -> Iterator[None]:
         _tracing_nodes = False
 
 
-def _named(definition: Callable[P, Tensor]) -> Callable[P, Tensor]:
-    """Give a plain function its node; the definition also tells the tracer the shape of the result."""
-    node = torch.library.custom_op(f"sdfast::{definition.__name__}", definition, mutates_args=())
-    node.register_fake(definition)
-    NAMES.append(definition.__name__)
+def _named(shape: Callable[..., Sequence[int]]) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
+    """Give a plain function its node. `shape`, of the function's arguments, is that of its result: the tracer
+    could find it by tracing the function, but takes ten times as long."""
 
-    @wraps(definition)
-    def call(*args: P.args, **kwargs: P.kwargs) -> Tensor:
-        return node(*args, **kwargs) if _tracing_nodes else definition(*args, **kwargs)
+    def decorate(definition: Callable[P, Tensor]) -> Callable[P, Tensor]:
+        node = torch.library.custom_op(f"sdfast::{definition.__name__}", definition, mutates_args=())
+        node.register_fake(lambda x, *args: x.new_empty(shape(x, *args)))
+        NAMES.append(definition.__name__)
 
-    return call
+        @wraps(definition)
+        def call(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+            return node(*args, **kwargs) if _tracing_nodes else definition(*args, **kwargs)
+
+        return call
+
+    return decorate
 
 
-@_named
+def _same(x: Tensor, *_: Any) -> Sequence[int]:
+    return x.shape
+
+
+def _strided(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: list[int]
+) -> Sequence[int]:
+    height, width = ((size + sum(padding) - 3) // stride + 1 for size in x.shape[2:])
+    return x.shape[0], weight.shape[0], height, width
+
+
+@_named(lambda x, weight, bias: (*x.shape[:-1], weight.shape[0]))
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., I], weight [O, I], bias [O] -> [..., O]."""
     return F.linear(x, weight, bias)
 
 
-@_named
+@_named(_strided)
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: list[int]) -> Tensor:
     """x [B, I, H, W], weight [O, I, 3, 3] -> [B, O, H', W']; padding: before and after."""
     before, after = padding
@@ -58,31 +74,31 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding
     return F.conv2d(x, weight, bias, stride=stride, padding=before)
 
 
-@_named
+@_named(lambda x, weight, bias: (x.shape[0], weight.shape[0], *x.shape[2:]))
 def conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [B, I, H, W], weight [O, I, 1, 1] -> [B, O, H, W]."""
     return F.conv2d(x, weight, bias)
 
 
-@_named
+@_named(_same)
 def group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
     """x [B, C, H, W] -> [B, C, H, W] (Wu & He 2018)."""
     return F.group_norm(x, groups, weight, bias, eps)
 
 
-@_named
+@_named(_same)
 def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
     """SiLU after group_norm, the pair that opens every convolution of a ResNet block."""
     return F.silu(F.group_norm(x, groups, weight, bias, eps))
 
 
-@_named
+@_named(_same)
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """x [..., C], normalised over C."""
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
 
 
-@_named
+@_named(_same)
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, upcast: bool) -> Tensor:
     """q [B, N, C], k and v [B, L, C] -> [B, N, C]: softmax(q kᵀ / √d) v in each of `heads` slices of C.
 
@@ -96,32 +112,32 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, upcast: bool) -> Tens
     return out.transpose(1, 2).flatten(2).to(q.dtype)
 
 
-@_named
+@_named(lambda x: (*x.shape[:-1], x.shape[-1] // 2))
 def geglu(x: Tensor) -> Tensor:
     """x [..., 2 F] -> [..., F]: first half × GELU(second half), the exact GELU (Shazeer 2020)."""
     value, gate = x.chunk(2, dim=-1)
     return value * F.gelu(gate)
 
 
-@_named
+@_named(lambda x, like: (*x.shape[:2], *like.shape[2:]))
 def upsample_nearest(x: Tensor, like: Tensor) -> Tensor:
     """x [B, C, h, w], like [..., H, W] -> [B, C, H, W]."""
     return F.interpolate(x, size=like.shape[-2:], mode="nearest")
 
 
-@_named
+@_named(lambda x: (*x.shape[:2], 2 * x.shape[2], 2 * x.shape[3]))
 def upsample_twice(x: Tensor) -> Tensor:
     """x [B, C, h, w] -> [B, C, 2 h, 2 w]: each pixel four times."""
     return F.interpolate(x, size=(2 * x.shape[2], 2 * x.shape[3]), mode="nearest")
 
 
-@_named
+@_named(lambda x: (x.shape[0], x.shape[2] * x.shape[3], x.shape[1]))
 def tokens_from_image(x: Tensor) -> Tensor:
     """x [B, C, H, W] -> [B, H W, C]."""
     return x.flatten(2).transpose(1, 2).contiguous()
 
 
-@_named
+@_named(lambda x, like: like.shape)
 def image_from_tokens(x: Tensor, like: Tensor) -> Tensor:
     """x [B, H W, C], like [B, C, H, W] -> [B, C, H, W]."""
     return x.transpose(1, 2).reshape(like.shape).contiguous()

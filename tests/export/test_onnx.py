@@ -10,6 +10,7 @@ from sdfast.errors import ExportError
 from sdfast.export.onnx import export_module
 from sdfast.export.onnx_cpu import CPU
 from sdfast.models import ops
+from sdfast.models.layers import Conv3x3
 from sdfast.models.text import TextEncoder
 from sdfast.models.unet import UNetConfig, load_unet
 from sdfast.models.vae import VAEConfig, load_vae
@@ -80,6 +81,38 @@ def test_unet_of_any_size(tmp_path):
     assert [i.name for i in opened.get_inputs()] == ["sample", "time_shift", "context"]
     assert opened.get_inputs()[0].shape == ["batch", 4, "height", "width"]
     assert [o.name for o in opened.get_outputs()] == ["model_output"]
+
+
+class Convolution(nn.Module):
+    def __init__(self, inputs, outputs, bias):
+        super().__init__()
+        self.conv = randomise(Conv3x3(inputs, outputs, bias=bias))
+
+    def forward(self, x):
+        return ops.upsample_twice(self.conv(x))[:, :, ::2, ::2]
+
+
+@pytest.mark.parametrize("size", [(16, 16), (17, 30), "any"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_winograd_is_the_convolution(tmp_path, size, bias):
+    """As exact as float32 allows: a few roundings more than the direct sum, against float64."""
+    module = Convolution(128, 160, bias)
+    dynamic = {"x": {0: BATCH, 2: HEIGHT, 3: WIDTH}} if size == "any" else {}
+    height, width = (16, 16) if size == "any" else size
+    path = tmp_path / "conv.onnx"
+    export_module(module, {"x": torch.randn(2, 128, height, width)}, dynamic, ["y"], path)
+    assert [node.op_type for node in onnx.load(path, load_external_data=False).graph.node].count(
+        "MatMul"
+    ) == 2
+    for rows, h, w in ((2, height, width), (1, 4, 7), (3, 21, 18))[: 3 if dynamic else 1]:
+        x = torch.randn(rows, 128, h, w)
+        got = torch.from_numpy(session(path).run(None, {"x": x.numpy()})[0])
+        conv = module.conv
+        truth = nn.functional.conv2d(x.double(), conv.weight.double(), padding=1)
+        if bias:
+            truth += conv.bias.double()[:, None, None]
+        assert got.shape == truth.shape
+        assert (got - truth).norm() / truth.norm() < 2e-6
 
 
 def test_conditioning_of_sdxl(tmp_path):
