@@ -366,36 +366,38 @@ def test_the_package_can_be_called_like_the_function() -> None:
 # ONNX
 
 
-def test_several_static_sizes_and_batches_share_their_weights(tiny_sd: Path, target: Path) -> None:
-    recipe = Recipe.make(sizes=["64x64", "64x96"], batch=[1, 2])
-    export(tiny_sd, target, recipe)
-    unets = sorted(target.glob("unet*.data"))
-    assert len(unets) == 6  # two sizes, in batches of 1, 2 and 4 rows
-    assert len({path.stat().st_ino for path in unets}) == 1
-    assert len({path.stat().st_ino for path in target.glob("vae_decoder*.data")}) == 1
-    eager = export(tiny_sd, target.parent / "eager", Recipe.make(backend="eager", sizes=["64x64", "64x96"]))
-    call = {"num_inference_steps": 2, "scheduler": "euler", "seed": 1, "output_type": "latent"}
-    for height, count in [(64, 1), (96, 3)]:  # three pictures are six rows: 4 and 2
-        images = [
-            Pipeline.from_engine(folder, threads=1)(
-                "a boat", height=height, width=64, num_images_per_prompt=count, **call
-            ).images
-            for folder in (target, eager)
-        ]
-        assert (images[0] - images[1]).norm() / images[1].norm() < 1e-4
+@pytest.fixture
+def onnx_engine(sd_onnx: Path, target: Path) -> Path:
+    """An ONNX engine to be exported over."""
+    return Path(shutil.copytree(sd_onnx, target))
 
 
-def test_free_sizes_in_one_form(tiny_sd: Path, target: Path) -> None:
-    sizes = {"min": "64x64", "max": "128x96"}
-    export(tiny_sd, target, Recipe.make(sizes=sizes, batch=2))
-    assert len(list(target.glob("unet*.onnx"))) == 1
-    eager = export(tiny_sd, target.parent / "eager", Recipe.make(backend="eager", sizes=sizes))
+def assert_draws_like(engine: Path, eager: Path, width: int, height: int, count: int) -> None:
+    size = {"width": width, "height": height, "num_images_per_prompt": count}
     call = {"num_inference_steps": 2, "scheduler": "euler", "seed": 1, "output_type": "pt"}
-    pipes = [Pipeline.from_engine(folder, threads=1) for folder in (target, eager)]
-    for width, height, count in [(64, 64, 1), (128, 96, 3), (72, 88, 2)]:
-        images = [
-            pipe("a boat", height=height, width=width, num_images_per_prompt=count, **call).images
-            for pipe in pipes
-        ]
-        assert images[0].shape == (count, 3, height, width)
-        assert (images[0] - images[1]).norm() / images[1].norm() < 1e-4
+    ours, expected = (
+        Pipeline.from_engine(f, threads=1)("a boat", **size, **call).images for f in (engine, eager)
+    )
+    assert ours.shape == (count, 3, height, width)
+    assert (ours - expected).norm() / expected.norm() < 1e-4
+
+
+def test_several_static_sizes_and_batches_share_their_weights(
+    tiny_sd: Path, onnx_engine: Path, sd_engine: Path
+) -> None:
+    log = again(tiny_sd, onnx_engine, Recipe.make(sizes=["64x64", "64x96"], batch=[1]))
+    assert log.built == {"unet", "vae_decoder"}
+    unets = list(onnx_engine.glob("unet*.data"))
+    assert len(unets) == 4  # two sizes, in batches of one and two rows
+    assert len({path.stat().st_ino for path in unets}) == 1
+    assert len({path.stat().st_ino for path in onnx_engine.glob("vae_decoder*.data")}) == 1
+    assert_draws_like(onnx_engine, sd_engine, 64, 64, 1)
+    assert_draws_like(onnx_engine, sd_engine, 64, 96, 3)  # six rows, two at a time
+
+
+def test_one_form_serves_all_sizes_between_two(tiny_sd: Path, onnx_engine: Path, sd_engine: Path) -> None:
+    again(tiny_sd, onnx_engine, Recipe.make(sizes={"min": "64x64", "max": "128x96"}, batch=2))
+    assert [path.name for path in onnx_engine.glob("unet*.onnx")] == ["unet.onnx"]
+    assert_draws_like(onnx_engine, sd_engine, 64, 64, 1)
+    assert_draws_like(onnx_engine, sd_engine, 128, 96, 3)
+    assert_draws_like(onnx_engine, sd_engine, 72, 88, 2)
