@@ -245,7 +245,8 @@ def _judge(
     """Every figure with its verdict."""
     prompts = [picture.request.prompts[0] for picture in trials[0].pictures]
     runs = [picture.truth for trial in trials for picture in trial.pictures]
-    measured = measure(engine, sides, ["", *prompts], runs)
+    steps = [step for picture in trials[0].pictures for step in picture.truth.steps]
+    measured = measure(engine, sides, ["", *prompts], runs, steps)
     checks = [_same_tokens(engine, sides.exact, ["", *prompts]), _same_scheduler(engine, reference)]
     whole = rule.measured_pictures([picture for trial in trials for picture in trial.pictures])
     figures = []

@@ -45,12 +45,17 @@ class Measured:
     stock: Error | None = None
 
 
-def measure(engine: Engine, stock: Stock, prompts: Sequence[str], runs: Sequence[Run]) -> list[Measured]:
-    """The networks of `engine`, each alone, and a U-Net step as a whole. runs: of `stock.exact`."""
+def measure(
+    engine: Engine, stock: Stock, prompts: Sequence[str], runs: Sequence[Run], steps: Sequence[StepInputs]
+) -> list[Measured]:
+    """The networks of `engine`, each alone, and a U-Net step as a whole.
+
+    runs: of `stock.exact`; their last latents are the VAE's inputs. steps: the U-Net's.
+    """
     size = runs[0].image.shape[1:]
     return [
         *_text_encoders(engine, stock, prompts),
-        *_unet(engine, stock, [step for run in runs for step in run.steps], size[0], size[1]),
+        *_unet(engine, stock, steps, size[0], size[1]),
         _vae_decoder(engine, stock, runs),
     ]
 
