@@ -24,8 +24,8 @@ from sdfast.landscapes.tokenizer import Tokenizer
 
 ARCHITECTURE: dict[str, Any] = {
     "sample_size": 16,
-    "in_channels": 8,
-    "out_channels": 8,
+    "in_channels": 12,
+    "out_channels": 12,
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
     "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
     "block_out_channels": [64, 96, 128],
@@ -48,7 +48,7 @@ SCHEDULE: dict[str, Any] = {
 }
 
 BATCH = 32
-BUDGET = Budget(6000)
+STEPS = 30000
 LEARNING_RATE = 1.2e-3
 WARM_UP = 100
 EMPTY = 0.1
@@ -69,7 +69,7 @@ def start(model: UNet2DConditionModel) -> None:
 def velocity_loss(
     model: UNet2DConditionModel, noisy: Tensor, t: Tensor, context: Tensor, target: Tensor
 ) -> Tensor:
-    """Mean squared error of the velocity: noisy, target [B, 8, 16, 16], t [B], context [B, 77, 128]."""
+    """Mean squared error of the velocity: noisy, target [B, 12, 16, 16], t [B], context [B, 77, 128]."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         velocity = model(noisy, t, context, return_dict=False)[0]
     return F.mse_loss(velocity.float(), target)

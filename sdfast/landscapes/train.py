@@ -8,6 +8,7 @@ torch.compile, a C++ compiler.
 import argparse
 import json
 import shutil
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +20,24 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from sdfast.landscapes import autoencoder, checkpoint_folder, denoiser, judge, tokenizer
+from sdfast.landscapes.autoencoder import Budget
 from sdfast.landscapes.captions import caption
+from sdfast.landscapes.encoder import fit_transform
 from sdfast.landscapes.evaluate import evaluate
 from sdfast.landscapes.pictures import draw_training_set, read_labels, read_pictures, scene_of
 from sdfast.landscapes.text import CAPTIONS, train_text_encoder
 
 PICTURES = 24000
-LATENTS = 8000
 
 
 class Workshop:
     """The work folder, and the stages that fill it."""
 
-    def __init__(self, work: Path) -> None:
+    def __init__(self, work: Path, decoder_seconds: float, unet_seconds: float) -> None:
         work.mkdir(parents=True, exist_ok=True)
         self.work = work
+        self.decoder_budget = Budget(autoencoder.STEPS, decoder_seconds)
+        self.unet_budget = Budget(denoiser.STEPS, unet_seconds)
 
     def pictures(self) -> NDArray[np.uint8]:
         """The training pictures [24000, 128, 128, 3]."""
@@ -60,17 +64,17 @@ class Workshop:
         folder = self.work / "vae"
         if not folder.exists():
             with (self.work / "vae.log").open("w") as log:
-                autoencoder.train_autoencoder(self.pictures(), folder, log, autoencoder.BUDGET)
+                autoencoder.train_autoencoder(self.pictures(), folder, log, self.decoder_budget)
         return AutoencoderKL.from_pretrained(folder).eval()
 
     def latents(self) -> Tensor:
-        """The latents of the training pictures, scaled to unit deviation, [8000, 8, 16, 16]."""
+        """The latents of the training pictures, [24000, 12, 16, 16], of unit deviation."""
         path = self.work / "latents.pt"
         if not path.exists():
-            model = self.autoencoder()
-            torch.save(
-                autoencoder.encode(model, self.pictures()[:LATENTS]) * model.config.scaling_factor, path
-            )
+            pictures = self.pictures()
+            transform = fit_transform(pictures[: autoencoder.FITTED])
+            groups = [pictures[i : i + 500] for i in range(0, len(pictures), 500)]
+            torch.save(torch.cat([transform.latents(group) for group in groups]), path)
         latents: Tensor = torch.load(path, weights_only=True)
         return latents
 
@@ -81,7 +85,7 @@ class Workshop:
             words = tokenizer.Tokenizer(self.tokenizer())
             examples = denoiser.Examples(self.latents(), self.text_encoder(), words, seed=3)
             with (self.work / "unet.log").open("w") as log:
-                denoiser.train_denoiser(examples, folder, log, denoiser.BUDGET)
+                denoiser.train_denoiser(examples, folder, log, self.unet_budget)
         return UNet2DConditionModel.from_pretrained(folder)
 
     def judge(self) -> judge.Judge:
@@ -124,12 +128,11 @@ def assemble(
         shutil.copyfile(file, folder / "tokenizer" / file.name)
 
 
-def make(work: Path, folder: Path) -> dict[str, Any]:
+def make(workshop: Workshop, folder: Path) -> dict[str, Any]:
     """All stages; returns the measured figures and writes them to `figures.json` in the work folder."""
-    workshop = Workshop(work)
     workshop.checkpoint(folder)
     figures = evaluate(folder, workshop.judge())
-    (work / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    (workshop.work / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     return figures
 
 
@@ -141,9 +144,12 @@ def main() -> None:
         "--checkpoint", type=Path, help="where the checkpoint goes (default: into the package)"
     )
     parser.add_argument("--threads", type=int, default=2, help="threads for training")
+    parser.add_argument("--decoder-minutes", type=float, default=inf, help="stop training the decoder then")
+    parser.add_argument("--unet-minutes", type=float, default=inf, help="stop training the U-Net then")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    print(json.dumps(make(options.work, options.checkpoint or checkpoint_folder()), indent=2))
+    workshop = Workshop(options.work, 60 * options.decoder_minutes, 60 * options.unet_minutes)
+    print(json.dumps(make(workshop, options.checkpoint or checkpoint_folder()), indent=2))
 
 
 if __name__ == "__main__":
