@@ -376,6 +376,7 @@ class Pipeline:
         for k in tqdm(range(len(plan)), **self._progress):
             running.tick()
             if callback is not None:
+                running.check()
                 told = {"latents": running.latents}
                 changed = callback(self, k, float(plan.timesteps[k]), told) or {}
                 new = changed.get("latents", told["latents"])  # returned, or changed in place
@@ -388,8 +389,7 @@ class Pipeline:
 
     def _decode(self, latents: torch.Tensor, request: Request) -> torch.Tensor:
         """latents [n, C, h, w] → pictures [n, 3, H, W] float32 in [0, 1]."""
-        given = {"latents": latents.to(self.engine.dtype)}
-        images = self.engine.call("vae_decoder", given, request.height, request.width)["image"].float()
+        images = self.engine.call("vae_decoder", {"latents": latents}, request.height, request.width)["image"]
         if not bool(torch.isfinite(images).all()):
             raise NumericalError("the VAE's picture is not finite: export the engine in fp32")
         return images

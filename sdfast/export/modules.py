@@ -190,13 +190,17 @@ def _time_shift(config: UNetConfig, model: Model, load: _UNetParts, dtype: torch
 def _vae_decoder(
     networks: Networks, model: Model, dtype: torch.dtype, sizes: list[tuple[Span, Span]]
 ) -> ModuleSpec:
+    # diffusers too decodes SDXL in float32: its VAE overflows in float16. The others' do not.
+    if networks.checkpoint.family == "sdxl" and networks.vae.force_upcast:
+        dtype = torch.float32
+
     def load() -> VAEDecoder:
         return load_vae(networks.vae, networks.checkpoint.state_dict("vae"), dtype)[0]
 
     def inputs(batch: int, height: int, width: int) -> dict[str, Tensor]:
         factor = model.vae_scale_factor
         shape = (batch, model.latent_channels, height // factor, width // factor)
-        return {"latents": torch.randn(shape, dtype=dtype)}
+        return {"latents": torch.randn(shape)}
 
     free = {"latents": {2: "height", 3: "width"}}
     # One picture at a time: a batch of them takes more memory and no less time.

@@ -206,12 +206,16 @@ class VAEDecoder(nn.Module):
         self.decoder = Decoder(config)
 
     def forward(self, latents: Tensor) -> Tensor:
-        """latents [B, c, h, w] as the denoising loop leaves them -> pictures [B, 3, H, W] in [0, 1]."""
+        """latents [B, c, h, w] as the loop leaves them -> pictures [B, 3, H, W] in [0, 1].
+
+        Both are float32, whatever the dtype of the weights.
+        """
         x = latents / self.config.scaling_factor + self.config.shift_factor
+        x = x.to(self.decoder.conv_in.weight.dtype)
         if self.post_quant_conv is not None:
             x = self.post_quant_conv(x)
         image: Tensor = self.decoder(x)
-        return (image / 2 + 0.5).clamp(0, 1)
+        return (image.float() / 2 + 0.5).clamp(0, 1)
 
 
 class VAEEncoder(nn.Module):

@@ -11,6 +11,7 @@ from sdfast.errors import RequestError
 
 _PLAIN = {"use_karras_sigmas": False}
 _KARRAS = {"use_karras_sigmas": True}
+_UNCLIPPED = {"clip_sample": False}  # latents have no bounds to clip to; the class default is for pixels
 _NO_OTHER_SIGMAS = {"use_exponential_sigmas": False, "use_beta_sigmas": False}
 _DPMPP_2M = {
     "algorithm_type": "dpmsolver++",
@@ -118,7 +119,7 @@ SAMPLERS: tuple[Sampler, ...] = (
         "DDIM",
         "Automatic",
         "ddim",
-        {},
+        _UNCLIPPED,
         "the classic; eta from 0 (deterministic) to 1 (as noisy as DDPM); 50 steps",
     ),
     _sampler(
@@ -126,7 +127,7 @@ SAMPLERS: tuple[Sampler, ...] = (
         "DDPM",
         "Automatic",
         "ddpm",
-        {},
+        _UNCLIPPED,
         "the original chain: 1000 steps at its best, the reference for everything else",
     ),
 )

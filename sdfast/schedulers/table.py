@@ -52,8 +52,10 @@ class Schedule:
                 f" {self.timesteps[k]:g}. An epsilon model cannot start from zero terminal SNR: check"
                 " prediction_type, rescale_betas_zero_snr and the betas in the scheduler config"
             )
-        for array in (self.timesteps, self.input_scale, self.matrix, self.draws_noise):
+        for name in ("timesteps", "input_scale", "matrix", "draws_noise"):
+            array = np.ascontiguousarray(getattr(self, name))  # a reversed view is one that torch refuses
             array.setflags(write=False)
+            object.__setattr__(self, name, array)
 
     def __len__(self) -> int:
         """K: how often the network is evaluated."""

@@ -180,7 +180,7 @@ def _vae_decoder(engine: Engine, stock: Stock, runs: Sequence[Run]) -> Measured:
     truths = [run.image for run in runs]
     height, width = truths[0].shape[1:]
     values = [
-        engine.call("vae_decoder", {"latents": part.to(engine.device, engine.dtype)}, height, width)["image"][
+        engine.call("vae_decoder", {"latents": part.to(engine.device)}, height, width)["image"][
             0
         ]
         for part in latents
