@@ -140,7 +140,7 @@ def _infotext(request: Request, plan: Schedule, manifest: Manifest, seed: int) -
     return Infotext(
         prompt=request.prompts[0],
         negative_prompt=request.negative_prompts[0] or "",
-        steps=len(plan),
+        steps=request.num_inference_steps or len(plan),
         sampler=plan.sampler,
         schedule_type=plan.schedule_type,
         cfg_scale=request.guidance_scale,

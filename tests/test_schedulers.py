@@ -82,6 +82,10 @@ def cases() -> Iterator[Case]:
             {"use_karras_sigmas": True, "sigma_min": 0.1, "sigma_max": 10.0},
         ],
         "EulerAncestralDiscreteScheduler": [{}],
+        "PNDMScheduler": [
+            {"skip_prk_steps": True},
+            {"skip_prk_steps": True, "set_alpha_to_one": True},
+        ],
         "DPMSolverMultistepScheduler": [
             {},
             {"use_karras_sigmas": True},
@@ -100,7 +104,7 @@ def cases() -> Iterator[Case]:
         for choice in choices:
             for spacing in SPACINGS:
                 for prediction in PREDICTIONS:
-                    if scheduler.startswith("EulerAncestral") and prediction == "sample":
+                    if scheduler.startswith(("EulerAncestral", "PNDM")) and prediction == "sample":
                         continue  # diffusers has none
                     for eta in (0.0, 0.5, 1.0) if scheduler == "DDIMScheduler" else (0.0,):
                         yield Case(
@@ -372,6 +376,8 @@ def test_defaults_are_diffusers(scheduler: str) -> None:
     known = {name: f.default for name, f in model.model_fields.items()}
     if scheduler == "DPMSolverMultistepScheduler":
         assert (known.pop("sigma_min"), known.pop("sigma_max")) == (None, None)
+    if scheduler == "PNDMScheduler":
+        assert known.pop("rescale_betas_zero_snr") is False  # shared by the models; ignored by this one
     assert known == defaults_of(scheduler)
 
 

@@ -76,6 +76,20 @@ class DDIMConfig(SchedulerConfig):
     timestep_spacing: Literal["linspace", "leading", "trailing"] = "leading"
 
 
+class PNDMConfig(SchedulerConfig):
+    scheduler = "PNDMScheduler"
+
+    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
+    skip_prk_steps: bool = False
+    set_alpha_to_one: bool = False
+    timestep_spacing: Literal["linspace", "leading", "trailing"] = "leading"
+
+    @field_validator("rescale_betas_zero_snr", mode="before")
+    @classmethod
+    def _not_an_option_here(cls, _: Any) -> bool:
+        return False  # the diffusers class has none: what another class's config says of it is ignored
+
+
 class EulerConfig(SchedulerConfig):
     scheduler = "EulerDiscreteScheduler"
     accepts = frozenset({"timesteps", "sigmas"})

@@ -123,6 +123,15 @@ SAMPLERS: tuple[Sampler, ...] = (
         "the classic; eta from 0 (deterministic) to 1 (as noisy as DDPM); 50 steps",
     ),
     _sampler(
+        "PNDMScheduler",
+        "PLMS",
+        "Automatic",
+        "plms",
+        {"skip_prk_steps": True},
+        "Stable Diffusion 1.x's own default: DDIM of fourth order, one evaluation more than steps",
+        "pndm",
+    ),
+    _sampler(
         "DDPMScheduler",
         "DDPM",
         "Automatic",

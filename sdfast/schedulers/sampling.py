@@ -22,6 +22,7 @@ from sdfast.schedulers.config import (
     DPMSolverConfig,
     EulerAncestralConfig,
     EulerConfig,
+    PNDMConfig,
     Run,
     SchedulerConfig,
 )
@@ -70,6 +71,42 @@ def ddim(config: DDIMConfig, run: Run) -> Schedule:
     direction = _direction(1 - alpha_bar_prev - sigma**2, run.eta)
     x_prev = np.sqrt(alpha_bar_prev) * x0 + direction * eps + sigma * z
     return _table(config, t, [x_prev], np.full(len(t), run.eta > 0))
+
+
+def plms(config: PNDMConfig, run: Run) -> Schedule:
+    """PLMS: DDIM with the noise of the last four evaluations combined (Liu et al. 2022, eq. 9, 12 and 13).
+
+    The second step is evaluated twice, as improved Euler, so that K steps take K + 1 evaluations. Registers:
+    the latents, the three evaluations before, and the latents that the second evaluation starts from again.
+    """
+    if not config.skip_prk_steps:
+        raise RequestError(
+            "PNDMScheduler: skip_prk_steps=False (Runge-Kutta warm-up) is not supported; set it to true, as "
+            "Stable Diffusion's configs do, or ask for 'PLMS'"
+        )
+    t = ddpm_timesteps(config, run)
+    stride = config.num_train_timesteps // run.steps
+    t = np.concatenate([t[:2], t[1:]])  # the second timestep twice
+    t_from, t_to = t.copy(), t - stride
+    t_from[1:2], t_to[1:2] = t[1:2] + stride, t[1:2]
+    alpha_bar = alpha_bar_at(config, t_from)[:, None]
+    alpha_bar_prev = alpha_bar_at(config, np.maximum(t_to, 0))[:, None]
+    if config.set_alpha_to_one:
+        alpha_bar_prev = np.where(t_to[:, None] >= 0, alpha_bar_prev, 1.0)
+
+    x, e_1, e_2, e_3, start, m, _ = np.eye(7)
+    e = np.tile((55 * m - 59 * e_1 + 37 * e_2 - 9 * e_3) / 24, (len(t), 1))
+    first = np.stack([m, (m + e_1) / 2, (3 * m - e_1) / 2, (23 * m - 16 * e_1 + 5 * e_2) / 12])
+    e[:4] = first[: len(t)]
+    x_s = np.tile(x, (len(t), 1))
+    x_s[1:2] = start
+    eps = _predicted_noise(config, x_s, e, np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar))
+    scale = alpha_bar * np.sqrt(1 - alpha_bar_prev) + np.sqrt(alpha_bar * (1 - alpha_bar) * alpha_bar_prev)
+    x_t = np.sqrt(alpha_bar_prev / alpha_bar) * x_s - (alpha_bar_prev - alpha_bar) / scale * eps
+
+    kept = np.stack([np.tile(row, (len(t), 1)) for row in (m, e_1, e_2, x)])  # [4, K, 7]
+    kept[:, 1:2] = np.stack([e_1, e_2, e_3, start])[:, None]  # the second evaluation is not remembered
+    return _table(config, t, [x_t, *kept], np.zeros(len(t), np.bool_))
 
 
 def euler(config: EulerConfig, run: Run) -> Schedule:
@@ -132,6 +169,7 @@ def dpmpp_2m(config: DPMSolverConfig, run: Run) -> Schedule:
 SAMPLING: dict[str, tuple[type[SchedulerConfig], Callable[[Any, Run], Schedule]]] = {
     DDPMConfig.scheduler: (DDPMConfig, ddpm),
     DDIMConfig.scheduler: (DDIMConfig, ddim),
+    PNDMConfig.scheduler: (PNDMConfig, plms),
     EulerConfig.scheduler: (EulerConfig, euler),
     EulerAncestralConfig.scheduler: (EulerAncestralConfig, euler_ancestral),
     DPMSolverConfig.scheduler: (DPMSolverConfig, dpmpp_2m),
@@ -150,7 +188,7 @@ def _predicted_x0(config: SchedulerConfig, x: Floats, m: Floats, alpha: Floats, 
 def _predicted_noise(config: SchedulerConfig, x: Floats, m: Floats, alpha: Floats, sigma: Floats) -> Floats:
     """ε from x = α x0 + σ ε and the model output m."""
     if config.prediction_type == "epsilon":
-        return np.broadcast_to(m, (len(alpha), len(m)))
+        return np.broadcast_to(m, (len(alpha), m.shape[-1]))
     if config.prediction_type == "v_prediction":
         return alpha * m + sigma * x
     return (x - alpha * m) / sigma
@@ -216,6 +254,7 @@ def _schedule_type(config: SchedulerConfig) -> str:
 _NAMES = {
     DDPMConfig.scheduler: "DDPM",
     DDIMConfig.scheduler: "DDIM",
+    PNDMConfig.scheduler: "PLMS",
     EulerConfig.scheduler: "Euler",
     EulerAncestralConfig.scheduler: "Euler a",
 }
