@@ -314,7 +314,7 @@ def test_scheduler_names_mean_what_the_objects_mean(sd: tuple[Any, Pipeline]) ->
     assert_same(expected, pipe(**call).images)
 
 
-@pytest.mark.parametrize("value", ["DPM++ 9M", 5, None, "PLMS"])
+@pytest.mark.parametrize("value", ["DPM++ 9M", 5, None, "Restart"])
 def test_a_scheduler_that_is_not_there_leaves_the_old_one(sd: tuple[Any, Pipeline], value: Any) -> None:
     pipe = sd[1]
     pipe.scheduler = "euler"

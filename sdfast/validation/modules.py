@@ -180,9 +180,7 @@ def _vae_decoder(engine: Engine, stock: Stock, runs: Sequence[Run]) -> Measured:
     truths = [run.image for run in runs]
     height, width = truths[0].shape[1:]
     values = [
-        engine.call("vae_decoder", {"latents": part.to(engine.device)}, height, width)["image"][
-            0
-        ]
+        engine.call("vae_decoder", {"latents": part.to(engine.device)}, height, width)["image"][0]
         for part in latents
     ]
     error = compare((_shaped("vae_decoder", v, t), t) for v, t in zip(values, truths, strict=True))

@@ -1,5 +1,7 @@
 """The report of a validation: every figure, the bar it had to meet, and the verdict in words."""
 
+import math
+
 from pydantic import BaseModel, ConfigDict
 
 from sdfast.validation.metrics import IDENTICAL_DB
@@ -116,7 +118,9 @@ class Report(_Part):
         found = {f"{module.name}.relative_l2": module.relative_l2 for module in self.modules}
         found["picture.psnr_min"] = min(picture.psnr for picture in self.pictures)
         found["picture.ssim_min"] = min(picture.ssim for picture in self.pictures)
-        found["latents.relative_l2_max"] = max(p.drift[-1] for p in self.pictures if p.drift)
+        found["latents.relative_l2_max"] = max(
+            (p.drift[-1] for p in self.pictures if p.drift), default=math.nan
+        )
         return found
 
     def table(self) -> str:
