@@ -44,6 +44,7 @@ def main(debug: bool) -> None:
 @click.option("--height", type=int, help="Pixels. [default: the checkpoint's own]")
 @click.option("--width", type=int, help="Pixels. [default: the checkpoint's own]")
 @click.option("--batch", type=int, help="The most pictures of one call. [default: 4]")
+@click.option("--winograd/--no-winograd", default=None, help="Fast 3x3 convolutions on CPUs. [default: yes]")
 def export(
     source: str | None,
     output: Path | None,

@@ -202,7 +202,7 @@ class _Build:
             return lambda spec, place: compile_eager(spec, place, self.checkpoint)
         from sdfast.export.forms import compile_onnx
 
-        return compile_onnx
+        return lambda spec, place: compile_onnx(spec, place, self.recipe.winograd)
 
     def _finish(self, place: Path, modules: dict[str, Module]) -> Manifest:
         tokenizers = sorted(self.checkpoint.tokenizers)
@@ -265,6 +265,7 @@ class _Build:
             "forms": [str(form) for form in spec.forms],
             "backend": self.recipe.backend,
             "dtype": self.recipe.dtype,
+            "winograd": self.recipe.winograd,
             "versions": {**_versions(), "sdfast": sdfast.__version__},
         }
         return _digest(depends)

@@ -7,23 +7,24 @@ from torch import nn
 from sdfast.engine import sha256
 from sdfast.export.modules import Form, ModuleSpec
 from sdfast.export.onnx import export_module
+from sdfast.export.onnx_cpu import CPU, CPU_COMPACT
 from sdfast.manifest import Span, Variant
 
 
-def compile_onnx(spec: ModuleSpec, place: Path) -> list[Variant]:
+def compile_onnx(spec: ModuleSpec, place: Path, winograd: bool) -> list[Variant]:
     """Write `spec` to `place` as one ONNX file a form. Forms of the same weights share the file on disk."""
     network = spec.load()
     variants = []
     stored: dict[str, Path] = {}
     for form in spec.forms:
         path = place / _file_name(spec, form)
-        _export(network, spec, form, path)
+        _export(network, spec, form, path, winograd)
         _share(path.with_name(f"{path.name}.data"), stored)
         variants.append(Variant(file=path.name, batch=form.batch, height=form.height, width=form.width))
     return variants
 
 
-def _export(network: nn.Module, spec: ModuleSpec, form: Form, path: Path) -> None:
+def _export(network: nn.Module, spec: ModuleSpec, form: Form, path: Path, winograd: bool) -> None:
     """One form: axes that span a range are free in the graph, the others are fixed."""
     spans = {"batch": form.batch, "height": form.height, "width": form.width}
     example = [span.low if span else 8 for span in spans.values()]
@@ -32,7 +33,8 @@ def _export(network: nn.Module, spec: ModuleSpec, form: Form, path: Path) -> Non
     for name, axes in spec.free.items():
         free = {axis: (kind, *_bounds(spans[kind], inputs[name].shape[axis])) for axis, kind in axes.items()}
         dynamic[name] = {axis: bounds for axis, bounds in free.items() if bounds[1] < bounds[2]}
-    export_module(network, inputs, {n: axes for n, axes in dynamic.items() if axes}, spec.outputs, path)
+    dynamic = {name: axes for name, axes in dynamic.items() if axes}
+    export_module(network, inputs, dynamic, spec.outputs, path, CPU if winograd else CPU_COMPACT)
 
 
 def _bounds(span: Span | None, lowest: int) -> tuple[int, int]:

@@ -72,6 +72,7 @@ class Recipe(_Part):
     sizes: a list of "WIDTHxHEIGHT", each compiled for itself, or {min, max}; default: the checkpoint's own.
     batch: the most pictures of one call into the networks (any number up to it), or a list of exact numbers,
         each compiled for itself.
+    winograd: ONNX in fp32: the faster algorithm for 3×3 convolutions on a CPU; its weights take more room.
     """
 
     checkpoint: str | None = None
@@ -81,6 +82,7 @@ class Recipe(_Part):
     dtype: Literal["fp32", "fp16"] = "fp32"
     sizes: Annotated[tuple[Size, ...], Field(min_length=1)] | SizeRange | None = None
     batch: Count | tuple[Count, ...] = 4
+    winograd: bool = True
 
     @field_validator("batch")
     @classmethod
