@@ -90,7 +90,7 @@ def negative_prompt_effect(pipe: Any, judge: Judge) -> dict[str, float]:
         f"a {subject} in the {place}"
         for place in ("mountains", "hills", "forest", "desert")
         for subject in ("cabin", "castle", "tent", "lighthouse")
-    ] * 4
+    ] * 2
     misty_prompts = [prompt.replace("in the ", "in the misty ") for prompt in open_prompts]
     misty = ATTRIBUTES["weather"].index("misty")
     column = list(ATTRIBUTES).index("weather")

@@ -24,8 +24,8 @@ WEIGHTS = Path(__file__).with_name("judge.safetensors")
 BATCH = 64
 STEPS = 1600
 LEARNING_RATE = 2e-3
-RECONSTRUCTED = 1500
-REPEATED = 8  # a third of what it sees went through the autoencoder
+RECONSTRUCTED = 600
+REPEATED = 12  # a quarter of what it sees went through the autoencoder
 
 
 class Judge(nn.Module):

@@ -1,8 +1,7 @@
 """Makes the built-in checkpoint from nothing: `python -m sdfast.landscapes.train --work FOLDER`.
 
 Stages: pictures, tokenizer, text encoder, autoencoder, latents, denoiser, checkpoint, judge, figures. A stage
-whose result lies in the work folder is not done again. Training needs the `export` extra and, for
-torch.compile, a C++ compiler.
+whose result lies in the work folder is not done again. Training needs the `export` extra.
 """
 
 import argparse
