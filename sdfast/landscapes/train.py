@@ -123,6 +123,12 @@ def assemble(
         requires_safety_checker=False,
     )
     pipe.save_pretrained(folder)
+    for config in folder.glob(
+        "*/config.json"
+    ):  # diffusers notes where it loaded a part from; nobody needs it
+        settings = json.loads(config.read_text())
+        settings.pop("_name_or_path", None)
+        config.write_text(json.dumps(settings, indent=2) + "\n")
     for file in words.iterdir():  # transformers 5 writes tokenizer.json only; older readers want these
         shutil.copyfile(file, folder / "tokenizer" / file.name)
 
