@@ -61,6 +61,7 @@ def clocked(work: Callable[[], object]) -> Measure:
     """The measure of how long `work` takes, the device's queue included."""
 
     def measure() -> float:
+        settle()
         _finish()
         start = time.perf_counter()
         with torch.no_grad():
@@ -69,6 +70,11 @@ def clocked(work: Callable[[], object]) -> Measure:
         return time.perf_counter() - start
 
     return measure
+
+
+def settle() -> None:
+    """Let the other side's threads go to sleep: thread pools spin for a while after their last work."""
+    time.sleep(0.1)
 
 
 def _finish() -> None:

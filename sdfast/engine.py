@@ -5,8 +5,9 @@ Nothing is loaded before its digest has been checked, and nothing outside the ma
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,23 @@ class Engine:
             for variant in module.variants:
                 if height is None or variant.fits(height, width):
                     self._module(variant)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Around a run of many calls: on a CPU, ONNX Runtime's threads are the only ones that work.
+
+        torch's threads spin for a while after each operation that they share, and take the processor from
+        ONNX Runtime's, whose every operation then waits: a step takes half as long again.
+        """
+        threads = torch.get_num_threads()
+        if self.manifest.backend != "onnx" or self.device.type != "cpu" or threads == 1:
+            yield
+            return
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
     def rows(self, name: str, batch: int, height: int | None = None, width: int | None = None) -> int:
         """How many rows `bind` wants for `batch` rows of module `name`: more where all forms are larger."""

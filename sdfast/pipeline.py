@@ -259,10 +259,11 @@ class Pipeline:
         given = given or Given()
         self.engine.check_size(request.height, request.width)
         plan = self._schedule_of(request)
-        positive, negative, truncated = self._encode(request, given)
-        rows = self._rows(request, given, plan, positive, negative)
-        latents = self._denoise(rows, plan, callback)
-        images = latents if output_type == "latent" else self._decode(latents, request)
+        with self.engine.running():
+            positive, negative, truncated = self._encode(request, given)
+            rows = self._rows(request, given, plan, positive, negative)
+            latents = self._denoise(rows, plan, callback)
+            images = latents if output_type == "latent" else self._decode(latents, request)
         own_seeds = given.generators is None and given.latents is None
         return PipelineOutput(_as(images, output_type), request.seeds if own_seeds else None, truncated)
 

@@ -32,7 +32,7 @@ class OnnxRuntime:
             raise DependencyError(f"an ONNX engine needs ONNX Runtime: {_INSTALL}") from error
         self._ort = onnxruntime
         self._device = device
-        self._threads = threads
+        self._threads = threads or torch.get_num_threads()  # now: `Engine.running` lowers torch's later
         self._provider = self._available_provider()
 
     def load(self, path: Path) -> "OnnxModule":
@@ -72,7 +72,7 @@ class OnnxRuntime:
         large = weights > _LARGE
         options.graph_optimization_level = level.ORT_ENABLE_EXTENDED if large else level.ORT_ENABLE_ALL
         options.log_severity_level = 3
-        options.intra_op_num_threads = self._threads or torch.get_num_threads()
+        options.intra_op_num_threads = self._threads
         options.inter_op_num_threads = 1
         return options
 
