@@ -4,11 +4,12 @@ import json
 import os
 import platform
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from sdfast.versions import installed
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("sdfast", "torch", "diffusers", "transformers", "onnxruntime", "onnxruntime-gpu", "onnx")
@@ -23,7 +24,7 @@ def describe() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": _versions(),
+        "versions": installed(PACKAGES),
     }
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name(0)
@@ -56,13 +57,3 @@ def _processor() -> str:
     vectors = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_tile") if flag in flags]
     model = f"family {facts.get('cpu family')} model {facts.get('model')}"
     return f"{facts.get('model name', platform.machine())} ({model}; {', '.join(vectors)})"
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

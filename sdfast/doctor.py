@@ -4,9 +4,9 @@ import os
 import platform
 import shutil
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 
 import sdfast
+from sdfast.versions import installed
 
 _RUNTIME = ("torch", "numpy", "pillow", "tokenizers", "safetensors", "pydantic")
 _EXPORT = ("diffusers", "transformers", "onnx", "onnxscript", "scikit-image", "matplotlib")
@@ -36,15 +36,8 @@ def examine() -> list[Finding]:
     ]
 
 
-def _installed(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
 def _package(name: str, advice: str) -> Finding:
-    found = _installed(name)
+    found = installed([name]).get(name)
     return Finding(name, found or "missing", "" if found else advice)
 
 
@@ -55,7 +48,7 @@ def _memory() -> str:
 
 
 def _onnxruntime() -> list[Finding]:
-    names = [name for name in ("onnxruntime", "onnxruntime-gpu") if _installed(name)]
+    names = list(installed(["onnxruntime", "onnxruntime-gpu"]))
     if not names:
         return [
             Finding("onnxruntime", "missing", 'pip install "sdfast[cpu]", or "sdfast[cuda]" for NVIDIA GPUs')

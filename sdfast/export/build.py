@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +26,7 @@ from sdfast.export.publish import check_space, clear_leftovers, locked, publish,
 from sdfast.export.recipe import Recipe
 from sdfast.export.tokenizer import save_runtime_tokenizer
 from sdfast.manifest import MANIFEST_NAME, Builder, File, Manifest, Module, Source, Variant, read_manifest
+from sdfast.versions import installed
 
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "transformers", "diffusers")
 SPARE = 64 * 2**20  # bytes beside the weights that an engine may take
@@ -353,10 +353,4 @@ def _digest(value: Any) -> str:
 
 @cache
 def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    return installed(PACKAGES)

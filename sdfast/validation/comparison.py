@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from sdfast.validation.pictures import Picture, Repetition, compare_picture, rep
 from sdfast.validation.proof import publish_proof
 from sdfast.validation.reference import PIPELINES, reference_pipeline, stock
 from sdfast.validation.report import Check, ModuleFigures, PictureFigures, Report, Setting
+from sdfast.versions import installed
 
 PROMPTS = (
     "a cabin in misty mountains, watercolor style",
@@ -311,13 +311,7 @@ def _setting(engine: Engine, reference: Checkpoint, request: Request, start: flo
 
 
 def _versions() -> dict[str, str]:
-    found = {"sdfast": sdfast.__version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    return {"sdfast": sdfast.__version__, "python": platform.python_version(), **installed(PACKAGES)}
 
 
 def _machine(device: torch.device) -> str:
