@@ -129,14 +129,14 @@ class Bench:
         return compare("whole picture", clocked(reference), clocked(ours), rounds=max(3, rounds // 2))
 
     def host_seconds_per_step(self, steps: int) -> float:
-        """What a step takes outside of its U-Net call: the loop and the step callback."""
+        """What a step takes outside of its U-Net call: from the end of one to the start of the next."""
         timed = _TimedEngine(self.engine)
         pipe = Pipeline(timed)  # type: ignore[arg-type]  # the engine, with a clock
         pipe.scheduler = self.stock.scheduler
         pipe.set_progress_bar_config(disable=True)
-        whole = self._step_seconds(pipe, max(3, steps))
-        inside = timed.seconds[1:]  # the first step has no callback before it
-        return statistics.median(step - unet for step, unet in zip(whole, inside, strict=True))
+        settle()
+        pipe(**self._call(max(3, steps), "latent"))
+        return statistics.median(later[0] - sooner[1] for sooner, later in pairwise(timed.calls))
 
     def _latent_shape(self) -> tuple[int, int, int]:
         model = self.engine.manifest.model
@@ -192,11 +192,11 @@ class Bench:
 
 
 class _TimedEngine:
-    """An engine that notes how long each call of its U-Net takes."""
+    """An engine that notes when each call of its U-Net starts and ends."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self.seconds: list[float] = []
+        self.calls: list[tuple[float, float]] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
@@ -209,7 +209,7 @@ class _TimedEngine:
         def timed() -> None:
             start = time.perf_counter()
             run()
-            self.seconds.append(time.perf_counter() - start)
+            self.calls.append((start, time.perf_counter()))
 
         return timed
 

@@ -3,13 +3,17 @@
 A row is one picture being denoised. What distinguishes rows (scheduler, step count, guidance, prompt, seed)
 is data: tables, indices and vectors that lie on the device. So the loop knows no scheduler, and one tick is
 
-    sample  = latents · input_scale[k]
     output  = unet(sample, time_shift[k], context)             rows with guidance take two U-Net rows
     m       = negative + guidance · (positive − negative)
     registers = matrix[k] @ [registers; m; z]                   register 0 is the latents
+    sample  = latents · input_scale[k + 1]                      one more row of that product
+
+Next to a small network on a processor the operations around it count by their number, not their size, so a
+tick has as few as it can, on views that are made once.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -105,22 +109,25 @@ class Rows:
     @latents.setter
     def latents(self, value: torch.Tensor) -> None:
         self._latents.copy_(value[self.order])
+        self._scale_latents()
 
     def tick(self) -> None:
         """Advance every row by one step. A row that has no steps left keeps its latents."""
         self._draw_noise()
-        self._fill_sample()
-        torch.index_select(self._time_shifts, 0, self._shift_index, out=self._time_shift)
+        torch.index_select(self._time_shifts, 0, self._shift_line, out=self._time_shift)
         self._run_unet()
         self._guide()
-        self._silence_finished()
-        matrix = self._matrices.index_select(0, self._table_index)  # [n, R, R+2]
-        self._registers.copy_(torch.bmm(matrix, self._state))
+        for i in self._finished:  # its idle line weighs the output with zero; zero times NaN would be NaN
+            self._state[i, -2:] = 0
+        torch.index_select(self._matrices, 0, self._table_line, out=self._matrix)
+        torch.bmm(self._matrix, self._state, out=self._product)
+        self._registers.copy_(self._new_registers)
+        self._fill_sample()
         self._advance()
 
     def check(self) -> None:
         """Raises `NumericalError` when some latent is not a finite number."""
-        if not bool(torch.isfinite(self._latents).all()):
+        if not math.isfinite(float(self._latents.sum())):  # which is so when all are, up to some 1e33
             raise NumericalError(
                 "the latents are not finite numbers: the networks overflowed; "
                 "export the engine in fp32, or lower the guidance scale"
@@ -140,33 +147,57 @@ class Rows:
         self._latents = self._state[:, 0].view(n, channels, h, w)
         self._guided_output = self._state[:, registers].view(n, channels, h, w)
         self._noise = self._state[:, registers + 1].view(n, channels, h, w)
-        self._latents.copy_(torch.stack([row.latents for row in self.rows]))
+        # and what comes out of it: the new registers, then the next sample
+        self._product = torch.zeros(n, registers + 1, channels * h * w, device=device)
+        self._new_registers = self._product[:, :registers]
+        self._next_sample = self._product[:, registers].view(n, channels, h, w)
 
-        self._place_tables(registers, device)
-        self._place_conditioning(unet_rows, device, dtype)
         self._sample = torch.zeros(unet_rows, channels, h, w, device=device, dtype=dtype)
         self._output = torch.zeros(unet_rows, channels, h, w, device=device, dtype=dtype)
-        self._scaled = torch.empty(n, channels, h, w, device=device)
-        guidance = [row.guidance for row in self.rows[:guided]]
-        self._guidance = torch.tensor(guidance, device=device).view(guided, 1, 1, 1)
-        rescale = [row.guidance_rescale for row in self.rows[:guided]]
-        self._rescale = torch.tensor(rescale, device=device).view(guided, 1, 1, 1) if any(rescale) else None
+        # A row with guidance has a negative U-Net row in the first part, and every row one in the second.
+        self._sample_parts = [
+            (self._sample[:guided], self._next_sample[:guided]),
+            (self._sample[guided : guided + n], self._next_sample),
+        ]
+        self._negative, self._positive = self._output[:guided], self._output[guided : 2 * guided]
+        self._plain_output = self._output[2 * guided : guided + n]
+        self._guided_parts = self._guided_output[:guided], self._guided_output[guided:]
+        table_starts = self._place_tables(registers, device)
+        shift_starts = self._place_conditioning(unet_rows, device, dtype)
+        self._place_guidance(device)
+        # which line of the tables each row is on, and each U-Net row of the time shifts
+        self._lines = torch.tensor(table_starts + shift_starts, device=device)
+        self._table_line, self._shift_line = self._lines[:n], self._lines[n:]
+        self._stride = torch.ones_like(self._lines)  # 0 for a row on its idle line
+        self._stride[n + n + guided :] = 0  # padding
+        self._finished: list[int] = []
+        self._latents.copy_(torch.stack([row.latents for row in self.rows]))
+        self._scale_latents()
 
-    def _place_tables(self, registers: int, device: torch.device) -> None:
-        """The rows' tables one below the other; each ends in an idle line, which keeps the registers."""
-        matrices, scales = [], []
+    def _place_guidance(self, device: torch.device) -> None:
+        guided = self.rows[: self.guided]
+        self._guidance = torch.tensor([row.guidance for row in guided], device=device).view(-1, 1, 1, 1)
+        rescale = [row.guidance_rescale for row in guided]
+        self._rescale = torch.tensor(rescale, device=device).view(-1, 1, 1, 1) if any(rescale) else None
+
+    def _place_tables(self, registers: int, device: torch.device) -> list[int]:
+        """The rows' tables one below the other; each ends in an idle line, which keeps the registers.
+
+        A line is the matrix [R + 1, R + 2] of the registers and, last, of the next step's sample. Returns the
+        lines on which the rows start.
+        """
+        lines = []
         for row in self.rows:
-            matrices += [_widened(row.schedule.matrix, registers), _identity(registers)]
-            scales += [row.schedule.input_scale, np.ones(1)]
-        starts, ends = _lines([len(row.schedule) for row in self.rows])
-        table = np.concatenate(matrices).astype(np.float32)
-        self._matrices = torch.from_numpy(table).to(device)  # [lines, R, R+2]
-        scale = np.concatenate(scales).astype(np.float32)
-        self._scales = torch.from_numpy(scale).to(device)  # [lines]
-        self._table_index = torch.tensor(starts, device=device)  # [n]
-        self._table_end = torch.tensor(ends, device=device)
+            matrix = np.concatenate([_widened(row.schedule.matrix, registers), _identity(registers)])
+            next_scale = np.append(row.schedule.input_scale[1:], [1.0, 1.0])
+            lines.append(np.concatenate([matrix, matrix[:, :1] * next_scale[:, None, None]], axis=1))
+        table = np.concatenate(lines).astype(np.float32)
+        self._matrices = torch.from_numpy(table).to(device)  # [lines, R + 1, R + 2]
+        self._matrix = torch.empty(len(self.rows), *table.shape[1:], device=device)
+        return _starts([row.schedule for row in self.rows])
 
-    def _place_conditioning(self, unet_rows: int, device: torch.device, dtype: torch.dtype) -> None:
+    def _place_conditioning(self, unet_rows: int, device: torch.device, dtype: torch.dtype) -> list[int]:
+        """The contexts, and the time shifts one below the other; returns where each U-Net row's start."""
         told = [row.negative for row in self.rows if row.negative is not None]
         told += [row.positive for row in self.rows]
         length, width = told[0].context.shape
@@ -175,11 +206,19 @@ class Rows:
             self._context[i] = conditioning.context
         shifts = [line for c in told for line in (c.time_shift, c.time_shift[-1:])]  # the last: the idle line
         self._time_shifts = torch.cat(shifts).to(device, dtype)  # [lines, T]
-        starts, ends = _lines([len(conditioning.time_shift) for conditioning in told])
-        padding = [0] * (unet_rows - len(told))
-        self._shift_index = torch.tensor(starts + padding, device=device)  # [unet rows]
-        self._shift_end = torch.tensor(ends + padding, device=device)
         self._time_shift = torch.empty(unet_rows, self._time_shifts.shape[1], device=device, dtype=dtype)
+        padding = [0] * (unet_rows - len(told))
+        return _starts([conditioning.time_shift for conditioning in told]) + padding
+
+    def _scale_latents(self) -> None:
+        """The sample of the coming step, from the latents as they stand."""
+        coming = [
+            row.schedule.input_scale[k] if k < len(row.schedule) else 1.0
+            for k, row in zip(self.step, self.rows, strict=True)
+        ]
+        scale = torch.tensor(coming, device=self._latents.device, dtype=torch.float32).view(-1, 1, 1, 1)
+        torch.mul(self._latents, scale, out=self._next_sample)
+        self._fill_sample()
 
     def _draw_noise(self) -> None:
         for i, (k, row) in enumerate(zip(self.step, self.rows, strict=True)):
@@ -187,34 +226,38 @@ class Rows:
                 self._noise[i].copy_(row.noise(k))
 
     def _fill_sample(self) -> None:
-        n, guided = len(self.rows), self.guided
-        scale = self._scales.index_select(0, self._table_index).view(n, 1, 1, 1)
-        torch.mul(self._latents, scale, out=self._scaled)
-        self._sample[guided : guided + n].copy_(self._scaled)
-        self._sample[:guided].copy_(self._scaled[:guided])
+        for sample, latents in self._sample_parts:
+            sample.copy_(latents)
 
     def _guide(self) -> None:
-        n, guided = len(self.rows), self.guided
-        positive = self._output[guided : guided + n]
-        if guided < n:
-            self._guided_output[guided:].copy_(positive[guided:])
-        if guided:
-            negative, positive = self._output[:guided].float(), positive[:guided].float()
-            mixed = negative + self._guidance * (positive - negative)
-            if self._rescale is not None:
-                mixed = rescale_guidance(mixed, positive, self._rescale)
-            self._guided_output[:guided].copy_(mixed)
-
-    def _silence_finished(self) -> None:
-        """A finished row's idle line weighs the network's output with zero; zero times NaN would be NaN."""
-        for i, (k, row) in enumerate(zip(self.step, self.rows, strict=True)):
-            if k >= len(row.schedule):
-                self._state[i, -2:] = 0
+        mixed, plain = self._guided_parts
+        if self.guided < len(self.rows):
+            plain.copy_(self._plain_output)
+        if not self.guided:
+            return
+        negative, positive = self._negative.float(), self._positive.float()
+        if self._rescale is None:
+            torch.lerp(negative, positive, self._guidance, out=mixed)
+        else:
+            guided = torch.lerp(negative, positive, self._guidance)
+            mixed.copy_(rescale_guidance(guided, positive, self._rescale))
 
     def _advance(self) -> None:
-        torch.minimum(self._table_index + 1, self._table_end, out=self._table_index)
-        torch.minimum(self._shift_index + 1, self._shift_end, out=self._shift_index)
-        self.step = [min(k + 1, len(row.schedule)) for k, row in zip(self.step, self.rows, strict=True)]
+        self._lines.add_(self._stride)
+        for i, row in enumerate(self.rows):
+            if self.step[i] < len(row.schedule):
+                self.step[i] += 1
+                if self.step[i] == len(row.schedule):
+                    self._finish(i)
+
+    def _finish(self, i: int) -> None:
+        """Row i is on its idle line now, and stays there."""
+        n, guided = len(self.rows), self.guided
+        self._finished.append(i)
+        self._stride[i] = 0
+        self._stride[n + guided + i] = 0
+        if i < guided:
+            self._stride[n + i] = 0
 
 
 def rescale_guidance(guided: torch.Tensor, positive: torch.Tensor, amount: torch.Tensor) -> torch.Tensor:
@@ -242,10 +285,9 @@ def _identity(registers: int) -> np.ndarray:
     return np.eye(registers, registers + 2)[None]
 
 
-def _lines(lengths: Sequence[int]) -> tuple[list[int], list[int]]:
-    """The first line and the idle line of each of several tables that lie one below the other."""
-    starts, total = [], 0
-    for length in lengths:
-        starts.append(total)
-        total += length + 1
-    return starts, [start + length for start, length in zip(starts, lengths, strict=True)]
+def _starts(tables: Sequence[Sized]) -> list[int]:
+    """The first lines of tables that lie one below the other, each followed by an idle line."""
+    starts = [0]
+    for table in tables:
+        starts.append(starts[-1] + len(table) + 1)
+    return starts[:-1]
