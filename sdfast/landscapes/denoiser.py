@@ -81,7 +81,7 @@ def velocity_loss(
 
 
 class Examples:
-    """Draws training batches: latents under fresh noise at spread levels, captions in one of their wordings."""
+    """Draws training batches: latents under fresh noise at spread levels, and one of their captions."""
 
     def __init__(self, latents: Tensor, text_encoder: CLIPTextModel, tokenizer: Tokenizer, seed: int) -> None:
         self.latents = latents
