@@ -1,4 +1,4 @@
-"""Scheduler configs as diffusers writes them: one model per class, its fields and its defaults.
+"""Scheduler configs as diffusers writes them: what all classes share, and how a config is read.
 
 A checkpoint's `scheduler_config.json` was written for one class and is read by another whenever a user picks
 a scheduler. `read` does what diffusers' `Class.from_config(config, **overrides)` does: fields of other
@@ -6,18 +6,17 @@ classes are ignored, missing ones take the class's defaults.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sdfast.errors import RequestError
 
 MAX_TRAIN_TIMESTEPS = 100_000
 
-_NOT_LINEAR = "it is not linear, so it cannot be a table; write false into the scheduler config"
-_SPACING = "only Karras sigmas and the plain timestep spacings are supported; set it to false"
+NOT_LINEAR = "it is not linear, so it cannot be a table; write false into the scheduler config"
+FLOW = "flow models are not supported; set it to false"
 
 
 class SchedulerConfig(BaseModel):
@@ -26,6 +25,7 @@ class SchedulerConfig(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
 
     scheduler: ClassVar[str]  # the diffusers class
+    sampler_name: ClassVar[str]  # AUTOMATIC1111's
     accepts: ClassVar[frozenset[str]] = frozenset()  # of "timesteps", "sigmas", "eta"
     refused: ClassVar[Mapping[str, str]] = {}  # options that must be off, and why
 
@@ -39,6 +39,16 @@ class SchedulerConfig(BaseModel):
     steps_offset: int = Field(0, ge=0, le=MAX_TRAIN_TIMESTEPS)
     rescale_betas_zero_snr: bool = False
 
+    @property
+    def sampler(self) -> str:
+        """AUTOMATIC1111's name of the sampler, for the parameters written into a picture."""
+        return self.sampler_name
+
+    @property
+    def schedule_type(self) -> str:
+        """AUTOMATIC1111's name of how the noise levels are laid out."""
+        return "Automatic"
+
     @field_validator("trained_betas", mode="before")
     @classmethod
     def _as_tuple(cls, betas: Any) -> Any:
@@ -48,135 +58,43 @@ class SchedulerConfig(BaseModel):
         return tuple(betas) if isinstance(betas, list) else betas
 
 
-class DDPMConfig(SchedulerConfig):
-    scheduler = "DDPMScheduler"
-    accepts = frozenset({"timesteps"})
-    refused: ClassVar[Mapping[str, str]] = {"clip_sample": _NOT_LINEAR, "thresholding": _NOT_LINEAR}
+class SigmaConfig(SchedulerConfig):
+    """The fields of classes that can lay their noise levels out anew.
 
-    variance_type: Literal["fixed_small", "fixed_small_log", "fixed_large"] = "fixed_small"
-    clip_sample: bool = True
-    clip_sample_range: float = 1.0
-    thresholding: bool = False
-    dynamic_thresholding_ratio: float = 0.995
-    sample_max_value: float = 1.0
-    timestep_spacing: Literal["linspace", "leading", "trailing"] = "leading"
+    sigma_min, sigma_max: not every class's own, but levels laid out anew obey them also when they come along
+    in the config of another class.
+    """
 
-
-class DDIMConfig(SchedulerConfig):
-    scheduler = "DDIMScheduler"
-    accepts = frozenset({"eta"})
-    refused: ClassVar[Mapping[str, str]] = {"clip_sample": _NOT_LINEAR, "thresholding": _NOT_LINEAR}
-
-    clip_sample: bool = True
-    clip_sample_range: float = 1.0
-    set_alpha_to_one: bool = True
-    thresholding: bool = False
-    dynamic_thresholding_ratio: float = 0.995
-    sample_max_value: float = 1.0
-    timestep_spacing: Literal["linspace", "leading", "trailing"] = "leading"
-
-
-class PNDMConfig(SchedulerConfig):
-    scheduler = "PNDMScheduler"
-
-    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
-    skip_prk_steps: bool = False
-    set_alpha_to_one: bool = False
-    timestep_spacing: Literal["linspace", "leading", "trailing"] = "leading"
-
-    @field_validator("rescale_betas_zero_snr", mode="before")
-    @classmethod
-    def _not_an_option_here(cls, _: Any) -> bool:
-        return False  # the diffusers class has none: what another class's config says of it is ignored
-
-
-class EulerConfig(SchedulerConfig):
-    scheduler = "EulerDiscreteScheduler"
-    accepts = frozenset({"timesteps", "sigmas"})
-    refused: ClassVar[Mapping[str, str]] = {"use_exponential_sigmas": _SPACING, "use_beta_sigmas": _SPACING}
-
-    prediction_type: Literal["epsilon", "sample", "v_prediction", "original_sample"] = "epsilon"  # type: ignore[assignment]
-    interpolation_type: Literal["linear"] = "linear"
     use_karras_sigmas: bool = False
     use_exponential_sigmas: bool = False
     use_beta_sigmas: bool = False
     sigma_min: float | None = Field(None, gt=0, allow_inf_nan=False)
     sigma_max: float | None = Field(None, gt=0, allow_inf_nan=False)
-    timestep_type: Literal["discrete"] = "discrete"
-    final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
 
-    @field_validator("prediction_type", mode="before")
-    @classmethod
-    def _old_name(cls, prediction: Any) -> Any:
-        return "sample" if prediction == "original_sample" else prediction
+    @property
+    def schedule_type(self) -> str:
+        return self.respacing or "Automatic"
+
+    @property
+    def respacing(self) -> str | None:
+        """AUTOMATIC1111's name of the layout that replaces the timesteps', if any."""
+        if self.use_karras_sigmas:
+            return "Karras"
+        if self.use_exponential_sigmas:
+            return "Exponential"
+        return "Beta" if self.use_beta_sigmas else None
+
+    @model_validator(mode="after")
+    def _one_respacing(self) -> Self:
+        chosen = [name for name in RESPACINGS if getattr(self, name, False)]
+        if len(chosen) > 1:
+            raise ValueError(f"{' and '.join(chosen)} exclude each other; set one of them")
+        return self
 
 
-class EulerAncestralConfig(SchedulerConfig):
-    scheduler = "EulerAncestralDiscreteScheduler"
-
-    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
-
-
-class DPMSolverConfig(SchedulerConfig):
-    """The last two fields are not the diffusers class's own, but its Karras sigmas obey them when they come
-    along in the config of another class."""
-
-    scheduler = "DPMSolverMultistepScheduler"
-    accepts = frozenset({"timesteps"})
-    refused: ClassVar[Mapping[str, str]] = {
-        "thresholding": _NOT_LINEAR,
-        "use_exponential_sigmas": _SPACING,
-        "use_beta_sigmas": _SPACING,
-        "use_lu_lambdas": _SPACING,
-        "use_flow_sigmas": "flow models are not supported; set it to false",
-        "use_dynamic_shifting": "flow models are not supported; set it to false",
-        "variance_type": "models that predict a variance are not supported; set it to null",
-    }
-
-    solver_order: Literal[1, 2] = 2
-    thresholding: bool = False
-    dynamic_thresholding_ratio: float = 0.995
-    sample_max_value: float = 1.0
-    algorithm_type: Literal["dpmsolver++"] = "dpmsolver++"
-    solver_type: Literal["midpoint", "heun"] = "midpoint"
-    lower_order_final: bool = True
-    euler_at_final: bool = False
-    use_karras_sigmas: bool = False
-    use_exponential_sigmas: bool = False
-    use_beta_sigmas: bool = False
-    use_lu_lambdas: bool = False
-    use_flow_sigmas: bool = False
-    flow_shift: float = 1.0
-    final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
-    lambda_min_clipped: float = -float("inf")
-    variance_type: str | None = None
-    use_dynamic_shifting: bool = False
-    time_shift_type: str = "exponential"
-    sigma_min: float | None = Field(None, gt=0, allow_inf_nan=False)
-    sigma_max: float | None = Field(None, gt=0, allow_inf_nan=False)
-
-    @field_validator("algorithm_type", mode="before")
-    @classmethod
-    def _deis_means_dpmpp(cls, algorithm: Any) -> Any:
-        return "dpmsolver++" if algorithm == "deis" else algorithm  # as diffusers does
-
-    @field_validator("solver_type", mode="before")
-    @classmethod
-    def _other_solvers_mean_midpoint(cls, solver: Any) -> Any:
-        return "midpoint" if solver in ("logrho", "bh1", "bh2") else solver  # as diffusers does
-
+RESPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 
 Config = TypeVar("Config", bound=SchedulerConfig)
-
-
-@dataclass(frozen=True)
-class Run:
-    """What one request asks, already checked: [K] timesteps, or [K + 1] sigmas, or just K steps."""
-
-    steps: int
-    timesteps: tuple[float, ...] | None
-    sigmas: tuple[float, ...] | None
-    eta: float
 
 
 def own_config(scheduler: Any) -> dict[str, Any]:

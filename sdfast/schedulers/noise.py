@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdfast.errors import RequestError
-from sdfast.schedulers.config import DPMSolverConfig, EulerAncestralConfig, EulerConfig, Run, SchedulerConfig
+from sdfast.schedulers.config import SchedulerConfig
 from sdfast.schedulers.table import Floats
 
 Float32s = NDArray[np.float32]
@@ -65,80 +65,6 @@ def alpha_bar_at(config: SchedulerConfig, t: Floats) -> Floats:
     return table[t.astype(np.intp)].astype(np.float64)
 
 
-def ddpm_timesteps(config: SchedulerConfig, run: Run) -> Floats:
-    """The timesteps of DDPM and DDIM, falling and whole: [K] float64."""
-    if run.timesteps is not None:
-        return np.array(run.timesteps)
-    return spaced(config.timestep_spacing, run.steps, config.num_train_timesteps, config.steps_offset).round()
-
-
-def euler_levels(config: EulerConfig | EulerAncestralConfig, run: Run) -> tuple[Floats, Floats]:
-    """Timesteps [K] and noise levels [K + 1] of Euler and Euler ancestral: float32 numbers in float64."""
-    sigmas = sigmas_of(sigma_alphas(config))
-    if run.sigmas is not None:
-        given = np.array(run.sigmas, np.float32)
-        return _as_float32(sigma_to_t(given[:-1], np.log(sigmas))), given.astype(np.float64)
-    t = _euler_timesteps(config, run)
-    levels = np.interp(t, np.arange(len(sigmas)), sigmas)
-    if isinstance(config, EulerAncestralConfig):
-        return t, _as_float32(np.append(levels, 0.0))
-    if config.use_karras_sigmas:
-        levels = _karras_levels(config, levels[-1], levels[0], run.steps)
-        t = _as_float32(sigma_to_t(levels, np.log(sigmas)))
-    return t, _as_float32(np.append(levels, _final_sigma(config, sigmas)))
-
-
-def dpm_levels(config: DPMSolverConfig, run: Run) -> tuple[Floats, Floats]:
-    """Timesteps [K], whole, and noise levels σ/α [K + 1] of DPM-Solver, both float64."""
-    sigmas = sigmas_of(sigma_alphas(config))
-    if config.use_karras_sigmas:
-        levels = _karras_levels(config, sigmas[0], sigmas[-1], run.steps)
-        t = sigma_to_t(levels, np.log(sigmas))
-        t = t if config.beta_schedule == "squaredcos_cap_v2" else t.round()
-        t = np.trunc(t)  # diffusers casts to int64
-    else:
-        t = _dpm_timesteps(config, sigmas, run)
-        levels = np.interp(t, np.arange(len(sigmas)), sigmas)
-    levels = _as_float32(np.append(levels, _final_sigma(config, sigmas)))
-    if not (np.diff(levels[:-1]) < 0).all() or levels[-1] > levels[-2]:
-        raise RequestError(
-            f"{config.scheduler}: {len(t)} steps do not fit the noise levels of this model with"
-            f" timestep_spacing={config.timestep_spacing!r}: two of them fall together. Take fewer steps"
-        )
-    return t, levels
-
-
-def _euler_timesteps(config: SchedulerConfig, run: Run) -> Floats:
-    if run.timesteps is not None:
-        return _as_float32(np.array(run.timesteps))
-    return _as_float32(
-        spaced(config.timestep_spacing, run.steps, config.num_train_timesteps, config.steps_offset)
-    )
-
-
-def _dpm_timesteps(config: DPMSolverConfig, sigmas: Float32s, run: Run) -> Floats:
-    if run.timesteps is not None:
-        return np.array(run.timesteps)
-    T = config.num_train_timesteps
-    last = T - int(np.searchsorted(-np.log(sigmas[::-1]), config.lambda_min_clipped))  # λ = -log(σ/α)
-    if last < 1:
-        raise RequestError(f"lambda_min_clipped={config.lambda_min_clipped:g} leaves no timestep; lower it")
-    return spaced_open(config.timestep_spacing, run.steps, T, last, config.steps_offset)
-
-
-def _karras_levels(
-    config: EulerConfig | DPMSolverConfig, lowest: float, highest: float, steps: int
-) -> Floats:
-    """Karras levels between the model's own lowest and highest, where the config does not set them."""
-    sigma_min = float(lowest) if config.sigma_min is None else config.sigma_min
-    sigma_max = float(highest) if config.sigma_max is None else config.sigma_max
-    return karras(sigma_min, sigma_max, steps)
-
-
-def _final_sigma(config: EulerConfig | DPMSolverConfig, sigmas: Float32s) -> float:
-    return 0.0 if config.final_sigmas_type == "zero" else float(sigmas[0])
-
-
 def _alphas_cumprod(config: SchedulerConfig) -> Float32s:
     return alphas_cumprod(
         config.num_train_timesteps,
@@ -156,7 +82,7 @@ def sigma_alphas(config: SchedulerConfig) -> Float32s:
     return np.append(table[:-1], ZERO_SNR_ALPHA) if config.rescale_betas_zero_snr else table
 
 
-def _as_float32(values: Floats) -> Floats:
+def as_float32(values: Floats) -> Floats:
     """Round to float32 where diffusers stores float32."""
     return values.astype(np.float32).astype(np.float64)
 
@@ -222,6 +148,21 @@ def karras(sigma_min: float, sigma_max: float, steps: int, rho: float = 7.0) -> 
     """σ_i^(1/ρ) falls evenly from σ_max^(1/ρ) to σ_min^(1/ρ) (Karras et al. 2022, eq. 5): [K] float64."""
     top, bottom = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     levels: Floats = (top + np.linspace(0, 1, steps) * (bottom - top)) ** rho
+    return levels
+
+
+def exponential(sigma_min: float, sigma_max: float, steps: int) -> Floats:
+    """log σ falls evenly from σ_max to σ_min: [K] float64."""
+    levels: Floats = np.exp(np.linspace(math.log(sigma_max), math.log(sigma_min), steps))
+    return levels
+
+
+def beta(sigma_min: float, sigma_max: float, steps: int, a: float = 0.6, b: float = 0.6) -> Floats:
+    """σ at even quantiles of a Beta(a, b) distribution between σ_min and σ_max (arXiv:2407.12173)."""
+    from scipy.special import betaincinv  # 30 ms that only this layout needs
+
+    quantiles = betaincinv(a, b, 1 - np.linspace(0, 1, steps))
+    levels: Floats = sigma_min + quantiles * (sigma_max - sigma_min)
     return levels
 
 

@@ -6,6 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdfast.errors import RequestError
+from sdfast.schedulers.config import SchedulerConfig
+from sdfast.schedulers.run import Run
 
 Floats = NDArray[np.float64]
 
@@ -29,6 +31,8 @@ class Schedule:
         draws_noise: [K] bool, whether diffusers draws noise from the generator in this row. A row that
             draws but weighs its noise with zero still has to draw, so that later rows see the same numbers.
         init_noise_sigma: the latents start as unit noise times this.
+        noising: (a, b): a run with `strength` starts from a · x0 + b · noise, where x0 are a picture's
+            latents; diffusers' `add_noise`.
         scheduler: diffusers class name, "DPMSolverMultistepScheduler".
         sampler: AUTOMATIC1111's name for it, "DPM++ 2M".
         schedule_type: AUTOMATIC1111's name for its noise levels, "Karras".
@@ -39,6 +43,7 @@ class Schedule:
     matrix: Floats
     draws_noise: NDArray[np.bool_]
     init_noise_sigma: float
+    noising: tuple[float, float]
     scheduler: str
     sampler: str
     schedule_type: str
@@ -65,3 +70,46 @@ class Schedule:
     def registers(self) -> int:
         """R: the latents and the history that the scheduler keeps."""
         return int(self.matrix.shape[1])
+
+
+def table(
+    config: SchedulerConfig,
+    run: Run,
+    t: Floats,
+    levels: Floats,
+    rows: list[Floats],
+    draws_noise: NDArray[np.bool_] | bool = False,
+    *,
+    exploding: bool = False,
+    start: int | None = None,
+) -> Schedule:
+    """The schedule whose registers become `rows`, [K, R + 2] each, from its first step on.
+
+    t: [K] timesteps. levels: the noise level σ/α of the latents before each of the K steps; more are ignored.
+    exploding: the latents are x0 + σ ε, and the network's input is scaled; else α x0 + σ ε with α² + σ² = 1.
+    start: the first row that is run, where that is not `run.start`.
+    """
+    start = run.start if start is None else start
+    levels = levels[: len(t)]
+    scale = 1 / np.sqrt(levels**2 + 1)
+    if exploding:
+        noising = (1.0, float(levels[start]))
+    else:  # α, and σ from it: the level itself may be infinite
+        noising = (float(scale[start]), float(np.sqrt(1 - scale[start] ** 2)))
+    return Schedule(
+        timesteps=t[start:],
+        input_scale=(scale if exploding else np.ones(len(t)))[start:],
+        matrix=np.stack(rows, axis=1)[start:],
+        draws_noise=np.broadcast_to(draws_noise, len(t))[start:],
+        init_noise_sigma=_init_noise_sigma(config, levels) if exploding else 1.0,
+        noising=noising,
+        scheduler=config.scheduler,
+        sampler=config.sampler,
+        schedule_type=config.schedule_type,
+    )
+
+
+def _init_noise_sigma(config: SchedulerConfig, sigmas: Floats) -> float:
+    """σ_max; "leading" starts below the top, and diffusers adds the data's unit variance there."""
+    top = float(sigmas.max())
+    return (top**2 + 1) ** 0.5 if config.timestep_spacing == "leading" else top

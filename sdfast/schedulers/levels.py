@@ -1,0 +1,97 @@
+"""Which noise levels a run visits: the timesteps or sigmas asked for, or a layout of its own.
+
+`exploding_levels` is for schedulers that hold x = x0 + σ ε (Euler and its kin), `preserving_levels` for the
+solvers that hold x = α x0 + σ ε (DPM-Solver and its kin). Levels are σ/α in both.
+"""
+
+import numpy as np
+
+from sdfast.errors import RequestError
+from sdfast.schedulers.config import SchedulerConfig, SigmaConfig
+from sdfast.schedulers.noise import (
+    Float32s,
+    as_float32,
+    beta,
+    exponential,
+    karras,
+    sigma_alphas,
+    sigma_to_t,
+    sigmas_of,
+    spaced,
+    spaced_open,
+)
+from sdfast.schedulers.run import Run
+from sdfast.schedulers.table import Floats
+
+
+def whole_timesteps(config: SchedulerConfig, run: Run) -> Floats:
+    """The timesteps of DDPM, DDIM and PNDM, falling and whole: [K] float64."""
+    if run.timesteps is not None:
+        return np.array(run.timesteps)
+    return spaced(config.timestep_spacing, run.steps, config.num_train_timesteps, config.steps_offset).round()
+
+
+def exploding_levels(config: SchedulerConfig, run: Run, final: float = 0.0) -> tuple[Floats, Floats]:
+    """Timesteps [K] and noise levels [K + 1], the last one `final`: float32 numbers in float64."""
+    sigmas = sigmas_of(sigma_alphas(config))
+    if run.sigmas is not None:
+        given = np.array(run.sigmas, np.float32)
+        return as_float32(sigma_to_t(given[:-1], np.log(sigmas))), given.astype(np.float64)
+    if run.timesteps is not None:
+        t = as_float32(np.array(run.timesteps))
+    else:
+        t = spaced(config.timestep_spacing, run.steps, config.num_train_timesteps, config.steps_offset)
+        t = as_float32(t)
+    levels = np.interp(t, np.arange(len(sigmas)), sigmas)
+    if isinstance(config, SigmaConfig) and config.respacing:
+        levels = respaced(config, levels[-1], levels[0], run.steps)
+        t = as_float32(sigma_to_t(levels, np.log(sigmas)))
+    return t, as_float32(np.append(levels, final))
+
+
+def preserving_levels(
+    config: SigmaConfig, t: Floats, steps: int, final: float, *, rounded: bool
+) -> tuple[Floats, Floats]:
+    """Timesteps [K], whole, and noise levels σ/α [K + 1], the last one `final`, both float64.
+
+    t: the timesteps [K], unless the config lays the levels out anew.
+    rounded: whether diffusers rounds the timesteps that it finds for such levels, before it cuts them.
+    """
+    sigmas = sigmas_of(sigma_alphas(config))
+    if config.respacing:
+        levels = respaced(config, sigmas[0], sigmas[-1], steps)
+        t = sigma_to_t(levels, np.log(sigmas))
+        t = np.trunc(t.round() if rounded else t)
+    else:
+        levels = np.interp(t, np.arange(len(sigmas)), sigmas)
+    levels = as_float32(np.append(levels, final))
+    if not (np.diff(levels[:-1]) < 0).all() or levels[-1] > levels[-2]:
+        raise RequestError(
+            f"{config.scheduler}: {len(t)} steps do not fit the noise levels of this model with"
+            f" timestep_spacing={config.timestep_spacing!r}: two of them fall together. Take fewer steps"
+        )
+    return t, levels
+
+
+def open_timesteps(config: SchedulerConfig, run: Run, sigmas: Float32s, clipped: float) -> Floats:
+    """The timesteps of DPM-Solver and its kin, from the first with -log σ/α ≥ `clipped`: [K] float64."""
+    if run.timesteps is not None:
+        return np.array(run.timesteps)
+    T = config.num_train_timesteps
+    last = T - int(np.searchsorted(-np.log(sigmas[::-1]), clipped))
+    if last < 1:
+        raise RequestError(f"lambda_min_clipped={clipped:g} leaves no timestep; lower it")
+    return spaced_open(config.timestep_spacing, run.steps, T, last, config.steps_offset)
+
+
+def respaced(config: SigmaConfig, lowest: float, highest: float, steps: int) -> Floats:
+    """Levels laid out anew between these, where the config does not say between which: [K] float64."""
+    sigma_min = float(lowest) if config.sigma_min is None else config.sigma_min
+    sigma_max = float(highest) if config.sigma_max is None else config.sigma_max
+    layout = {"Karras": karras, "Exponential": exponential, "Beta": beta}[str(config.respacing)]
+    return layout(sigma_min, sigma_max, steps)
+
+
+def final_level(final_sigmas_type: str, sigmas: Float32s) -> float:
+    """Where the last step goes: to no noise, or to the model's lowest level."""
+    return 0.0 if final_sigmas_type == "zero" else float(sigmas[0])

@@ -1,0 +1,32 @@
+"""One function a scheduler: from a config and a run to a table. Each lies beside the config it reads.
+
+A symbol in them is not a tensor but a *row of coefficients*: `x, m, z = np.eye(3)` makes the latents, the
+model output and the noise the three basis directions, and every formula of a paper, written with them as it
+stands, yields the coefficients of its result: `x + (sigma_next - sigma) * d` is a row of the matrix. Levels
+are [K, 1] columns, so that one line does all K steps at once.
+
+Two sets of units are in use. Some hold variance-preserving latents x = α x0 + σ ε with α² + σ² = 1; others
+hold variance-exploding ones x = x0 + σ ε, and scale the network's input.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from sdfast.schedulers.config import SchedulerConfig
+from sdfast.schedulers.run import Run
+from sdfast.schedulers.solvers.ddpm import DDIMConfig, DDPMConfig, ddim, ddpm
+from sdfast.schedulers.solvers.dpm_solver import DPMSolverConfig, dpmpp_2m
+from sdfast.schedulers.solvers.euler import EulerAncestralConfig, EulerConfig, euler, euler_ancestral
+from sdfast.schedulers.solvers.pndm import PNDMConfig, plms
+from sdfast.schedulers.table import Schedule
+
+_ALL: tuple[tuple[type[SchedulerConfig], Callable[[Any, Run], Schedule]], ...] = (
+    (DDPMConfig, ddpm),
+    (DDIMConfig, ddim),
+    (PNDMConfig, plms),
+    (EulerConfig, euler),
+    (EulerAncestralConfig, euler_ancestral),
+    (DPMSolverConfig, dpmpp_2m),
+)
+
+SOLVERS = {config.scheduler: (config, solver) for config, solver in _ALL}

@@ -1,0 +1,244 @@
+"""The linear map of a diffusers scheduler, and whether a table is the same.
+
+The scheduler is run on basis vectors: the starting latents, every model output and every noise are one
+direction each, so that the sample after a step *is* the row of coefficients of all the steps so far.
+"""
+
+import copy
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from sdfast.schedulers import Schedule, own_config, schedule
+from sdfast.schedulers.config import RESPACINGS, read
+from sdfast.schedulers.noise import alpha_bar_at, sigma_alphas, sigmas_of
+from sdfast.schedulers.solvers import SOLVERS
+
+STEPS = (1, 2, 3, 4, 10, 20, 50)
+SPACINGS = ("linspace", "leading", "trailing")
+PREDICTIONS = ("epsilon", "sample", "v_prediction")
+STABLE_DIFFUSION = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "steps_offset": 1,
+    "clip_sample": False,
+}
+NOISE_SCHEDULES: dict[str, dict[str, Any]] = {
+    "linear": {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02},
+    "cosine": {"beta_schedule": "squaredcos_cap_v2"},
+    "trained_betas": {"trained_betas": np.linspace(0.001, 0.015, 1000).tolist()},
+    "no_offset": {"steps_offset": 0},
+    "T500": {"num_train_timesteps": 500},
+    "zero_snr": {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One scheduler with its options; `run` is what the call gives it besides the number of steps."""
+
+    scheduler: str
+    options: Mapping[str, Any]
+    eta: float = 0.0
+    label: str = field(default="")
+    strength: float = 1.0
+
+    @property
+    def config(self) -> dict[str, Any]:
+        names = inspect.signature(getattr(diffusers, self.scheduler).__init__).parameters
+        return {k: v for k, v in {**STABLE_DIFFUSION, **self.options}.items() if k in names}
+
+    def __str__(self) -> str:
+        short = self.scheduler.removesuffix("Scheduler")
+        values = [
+            f"{k}={v}" if not isinstance(v, str) else v
+            for k, v in self.options.items()
+            if k != "trained_betas"
+        ]
+        return "-".join(
+            [
+                short,
+                *filter(None, [self.label]),
+                *values,
+                *([f"eta={self.eta}"] if self.eta else []),
+                *([f"strength={self.strength}"] if self.strength < 1 else []),
+            ]
+        )
+
+
+class Float64Torch:
+    """The torch module, except that float32 is float64: diffusers' arithmetic without its rounding."""
+
+    float32 = torch.float64
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+class BasisNoise:
+    """Stands in for diffusers' `randn_tensor`: hands out the current step's direction, and keeps count."""
+
+    def __init__(self, directions: list[torch.Tensor]) -> None:
+        self.directions = directions
+        self.step = 0
+        self.draws = np.zeros(len(directions), np.bool_)
+
+    def __call__(self, *_: Any, **__: Any) -> torch.Tensor:
+        self.draws[self.step] = True
+        return self.directions[self.step]
+
+
+@contextmanager
+def noise_from(scheduler: Any, basis: list[torch.Tensor], exact: bool) -> Iterator[BasisNoise]:
+    module = inspect.getmodule(type(scheduler))
+    noise = BasisNoise(basis)
+    arithmetic = Float64Torch() if exact else torch
+    with (
+        mock.patch.object(module, "randn_tensor", noise, create=True),
+        mock.patch.object(module, "torch", arithmetic),
+    ):
+        yield noise
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    timesteps: np.ndarray  # [K]
+    input_scale: np.ndarray  # [K]
+    rows: np.ndarray  # [K, 1 + 2K]: the latents after each step, by x_T, the model outputs and the noises
+    draws: np.ndarray  # [K] bool
+    init_noise_sigma: float
+    noising: tuple[float, float]  # of `add_noise` at the first timestep
+
+
+def map_of_diffusers(
+    scheduler: Any, eta: float = 0.0, start: int = 0, *, exact: bool = False, **request: Any
+) -> LinearMap:
+    """The map of a diffusers scheduler; `request` goes to its `set_timesteps`.
+
+    With `exact`, the noise levels stay the float32 ones, but all arithmetic on them is float64.
+    """
+    if exact:
+        make_exact(scheduler)
+    scheduler.set_timesteps(**request)
+    if exact and hasattr(scheduler, "sigmas"):
+        scheduler.sigmas = scheduler.sigmas.double()
+    begin = start * scheduler.order
+    # Without a begin, diffusers takes a repeated timestep for its second and runs out of steps.
+    repeated = bool((scheduler.timesteps[1:] == scheduler.timesteps[0]).any())
+    if hasattr(scheduler, "set_begin_index") and (start or repeated):
+        scheduler.set_begin_index(begin)
+    chosen = scheduler.timesteps[begin:]
+    K = len(chosen)
+    noising = noising_of(scheduler, begin)
+    x, *directions = torch.eye(1 + 2 * K, dtype=torch.float64)[:, None]
+    m, z = directions[:K], directions[K:]
+    extra = {"eta": eta} if "eta" in inspect.signature(scheduler.step).parameters else {}
+    scales, rows = [], []
+    with noise_from(scheduler, z, exact) as noise:
+        for k, t in enumerate(chosen):
+            noise.step = k
+            scales.append(scheduler.scale_model_input(torch.ones(1, dtype=torch.float64), t).item())
+            x = scheduler.step(m[k], t, x, **extra).prev_sample
+            rows.append(x[0].double().numpy())
+    timesteps, init = chosen.double().numpy(), float(scheduler.init_noise_sigma)
+    return LinearMap(timesteps, np.array(scales), np.array(rows), noise.draws, init, noising)
+
+
+def noising_of(scheduler: Any, begin: int) -> tuple[float, float]:
+    """What diffusers' `add_noise` makes of a picture and of noise at the first timestep of a run."""
+    own = copy.deepcopy(scheduler)
+    if hasattr(own, "set_begin_index"):
+        own.set_begin_index(begin)
+    picture, noise = torch.eye(2, dtype=torch.float64)[:, :, None]  # two latents of one number each
+    noisy = own.add_noise(picture, noise, own.timesteps[begin : begin + 1].repeat(2))
+    return float(noisy[0]), float(noisy[1])
+
+
+def make_exact(scheduler: Any) -> None:
+    """Give diffusers sdfast's noise levels, in float64, so that only the arithmetic is compared.
+
+    They are diffusers' own but for the last bit: see `test_noise_levels_are_diffusers`.
+    """
+    model, _ = SOLVERS[type(scheduler).__name__]
+    config = read(model, own_config(scheduler), {})
+    alpha_bar = alpha_bar_at(config, np.arange(config.num_train_timesteps))
+    if hasattr(scheduler, "sigmas"):
+        alpha_bar = 1 / (1 + sigmas_of(sigma_alphas(config)).astype(np.float64) ** 2)
+    scheduler.alphas_cumprod = torch.from_numpy(alpha_bar)
+    if not getattr(scheduler.config, "set_alpha_to_one", True):
+        scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
+
+
+def map_of_table(table: Schedule) -> np.ndarray:
+    """[K, 1 + 2K], the rows of `LinearMap`, by running the loop that `Schedule` documents."""
+    K = len(table)
+    x, *directions = np.eye(1 + 2 * K)
+    registers = np.zeros((table.registers, 1 + 2 * K))
+    registers[0] = x
+    rows = []
+    for k in range(K):
+        z = directions[K + k] * table.draws_noise[k]
+        registers = table.matrix[k] @ np.vstack([registers, directions[k], z])
+        rows.append(registers[0])
+    return np.array(rows)
+
+
+def error_of(rows: np.ndarray, truth: np.ndarray) -> float:
+    """The largest error of an entry, relative to its row's norm."""
+    return float((np.abs(rows - truth).max(axis=1) / np.linalg.norm(truth, axis=1)).max())
+
+
+def assert_case(case: Case, steps: int, *, rounds: bool = False) -> None:
+    """The case's table is the map of the scheduler that diffusers makes of the same options."""
+    table = schedule(
+        case.scheduler, case.config, num_inference_steps=steps, eta=case.eta, strength=case.strength
+    )
+    start = steps - int(steps * case.strength)
+    reference = getattr(diffusers, case.scheduler)(**case.config)
+    assert_same_map(table, reference, case.eta, start=start, rounds=rounds, num_inference_steps=steps)
+
+
+def assert_same_map(
+    table: Schedule,
+    scheduler: Any,
+    eta: float = 0.0,
+    *,
+    start: int = 0,
+    rounds: bool = False,
+    **request: Any,
+) -> None:
+    """The table is diffusers' map: to rounding, when its formulas run in float64, and to 1e-5, as they run.
+
+    start: how many steps of the run are left out at the noisy end, as in image to image.
+    rounds: the case is one where diffusers' own float32 arithmetic is off by more than the bound.
+    """
+    rows = map_of_table(table)
+    config = scheduler.config
+    exact = map_of_diffusers(type(scheduler).from_config(config), eta, start, exact=True, **request)
+    assert error_of(rows, exact.rows) <= 1e-12
+
+    truth = map_of_diffusers(scheduler, eta, start, **request)
+    # Fractional timesteps found by noise level hang on float32 logarithms of float32 square roots, whose
+    # last bit differs from processor to processor.
+    searched = "sigmas" in request or any(config.get(name) for name in RESPACINGS)
+    searched = searched and scheduler.timesteps.dtype.is_floating_point
+    assert (error_of(rows, truth.rows) <= 1e-5) is not rounds
+    np.testing.assert_allclose(table.timesteps, truth.timesteps, rtol=0, atol=1e-3 if searched else 0)
+    np.testing.assert_array_equal(table.draws_noise, truth.draws)
+    np.testing.assert_allclose(table.input_scale, truth.input_scale, rtol=1e-5)
+    assert table.init_noise_sigma == pytest.approx(truth.init_noise_sigma, rel=3e-7)
+    assert table.noising == pytest.approx(truth.noising, rel=1e-5, abs=1e-6)
+
+
+def defaults_of(scheduler: str) -> dict[str, Any]:
+    parameters = inspect.signature(getattr(diffusers, scheduler).__init__).parameters
+    return {name: p.default for name, p in parameters.items() if name not in ("self", "args", "kwargs")}
