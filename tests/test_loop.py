@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from sdfast.arithmetic import DeviceArithmetic, HostArithmetic, rescale_guidance
 from sdfast.errors import BackendError, NumericalError
-from sdfast.loop import Conditioning, Row, Rows, rescale_guidance
+from sdfast.loop import Conditioning, Row, Rows
 from sdfast.manifest import Span
 from sdfast.noise import OwnNoise, SharedNoise, generator
 from sdfast.schedulers import Schedule, schedule
@@ -25,6 +26,16 @@ def told(schedule: Schedule, value: float) -> Conditioning:
     shifts = torch.zeros(len(schedule), SHIFT_WIDTH)
     shifts[:, 0] = torch.tensor(schedule.timesteps.tolist()) / 1000
     return Conditioning(torch.full((LENGTH, CONTEXT_WIDTH), value), shifts)
+
+
+Arithmetics = type[HostArithmetic] | type[DeviceArithmetic]
+
+
+@pytest.fixture(params=[HostArithmetic, DeviceArithmetic])
+def arithmetic(request: pytest.FixtureRequest) -> Arithmetics:
+    """Every test that steps rows holds for both."""
+    chosen: Arithmetics = request.param
+    return chosen
 
 
 def row(
@@ -59,16 +70,16 @@ MIXED: list[dict[str, object]] = [
 ]
 
 
-def run(engine: FakeEngine, rows: Sequence[Row]) -> torch.Tensor:
-    running = Rows(engine, rows, SIDE, SIDE)
+def run(engine: FakeEngine, rows: Sequence[Row], arithmetic: Arithmetics) -> torch.Tensor:
+    running = Rows(engine, rows, SIDE, SIDE, arithmetic)
     while running.active:
         running.tick()
     running.check()
     return running.latents
 
 
-def alone(**kinds: object) -> torch.Tensor:
-    return run(FakeEngine(), [row(**kinds)])[0]
+def alone(arithmetic: Arithmetics, **kinds: object) -> torch.Tensor:
+    return run(FakeEngine(), [row(**kinds)], arithmetic)[0]
 
 
 def by_hand(told_row: Row) -> torch.Tensor:
@@ -98,14 +109,18 @@ def by_hand(told_row: Row) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kinds", MIXED, ids=lambda kinds: str(kinds["name"]))
-def test_a_row_is_its_schedule_applied_by_hand(kinds: dict[str, object]) -> None:
-    torch.testing.assert_close(alone(**kinds).double(), by_hand(row(**kinds)), rtol=1e-4, atol=1e-4)
+def test_a_row_is_its_schedule_applied_by_hand(arithmetic: Arithmetics, kinds: dict[str, object]) -> None:
+    torch.testing.assert_close(
+        alone(arithmetic, **kinds).double(), by_hand(row(**kinds)), rtol=1e-4, atol=1e-4
+    )
 
 
-def test_rows_that_differ_in_everything_equal_each_run_alone() -> None:
-    together = run(FakeEngine([Span(low=1, high=16)]), [row(**kinds) for kinds in MIXED])
+def test_rows_that_differ_in_everything_equal_each_run_alone(
+    arithmetic,
+) -> None:
+    together = run(FakeEngine([Span(low=1, high=16)]), [row(**kinds) for kinds in MIXED], arithmetic)
     for kinds, latents in zip(MIXED, together, strict=True):
-        torch.testing.assert_close(latents, alone(**kinds), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(latents, alone(arithmetic, **kinds), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -117,19 +132,23 @@ def test_rows_that_differ_in_everything_equal_each_run_alone() -> None:
         ([Span.exactly(16)], [16]),
     ],
 )
-def test_rows_are_padded_and_split_over_the_forms_there_are(forms: list[Span], calls: list[int]) -> None:
+def test_rows_are_padded_and_split_over_the_forms_there_are(
+    arithmetic: Arithmetics, forms: list[Span], calls: list[int]
+) -> None:
     engine = FakeEngine(forms)
-    running = Rows(engine, [row(**kinds) for kinds in MIXED], SIDE, SIDE)  # four guided and two plain rows
+    running = Rows(
+        engine, [row(**kinds) for kinds in MIXED], SIDE, SIDE, arithmetic
+    )  # four guided and two plain rows
     running.tick()
     assert sorted(engine.calls["unet"], reverse=True) == calls
     while running.active:
         running.tick()
     for kinds, latents in zip(MIXED, running.latents, strict=True):
-        torch.testing.assert_close(latents, alone(**kinds), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(latents, alone(arithmetic, **kinds), rtol=1e-5, atol=1e-5)
 
 
-def test_a_finished_row_keeps_its_latents_to_the_bit() -> None:
-    running = Rows(FakeEngine(), [row(steps=2), row(name="dpmpp_2m", steps=9)], SIDE, SIDE)
+def test_a_finished_row_keeps_its_latents_to_the_bit(arithmetic: Arithmetics) -> None:
+    running = Rows(FakeEngine(), [row(steps=2), row(name="dpmpp_2m", steps=9)], SIDE, SIDE, arithmetic)
     running.tick()
     running.tick()
     finished = running.latents[0].clone()
@@ -141,9 +160,9 @@ def test_a_finished_row_keeps_its_latents_to_the_bit() -> None:
     assert torch.equal(running.latents, last)
 
 
-def test_a_finished_row_is_safe_from_what_the_network_says_of_it_later() -> None:
+def test_a_finished_row_is_safe_from_what_the_network_says_of_it_later(arithmetic: Arithmetics) -> None:
     engine = FakeEngine()
-    running = Rows(engine, [row(steps=1, negative=None), row(steps=3, negative=None)], SIDE, SIDE)
+    running = Rows(engine, [row(steps=1, negative=None), row(steps=3, negative=None)], SIDE, SIDE, arithmetic)
     running.tick()
     finished = running.latents[0].clone()
     engine.failpoints["unet"] = Failpoint("nan", rows=[0])
@@ -153,27 +172,27 @@ def test_a_finished_row_is_safe_from_what_the_network_says_of_it_later() -> None
     assert torch.equal(running.latents[0], finished)
 
 
-def test_a_row_that_is_not_finite_leaves_the_others_alone_and_is_told() -> None:
+def test_a_row_that_is_not_finite_leaves_the_others_alone_and_is_told(arithmetic: Arithmetics) -> None:
     rows = [row(seed=1, negative=None), row(seed=2, negative=None)]
-    running = Rows(FakeEngine(failpoints={"unet": Failpoint("nan", rows=[0])}), rows, SIDE, SIDE)
+    running = Rows(FakeEngine(failpoints={"unet": Failpoint("nan", rows=[0])}), rows, SIDE, SIDE, arithmetic)
     while running.active:
         running.tick()
     with pytest.raises(NumericalError, match="not finite"):
         running.check()
-    torch.testing.assert_close(running.latents[1], alone(seed=2, negative=None))
+    torch.testing.assert_close(running.latents[1], alone(arithmetic, seed=2, negative=None))
 
 
-def test_latents_come_and_go_in_the_callers_order() -> None:
+def test_latents_come_and_go_in_the_callers_order(arithmetic: Arithmetics) -> None:
     rows = [row(seed=i, negative=None if i % 2 else -5.0) for i in range(5)]
-    running = Rows(FakeEngine([Span(low=1, high=16)]), rows, SIDE, SIDE)
+    running = Rows(FakeEngine([Span(low=1, high=16)]), rows, SIDE, SIDE, arithmetic)
     given = torch.stack([r.latents for r in rows])
     assert torch.equal(running.latents, given)
     running.latents = given.flip(0)
     assert torch.equal(running.latents, given.flip(0))
 
 
-def test_latents_given_out_do_not_change_with_the_next_tick() -> None:
-    running = Rows(FakeEngine(), [row()], SIDE, SIDE)
+def test_latents_given_out_do_not_change_with_the_next_tick(arithmetic: Arithmetics) -> None:
+    running = Rows(FakeEngine(), [row()], SIDE, SIDE, arithmetic)
     before = running.latents
     kept = before.clone()
     running.tick()
@@ -201,8 +220,10 @@ def test_rescaled_guidance_has_the_spread_of_the_positive_output() -> None:
     assert torch.equal(none, guided)
 
 
-def test_a_failing_network_is_not_hidden() -> None:
-    running = Rows(FakeEngine(failpoints={"unet": Failpoint("raise", after=1)}), [row()], SIDE, SIDE)
+def test_a_failing_network_is_not_hidden(arithmetic: Arithmetics) -> None:
+    running = Rows(
+        FakeEngine(failpoints={"unet": Failpoint("raise", after=1)}), [row()], SIDE, SIDE, arithmetic
+    )
     running.tick()
     with pytest.raises(BackendError, match="failpoint"):
         running.tick()
