@@ -120,6 +120,8 @@ class Engine:
             part = {key: _padded(value[start : start + size], size) for key, value in inputs.items()}
             parts.append(self._module(variant)(part))
             start += size
+        if len(parts) == 1:
+            return {key: value[:batch] for key, value in parts[0].items()}
         return {key: torch.cat([part[key] for part in parts])[:batch] for key in parts[0]}
 
     def bind(

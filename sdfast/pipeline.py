@@ -263,9 +263,9 @@ class Pipeline:
             positive, negative, truncated = self._encode(request, given)
             rows = self._rows(request, given, plan, positive, negative)
             latents = self._denoise(rows, plan, callback)
-            images = latents if output_type == "latent" else self._decode(latents, request)
+            images = _as(latents if output_type == "latent" else self._decode(latents, request), output_type)
         own_seeds = given.generators is None and given.latents is None
-        return PipelineOutput(_as(images, output_type), request.seeds if own_seeds else None, truncated)
+        return PipelineOutput(images, request.seeds if own_seeds else None, truncated)
 
     def _schedule_of(self, request: Request) -> Schedule:
         return self._schedule(
