@@ -124,11 +124,12 @@ class FakeEngine(Engine):
         sizes: Sequence[tuple[Span, Span]] = ((Span.exactly(16), Span.exactly(16)),),
         failpoints: Mapping[str, Failpoint] | None = None,
         guidance_embedding: int | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.folder = Path("fake")
         self.manifest = _manifest(batches, sizes, guidance_embedding)
         self.device = torch.device("cpu")
-        self.dtype = torch.float32
+        self.dtype = dtype
         self.failpoints = dict(failpoints or {})
         self.calls: dict[str, list[int]] = {name: [] for name in _FUNCTIONS}
         self._load = lambda path: FakeModule(path.name, self)

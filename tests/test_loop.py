@@ -227,3 +227,14 @@ def test_a_failing_network_is_not_hidden(arithmetic: Arithmetics) -> None:
     running.tick()
     with pytest.raises(BackendError, match="failpoint"):
         running.tick()
+
+
+def test_half_precision_stays_between_the_network_and_the_registers(arithmetic: Arithmetics) -> None:
+    kinds = {"name": "dpmpp_2m_karras", "steps": 6, "guidance": 7.5, "rescale": 0.3}
+    engine = FakeEngine(dtype=torch.float16)
+    running = Rows(engine, [row(**kinds)], SIDE, SIDE, arithmetic)
+    while running.active:
+        running.tick()
+    assert running.latents.dtype == torch.float32
+    difference = running.latents[0] - alone(arithmetic, **kinds)
+    assert 0 < difference.norm() < 5e-3 * running.latents.norm()
