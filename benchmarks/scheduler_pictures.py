@@ -1,0 +1,107 @@
+"""What every scheduler draws, and how fast it gets there.
+
+    python -m benchmarks.scheduler_pictures
+
+On the built-in checkpoint: one prompt and seed drawn by every sampler at 8, 12, 20 and 50 steps
+(`docs/schedulers.png`), and, for those that draw no noise, the distance of their pictures from what 1000
+steps of DDIM make of the same seeds, against the number of network evaluations (`docs/convergence.png`).
+"""
+
+from pathlib import Path
+
+import click
+import numpy as np
+from matplotlib import pyplot as plt
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from sdfast.export.cache import cached_engine
+from sdfast.pipeline import Pipeline
+from sdfast.schedulers import SAMPLERS, Sampler, schedule
+
+STEPS = (8, 12, 20, 50)
+PROMPT, SEED, GUIDANCE = "a lighthouse at the sea at sunset, clear", 7, 5.0
+COMPARED = (
+    "a cabin in misty mountains, watercolor style",
+    "a lighthouse at the sea at sunset",
+    "a castle in the hills at noon, pixel art",
+    "a boat on a lake at night",
+)
+FINE = 1000  # steps of the reference
+COUNTS = (4, 6, 8, 12, 16, 20, 30, 50)
+LABEL = 150  # pixels beside a row of pictures
+
+
+@click.command()
+@click.option("--docs", type=click.Path(path_type=Path), default=Path("docs"), show_default=True)
+def main(docs: Path) -> None:
+    """Draw both pictures."""
+    pipe = Pipeline.from_engine(cached_engine("landscapes"))
+    pipe.set_progress_bar_config(disable=True)
+    docs.mkdir(exist_ok=True)
+    samplers = [sampler for sampler in SAMPLERS if draws_pictures(pipe, sampler)]
+    sheet(pipe, samplers).save(docs / "schedulers.png")
+    convergence(pipe, [s for s in samplers if not draws_noise(pipe, s)], docs / "convergence.png")
+    click.echo(f"{docs / 'schedulers.png'}, {docs / 'convergence.png'}: {len(samplers)} samplers")
+
+
+def draws_pictures(pipe: Pipeline, sampler: Sampler) -> bool:
+    """Whether the sampler goes from noise to a picture: not the inverse of one."""
+    timesteps = schedule(sampler.name, pipe.scheduler.config, num_inference_steps=8).timesteps
+    return bool(timesteps[0] > timesteps[-1])
+
+
+def draws_noise(pipe: Pipeline, sampler: Sampler) -> bool:
+    return bool(schedule(sampler.name, pipe.scheduler.config, num_inference_steps=8).draws_noise.any())
+
+
+def draw(pipe: Pipeline, prompt: str, sampler: str, steps: int, seed: int) -> NDArray[np.float32]:
+    """One picture [H, W, 3] float32 in 0 … 1."""
+    image: NDArray[np.float32] = pipe(
+        prompt,
+        num_inference_steps=steps,
+        guidance_scale=GUIDANCE,
+        seed=seed,
+        scheduler=sampler,
+        output_type="np",
+    ).images[0]
+    return image
+
+
+def sheet(pipe: Pipeline, samplers: list[Sampler]) -> Image.Image:
+    """A row of pictures a sampler, a column a number of steps."""
+    side = pipe.engine.manifest.model.default_width
+    page = Image.new("RGB", (LABEL + side * len(STEPS), 20 + side * len(samplers)), "white")
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(13)
+    for column, steps in enumerate(STEPS):
+        pen.text((LABEL + side * column + 6, 2), f"{steps} steps", "black", font)
+    for row, sampler in enumerate(samplers):
+        pen.text((6, 20 + side * row + side // 2 - 8), sampler.name, "black", font)
+        for column, steps in enumerate(STEPS):
+            picture = draw(pipe, PROMPT, sampler.short_name, steps, SEED)
+            image = Image.fromarray((picture * 255).round().astype(np.uint8))
+            page.paste(image, (LABEL + side * column, 20 + side * row))
+    return page
+
+
+def convergence(pipe: Pipeline, samplers: list[Sampler], path: Path) -> None:
+    """Root mean square distance of pictures (in 0 … 1) from the fine solution, over evaluations."""
+    fine = [draw(pipe, prompt, "ddim", FINE, i) for i, prompt in enumerate(COMPARED)]
+    figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
+    styles = [(c, line) for line in ("-", "--", ":", "-.") for c in plt.colormaps["tab10"].colors]  # type: ignore[attr-defined]
+    for sampler, (color, line) in zip(samplers, styles, strict=False):
+        evaluations, distances = [], []
+        for steps in COUNTS:
+            pictures = [draw(pipe, p, sampler.short_name, steps, i) for i, p in enumerate(COMPARED)]
+            evaluations.append(len(schedule(sampler.name, pipe.scheduler.config, num_inference_steps=steps)))
+            distances.append(np.sqrt(np.mean((np.stack(pictures) - np.stack(fine)) ** 2)))
+        axes.loglog(evaluations, distances, color=color, linestyle=line, marker=".", label=sampler.name)
+    axes.set_xlabel("network evaluations (with guidance: two U-Net rows each)")
+    axes.set_ylabel(f"distance from {FINE} steps of DDIM (RMS, pictures in 0 … 1)")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8, ncols=2)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
