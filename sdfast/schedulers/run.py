@@ -126,6 +126,6 @@ def _checked_eta(config: SchedulerConfig, eta: float) -> float:
         raise RequestError(f"eta={eta!r} is not a number from 0 to 1")
     if eta and "eta" not in config.accepts:
         raise RequestError(
-            f"eta={eta:g} has no meaning for {config.scheduler}; only DDIM uses it, leave it at 0"
+            f"eta={eta:g} has no meaning for {config.scheduler}; only DDIM and TCD use it, leave it at 0"
         )
     return float(eta)

@@ -1,6 +1,7 @@
 """`Schedule`: a scheduler's run as a table of numbers."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +48,17 @@ class Schedule:
     scheduler: str
     sampler: str
     schedule_type: str
+
+    @classmethod
+    def from_diffusers(cls, scheduler: Any, eta: float = 0.0) -> "Schedule":
+        """The table of a scheduler object of any class: `sdfast.schedulers.extract.from_diffusers`.
+
+        >>> scheduler.set_timesteps(20)
+        >>> table = Schedule.from_diffusers(scheduler)
+        """
+        from sdfast.schedulers.extract import from_diffusers  # it needs torch, which tables do not
+
+        return from_diffusers(scheduler, eta)
 
     def __post_init__(self) -> None:
         finite = np.isfinite(self.matrix).all(axis=(1, 2))

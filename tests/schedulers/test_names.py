@@ -32,6 +32,16 @@ NAMES = {
     "DDIM": "ddim",
     "DDIMScheduler": "ddim",
     "ddpm": "ddpm",
+    "LCM": "lcm",
+    "lcm": "lcm",
+    "LCMScheduler": "lcm",
+    "TCD": "tcd",
+    "PLMS": "plms",
+    "pndm": "plms",
+    "PNDMScheduler": "plms",
+    "PNDM PRK": "pndm_prk",
+    "DDIM Inverse": "ddim_inverse",
+    "DDIMInverseScheduler": "ddim_inverse",
     "DDPMScheduler": "ddpm",
 }
 

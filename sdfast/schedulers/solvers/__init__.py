@@ -14,16 +14,28 @@ from typing import Any
 
 from sdfast.schedulers.config import SchedulerConfig
 from sdfast.schedulers.run import Run
-from sdfast.schedulers.solvers.ddpm import DDIMConfig, DDPMConfig, ddim, ddpm
+from sdfast.schedulers.solvers.ddpm import (
+    DDIMConfig,
+    DDIMInverseConfig,
+    DDPMConfig,
+    ddim,
+    ddim_inverse,
+    ddpm,
+)
 from sdfast.schedulers.solvers.dpm_solver import DPMSolverConfig, dpmpp_2m
 from sdfast.schedulers.solvers.euler import EulerAncestralConfig, EulerConfig, euler, euler_ancestral
-from sdfast.schedulers.solvers.pndm import PNDMConfig, plms
+from sdfast.schedulers.solvers.lcm import LCMConfig, lcm
+from sdfast.schedulers.solvers.pndm import PNDMConfig, pndm
+from sdfast.schedulers.solvers.tcd import TCDConfig, tcd
 from sdfast.schedulers.table import Schedule
 
 _ALL: tuple[tuple[type[SchedulerConfig], Callable[[Any, Run], Schedule]], ...] = (
     (DDPMConfig, ddpm),
     (DDIMConfig, ddim),
-    (PNDMConfig, plms),
+    (DDIMInverseConfig, ddim_inverse),
+    (PNDMConfig, pndm),
+    (LCMConfig, lcm),
+    (TCDConfig, tcd),
     (EulerConfig, euler),
     (EulerAncestralConfig, euler_ancestral),
     (DPMSolverConfig, dpmpp_2m),

@@ -1,4 +1,4 @@
-"""The chain itself: DDPM, and DDIM, which leaves timesteps out."""
+"""The chain itself: DDPM, and DDIM, which leaves timesteps out; and DDIM backwards, from picture to noise."""
 
 from collections.abc import Mapping
 from typing import ClassVar, Literal
@@ -44,6 +44,17 @@ class DDIMConfig(SchedulerConfig):
     timestep_spacing: Literal["linspace", "leading", "trailing"] = "leading"
 
 
+class DDIMInverseConfig(SchedulerConfig):
+    scheduler = "DDIMInverseScheduler"
+    sampler_name = "DDIM Inverse"
+    refused: ClassVar[Mapping[str, str]] = {"clip_sample": NOT_LINEAR}
+
+    clip_sample: bool = True
+    clip_sample_range: float = 1.0
+    set_alpha_to_one: bool = True
+    timestep_spacing: Literal["leading", "trailing"] = "leading"  # type: ignore[assignment]
+
+
 def ddpm(config: DDPMConfig, run: Run) -> Schedule:
     """Ancestral sampling of the chain, or of some of its timesteps (Ho et al. 2020, eq. 6, 7 and 15)."""
     t = whole_timesteps(config, run)
@@ -86,6 +97,26 @@ def ddim(config: DDIMConfig, run: Run) -> Schedule:
     direction = _direction(1 - alpha_bar_prev - sigma**2, run.eta)
     x_prev = np.sqrt(alpha_bar_prev) * x0 + direction * eps + sigma * z
     return table(config, run, t, np.sqrt(1 / alpha_bar - 1)[:, 0], [x_prev], run.eta > 0)
+
+
+def ddim_inverse(config: DDIMInverseConfig, run: Run) -> Schedule:
+    """DDIM's ODE run the other way, from a picture to its noise (Song et al. 2021, section 4.3).
+
+    Timesteps rise: a step goes up to t, and the network is told the level that is reached, as in diffusers.
+    `strength` leaves out the noisy end, which is the last here.
+    """
+    t = whole_timesteps(config, run)[run.start :][::-1]
+    t_from = t - config.num_train_timesteps // run.steps
+    alpha_bar_from = alpha_bar_at(config, np.maximum(t_from, 0))[:, None]
+    if config.set_alpha_to_one:
+        alpha_bar_from = np.where(t_from[:, None] >= 0, alpha_bar_from, 1.0)
+    alpha_bar = alpha_bar_at(config, t)[:, None]
+
+    x, m, _ = np.eye(3)
+    x0 = predicted_x0(config, x, m, np.sqrt(alpha_bar_from), np.sqrt(1 - alpha_bar_from))
+    eps = predicted_noise(config, x, m, np.sqrt(alpha_bar_from), np.sqrt(1 - alpha_bar_from))
+    x_t = np.sqrt(alpha_bar) * x0 + np.sqrt(1 - alpha_bar) * eps
+    return table(config, run, t, np.sqrt(1 / alpha_bar_from - 1)[:, 0], [x_t], start=0)
 
 
 def _direction(remaining: Floats, eta: float) -> Floats:
