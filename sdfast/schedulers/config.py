@@ -28,6 +28,7 @@ class SchedulerConfig(BaseModel):
     sampler_name: ClassVar[str]  # AUTOMATIC1111's
     accepts: ClassVar[frozenset[str]] = frozenset()  # of "timesteps", "sigmas", "eta"
     refused: ClassVar[Mapping[str, str]] = {}  # options that must be off, and why
+    lacks: ClassVar[frozenset[str]] = frozenset()  # shared fields that this class ignores, as in diffusers
 
     num_train_timesteps: int = Field(1000, ge=1, le=MAX_TRAIN_TIMESTEPS)
     beta_start: float = Field(0.0001, gt=0, lt=1)
@@ -110,7 +111,8 @@ def read(model: type[Config], config: Mapping[str, Any], overrides: Mapping[str,
     """
     own = config.get("_class_name") == model.scheduler
     unset = () if own else config.get("_use_default_values") or ()
-    fields = {name: config[name] for name in model.model_fields if name in config and name not in unset}
+    known = [name for name in model.model_fields if name not in model.lacks]
+    fields = {name: config[name] for name in known if name in config and name not in unset}
     try:
         settings = model(**{**fields, **overrides})
     except ValidationError as error:

@@ -50,11 +50,12 @@ def exploding_levels(config: SchedulerConfig, run: Run, final: float = 0.0) -> t
 
 
 def preserving_levels(
-    config: SigmaConfig, t: Floats, steps: int, final: float, *, rounded: bool
+    config: SigmaConfig, t: Floats, steps: int, final: float | None, *, rounded: bool
 ) -> tuple[Floats, Floats]:
     """Timesteps [K], whole, and noise levels σ/α [K + 1], the last one `final`, both float64.
 
     t: the timesteps [K], unless the config lays the levels out anew.
+    final: None for the level of the last timestep once more.
     rounded: whether diffusers rounds the timesteps that it finds for such levels, before it cuts them.
     """
     sigmas = sigmas_of(sigma_alphas(config))
@@ -64,8 +65,9 @@ def preserving_levels(
         t = np.trunc(t.round() if rounded else t)
     else:
         levels = np.interp(t, np.arange(len(sigmas)), sigmas)
-    levels = as_float32(np.append(levels, final))
-    if not (np.diff(levels[:-1]) < 0).all() or levels[-1] > levels[-2]:
+    levels = as_float32(np.append(levels, levels[-1] if final is None else final))
+    rises = levels[-1] > levels[-2] * (1 + 1e-6)  # the last two may be one level, but for rounding
+    if not (np.diff(levels[:-1]) < 0).all() or rises:
         raise RequestError(
             f"{config.scheduler}: {len(t)} steps do not fit the noise levels of this model with"
             f" timestep_spacing={config.timestep_spacing!r}: two of them fall together. Take fewer steps"
@@ -73,7 +75,7 @@ def preserving_levels(
     return t, levels
 
 
-def open_timesteps(config: SchedulerConfig, run: Run, sigmas: Float32s, clipped: float) -> Floats:
+def open_timesteps(config: SchedulerConfig, run: Run, sigmas: Float32s, clipped: float = -np.inf) -> Floats:
     """The timesteps of DPM-Solver and its kin, from the first with -log σ/α ≥ `clipped`: [K] float64."""
     if run.timesteps is not None:
         return np.array(run.timesteps)
@@ -85,11 +87,23 @@ def open_timesteps(config: SchedulerConfig, run: Run, sigmas: Float32s, clipped:
 
 
 def respaced(config: SigmaConfig, lowest: float, highest: float, steps: int) -> Floats:
-    """Levels laid out anew between these, where the config does not say between which: [K] float64."""
+    """Levels laid out anew between these, where the config does not say between which: [K] float64.
+
+    Lu's layout, even in log SNR (Lu et al. 2022, arXiv:2206.00927), heeds no `sigma_min` and `sigma_max`.
+    """
+    if config.respacing == "Lu":
+        bottom, top = np.log(np.array([lowest, highest], np.float32)).tolist()
+        even: Floats = np.exp(np.linspace(top, bottom, steps))
+        return even
     sigma_min = float(lowest) if config.sigma_min is None else config.sigma_min
     sigma_max = float(highest) if config.sigma_max is None else config.sigma_max
     layout = {"Karras": karras, "Exponential": exponential, "Beta": beta}[str(config.respacing)]
     return layout(sigma_min, sigma_max, steps)
+
+
+def lowest_level(config: SigmaConfig, sigmas: Float32s) -> float | None:
+    """The model's lowest level; None, the run's own, where the levels are laid out anew."""
+    return None if config.respacing else float(sigmas[0])
 
 
 def final_level(final_sigmas_type: str, sigmas: Float32s) -> float:

@@ -19,6 +19,29 @@ _DPMPP_2M = {
     "use_lu_lambdas": False,
     "use_flow_sigmas": False,
 }
+_DRAWN_ANEW = "; noise is drawn anew, where AUTOMATIC1111 and ComfyUI follow one Brownian path"
+_EXPONENTIAL = _NO_OTHER_SIGMAS | _PLAIN | {"use_exponential_sigmas": True}
+_HEUN = {"solver_type": "heun"}
+_DPMPP_2M_SDE = _DPMPP_2M | {"algorithm_type": "sde-dpmsolver++", "solver_type": "midpoint"}
+_DPMPP_3M = _DPMPP_2M | {"solver_order": 3, "solver_type": "midpoint"}
+_DPMPP_3M_SDE = _DPMPP_2M_SDE | {"solver_order": 3}
+_DPM_SOLVER = _DPMPP_2M | {
+    "algorithm_type": "dpmsolver",
+    "solver_type": "midpoint",
+    "final_sigmas_type": "sigma_min",
+}
+_DPMPP_2S = {
+    "algorithm_type": "dpmsolver++",
+    "solver_order": 2,
+    "solver_type": "midpoint",
+    "use_flow_sigmas": False,
+}
+_UNIPC = {"solver_order": 3, "predict_x0": True, "lower_order_final": True, "use_flow_sigmas": False}
+_BH1 = {"solver_type": "bh1", "final_sigmas_type": "sigma_min"}  # diffusers' bh1 has no number for no noise
+_BH2 = {"solver_type": "bh2"}
+
+PLAIN_TYPES = ("Automatic", "Uniform")
+"""AUTOMATIC1111's schedule types that leave the noise levels as the scheduler's config spaces them."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +72,8 @@ class Sampler:
     @property
     def name(self) -> str:
         """The name people know: "DPM++ 2M Karras", "Euler a"."""
-        return f"{self.sampler} Karras" if self.schedule_type == "Karras" else self.sampler
+        plain = self.schedule_type in PLAIN_TYPES
+        return self.sampler if plain else f"{self.sampler} {self.schedule_type}"
 
 
 def _sampler(
@@ -83,6 +107,189 @@ SAMPLERS: tuple[Sampler, ...] = (
         "dpmpp_2m",
         _DPMPP_2M | _NO_OTHER_SIGMAS | _PLAIN,
         "as above with evenly spaced timesteps; often better below 15 steps",
+    ),
+    _sampler(
+        "DPMSolverMultistepScheduler",
+        "DPM++ 2M SDE",
+        "Exponential",
+        "dpmpp_2m_sde_exponential",
+        _DPMPP_2M_SDE | _EXPONENTIAL,
+        "DPM++ 2M with new noise at every step: more detail, 25 steps or more" + _DRAWN_ANEW,
+        "DPM++ 2M SDE Automatic",
+    ),
+    _sampler(
+        "DPMSolverMultistepScheduler",
+        "DPM++ 2M SDE",
+        "Karras",
+        "dpmpp_2m_sde_karras",
+        _DPMPP_2M_SDE | _NO_OTHER_SIGMAS | _KARRAS,
+        "as above with Karras levels" + _DRAWN_ANEW,
+        "dpmpp_2m_sde_k",
+    ),
+    _sampler(
+        "DPMSolverMultistepScheduler",
+        "DPM++ 2M SDE",
+        "Uniform",
+        "dpmpp_2m_sde",
+        _DPMPP_2M_SDE | _NO_OTHER_SIGMAS | _PLAIN,
+        "as above with evenly spaced timesteps" + _DRAWN_ANEW,
+        "k_dpmpp_2m_sde",
+        "dpmpp_2m_sde_gpu",
+    ),
+    _sampler(
+        "DPMSolverMultistepScheduler",
+        "DPM++ 2M SDE Heun",
+        "Exponential",
+        "dpmpp_2m_sde_heun_exponential",
+        _DPMPP_2M_SDE | _HEUN | _EXPONENTIAL,
+        "DPM++ 2M SDE, the change between steps weighed exactly" + _DRAWN_ANEW,
+        "DPM++ 2M SDE Heun Automatic",
+    ),
+    _sampler(
+        "DPMSolverMultistepScheduler",
+        "DPM++ 2M SDE Heun",
+        "Karras",
+        "dpmpp_2m_sde_heun_karras",
+        _DPMPP_2M_SDE | _HEUN | _NO_OTHER_SIGMAS | _KARRAS,
+        "as above with Karras levels" + _DRAWN_ANEW,
+    ),
+    _sampler(
+        "DPMSolverMultistepScheduler",
+        "DPM++ 2M SDE Heun",
+        "Uniform",
+        "dpmpp_2m_sde_heun",
+        _DPMPP_2M_SDE | _HEUN | _NO_OTHER_SIGMAS | _PLAIN,
+        "as above with evenly spaced timesteps" + _DRAWN_ANEW,
+        "k_dpmpp_2m_sde_heun",
+        "dpmpp_2m_sde_heun_gpu",
+    ),
+    _sampler(
+        "DPMSolverMultistepScheduler",
+        "DPM++ 3M SDE",
+        "Exponential",
+        "dpmpp_3m_sde_exponential",
+        _DPMPP_3M_SDE | _EXPONENTIAL,
+        "third order with new noise at every step, 30 steps or more" + _DRAWN_ANEW,
+        "DPM++ 3M SDE Automatic",
+    ),
+    _sampler(
+        "DPMSolverMultistepScheduler",
+        "DPM++ 3M SDE",
+        "Karras",
+        "dpmpp_3m_sde_karras",
+        _DPMPP_3M_SDE | _NO_OTHER_SIGMAS | _KARRAS,
+        "as above with Karras levels" + _DRAWN_ANEW,
+        "dpmpp_3m_sde_k",
+    ),
+    _sampler(
+        "DPMSolverMultistepScheduler",
+        "DPM++ 3M SDE",
+        "Uniform",
+        "dpmpp_3m_sde",
+        _DPMPP_3M_SDE | _NO_OTHER_SIGMAS | _PLAIN,
+        "as above with evenly spaced timesteps" + _DRAWN_ANEW,
+        "k_dpmpp_3m_sde",
+        "dpmpp_3m_sde_gpu",
+    ),
+    _sampler(
+        "DPMSolverMultistepScheduler",
+        "DPM++ 3M",
+        "Karras",
+        "dpmpp_3m_karras",
+        _DPMPP_3M | _NO_OTHER_SIGMAS | _KARRAS,
+        "DPM++ 2M with one step more of memory: for low guidance",
+        "dpmpp_3m_k",
+    ),
+    _sampler(
+        "DPMSolverMultistepScheduler",
+        "DPM++ 3M",
+        "Uniform",
+        "dpmpp_3m",
+        _DPMPP_3M | _NO_OTHER_SIGMAS | _PLAIN,
+        "as above with evenly spaced timesteps",
+    ),
+    _sampler(
+        "DPMSolverMultistepScheduler",
+        "DPM-Solver 2M",
+        "Uniform",
+        "dpm_solver_2m",
+        _DPM_SOLVER | _NO_OTHER_SIGMAS | _PLAIN,
+        "DPM-Solver as first published, on the noise; DPM++ 2M bears guidance better",
+        "DPM-Solver",
+    ),
+    _sampler(
+        "DPMSolverSinglestepScheduler",
+        "DPM++ 2S",
+        "Karras",
+        "dpmpp_2s_karras",
+        _DPMPP_2S | _NO_OTHER_SIGMAS | _KARRAS,
+        "pairs of evaluations, each counted as a step; draws no noise, unlike DPM++ 2S a",
+        "dpmpp_2s_k",
+    ),
+    _sampler(
+        "DPMSolverSinglestepScheduler",
+        "DPM++ 2S",
+        "Uniform",
+        "dpmpp_2s",
+        _DPMPP_2S | _NO_OTHER_SIGMAS | _PLAIN,
+        "as above with evenly spaced timesteps",
+    ),
+    _sampler(
+        "DEISMultistepScheduler",
+        "DEIS",
+        "Automatic",
+        "deis",
+        _NO_OTHER_SIGMAS | _PLAIN,
+        "an exponential Adams method on the noise; 20 to 30 steps",
+        "DEIS Uniform",
+    ),
+    _sampler(
+        "DEISMultistepScheduler",
+        "DEIS",
+        "Karras",
+        "deis_karras",
+        _NO_OTHER_SIGMAS | _KARRAS,
+        "DEIS with Karras levels",
+        "deis_k",
+    ),
+    _sampler(
+        "UniPCMultistepScheduler",
+        "UniPC",
+        "Automatic",
+        "unipc",
+        _UNIPC | _BH1 | _NO_OTHER_SIGMAS | _PLAIN,
+        "third order, each step corrected by the next one's evaluation: good from 8 steps on",
+        "uni_pc",
+        "UniPC Uniform",
+    ),
+    _sampler(
+        "UniPCMultistepScheduler",
+        "UniPC",
+        "Karras",
+        "unipc_karras",
+        _UNIPC | _BH1 | _NO_OTHER_SIGMAS | _KARRAS,
+        "UniPC with Karras levels",
+        "unipc_k",
+        "uni_pc_karras",
+    ),
+    _sampler(
+        "UniPCMultistepScheduler",
+        "UniPC bh2",
+        "Automatic",
+        "unipc_bh2",
+        _UNIPC | _BH2 | _NO_OTHER_SIGMAS | _PLAIN,
+        "UniPC's other weights, for more than 10 steps",
+        "uni_pc_bh2",
+        "UniPC bh2 Uniform",
+    ),
+    _sampler(
+        "SASolverScheduler",
+        "SA-Solver",
+        "Automatic",
+        "sa_solver",
+        _NO_OTHER_SIGMAS | _PLAIN,
+        "predictor, corrector, and noise in the middle of the run; 20 steps or more",
+        "SA-Solver Uniform",
     ),
     _sampler(
         "EulerDiscreteScheduler",

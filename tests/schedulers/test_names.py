@@ -19,6 +19,25 @@ NAMES = {
     "DPM++ 2M": "dpmpp_2m",
     "dpmpp_2m": "dpmpp_2m",
     "DPM++ 2M Uniform": "dpmpp_2m",
+    "DPM++ 2M SDE Karras": "dpmpp_2m_sde_karras",
+    "DPM++ 2M SDE Exponential": "dpmpp_2m_sde_exponential",
+    "DPM++ 2M SDE Automatic": "dpmpp_2m_sde_exponential",
+    "DPM++ 2M SDE": "dpmpp_2m_sde",
+    "dpmpp_2m_sde_gpu": "dpmpp_2m_sde",
+    "DPM++ 2M SDE Heun Karras": "dpmpp_2m_sde_heun_karras",
+    "dpmpp_2m_sde_heun": "dpmpp_2m_sde_heun",
+    "DPM++ 3M SDE Karras": "dpmpp_3m_sde_karras",
+    "dpmpp_3m_sde": "dpmpp_3m_sde",
+    "dpmpp_3m": "dpmpp_3m",
+    "DPM++ 2S Karras": "dpmpp_2s_karras",
+    "dpmpp_2s": "dpmpp_2s",
+    "DPM-Solver": "dpm_solver_2m",
+    "deis": "deis",
+    "UniPC": "unipc",
+    "uni_pc": "unipc",
+    "uni_pc_bh2": "unipc_bh2",
+    "SA-Solver": "sa_solver",
+    "sa_solver": "sa_solver",
     "Euler a": "euler_a",
     "EULER A": "euler_a",
     "euler_ancestral": "euler_a",
@@ -78,7 +97,7 @@ def test_unknown_name_is_refused_with_the_nearest(name: str, nearest: str) -> No
     assert all(sampler.name in str(refusal.value) for sampler in SAMPLERS)
 
 
-@pytest.mark.parametrize("name", ["", "UniPC", None, 7])
+@pytest.mark.parametrize("name", ["", "Restart", None, 7])
 def test_unknown_name_lists_what_there_is(name: Any) -> None:
     with pytest.raises(RequestError, match=r"Known: DPM\+\+ 2M Karras"):
         resolve(name)

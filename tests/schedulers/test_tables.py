@@ -48,21 +48,6 @@ def cases() -> Iterator[Case]:
             {"skip_prk_steps": True},
             {"skip_prk_steps": True, "set_alpha_to_one": True},
         ],
-        "DPMSolverMultistepScheduler": [
-            {},
-            {"use_karras_sigmas": True},
-            {"solver_type": "heun"},
-            {"solver_type": "heun", "use_karras_sigmas": True},
-            {"solver_order": 1},
-            {"lower_order_final": False},
-            {"euler_at_final": True, "final_sigmas_type": "sigma_min"},
-            {"final_sigmas_type": "sigma_min"},
-            {"final_sigmas_type": "sigma_min", "lower_order_final": False},
-            {"final_sigmas_type": "sigma_min", "use_karras_sigmas": True},
-            {"use_exponential_sigmas": True},
-            {"use_beta_sigmas": True},
-            {"solver_type": "logrho"},
-        ],
     }
     for scheduler, choices in options.items():
         for choice in choices:
@@ -80,13 +65,6 @@ def cases() -> Iterator[Case]:
             for choice in choices[:2] if "use_karras_sigmas" in str(choices) else choices[:1]:
                 for spacing in SPACINGS:
                     yield Case(scheduler, {"timestep_spacing": spacing, **levels, **choice}, label=label)
-    for spacing in SPACINGS:
-        clipped = {
-            "timestep_spacing": spacing,
-            "beta_schedule": "squaredcos_cap_v2",
-            "lambda_min_clipped": -5.1,
-        }
-        yield Case("DPMSolverMultistepScheduler", clipped)
 
 
 CASES = list(cases())

@@ -22,11 +22,15 @@ from sdfast.schedulers.solvers.ddpm import (
     ddim_inverse,
     ddpm,
 )
-from sdfast.schedulers.solvers.dpm_solver import DPMSolverConfig, dpmpp_2m
+from sdfast.schedulers.solvers.deis import DEISConfig, deis
+from sdfast.schedulers.solvers.dpm_singlestep import DPMSinglestepConfig, dpm_singlestep
+from sdfast.schedulers.solvers.dpm_solver import DPMSolverConfig, dpm_multistep
 from sdfast.schedulers.solvers.euler import EulerAncestralConfig, EulerConfig, euler, euler_ancestral
 from sdfast.schedulers.solvers.lcm import LCMConfig, lcm
 from sdfast.schedulers.solvers.pndm import PNDMConfig, pndm
+from sdfast.schedulers.solvers.sa_solver import SASolverConfig, sa_solver
 from sdfast.schedulers.solvers.tcd import TCDConfig, tcd
+from sdfast.schedulers.solvers.unipc import UniPCConfig, unipc
 from sdfast.schedulers.table import Schedule
 
 _ALL: tuple[tuple[type[SchedulerConfig], Callable[[Any, Run], Schedule]], ...] = (
@@ -38,7 +42,11 @@ _ALL: tuple[tuple[type[SchedulerConfig], Callable[[Any, Run], Schedule]], ...] =
     (TCDConfig, tcd),
     (EulerConfig, euler),
     (EulerAncestralConfig, euler_ancestral),
-    (DPMSolverConfig, dpmpp_2m),
+    (DPMSolverConfig, dpm_multistep),
+    (DPMSinglestepConfig, dpm_singlestep),
+    (DEISConfig, deis),
+    (UniPCConfig, unipc),
+    (SASolverConfig, sa_solver),
 )
 
 SOLVERS = {config.scheduler: (config, solver) for config, solver in _ALL}

@@ -1,40 +1,54 @@
-"""DPM-Solver++, multistep."""
+"""DPM-Solver and DPM-Solver++, multistep: of the flow and of the SDE, orders 1 to 3.
+
+Lu et al. 2022a: arXiv:2206.00927, DPM-Solver; 2022b: arXiv:2211.01095, DPM-Solver++.
+"""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import field_validator
 
+from sdfast.errors import RequestError
 from sdfast.schedulers.config import FLOW, NOT_LINEAR, SigmaConfig
 from sdfast.schedulers.levels import final_level, open_timesteps, preserving_levels
 from sdfast.schedulers.noise import sigma_alphas, sigmas_of
-from sdfast.schedulers.prediction import predicted_x0
+from sdfast.schedulers.prediction import predicted_noise, predicted_x0
 from sdfast.schedulers.run import Run
-from sdfast.schedulers.table import Schedule, table
+from sdfast.schedulers.solvers.exponential import (
+    Interval,
+    adams,
+    along_noise,
+    along_x0,
+    moments,
+    orders,
+    remembered,
+    visited,
+)
+from sdfast.schedulers.table import Floats, Schedule, table
+
+LEARNED = "models that predict a variance are not supported; set it to null"
+SHORT_RUN = 15  # steps: diffusers lowers the order at the end of shorter runs
 
 
-class DPMSolverConfig(SigmaConfig):
-    scheduler = "DPMSolverMultistepScheduler"
+class DPMConfig(SigmaConfig):
+    """What the multistep and the singlestep class share."""
+
     accepts = frozenset({"timesteps"})
     refused: ClassVar[Mapping[str, str]] = {
         "thresholding": NOT_LINEAR,
-        "use_lu_lambdas": "set it to false",
         "use_flow_sigmas": FLOW,
         "use_dynamic_shifting": FLOW,
-        "variance_type": "models that predict a variance are not supported; set it to null",
+        "variance_type": LEARNED,
     }
+    letter: ClassVar[str]  # how AUTOMATIC1111's names tell the two apart
 
-    solver_order: Literal[1, 2] = 2
+    solver_order: Literal[1, 2, 3] = 2
     thresholding: bool = False
     dynamic_thresholding_ratio: float = 0.995
     sample_max_value: float = 1.0
-    algorithm_type: Literal["dpmsolver++"] = "dpmsolver++"
+    algorithm_type: Literal["dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver"] = "dpmsolver++"
     solver_type: Literal["midpoint", "heun"] = "midpoint"
-    lower_order_final: bool = True
-    euler_at_final: bool = False
-    use_lu_lambdas: bool = False
     use_flow_sigmas: bool = False
     flow_shift: float = 1.0
     final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
@@ -45,12 +59,25 @@ class DPMSolverConfig(SigmaConfig):
 
     @property
     def sampler(self) -> str:
-        return f"DPM++ {self.solver_order}M" + (" Heun" if self.solver_type == "heun" else "")
+        """ "DPM++ 2M SDE Heun": algorithm, order, multistep or singlestep, with noise, variant."""
+        family = "DPM++" if self.predicts_x0 else "DPM-Solver"
+        kind = f"{family} {self.solver_order}{self.letter}" + (" SDE" if self.tau else "")
+        return kind + (" Heun" if self.solver_type == "heun" else "")
 
     @property
     def schedule_type(self) -> str:
         """ "Automatic" means Karras for DPM++ 2M, so plain is "Uniform"."""
         return self.respacing or "Uniform"
+
+    @property
+    def predicts_x0(self) -> bool:
+        """Whether D is x0, as in DPM-Solver++, or the noise."""
+        return self.algorithm_type.endswith("++")
+
+    @property
+    def tau(self) -> float:
+        """How much of the SDE's noise there is: all, or none."""
+        return 1.0 if self.algorithm_type.startswith("sde") else 0.0
 
     @field_validator("algorithm_type", mode="before")
     @classmethod
@@ -63,44 +90,95 @@ class DPMSolverConfig(SigmaConfig):
         return "midpoint" if solver in ("logrho", "bh1", "bh2") else solver  # as diffusers does
 
 
-def dpmpp_2m(config: DPMSolverConfig, run: Run) -> Schedule:
-    """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2), or its first order, which is DDIM in log-SNR time.
+class DPMSolverConfig(DPMConfig):
+    scheduler = "DPMSolverMultistepScheduler"
+    letter = "M"
 
-    From level s to level t, with λ = log(α / σ), h = λ_t - λ_s and h_0 the step before:
-    x_t = σ_t / σ_s x - α_t (e^{-h} - 1) D, where D is x0 extrapolated along its last difference.
-    `heun` weighs that difference by the exact integral of the exponential, `midpoint` by half a step's.
+    lower_order_final: bool = True
+    euler_at_final: bool = False
+    use_lu_lambdas: bool = False
+
+    @property
+    def respacing(self) -> str | None:
+        return super().respacing or ("Lu" if self.use_lu_lambdas else None)
+
+
+def dpm_multistep(config: DPMSolverConfig, run: Run) -> Schedule:
+    """DPM-Solver and DPM-Solver++ (2M, 3M) (Lu et al. 2022a, 2022b), and with noise (2022b, section 5).
+
+    Registers: the latents, and the outputs of the steps before.
     """
+    check_end(config)
+    if config.algorithm_type == "sde-dpmsolver" and config.solver_order == 3:
+        raise RequestError(
+            "DPMSolverMultistepScheduler: algorithm_type='sde-dpmsolver' has no solver_order=3, here as in"
+            " diffusers; take 'sde-dpmsolver++', or order 2"
+        )
+    whole = config.use_karras_sigmas or config.use_lu_lambdas
+    t, levels = dpm_levels(config, run, rounded=whole and config.beta_schedule != "squaredcos_cap_v2")
+    short = config.lower_order_final and len(t) < SHORT_RUN
+    order = orders(config.solver_order, run, len(t), falling=short)
+    if config.euler_at_final or config.final_sigmas_type == "zero":
+        order[-1] = 1
+
+    x, *past, m, z = np.eye(config.solver_order + 2)
+    outputs = remembered(predicted(config, x, m, levels[:-1]), np.reshape(past, (-1, len(x))))
+    over = interval(config, levels[:-1], levels[1:])
+    nodes = over.at(visited(levels, config.solver_order))
+    weights = adams(over, nodes, order, lambda g, p: _moments(config, g, p))
+    x_t = over.cross(x, outputs, weights, z)
+    kept = [outputs[:, i] for i in range(config.solver_order - 1)]
+    return table(config, run, t, levels, [x_t, *kept], config.tau > 0)
+
+
+def _moments(config: DPMSolverConfig, g: Floats, order: int) -> Floats:
+    """What DPM-Solver's multistep formulas make of the integral's moments.
+
+    The third-order step weighs the curvature with half of its moment, as its authors' code does. With noise
+    diffusers has a sign of its own there, which is kept.
+    """
+    G = second_order(config, g, order)
+    if order == 3:
+        G[:, 2] = G[:, 1] + g**2 / 2 if config.tau else G[:, 2] / 2
+    return G
+
+
+def second_order(config: DPMConfig, g: Floats, order: int) -> Floats:
+    """The moments, and for order 2 `midpoint`'s: D's slope as if it acted in the middle of the step.
+
+    `heun` has the exact ones.
+    """
+    G = moments(g, order)
+    if order == 2 and config.solver_type == "midpoint":
+        G[:, 1] = G[:, 0] * g / 2
+    return G
+
+
+def dpm_levels(config: DPMConfig, run: Run, *, rounded: bool) -> tuple[Floats, Floats]:
+    """Timesteps [K] and noise levels σ/α [K + 1]."""
     sigmas = sigmas_of(sigma_alphas(config))
-    t, levels = preserving_levels(
-        config,
-        open_timesteps(config, run, sigmas, config.lambda_min_clipped),
-        run.steps,
-        final_level(config.final_sigmas_type, sigmas),
-        rounded=config.use_karras_sigmas and config.beta_schedule != "squaredcos_cap_v2",
-    )
-    alphas = 1 / np.sqrt(levels**2 + 1)
-    sigmas = levels * alphas
-    h = -np.diff(np.log(levels))  # log σ/α = -λ; the last step may go to λ = ∞
-    h_0 = np.append(np.inf, h[:-1])
-    e = np.expm1(-h)
-    slope = e + h if config.solver_type == "heun" else -e * h / 2
-    slope = np.divide(slope, h_0, out=np.zeros_like(h), where=_second_order(config, run, len(t)))
-
-    x, x0_prev, m, _ = np.eye(4)
-    x0 = predicted_x0(config, x, m, alphas[:-1, None], sigmas[:-1, None])
-    x_t = (
-        (sigmas[1:] / sigmas[:-1])[:, None] * x
-        - (alphas[1:] * e)[:, None] * x0
-        + (alphas[1:] * slope)[:, None] * (x0 - x0_prev)
-    )
-    return table(config, run, t, levels, [x_t, x0])
+    t = open_timesteps(config, run, sigmas, config.lambda_min_clipped)
+    final = final_level(config.final_sigmas_type, sigmas)
+    return preserving_levels(config, t, run.steps, final, rounded=rounded)
 
 
-def _second_order(config: DPMSolverConfig, run: Run, steps: int) -> NDArray[np.bool_]:
-    """[K], where the second-order update is used: there is a step before, and the last is not too steep."""
-    second = np.full(steps, config.solver_order == 2)
-    second[run.start] = False
-    few = config.lower_order_final and steps < 15
-    if config.euler_at_final or few or config.final_sigmas_type == "zero":
-        second[-1] = False
-    return second
+def predicted(config: DPMConfig, x: Floats, m: Floats, levels: Floats) -> Floats:
+    """D, [K, columns]: x0 or the noise, whichever the algorithm interpolates."""
+    alpha = 1 / np.sqrt(levels[:, None] ** 2 + 1)
+    of = predicted_x0 if config.predicts_x0 else predicted_noise
+    return of(config, x, m, alpha, levels[:, None] * alpha)
+
+
+def interval(config: DPMConfig, s: Floats, t: Floats) -> Interval:
+    """From levels s to levels t, by the algorithm's own equation."""
+    return (along_x0 if config.predicts_x0 else along_noise)(s, t, config.tau)
+
+
+def check_end(config: DPMConfig) -> None:
+    """The integral over the noise does not end where there is none."""
+    if not config.predicts_x0 and config.final_sigmas_type == "zero":
+        raise RequestError(
+            f"{config.scheduler}: algorithm_type={config.algorithm_type!r} cannot go to"
+            " final_sigmas_type='zero', here as in diffusers; set it to 'sigma_min', or take algorithm_type"
+            " 'dpmsolver++'"
+        )

@@ -1,0 +1,75 @@
+"""DEIS: the Adams-Bashforth method of an exponential integrator."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from pydantic import field_validator
+
+from sdfast.schedulers.config import FLOW, NOT_LINEAR, SigmaConfig
+from sdfast.schedulers.levels import lowest_level, open_timesteps, preserving_levels
+from sdfast.schedulers.noise import sigma_alphas, sigmas_of
+from sdfast.schedulers.prediction import predicted_noise
+from sdfast.schedulers.run import Run
+from sdfast.schedulers.solvers.dpm_solver import SHORT_RUN
+from sdfast.schedulers.solvers.exponential import adams, along_noise, moments, orders, remembered, visited
+from sdfast.schedulers.table import Schedule, table
+
+
+class DEISConfig(SigmaConfig):
+    scheduler = "DEISMultistepScheduler"
+    sampler_name = "DEIS"
+    lacks = frozenset({"rescale_betas_zero_snr"})
+    refused: ClassVar[Mapping[str, str]] = {
+        "thresholding": NOT_LINEAR,
+        "use_flow_sigmas": FLOW,
+        "use_dynamic_shifting": FLOW,
+    }
+
+    solver_order: Literal[1, 2, 3] = 2
+    thresholding: bool = False
+    dynamic_thresholding_ratio: float = 0.995
+    sample_max_value: float = 1.0
+    algorithm_type: Literal["deis"] = "deis"
+    solver_type: Literal["logrho"] = "logrho"
+    lower_order_final: bool = True
+    use_flow_sigmas: bool = False
+    flow_shift: float = 1.0
+    use_dynamic_shifting: bool = False
+    time_shift_type: str = "exponential"
+
+    @field_validator("algorithm_type", mode="before")
+    @classmethod
+    def _dpm_means_deis(cls, algorithm: Any) -> Any:
+        return "deis" if algorithm in ("dpmsolver", "dpmsolver++") else algorithm  # as diffusers does
+
+    @field_validator("solver_type", mode="before")
+    @classmethod
+    def _other_solvers_mean_logrho(cls, solver: Any) -> Any:
+        return "logrho" if solver in ("midpoint", "heun", "bh1", "bh2") else solver  # as diffusers does
+
+
+def deis(config: DEISConfig, run: Run) -> Schedule:
+    """DEIS-ρAB with ρ = e^{-λ} (Zhang and Chen 2022, arXiv:2204.13902): ε as a polynomial in log ρ.
+
+    Registers: the latents, and ε of the steps before. Ends at the lowest level, not at none.
+    """
+    sigmas = sigmas_of(sigma_alphas(config))
+    t, levels = preserving_levels(
+        config,
+        open_timesteps(config, run, sigmas),
+        run.steps,
+        lowest_level(config, sigmas),
+        rounded=config.use_karras_sigmas,
+    )
+    short = config.lower_order_final and len(t) < SHORT_RUN
+    order = orders(config.solver_order, run, len(t), falling=short)
+
+    x, *past, m, z = np.eye(config.solver_order + 2)
+    alpha = 1 / np.sqrt(levels[:-1, None] ** 2 + 1)
+    eps = predicted_noise(config, x, m, alpha, levels[:-1, None] * alpha)
+    outputs = remembered(eps, np.reshape(past, (-1, len(x))))
+    over = along_noise(levels[:-1], levels[1:])
+    weights = adams(over, over.at(visited(levels, config.solver_order)), order, moments)
+    kept = [outputs[:, i] for i in range(config.solver_order - 1)]
+    return table(config, run, t, levels, [over.cross(x, outputs, weights, z), *kept])

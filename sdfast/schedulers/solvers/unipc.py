@@ -1,0 +1,125 @@
+"""UniPC: a predictor, and a corrector that needs no evaluation of its own."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field, field_validator
+
+from sdfast.errors import RequestError
+from sdfast.schedulers.config import FLOW, NOT_LINEAR, SigmaConfig
+from sdfast.schedulers.levels import lowest_level, open_timesteps, preserving_levels
+from sdfast.schedulers.noise import sigma_alphas, sigmas_of
+from sdfast.schedulers.prediction import predicted_noise, predicted_x0
+from sdfast.schedulers.run import Run
+from sdfast.schedulers.solvers.exponential import (
+    Ints,
+    adams,
+    along_noise,
+    along_x0,
+    moments,
+    orders,
+    remembered,
+    visited,
+)
+from sdfast.schedulers.table import Floats, Schedule, table
+
+
+class UniPCConfig(SigmaConfig):
+    scheduler = "UniPCMultistepScheduler"
+    refused: ClassVar[Mapping[str, str]] = {
+        "thresholding": NOT_LINEAR,
+        "solver_p": "a predictor of one's own cannot be a table; set it to null",
+        "use_flow_sigmas": FLOW,
+        "use_dynamic_shifting": FLOW,
+        "shift_terminal": FLOW.replace("false", "null"),
+    }
+
+    solver_order: Literal[1, 2, 3] = 2
+    thresholding: bool = False
+    dynamic_thresholding_ratio: float = 0.995
+    sample_max_value: float = 1.0
+    predict_x0: bool = True
+    solver_type: Literal["bh1", "bh2"] = "bh2"
+    lower_order_final: bool = True
+    disable_corrector: list[int] = Field([])  # steps whose result is left as predicted
+    solver_p: Any = None
+    use_flow_sigmas: bool = False
+    flow_shift: float = 1.0
+    final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
+    use_dynamic_shifting: bool = False
+    time_shift_type: str = "exponential"
+    shift_terminal: float | None = None
+
+    @property
+    def sampler(self) -> str:
+        return "UniPC" if self.solver_type == "bh1" else "UniPC bh2"
+
+    @field_validator("solver_type", mode="before")
+    @classmethod
+    def _other_solvers_mean_bh2(cls, solver: Any) -> Any:
+        return "bh2" if solver in ("midpoint", "heun", "logrho") else solver  # as diffusers does
+
+
+def unipc(config: UniPCConfig, run: Run) -> Schedule:
+    """UniPC (Zhao et al. 2023, arXiv:2302.04867).
+
+    Step k first goes once more from level k - 1 to level k, now that the output at k is known: UniC, from the
+    latents before. From there UniP goes on to level k + 1. Both at once are one matrix. Registers: the
+    predicted latents, the corrected ones of the step before, and the outputs of the steps before.
+    """
+    t, levels = _levels(config, run)
+    order = orders(config.solver_order, run, len(t), falling=config.lower_order_final)
+    _check_end(config, order)
+    k = np.arange(len(t))
+
+    x, x_before, *past, m, z = np.eye(config.solver_order + 4)
+    alpha = 1 / np.sqrt(levels[:-1, None] ** 2 + 1)
+    predicted = predicted_x0 if config.predict_x0 else predicted_noise
+    outputs = remembered(
+        predicted(config, x, m, alpha, levels[:-1, None] * alpha), np.reshape(past, (-1, len(x)))
+    )
+    seen = visited(levels, config.solver_order + 1)
+    along = along_x0 if config.predict_x0 else along_noise
+
+    def wanted(g: Floats, p: int) -> Floats:
+        return _moments(config, g, p)
+
+    again = along(levels[k - 1], levels[:-1])
+    corrects = (k > run.start) & ~np.isin(k - 1, config.disable_corrector)
+    weights = adams(again, again.at(seen), np.where(corrects, np.roll(order, 1) + 1, 1), wanted)
+    corrected = np.where(corrects[:, None], again.cross(x_before, outputs, weights, z), x)
+
+    over = along(levels[:-1], levels[1:])
+    weights = adams(over, over.at(seen), order, wanted)
+    kept = [outputs[:, i] for i in range(config.solver_order)]
+    return table(config, run, t, levels, [over.cross(corrected, outputs, weights, z), corrected, *kept])
+
+
+def _moments(config: UniPCConfig, g: Floats, count: int) -> Floats:
+    """Between two outputs UniPC weighs the slope simply with B(h) / 2, where B is g or e^g - 1."""
+    G = moments(g, count)
+    if count == 2:
+        G[:, 1] = g * (g if config.solver_type == "bh1" else G[:, 0]) / 2
+    return G
+
+
+def _levels(config: UniPCConfig, run: Run) -> tuple[Floats, Floats]:
+    sigmas = sigmas_of(sigma_alphas(config))
+    return preserving_levels(
+        config,
+        open_timesteps(config, run, sigmas),
+        run.steps,
+        0.0 if config.final_sigmas_type == "zero" else lowest_level(config, sigmas),
+        rounded=config.use_karras_sigmas,
+    )
+
+
+def _check_end(config: UniPCConfig, order: Ints) -> None:
+    """Where there is no noise, λ is infinite: only x0's first-order step gets there."""
+    if config.final_sigmas_type == "zero" and (order[-1] > 1 or not config.predict_x0):
+        raise RequestError(
+            f"UniPCMultistepScheduler: predict_x0={config.predict_x0} with"
+            f" lower_order_final={config.lower_order_final} cannot go to final_sigmas_type='zero', here as in"
+            " diffusers; set that to 'sigma_min', or both others to true"
+        )
