@@ -1,9 +1,8 @@
 """PNDM: DDIM on the noise of a linear multistep method, which a Runge-Kutta method may warm up."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from pydantic import field_validator
 
 from sdfast.errors import RequestError
 from sdfast.schedulers.config import SchedulerConfig
@@ -17,6 +16,7 @@ from sdfast.schedulers.table import Floats, Schedule, table
 class PNDMConfig(SchedulerConfig):
     scheduler = "PNDMScheduler"
     sampler_name = "PLMS"
+    lacks = frozenset({"rescale_betas_zero_snr"})
 
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
     skip_prk_steps: bool = False
@@ -26,11 +26,6 @@ class PNDMConfig(SchedulerConfig):
     @property
     def sampler(self) -> str:
         return "PLMS" if self.skip_prk_steps else "PNDM PRK"
-
-    @field_validator("rescale_betas_zero_snr", mode="before")
-    @classmethod
-    def _not_an_option_here(cls, _: Any) -> bool:
-        return False  # the diffusers class has none: what another class's config says of it is ignored
 
 
 def pndm(config: PNDMConfig, run: Run) -> Schedule:
