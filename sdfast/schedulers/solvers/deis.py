@@ -9,10 +9,9 @@ from pydantic import field_validator
 from sdfast.schedulers.config import FLOW, NOT_LINEAR, SigmaConfig
 from sdfast.schedulers.levels import lowest_level, open_timesteps, preserving_levels
 from sdfast.schedulers.noise import sigma_alphas, sigmas_of
-from sdfast.schedulers.prediction import predicted_noise
 from sdfast.schedulers.run import Run
 from sdfast.schedulers.solvers.dpm_solver import SHORT_RUN
-from sdfast.schedulers.solvers.exponential import adams, along_noise, moments, orders, remembered, visited
+from sdfast.schedulers.solvers.exponential import adams, along, known, moments, orders, visited
 from sdfast.schedulers.table import Schedule, table
 
 
@@ -66,10 +65,8 @@ def deis(config: DEISConfig, run: Run) -> Schedule:
     order = orders(config.solver_order, run, len(t), falling=short)
 
     x, *past, m, z = np.eye(config.solver_order + 2)
-    alpha = 1 / np.sqrt(levels[:-1, None] ** 2 + 1)
-    eps = predicted_noise(config, x, m, alpha, levels[:-1, None] * alpha)
-    outputs = remembered(eps, np.reshape(past, (-1, len(x))))
-    over = along_noise(levels[:-1], levels[1:])
+    eps = known(config, x, m, past, levels, of_x0=False)
+    over = along(levels[:-1], levels[1:], of_x0=False)
     weights = adams(over, over.at(visited(levels, config.solver_order)), order, moments)
-    kept = [outputs[:, i] for i in range(config.solver_order - 1)]
-    return table(config, run, t, levels, [over.cross(x, outputs, weights, z), *kept])
+    kept = [eps[:, i] for i in range(config.solver_order - 1)]
+    return table(config, run, t, levels, [over.cross(x, eps, weights, z), *kept])

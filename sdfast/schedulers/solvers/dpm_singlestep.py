@@ -5,15 +5,8 @@ from typing import Literal
 import numpy as np
 
 from sdfast.schedulers.run import Run
-from sdfast.schedulers.solvers.dpm_solver import (
-    DPMConfig,
-    check_end,
-    dpm_levels,
-    interval,
-    predicted,
-    second_order,
-)
-from sdfast.schedulers.solvers.exponential import Interval, Ints, quadrature, remembered, visited
+from sdfast.schedulers.solvers.dpm_solver import DPMConfig, check_end, dpm_levels, second_order
+from sdfast.schedulers.solvers.exponential import Interval, Ints, along, known, quadrature, visited
 from sdfast.schedulers.table import Floats, Schedule, table
 
 
@@ -22,7 +15,7 @@ class DPMSinglestepConfig(DPMConfig):
     letter = "S"
     lacks = frozenset({"timestep_spacing", "steps_offset", "rescale_betas_zero_snr"})
 
-    algorithm_type: Literal["dpmsolver++", "dpmsolver", "sde-dpmsolver++"] = "dpmsolver++"  # type: ignore[assignment]
+    algorithm_type: Literal["dpmsolver++", "dpmsolver", "sde-dpmsolver++"] = "dpmsolver++"
     lower_order_final: bool = False
 
 
@@ -40,12 +33,11 @@ def dpm_singlestep(config: DPMSinglestepConfig, run: Run) -> Schedule:
 
     x, begun, *past, m, z = np.eye(config.solver_order + 3)
     x_s = np.where(order[:, None] == 1, x, begun)
-    outputs = remembered(predicted(config, x, m, levels[:-1]), np.reshape(past, (-1, len(x))))
-    over = interval(config, levels[k - order + 1], levels[1:])
+    D = known(config, x, m, past, levels, of_x0=config.of_x0)
+    over = along(levels[k - order + 1], levels[1:], config.tau, of_x0=config.of_x0)
     weights = _weights(config, over, over.at(visited(levels, config.solver_order)), order)
-    x_t = over.cross(x_s, outputs, weights, z)
-    kept = [outputs[:, i] for i in range(config.solver_order - 1)]
-    return table(config, run, t, levels, [x_t, x_s, *kept], config.tau > 0)
+    kept = [D[:, i] for i in range(config.solver_order - 1)]
+    return table(config, run, t, levels, [over.cross(x_s, D, weights, z), x_s, *kept], config.tau > 0)
 
 
 def _orders(config: DPMSinglestepConfig, run: Run, steps: int) -> Ints:
@@ -55,8 +47,8 @@ def _orders(config: DPMSinglestepConfig, run: Run, steps: int) -> Ints:
     whole = config.lower_order_final and steps % highest == 0
     if whole or config.final_sigmas_type == "zero":
         order[-1] = 1
-    known = np.arange(steps) - run.start + 1
-    return np.minimum(order, np.maximum(known, 1))
+    evaluated = np.arange(steps) - run.start + 1
+    return np.minimum(order, np.maximum(evaluated, 1))
 
 
 def _weights(config: DPMSinglestepConfig, over: Interval, nodes: Floats, order: Ints) -> Floats:
@@ -66,11 +58,11 @@ def _weights(config: DPMSinglestepConfig, over: Interval, nodes: Floats, order: 
     """
     weights = np.zeros_like(nodes)
     for p in np.unique(order):
-        k = np.flatnonzero(order == p)
-        taken = [0, 2] if p == 3 and config.solver_type == "midpoint" else list(range(p))
-        g = over.g[k, 0]
+        k = np.flatnonzero(order == p)[:, None]
+        taken = np.array([0, 2]) if p == 3 and config.solver_type == "midpoint" else np.arange(p)
+        g = over.g[k[:, 0], 0]
         G = second_order(config, g, int(p))
         if p == 3 and config.tau:
             G[:, 2] = 2 * G[:, 1] + g**2  # a sign of diffusers' own, kept
-        weights[np.ix_(k, taken)] = quadrature(nodes[np.ix_(k, taken)], G[:, : len(taken)])
+        weights[k, taken] = quadrature(nodes[k, taken], G[:, : len(taken)])
     return weights

@@ -4,6 +4,7 @@ Lu et al. 2022a: arXiv:2206.00927, DPM-Solver; 2022b: arXiv:2211.01095, DPM-Solv
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -13,18 +14,8 @@ from sdfast.errors import RequestError
 from sdfast.schedulers.config import FLOW, NOT_LINEAR, SigmaConfig
 from sdfast.schedulers.levels import final_level, open_timesteps, preserving_levels
 from sdfast.schedulers.noise import sigma_alphas, sigmas_of
-from sdfast.schedulers.prediction import predicted_noise, predicted_x0
 from sdfast.schedulers.run import Run
-from sdfast.schedulers.solvers.exponential import (
-    Interval,
-    adams,
-    along_noise,
-    along_x0,
-    moments,
-    orders,
-    remembered,
-    visited,
-)
+from sdfast.schedulers.solvers.exponential import adams, along, known, moments, orders, visited
 from sdfast.schedulers.table import Floats, Schedule, table
 
 LEARNED = "models that predict a variance are not supported; set it to null"
@@ -60,7 +51,7 @@ class DPMConfig(SigmaConfig):
     @property
     def sampler(self) -> str:
         """ "DPM++ 2M SDE Heun": algorithm, order, multistep or singlestep, with noise, variant."""
-        family = "DPM++" if self.predicts_x0 else "DPM-Solver"
+        family = "DPM++" if self.of_x0 else "DPM-Solver"
         kind = f"{family} {self.solver_order}{self.letter}" + (" SDE" if self.tau else "")
         return kind + (" Heun" if self.solver_type == "heun" else "")
 
@@ -70,8 +61,8 @@ class DPMConfig(SigmaConfig):
         return self.respacing or "Uniform"
 
     @property
-    def predicts_x0(self) -> bool:
-        """Whether D is x0, as in DPM-Solver++, or the noise."""
+    def of_x0(self) -> bool:
+        """Whether D is x0, as in DPM-Solver++; else it is the noise."""
         return self.algorithm_type.endswith("++")
 
     @property
@@ -122,13 +113,11 @@ def dpm_multistep(config: DPMSolverConfig, run: Run) -> Schedule:
         order[-1] = 1
 
     x, *past, m, z = np.eye(config.solver_order + 2)
-    outputs = remembered(predicted(config, x, m, levels[:-1]), np.reshape(past, (-1, len(x))))
-    over = interval(config, levels[:-1], levels[1:])
-    nodes = over.at(visited(levels, config.solver_order))
-    weights = adams(over, nodes, order, lambda g, p: _moments(config, g, p))
-    x_t = over.cross(x, outputs, weights, z)
-    kept = [outputs[:, i] for i in range(config.solver_order - 1)]
-    return table(config, run, t, levels, [x_t, *kept], config.tau > 0)
+    D = known(config, x, m, past, levels, of_x0=config.of_x0)
+    over = along(levels[:-1], levels[1:], config.tau, of_x0=config.of_x0)
+    weights = adams(over, over.at(visited(levels, config.solver_order)), order, partial(_moments, config))
+    kept = [D[:, i] for i in range(config.solver_order - 1)]
+    return table(config, run, t, levels, [over.cross(x, D, weights, z), *kept], config.tau > 0)
 
 
 def _moments(config: DPMSolverConfig, g: Floats, order: int) -> Floats:
@@ -162,21 +151,9 @@ def dpm_levels(config: DPMConfig, run: Run, *, rounded: bool) -> tuple[Floats, F
     return preserving_levels(config, t, run.steps, final, rounded=rounded)
 
 
-def predicted(config: DPMConfig, x: Floats, m: Floats, levels: Floats) -> Floats:
-    """D, [K, columns]: x0 or the noise, whichever the algorithm interpolates."""
-    alpha = 1 / np.sqrt(levels[:, None] ** 2 + 1)
-    of = predicted_x0 if config.predicts_x0 else predicted_noise
-    return of(config, x, m, alpha, levels[:, None] * alpha)
-
-
-def interval(config: DPMConfig, s: Floats, t: Floats) -> Interval:
-    """From levels s to levels t, by the algorithm's own equation."""
-    return (along_x0 if config.predicts_x0 else along_noise)(s, t, config.tau)
-
-
 def check_end(config: DPMConfig) -> None:
     """The integral over the noise does not end where there is none."""
-    if not config.predicts_x0 and config.final_sigmas_type == "zero":
+    if not config.of_x0 and config.final_sigmas_type == "zero":
         raise RequestError(
             f"{config.scheduler}: algorithm_type={config.algorithm_type!r} cannot go to"
             " final_sigmas_type='zero', here as in diffusers; set it to 'sigma_min', or take algorithm_type"

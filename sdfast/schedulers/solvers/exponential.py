@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from sdfast.schedulers.config import SchedulerConfig
+from sdfast.schedulers.prediction import predicted_noise, predicted_x0
 from sdfast.schedulers.run import Run
 from sdfast.schedulers.table import Floats
 
@@ -49,8 +51,14 @@ class Interval:
 
     def cross(self, x: Floats, outputs: Floats, weights: Floats, z: Floats) -> Floats:
         """x_t, [K, columns], of x_s, of outputs [K, P, columns] with weights [K, P], and of unit noise."""
-        integral = np.einsum("kp,kpc->kc", weights, outputs)
-        return self.keep * x - self.gain * integral + self.noise * z
+        integral: Floats = np.einsum("kp,kpc->kc", weights, outputs)
+        x_t: Floats = self.keep * x - self.gain * integral + self.noise * z
+        return x_t
+
+
+def along(s: Floats, t: Floats, tau: Floats | float = 0.0, *, of_x0: bool) -> Interval:
+    """From levels s to levels t, [K] each, for D = x0 or D = ε, with τ times the noise of the SDE."""
+    return (along_x0 if of_x0 else along_noise)(s, t, tau)
 
 
 def along_x0(s: Floats, t: Floats, tau: Floats | float = 0.0) -> Interval:
@@ -118,10 +126,15 @@ def visited(levels: Floats, count: int) -> Floats:
     return np.stack([np.roll(levels[:-1], i) for i in range(count)], axis=1)
 
 
-def remembered(output: Floats, past: Floats) -> Floats:
-    """Outputs [K, 1 + P, columns]: each step's own [K, columns], then the registers of P earlier ones."""
-    earlier = np.broadcast_to(past, (len(output), *past.shape))
-    return np.concatenate([output[:, None], earlier], axis=1)
+def known(
+    config: SchedulerConfig, x: Floats, m: Floats, past: list[Floats], levels: Floats, *, of_x0: bool
+) -> Floats:
+    """D as it is known in each step, [K, 1 + P, columns]: of its model output now, then of P registers."""
+    alpha = 1 / np.sqrt(levels[:-1, None] ** 2 + 1)
+    predicted = predicted_x0 if of_x0 else predicted_noise
+    own = predicted(config, x, m, alpha, levels[:-1, None] * alpha)
+    earlier = [np.broadcast_to(register, own.shape) for register in past]
+    return np.stack([own, *earlier], axis=1)
 
 
 def orders(highest: int, run: Run, steps: int, *, falling: bool) -> Ints:

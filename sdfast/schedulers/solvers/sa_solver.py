@@ -8,18 +8,9 @@ import numpy as np
 from sdfast.schedulers.config import FLOW, NOT_LINEAR, SigmaConfig
 from sdfast.schedulers.levels import lowest_level, open_timesteps, preserving_levels
 from sdfast.schedulers.noise import alpha_bar_at, sigma_alphas, sigmas_of
-from sdfast.schedulers.prediction import predicted_noise, predicted_x0
 from sdfast.schedulers.run import Run
 from sdfast.schedulers.solvers.dpm_solver import LEARNED
-from sdfast.schedulers.solvers.exponential import (
-    adams,
-    along_noise,
-    along_x0,
-    moments,
-    orders,
-    remembered,
-    visited,
-)
+from sdfast.schedulers.solvers.exponential import Ints, adams, along, known, moments, orders, visited
 from sdfast.schedulers.table import Floats, Schedule, table
 
 
@@ -55,37 +46,36 @@ def sa_solver(config: SASolverConfig, run: Run) -> Schedule:
     step before, its noise, and the outputs of the steps before.
     """
     t, levels = _levels(config, run)
-    steps, k = len(t), np.arange(len(t))
+    k = np.arange(len(t))
     tau = np.where((t >= 200) & (t <= 800), 1.0, 0.0)  # noise in the middle only: diffusers' default
-    predictor = orders(config.predictor_order, run, steps, falling=config.lower_order_final)
-    corrector = np.minimum(config.corrector_order, np.maximum(k - run.start + 1, 1))
-    if config.lower_order_final:
-        corrector = np.minimum(corrector, steps - k + 2)
+    of_x0 = config.algorithm_type == "data_prediction"
+    wanted = _flat_slope if of_x0 else moments
 
     depth = max(config.predictor_order, config.corrector_order)
     x, x_before, z_before, *past, m, z = np.eye(depth + 4)
-    predicts_x0 = config.algorithm_type == "data_prediction"
-    alpha = 1 / np.sqrt(levels[:-1, None] ** 2 + 1)
-    predicted = predicted_x0 if predicts_x0 else predicted_noise
-    outputs = remembered(
-        predicted(config, x, m, alpha, levels[:-1, None] * alpha), np.reshape(past, (-1, len(x)))
-    )
+    D = known(config, x, m, past, levels, of_x0=of_x0)
     seen = visited(levels, depth)
-    along = along_x0 if predicts_x0 else along_noise
-    wanted = _flat_slope if predicts_x0 else moments
 
-    again = along(levels[k - 1], levels[:-1], tau[k - 1])
-    weights = adams(again, again.at(seen), corrector, wanted)
-    corrected = np.where((k > run.start)[:, None], again.cross(x_before, outputs, weights, z_before), x)
+    again = along(levels[k - 1], levels[:-1], tau[k - 1], of_x0=of_x0)
+    weights = adams(again, again.at(seen), _corrector_orders(config, run, len(t)), wanted)
+    corrected = np.where((k > run.start)[:, None], again.cross(x_before, D, weights, z_before), x)
 
-    over = along(levels[:-1], levels[1:], tau)
-    weights = adams(over, over.at(seen), predictor, wanted)
-    x_t = over.cross(corrected, outputs, weights, z)
-    kept = [outputs[:, i] for i in range(depth - 1)]
-    noise = np.broadcast_to(z, x_t.shape)
+    over = along(levels[:-1], levels[1:], tau, of_x0=of_x0)
+    order = orders(config.predictor_order, run, len(t), falling=config.lower_order_final)
+    x_t = over.cross(corrected, D, adams(over, over.at(seen), order, wanted), z)
+    kept = [D[:, i] for i in range(depth - 1)]
     # diffusers adds noise by the timestep, also where it is only the nearest one to the step's level
     noisy = np.sqrt(1 / alpha_bar_at(config, t) - 1)
-    return table(config, run, t, noisy, [x_t, corrected, noise, *kept], True)
+    return table(config, run, t, noisy, [x_t, corrected, np.broadcast_to(z, x_t.shape), *kept], True)
+
+
+def _corrector_orders(config: SASolverConfig, run: Run, steps: int) -> Ints:
+    """How many outputs each step's corrector uses, its own among them: [K]."""
+    k = np.arange(steps)
+    order = np.minimum(config.corrector_order, k - run.start + 1)
+    if config.lower_order_final:
+        order = np.minimum(order, steps - k + 2)
+    return np.maximum(order, 1)
 
 
 def _flat_slope(g: Floats, count: int) -> Floats:

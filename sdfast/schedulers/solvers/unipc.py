@@ -1,6 +1,7 @@
 """UniPC: a predictor, and a corrector that needs no evaluation of its own."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -10,18 +11,8 @@ from sdfast.errors import RequestError
 from sdfast.schedulers.config import FLOW, NOT_LINEAR, SigmaConfig
 from sdfast.schedulers.levels import lowest_level, open_timesteps, preserving_levels
 from sdfast.schedulers.noise import sigma_alphas, sigmas_of
-from sdfast.schedulers.prediction import predicted_noise, predicted_x0
 from sdfast.schedulers.run import Run
-from sdfast.schedulers.solvers.exponential import (
-    Ints,
-    adams,
-    along_noise,
-    along_x0,
-    moments,
-    orders,
-    remembered,
-    visited,
-)
+from sdfast.schedulers.solvers.exponential import Ints, adams, along, known, moments, orders, visited
 from sdfast.schedulers.table import Floats, Schedule, table
 
 
@@ -74,26 +65,19 @@ def unipc(config: UniPCConfig, run: Run) -> Schedule:
     k = np.arange(len(t))
 
     x, x_before, *past, m, z = np.eye(config.solver_order + 4)
-    alpha = 1 / np.sqrt(levels[:-1, None] ** 2 + 1)
-    predicted = predicted_x0 if config.predict_x0 else predicted_noise
-    outputs = remembered(
-        predicted(config, x, m, alpha, levels[:-1, None] * alpha), np.reshape(past, (-1, len(x)))
-    )
+    D = known(config, x, m, past, levels, of_x0=config.predict_x0)
     seen = visited(levels, config.solver_order + 1)
-    along = along_x0 if config.predict_x0 else along_noise
+    wanted = partial(_moments, config)
 
-    def wanted(g: Floats, p: int) -> Floats:
-        return _moments(config, g, p)
-
-    again = along(levels[k - 1], levels[:-1])
+    again = along(levels[k - 1], levels[:-1], of_x0=config.predict_x0)
     corrects = (k > run.start) & ~np.isin(k - 1, config.disable_corrector)
     weights = adams(again, again.at(seen), np.where(corrects, np.roll(order, 1) + 1, 1), wanted)
-    corrected = np.where(corrects[:, None], again.cross(x_before, outputs, weights, z), x)
+    corrected = np.where(corrects[:, None], again.cross(x_before, D, weights, z), x)
 
-    over = along(levels[:-1], levels[1:])
+    over = along(levels[:-1], levels[1:], of_x0=config.predict_x0)
     weights = adams(over, over.at(seen), order, wanted)
-    kept = [outputs[:, i] for i in range(config.solver_order)]
-    return table(config, run, t, levels, [over.cross(corrected, outputs, weights, z), corrected, *kept])
+    kept = [D[:, i] for i in range(config.solver_order)]
+    return table(config, run, t, levels, [over.cross(corrected, D, weights, z), corrected, *kept])
 
 
 def _moments(config: UniPCConfig, g: Floats, count: int) -> Floats:
