@@ -4,6 +4,7 @@ Each command is a thin layer over the package. What sdfast raises on purpose is 
 status 1; `--debug` shows the traceback. Heavy imports are inside the commands, so that `--help` is immediate.
 """
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -126,12 +127,20 @@ def info(engine: Path, as_json: bool) -> None:
 
 
 @main.command()
-def schedulers() -> None:
-    """List the schedulers, by every name that --scheduler takes."""
+@click.option("--json", "as_json", is_flag=True, help="With every alias, and what each name decides.")
+def schedulers(as_json: bool) -> None:
+    """List the samplers: AUTOMATIC1111's name, the short name, the diffusers class; --scheduler takes each.
+
+    A sampler evaluates the network once or twice a step: what a step costs.
+    """
     from sdfast.schedulers import SAMPLERS
 
-    rows = [(s.short_name, s.name, s.scheduler, str(s.evaluations), s.advice) for s in SAMPLERS]
-    click.echo(_table([("short name", "name", "diffusers class", "evaluations", "when"), *rows]))
+    if as_json:
+        listed = [{**vars(s), "name": s.name, "overrides": dict(s.overrides)} for s in SAMPLERS]
+        click.echo(json.dumps(listed, indent=2))
+        return
+    rows = [(s.name, s.short_name, s.scheduler, str(s.evaluations), s.advice) for s in SAMPLERS]
+    click.echo(_table([("name", "short name", "diffusers class", "evaluations a step", "when"), *rows]))
 
 
 @main.command()

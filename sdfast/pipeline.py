@@ -3,6 +3,7 @@
 `Pipeline` takes the call that diffusers' pipelines take. What it does not support it refuses by name.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from sdfast.loop import Row, Rows
 from sdfast.noise import OwnNoise, SharedNoise, generator
 from sdfast.prompts import Prompts, PromptState, check_tensor
 from sdfast.request import Request
-from sdfast.schedulers import Schedule, own_config, schedule
+from sdfast.schedulers import SOLVERS, Schedule, own_config, schedule
 
 DEFAULT_STEPS = 50  # as in diffusers
 DEFAULT_GUIDANCE = {"sd": 7.5, "sdxl": 5.0}  # as in diffusers
@@ -29,10 +30,22 @@ StepCallback = Callable[[Any, int, float, dict[str, torch.Tensor]], Mapping[str,
 
 @dataclass(frozen=True)
 class Scheduler:
-    """The scheduler a pipeline will use: a diffusers class name and its config."""
+    """The scheduler a pipeline will use: a diffusers class name and its config.
+
+    source: an object of a class that sdfast has no formulas for; its tables are taken from itself.
+    """
 
     name: str
     config: Mapping[str, Any]
+    source: Any = None
+
+    def schedule(self, **run: Any) -> Schedule:
+        """The table of a run; `run` is what `sdfast.schedulers.schedule` takes."""
+        if self.source is None:
+            return schedule(self.name, self.config, **run)
+        from sdfast.schedulers.extract import run_of
+
+        return run_of(self.source, **run)
 
 
 @dataclass(frozen=True)
@@ -146,11 +159,12 @@ class Pipeline:
         elif isinstance(value, Scheduler):
             chosen = value
         elif hasattr(value, "config"):
-            chosen = Scheduler(type(value).__name__, own_config(value))
+            name = type(value).__name__
+            chosen = Scheduler(name, own_config(value), None if name in SOLVERS else copy.deepcopy(value))
         else:
             raise RequestError(f"{value!r} is not a scheduler: give a name or a diffusers scheduler object")
         # What is not supported is named here rather than in the middle of a call.
-        schedule(chosen.name, chosen.config, num_inference_steps=1)
+        chosen.schedule(num_inference_steps=4)
         self._scheduler = chosen
 
     def set_progress_bar_config(self, **options: Any) -> None:
@@ -281,14 +295,7 @@ class Pipeline:
         name: str | None = None,
     ) -> Schedule:
         chosen = Scheduler(name, self.engine.scheduler_config) if name else self._scheduler
-        return schedule(
-            chosen.name,
-            chosen.config,
-            num_inference_steps=steps,
-            timesteps=timesteps,
-            sigmas=sigmas,
-            eta=eta,
-        )
+        return chosen.schedule(num_inference_steps=steps, timesteps=timesteps, sigmas=sigmas, eta=eta)
 
     def _encode(
         self, request: Request, given: Given

@@ -1,5 +1,6 @@
 """The command line: pictures with their parameters inside, and one line for whatever is wrong."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from PIL import Image
 
 from sdfast import infotext
 from sdfast.cli import _engine_name, main
-from sdfast.schedulers import SAMPLERS
+from sdfast.schedulers import SAMPLERS, resolve
 
 
 def sdfast(*arguments: Any) -> Result:
@@ -170,11 +171,22 @@ def test_info_tells_what_an_engine_is(sd_engine: Path) -> None:
 
 
 def test_schedulers_lists_every_name(here: Path) -> None:
-    listed = sdfast("schedulers").stdout
-    for sampler in SAMPLERS:
-        assert sampler.short_name in listed
-        assert sampler.name in listed
-        assert sampler.scheduler in listed
+    head, *listed = sdfast("schedulers").stdout.splitlines()
+    assert head.split("  ")[0] == "name"
+    for sampler, line in zip(SAMPLERS, listed, strict=True):
+        cells = [cell.strip() for cell in line.split("  ") if cell]
+        told = [sampler.name, sampler.short_name, sampler.scheduler, str(sampler.evaluations), sampler.advice]
+        assert cells == told
+
+
+def test_schedulers_as_json_are_what_their_names_mean(here: Path) -> None:
+    listed = json.loads(sdfast("schedulers", "--json").stdout)
+    assert len(listed) == len(SAMPLERS)
+    for told, sampler in zip(listed, SAMPLERS, strict=True):
+        assert resolve(told["name"]) == resolve(told["short_name"]) == sampler
+        assert (told["scheduler"], told["evaluations"]) == (sampler.scheduler, sampler.evaluations)
+        assert told["overrides"] == dict(sampler.overrides)
+        assert told["aliases"] == list(sampler.aliases)
 
 
 def test_doctor_tells_versions_and_what_is_missing(here: Path) -> None:

@@ -323,6 +323,15 @@ def test_a_scheduler_that_is_not_there_leaves_the_old_one(sd: tuple[Any, Pipelin
     assert pipe.scheduler.name == "euler"
 
 
+def test_a_scheduler_of_any_other_class_is_followed(sd: tuple[Any, Pipeline]) -> None:
+    reference, pipe = sd
+    reference.scheduler = pipe.scheduler = diffusers.IPNDMScheduler()
+    call = {"num_inference_steps": 7, "output_type": "latent"}
+    assert_same(reference(PROMPT, generator=seeded(3), **call).images, pipe(PROMPT, seed=3, **call).images)
+    with pytest.raises(RequestError, match="scheduler"):
+        pipe.scheduler = reference.unet  # it has a config, too
+
+
 def test_every_scheduler_can_be_set(sd: tuple[Any, Pipeline]) -> None:
     from sdfast.schedulers import SAMPLERS
 

@@ -38,7 +38,7 @@ from sdfast.schedulers.run import checked_run
 from sdfast.schedulers.solvers import SOLVERS
 from sdfast.schedulers.table import Schedule
 
-__all__ = ["SAMPLERS", "Sampler", "Schedule", "own_config", "resolve", "schedule"]
+__all__ = ["SAMPLERS", "SOLVERS", "Sampler", "Schedule", "own_config", "resolve", "schedule"]
 
 
 def schedule(

@@ -12,6 +12,7 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,14 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from sdfast.errors import RequestError
+from sdfast.schedulers.run import left_out
 from sdfast.schedulers.table import Floats, Schedule
 
 MAX_REGISTERS = 16  # each one is as large as the latents, in every row
 SCALES = (0.0, 1.0, 8.0)  # of the random inputs that linearity is tested on; latents are seldom larger than 8
 TOLERANCE = 1e-5  # relative; what is not linear is off by far more
-NEGLIGIBLE = 1e-14  # relative; what is left of a coefficient that cancels
+TINY = 1e-14  # of a result that should be nothing
+NEGLIGIBLE = 1e-10  # relative to a step's coefficients; what cancels leaves some 1e-16 of them
 
 # What a scheduler's own methods raise for what they cannot do.
 _REFUSALS = (
@@ -41,34 +44,40 @@ _REFUSALS = (
 Run = list[tuple[torch.Tensor, torch.Tensor]]  # of each step: the network's input, the latents after it
 
 
-def from_diffusers(scheduler: Any, eta: float = 0.0) -> Schedule:
+def from_diffusers(scheduler: Any, eta: float = 0.0, start: int | None = None) -> Schedule:
     """The table of a scheduler object whose `set_timesteps` was called; the object itself is not changed.
 
-    Of a table's R registers, the first are the latents, and the others hold what later steps still need of
-    the latents, model outputs and noises of earlier steps. A table that is made from a scheduler's formulas
-    may need fewer, since it can keep a combination of those.
+    Of a table's R registers, the first holds the latents, and the others those combinations of earlier
+    latents, model outputs and noises that later steps need.
 
     Args:
-        scheduler: of any class with diffusers' `step(model_output, timestep, sample)`. A `begin_index` that
-            was set is honoured.
+        scheduler: of any class with diffusers' `step(model_output, timestep, sample)`.
         eta: given to a `step` that takes it.
+        start: how many of its timesteps to leave out at the beginning; by default the `begin_index` that was
+            set.
 
     Raises:
         RequestError: the object has no timesteps yet, has stepped already, refuses a step, needs more than
             `MAX_REGISTERS`, or is not linear: it thresholds, clips, or draws noise unseen.
     """
-    told = _ready(scheduler)
-    probe = _Probe(scheduler, told, _options(scheduler, eta))
+    name = _checked(scheduler)
+    begin = (getattr(scheduler, "begin_index", None) or 0) if start is None else start
+    told = list(scheduler.timesteps)[begin:]
+    if not told:
+        raise RequestError(f"{name} has no timestep after the first {begin}: there is no step to do")
+    own = copy.deepcopy(scheduler)
+    if hasattr(own, "set_begin_index"):
+        own.set_begin_index(begin)  # 0, too: without, a repeated first timestep is taken for its second
+    probe = _Probe(own, told, _options(own, eta))
     coefficients, scales, draws = probe.map()
     probe.check_linear(coefficients, scales)
-    name = type(scheduler).__name__
     return Schedule(
         timesteps=np.array([float(t) for t in told]),
         input_scale=scales,
         matrix=_matrices(name, coefficients),
         draws_noise=draws,
         init_noise_sigma=float(getattr(scheduler, "init_noise_sigma", 1.0)),
-        noising=_noising(scheduler, told),
+        noising=_noising(own, begin),
         scheduler=name,
         sampler=name.removesuffix("Scheduler"),
         schedule_type="Automatic",
@@ -82,13 +91,17 @@ def run_of(
     timesteps: Sequence[float] | None = None,
     sigmas: Sequence[float] | None = None,
     eta: float = 0.0,
+    strength: float = 1.0,
 ) -> Schedule:
     """The table of a run that is asked of a scheduler object: `set_timesteps`, on a copy, then the table.
+
+    The arguments are those of `sdfast.schedulers.schedule`.
 
     Raises `RequestError` for what the object's `set_timesteps` does not take, and as `from_diffusers`.
     """
     asked = {"num_inference_steps": num_inference_steps, "timesteps": timesteps, "sigmas": sigmas}
     given = {name: value for name, value in asked.items() if value is not None}
+    _check_is_one(scheduler)
     name, takes = type(scheduler).__name__, _parameters(scheduler, "set_timesteps")
     for option in given:
         if option not in takes:
@@ -98,7 +111,9 @@ def run_of(
         own.set_timesteps(**{n: v if n == "num_inference_steps" else list(v) for n, v in given.items()})
     except _REFUSALS as error:
         raise RequestError(f"{name}.set_timesteps refuses {_shown(given)}: {_story(error)}") from error
-    return from_diffusers(own, eta)
+    order = getattr(own, "order", 1)
+    steps = num_inference_steps or len(own.timesteps) // order
+    return from_diffusers(own, eta, left_out(steps, strength) * order)
 
 
 class _Followed(TorchFunctionMode):
@@ -151,6 +166,12 @@ class _Probe:
         x = basis[0].flatten(1).argmax(1)
         scales = np.array([float(scaled.flatten()[x[k]]) for k, (scaled, _) in enumerate(run)])
         rows = np.array([result.flatten().numpy() for _, result in run])
+        finite = np.isfinite(rows).all(1)
+        if not finite.all():
+            raise RequestError(
+                f"{type(self.scheduler).__name__} has no finite coefficients for step {finite.argmin() + 1}"
+                f" of {K}: check prediction_type and the betas in its config"
+            )
         return rows.reshape(K, 3, K), scales, draws
 
     def check_linear(self, coefficients: Floats, scales: Floats) -> None:
@@ -165,7 +186,7 @@ class _Probe:
                 due = np.tensordot(coefficients[k], (unit * scale).numpy(), axes=2)
                 off = np.abs(result.numpy() - due).max()
                 off += np.abs(scaled.numpy() - scales[k] * scale * unit[0, k].numpy()).max()
-                if not off <= TOLERANCE * max(reference * scale, NEGLIGIBLE):
+                if not off <= TOLERANCE * max(reference * scale, TINY):
                     raise RequestError(self._not_linear(k, scale))
 
     def _not_linear(self, k: int, scale: float) -> str:
@@ -181,7 +202,7 @@ class _Probe:
 
     def _run(self, inputs: torch.Tensor) -> tuple[Run, np.ndarray]:
         """Every step on its own latents, model output and noise, inputs [3, K, ...]; and which steps drew."""
-        scheduler, K = _fresh(self.scheduler), len(self.timesteps)
+        scheduler, K = copy.deepcopy(self.scheduler), len(self.timesteps)
         run, draws = [], np.zeros(K, np.bool_)
         with torch.no_grad(), _Followed() as followed:
             for k, t in enumerate(self.timesteps):
@@ -220,62 +241,57 @@ class _Probe:
 
 
 def _matrices(name: str, coefficients: Floats) -> Floats:
-    """The matrices [K, R, R + 2] of registers that hold the latents and what is needed of earlier steps.
+    """The matrices [K, R, R + 2] whose composition has these coefficients, with as few registers as can be.
+
+    The steps from k on need some combinations of the inputs before k: a basis of those is what the registers
+    hold. It is found from the end: to what later steps need, each step adds what it needs itself.
 
     coefficients: [K, 3, K], of the result of each step by the latents, model outputs and noises of all steps.
     """
     K = len(coefficients)
-    size = np.abs(coefficients).max(axis=(1, 2), keepdims=True)
-    used = (np.abs(coefficients) > NEGLIGIBLE * size) | ~np.isfinite(coefficients)  # [K, 3, K]
-    last_use = np.where(used.any(0), K - 1 - used[::-1].argmax(0), -1)  # [3, K]: the step that needs it last
-    slots: dict[tuple[int, int], int] = {}  # what is held, and in which register
-    plan = []
-    for k in range(K):
-        held = dict(slots)
-        slots = {key: slot for key, slot in held.items() if last_use[key] > k}
-        free = (slot for slot in range(1, 3 * K + 1) if slot not in slots.values())
-        for kind in range(3):
-            if last_use[kind, k] > k:
-                slots[kind, k] = next(free)
-        plan.append((held, slots))
-    R = 1 + max((slot for _, after in plan for slot in after.values()), default=0)
+    rows = coefficients.transpose(0, 2, 1).reshape(K, 3 * K)  # by the inputs of step 0, of step 1, …
+    held = [np.zeros((0, 3 * K))]  # of step k: [registers, 3k], orthonormal rows
+    for k in reversed(range(K)):
+        needed = rows[k, : 3 * k] / np.linalg.norm(rows[k])
+        held.insert(0, _row_space(np.vstack([held[0][:, : 3 * k], needed])))
+    R = 1 + max(map(len, held))
     if R > MAX_REGISTERS:
         raise RequestError(
             f"{name} needs {R - 1} tensors of earlier steps at once; a table holds up to {MAX_REGISTERS - 1}"
         )
     matrices = np.zeros((K, R, R + 2))
-    for k, (held, after) in enumerate(plan):
-        column = {**held, (0, k): 0, (1, k): R, (2, k): R + 1}
-        for key, c in column.items():
-            matrices[k, 0, c] = coefficients[k][key]
-        for key, slot in after.items():
-            matrices[k, slot, column[key]] = 1.0
+    for k, (old, new) in enumerate(pairwise(held)):
+        results = np.vstack([rows[k : k + 1, : 3 * k + 3], new])
+        matrices[k, : len(results), 1 : 1 + len(old)] = results[:, : 3 * k] @ old.T
+        for kind, column in enumerate((0, R, R + 1)):
+            matrices[k, : len(results), column] = results[:, 3 * k + kind]
     return matrices
 
 
-def _ready(scheduler: Any) -> Sequence[Any]:
-    """The timesteps of the object's run. Raises `RequestError` when it has none, or is in their middle."""
+def _row_space(rows: Floats) -> Floats:
+    """Orthonormal rows that span these, all but what is negligible of them: rows are of length 1 or less."""
+    _, weights, basis = np.linalg.svd(rows, full_matrices=False)
+    return np.asarray(basis[weights > NEGLIGIBLE])
+
+
+def _checked(scheduler: Any) -> str:
+    """The class's name. Raises `RequestError` for an object without timesteps, or in the middle of them."""
     name = type(scheduler).__name__
-    if not hasattr(scheduler, "step") or not hasattr(scheduler, "set_timesteps"):
-        raise RequestError(f"{name} is no scheduler: it needs set_timesteps(), timesteps and step()")
-    timesteps = getattr(scheduler, "timesteps", None)
+    _check_is_one(scheduler)
     custom = getattr(scheduler, "custom_timesteps", False)
-    if timesteps is None or (getattr(scheduler, "num_inference_steps", 1) is None and not custom):
+    unset = getattr(scheduler, "num_inference_steps", 1) is None and not custom
+    if unset or getattr(scheduler, "timesteps", None) is None:
         raise RequestError(f"{name} has no timesteps: call its set_timesteps(num_inference_steps) first")
     if getattr(scheduler, "step_index", None) is not None or getattr(scheduler, "counter", 0):
         raise RequestError(f"{name} has stepped already: call its set_timesteps(num_inference_steps) again")
-    told = list(timesteps[getattr(scheduler, "begin_index", None) or 0 :])
-    if not told:
-        raise RequestError(f"{name} has an empty list of timesteps: there is no step to do")
-    return told
+    return name
 
 
-def _fresh(scheduler: Any) -> Any:
-    """A copy that starts where the object would; told so, as a repeated timestep does not tell it."""
-    own = copy.deepcopy(scheduler)
-    if hasattr(own, "set_begin_index"):
-        own.set_begin_index(getattr(own, "begin_index", None) or 0)
-    return own
+def _check_is_one(scheduler: Any) -> None:
+    if not hasattr(scheduler, "step") or not hasattr(scheduler, "set_timesteps"):
+        raise RequestError(
+            f"{type(scheduler).__name__} is no scheduler: one has set_timesteps(), timesteps and step()"
+        )
 
 
 def _options(scheduler: Any, eta: float) -> dict[str, Any]:
@@ -288,15 +304,15 @@ def _options(scheduler: Any, eta: float) -> dict[str, Any]:
     return {}
 
 
-def _noising(scheduler: Any, timesteps: Sequence[Any]) -> tuple[float, float]:
-    """`Schedule.noising`: what `add_noise` makes of a picture and of noise at the first timestep."""
-    own = _fresh(scheduler)
-    if not hasattr(own, "add_noise"):
-        if getattr(own, "begin_index", None):
-            raise RequestError(f"{type(own).__name__} has no add_noise, so a run cannot start in its middle")
-        return 0.0, float(getattr(own, "init_noise_sigma", 1.0))
+def _noising(scheduler: Any, begin: int) -> tuple[float, float]:
+    """`Schedule.noising`: what `add_noise` makes of a picture and of noise at the first timestep of a run."""
+    if not hasattr(scheduler, "add_noise"):
+        if begin:
+            raise RequestError(f"{type(scheduler).__name__} has no add_noise, so no run starts in its middle")
+        return 0.0, float(getattr(scheduler, "init_noise_sigma", 1.0))
     picture, noise = torch.eye(2, dtype=torch.float64).view(2, 2, 1, 1, 1)  # two pictures of one number each
-    noisy = own.add_noise(picture, noise, torch.stack([torch.as_tensor(timesteps[0])] * 2))
+    first = torch.as_tensor(scheduler.timesteps[begin])
+    noisy = copy.deepcopy(scheduler).add_noise(picture, noise, torch.stack([first, first]))
     return float(noisy[0]), float(noisy[1])
 
 

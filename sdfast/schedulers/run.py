@@ -45,15 +45,15 @@ def checked_run(
         values = _falling("timesteps", timesteps, config.num_train_timesteps)
         _check_timesteps(config, values)
         count = _agreed(steps, len(values), "timesteps")
-        return Run(count, values, None, _checked_eta(config, eta), _start(count, strength))
+        return Run(count, values, None, _checked_eta(config, eta), left_out(count, strength))
     if sigmas is not None:
         values = _falling("sigmas", sigmas, config.num_train_timesteps + 1)
         if len(values) < 2 or values[-1] < 0:
             raise RequestError("sigmas must be at least two falling numbers, the last one 0 or above")
         count = _agreed(steps, len(values) - 1, "sigmas")
-        return Run(count, None, values, _checked_eta(config, eta), _start(count, strength))
+        return Run(count, None, values, _checked_eta(config, eta), left_out(count, strength))
     count = _checked_steps(steps, config.num_train_timesteps)
-    return Run(count, None, None, _checked_eta(config, eta), _start(count, strength))
+    return Run(count, None, None, _checked_eta(config, eta), left_out(count, strength))
 
 
 def _checked_steps(steps: int | None, most: int) -> int:
@@ -68,7 +68,7 @@ def _checked_steps(steps: int | None, most: int) -> int:
     return int(steps)
 
 
-def _start(steps: int, strength: float) -> int:
+def left_out(steps: int, strength: float) -> int:
     """How many steps `strength` leaves out: diffusers' image-to-image rule."""
     if isinstance(strength, bool) or not isinstance(strength, Real) or not 0 < strength <= 1:
         raise RequestError(f"strength={strength!r} is not a number above 0 and up to 1")

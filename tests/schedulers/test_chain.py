@@ -79,7 +79,7 @@ def distilled() -> Iterator[Case]:
 CASES = list(cases())
 
 
-def impossible(case: Case, steps: int) -> str | None:
+def out_of_reach(case: Case, steps: int) -> str | None:
     """Why diffusers cannot do this."""
     if int(steps * case.strength) < 1:
         return "no step is left"
@@ -89,7 +89,7 @@ def impossible(case: Case, steps: int) -> str | None:
 
 
 @pytest.mark.parametrize(
-    ("case", "steps"), [(c, k) for c in CASES for k in STEPS if not impossible(c, k)], ids=str
+    ("case", "steps"), [(c, k) for c in CASES for k in STEPS if not out_of_reach(c, k)], ids=str
 )
 def test_table_is_diffusers_map(case: Case, steps: int) -> None:
     assert_case(case, steps)

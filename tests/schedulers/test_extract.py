@@ -12,7 +12,7 @@ import torch
 
 from sdfast.errors import RequestError
 from sdfast.schedulers import SAMPLERS, Sampler, Schedule, schedule
-from sdfast.schedulers.extract import MAX_REGISTERS, run_of
+from sdfast.schedulers.extract import run_of
 from tests.schedulers.diffusers_map import (
     STABLE_DIFFUSION,
     error_of,
@@ -46,7 +46,7 @@ def test_extracted_table_is_the_samplers_own(sampler: Sampler, steps: int) -> No
     assert table.init_noise_sigma == pytest.approx(own.init_noise_sigma, rel=3e-7)
     if hasattr(scheduler, "add_noise"):
         assert table.noising == pytest.approx(own.noising, rel=1e-5, abs=1e-6)
-    assert table.registers <= MAX_REGISTERS
+    assert table.registers <= own.registers
     assert scheduler.timesteps.tolist() == table.timesteps.tolist()
 
 
@@ -89,9 +89,10 @@ def test_a_start_in_the_middle_is_kept() -> None:
     scheduler.set_timesteps(10)
     scheduler.set_begin_index(5)
     own = schedule("DPMSolverMultistepScheduler", STABLE_DIFFUSION, num_inference_steps=10, strength=0.5)
-    table = Schedule.from_diffusers(scheduler)
-    assert error_of(map_of_table(table), map_of_table(own)) <= 1e-5
-    assert table.noising == pytest.approx(own.noising, rel=1e-5)
+    asked = run_of(scheduler, num_inference_steps=10, strength=0.5)
+    for table in (Schedule.from_diffusers(scheduler), asked):
+        assert error_of(map_of_table(table), map_of_table(own)) <= 1e-5
+        assert table.noising == pytest.approx(own.noising, rel=1e-5)
 
 
 def test_the_object_is_left_as_it_was() -> None:
@@ -127,6 +128,12 @@ def test_what_is_not_linear_is_refused(name: str, options: dict[str, Any]) -> No
     scheduler.set_timesteps(4)
     with pytest.raises(RequestError, match="not linear"):
         Schedule.from_diffusers(scheduler)
+
+
+def test_an_object_without_finite_coefficients_is_refused() -> None:
+    scheduler = diffusers.DDIMInverseScheduler(clip_sample=False, prediction_type="sample")
+    with pytest.raises(RequestError, match="no finite coefficients for step 1 of 4"):
+        run_of(scheduler, num_inference_steps=4)
 
 
 def test_clipping_without_effect_is_no_hindrance() -> None:
@@ -174,6 +181,7 @@ class Plain:
         return self._step(self, model_output, sample)
 
 
+WEIGHTS = np.random.default_rng(0).normal(size=(41, 40)).tolist()
 PLAIN: dict[str, tuple[Any, str]] = {
     "two-draws": (lambda s, m, x: (x + torch.randn(m.shape) + torch.randn_like(m),), "draws noise 2 times"),
     "own-noise": (lambda s, m, x: (x + torch.rand(m.shape),), "something of nothing"),
@@ -182,36 +190,45 @@ PLAIN: dict[str, tuple[Any, str]] = {
     "no-tensor": (lambda s, m, x: {"sample": x}, "something else"),
     "neighbours": (lambda s, m, x: (x.roll(1, -1),), "not linear"),
     "square": (lambda s, m, x: (x * m,), "not linear"),
-    "all-of-the-past": (lambda s, m, x: (x + sum(s.seen),), "19 tensors of earlier steps"),
-    "raises": (lambda s, m, x: x["a"], "refuses a step"),
+    "all-of-the-past": (
+        lambda s, m, x: (x + sum(w * seen for w, seen in zip(WEIGHTS[len(s.seen)], s.seen, strict=False)),),
+        "20 tensors of earlier steps",
+    ),
+    "raises": (lambda s, m, x: s.nothing, "refuses a step"),
 }
 
 
 @pytest.mark.parametrize(("step", "message"), PLAIN.values(), ids=PLAIN)
 def test_what_cannot_be_a_table_says_why(step: Any, message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        run_of(Plain(step), num_inference_steps=20)
+        run_of(Plain(step), num_inference_steps=40)
 
 
 def test_what_a_step_needs_of_earlier_ones_is_held_as_long_as_it_is_needed() -> None:
-    table = run_of(
-        Plain(lambda s, m, x: (x - m + (s.seen[-3] / 2 if len(s.seen) > 2 else 0),)), num_inference_steps=9
-    )
+    scheduler = Plain(lambda s, m, x: (x - m + (s.seen[-3] / 2 if len(s.seen) > 2 else 0),))
+    table = run_of(scheduler, num_inference_steps=9)
     assert table.registers == 3  # the latents and two model outputs
-    rows = map_of_table(table)
-    assert rows[-1, :10].tolist() == [1, *[-0.5] * 7, -1, -1]
+    np.testing.assert_allclose(map_of_table(table)[-1, :10], [1, *[-0.5] * 7, -1, -1], atol=1e-12)
+
+
+def test_a_sum_over_all_earlier_steps_is_one_register() -> None:
+    table = run_of(Plain(lambda s, m, x: (x + sum(s.seen),)), num_inference_steps=40)
+    assert table.registers == 2
+    np.testing.assert_allclose(map_of_table(table)[-1, 1:41], np.arange(40, 0, -1), atol=1e-9)
 
 
 def test_a_scheduler_that_is_none_and_bad_requests_are_refused() -> None:
     with pytest.raises(RequestError, match="int is no scheduler"):
         Schedule.from_diffusers(5)
+    with pytest.raises(RequestError, match="UNet is no scheduler"):
+        run_of(type("UNet", (), {"config": {}})(), num_inference_steps=4)
     scheduler = diffusers.DPMSolverMultistepInverseScheduler()
     with pytest.raises(RequestError, match="takes no sigmas"):
         run_of(scheduler, num_inference_steps=None, sigmas=[3.0, 0.0])
     parallel = diffusers.DDIMParallelScheduler()
     with pytest.raises(RequestError, match="refuses num_inference_steps=2000"):
         run_of(parallel, num_inference_steps=2000)
-    with pytest.raises(RequestError, match="empty list of timesteps"):
+    with pytest.raises(RequestError, match="no step to do"):
         run_of(parallel, num_inference_steps=-3)
     with pytest.raises(RequestError, match="step takes none"):
         run_of(scheduler, num_inference_steps=3, eta=1.0)
