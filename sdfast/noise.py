@@ -1,14 +1,17 @@
 """Where noise comes from: torch generators, drawn in the order in which diffusers draws.
 
 All noise is float32 and drawn on the generator's device, so that the same generator gives the same picture
-as the stock pipeline.
+as the stock pipeline. The steps of some schedules draw from a Brownian motion instead: see `BrownianNoise`.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
+from sdfast.errors import DependencyError
 from sdfast.loop import Noise
+from sdfast.schedulers import Brownian
 
 
 def generator(seed: int) -> torch.Generator:
@@ -34,6 +37,10 @@ class OwnNoise:
         """Unit noise for the first latents, [n, C, h, w]."""
         return torch.stack([_draw(self._shape, g) for g in self._generators])
 
+    def seeds(self) -> list[int]:
+        """What each picture's generator was seeded with."""
+        return [g.initial_seed() for g in self._generators]
+
     def of_row(self, row: int) -> Noise:
         """The noise of one picture, a step at a time."""
         return lambda _step: _draw(self._shape, self._generators[row])
@@ -52,6 +59,10 @@ class SharedNoise:
         """Unit noise for the first latents, [n, C, h, w]."""
         return _draw(self._shape, self._source)
 
+    def seeds(self) -> list[int]:
+        """What the generator was seeded with: one seed for all pictures."""
+        return [self._source.initial_seed()]
+
     def of_row(self, row: int) -> Noise:
         """The noise of one picture; the first row to reach a step draws for all."""
 
@@ -61,3 +72,99 @@ class SharedNoise:
             return self._drawn[row]
 
         return noise
+
+
+DIGITS = 6
+"""To so many decimals diffusers' Brownian motion knows its levels."""
+
+
+class BrownianNoise:
+    """Noise along Brownian motions over the noise levels, for a schedule that has `brownian`.
+
+    The motion is torchsde's, made and normalised as diffusers' DPMSolverSDEScheduler does it. With a
+    `noise_sampler_seed` in the scheduler config, one motion for all pictures starts from that seed, and the
+    pictures are the stock pipeline's (but for levels whose last bit differs from processor to processor: the
+    noise there is off by 1e-3). Without, diffusers takes a seed from torch's global generator; here a
+    picture's motion has the seed of its own generator (AUTOMATIC1111's way), so that it can be drawn again.
+    """
+
+    def __init__(
+        self,
+        first: OwnNoise | SharedNoise,
+        brownian: Brownian,
+        shape: Sequence[int],
+        rows: int,
+        device: torch.device,
+    ) -> None:
+        """first: the noise of the first latents. shape: (C, h, w) of one of `rows` pictures. device: where
+        the config's own motion is drawn, the latents' in diffusers; others are drawn on the CPU.
+
+        Raises DependencyError when torchsde is not installed.
+        """
+        self._first = first
+        self._brownian = brownian
+        seeds = first.seeds() if brownian.seed is None else [brownian.seed]
+        self._shared = len(seeds) == 1
+        size = (rows, *shape) if self._shared else tuple(shape)
+        where = torch.device("cpu") if brownian.seed is None else device
+        self._motions = [_motion(seed, brownian.span, size, where) for seed in seeds]
+        self._step = -1
+        self._drawn = torch.empty(0)
+
+    def initial(self) -> torch.Tensor:
+        """Unit noise for the first latents, [n, C, h, w]."""
+        return self._first.initial()
+
+    def of_row(self, row: int) -> Noise:
+        """The noise of one picture; the first row to reach a step draws for all."""
+
+        def noise(step: int) -> torch.Tensor:
+            if step != self._step:
+                self._step, self._drawn = step, self._unit_noise(step)
+            return self._drawn[row]
+
+        return noise
+
+    def _unit_noise(self, step: int) -> torch.Tensor:
+        """[n, C, h, w] float32: the increments on the way down, over the root of the way."""
+        high, low = _crossed(self._brownian, step)
+        bottom, top = (round(level, DIGITS) for level in self._brownian.span)  # where the motion has its ends
+        way = max(float(low), bottom), min(float(high), top)
+        increments = [motion(*way) for motion in self._motions]
+        together: torch.Tensor = increments[0] if self._shared else torch.stack(increments)
+        return -together / (low - high).abs().sqrt().to(together.device)
+
+
+NoiseSource = OwnNoise | SharedNoise | BrownianNoise
+
+
+def _motion(seed: int, span: tuple[float, float], size: Sequence[int], device: torch.device) -> Any:
+    """A Brownian motion (low, high) -> its increment between these levels, a tensor of `size`."""
+    try:
+        from torchsde import BrownianInterval
+    except ImportError:
+        raise DependencyError(
+            "DPM++ SDE draws its noise with torchsde, which is not installed: pip install 'sdfast[sde]'"
+        ) from None
+    return BrownianInterval(
+        *span,
+        size=tuple(size),
+        dtype=torch.float32,
+        device=device,
+        entropy=seed,
+        tol=10.0**-DIGITS,
+        pool_size=24,
+        halfway_tree=True,
+    )
+
+
+def _crossed(brownian: Brownian, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The levels that a row comes from and goes to, float32 scalars.
+
+    They are found by way of their logarithms and in float32, as in diffusers, because a Brownian motion is
+    rough: where a level is off by 1e-6, the noise is off by 1e-3.
+    """
+    t, t_next = (-torch.tensor(float(level), dtype=torch.float32).log() for level in brownian.crossed[step])
+    if brownian.half[step]:
+        t_next = t + (t_next - t) * 0.5
+    return (-t).exp(), (-t_next).exp()

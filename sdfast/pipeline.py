@@ -17,7 +17,7 @@ from sdfast.backends import parse_device
 from sdfast.engine import Engine
 from sdfast.errors import NumericalError, RequestError
 from sdfast.loop import Row, Rows
-from sdfast.noise import OwnNoise, SharedNoise, generator
+from sdfast.noise import BrownianNoise, NoiseSource, OwnNoise, SharedNoise, generator
 from sdfast.prompts import Prompts, PromptState, check_tensor
 from sdfast.request import Request
 from sdfast.schedulers import SOLVERS, Schedule, own_config, schedule
@@ -334,7 +334,7 @@ class Pipeline:
         positive: PromptState,
         negative: PromptState | None,
     ) -> list[Row]:
-        noise = self._noise(request, given)
+        noise = self._noise(request, given, plan)
         latents = self._first_latents(request, given, noise) * plan.init_noise_sigma
         told = self.prompts.conditionings(positive, plan, request)
         told_negative = self.prompts.conditionings(negative, plan, request) if negative else None
@@ -356,7 +356,13 @@ class Pipeline:
         factor = model.vae_scale_factor
         return model.latent_channels, request.height // factor, request.width // factor
 
-    def _noise(self, request: Request, given: Given) -> OwnNoise | SharedNoise:
+    def _noise(self, request: Request, given: Given, plan: Schedule) -> NoiseSource:
+        first = self._first_noise(request, given)
+        if plan.brownian is None:
+            return first
+        return BrownianNoise(first, plan.brownian, self._latent_shape(request), request.images, self.device)
+
+    def _first_noise(self, request: Request, given: Given) -> OwnNoise | SharedNoise:
         shape, source = self._latent_shape(request), given.generators
         if source is None:
             return OwnNoise([generator(seed) for seed in request.seeds], shape)
@@ -368,7 +374,7 @@ class Pipeline:
             raise RequestError(f"{len(source)} generators for {request.images} pictures; give one for each")
         return OwnNoise(source, shape) if len(source) > 1 else SharedNoise(source[0], 1, shape)
 
-    def _first_latents(self, request: Request, given: Given, noise: OwnNoise | SharedNoise) -> torch.Tensor:
+    def _first_latents(self, request: Request, given: Given, noise: NoiseSource) -> torch.Tensor:
         """Unit noise [n, C, h, w] float32: drawn, or the caller's."""
         if given.latents is None:
             return noise.initial().to(self.device)

@@ -28,6 +28,7 @@ diffusers' own scheduler is, and the tests compare the two entry by entry.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -36,9 +37,9 @@ from sdfast.schedulers.config import own_config, read
 from sdfast.schedulers.names import SAMPLERS, Sampler, resolve
 from sdfast.schedulers.run import checked_run
 from sdfast.schedulers.solvers import SOLVERS
-from sdfast.schedulers.table import Schedule
+from sdfast.schedulers.table import Brownian, Schedule
 
-__all__ = ["SAMPLERS", "SOLVERS", "Sampler", "Schedule", "own_config", "resolve", "schedule"]
+__all__ = ["SAMPLERS", "SOLVERS", "Brownian", "Sampler", "Schedule", "own_config", "resolve", "schedule"]
 
 
 def schedule(
@@ -73,4 +74,5 @@ def schedule(
     settings = read(model, config, sampler.overrides)
     run = checked_run(settings, num_inference_steps, timesteps, sigmas, eta, strength)
     with np.errstate(divide="ignore", invalid="ignore"):  # what is not finite, `Schedule` refuses
-        return table(settings, run)
+        made = table(settings, run)
+    return replace(made, schedule_type=sampler.schedule_type) if sampler.overrides else made

@@ -28,6 +28,7 @@ class SchedulerConfig(BaseModel):
     sampler_name: ClassVar[str]  # AUTOMATIC1111's
     accepts: ClassVar[frozenset[str]] = frozenset()  # of "timesteps", "sigmas", "eta"
     refused: ClassVar[Mapping[str, str]] = {}  # options that must be off, and why
+    whole_timesteps: ClassVar[bool] = True  # whether custom timesteps must be whole
     lacks: ClassVar[frozenset[str]] = frozenset()  # shared fields that this class ignores, as in diffusers
 
     num_train_timesteps: int = Field(1000, ge=1, le=MAX_TRAIN_TIMESTEPS)
@@ -75,6 +76,11 @@ class SigmaConfig(SchedulerConfig):
     @property
     def schedule_type(self) -> str:
         return self.respacing or "Automatic"
+
+    @property
+    def bounds(self) -> tuple[float | None, float | None]:
+        """(σ_min, σ_max) of levels laid out anew, where the config says them."""
+        return self.sigma_min, self.sigma_max
 
     @property
     def respacing(self) -> str | None:

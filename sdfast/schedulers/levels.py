@@ -31,8 +31,14 @@ def whole_timesteps(config: SchedulerConfig, run: Run) -> Floats:
     return spaced(config.timestep_spacing, run.steps, config.num_train_timesteps, config.steps_offset).round()
 
 
-def exploding_levels(config: SchedulerConfig, run: Run, final: float = 0.0) -> tuple[Floats, Floats]:
-    """Timesteps [K] and noise levels [K + 1], the last one `final`: float32 numbers in float64."""
+def exploding_levels(
+    config: SchedulerConfig, run: Run, final: float = 0.0, *, log_linear: bool = False, rounded: bool = True
+) -> tuple[Floats, Floats]:
+    """Timesteps [K] and noise levels [K + 1], the last one `final`: float32 numbers in float64.
+
+    log_linear: K + 2 levels, of which the first K + 1 are even in log σ over all that the model knows.
+    rounded: whether the timesteps are float32 numbers; DPM++ SDE's are not.
+    """
     sigmas = sigmas_of(sigma_alphas(config))
     if run.sigmas is not None:
         given = np.array(run.sigmas, np.float32)
@@ -41,11 +47,15 @@ def exploding_levels(config: SchedulerConfig, run: Run, final: float = 0.0) -> t
         t = as_float32(np.array(run.timesteps))
     else:
         t = spaced(config.timestep_spacing, run.steps, config.num_train_timesteps, config.steps_offset)
-        t = as_float32(t)
-    levels = np.interp(t, np.arange(len(sigmas)), sigmas)
+        t = as_float32(t) if rounded else t
+    if log_linear:
+        levels = exponential(float(sigmas[0]), float(sigmas[-1]), run.steps + 1)
+    else:
+        levels = np.interp(t, np.arange(len(sigmas)), sigmas)
     if isinstance(config, SigmaConfig) and config.respacing:
         levels = respaced(config, levels[-1], levels[0], run.steps)
-        t = as_float32(sigma_to_t(levels, np.log(sigmas)))
+        t = sigma_to_t(levels, np.log(sigmas))
+        t = as_float32(t) if rounded else t
     return t, as_float32(np.append(levels, final))
 
 
@@ -95,8 +105,9 @@ def respaced(config: SigmaConfig, lowest: float, highest: float, steps: int) -> 
         bottom, top = np.log(np.array([lowest, highest], np.float32)).tolist()
         even: Floats = np.exp(np.linspace(top, bottom, steps))
         return even
-    sigma_min = float(lowest) if config.sigma_min is None else config.sigma_min
-    sigma_max = float(highest) if config.sigma_max is None else config.sigma_max
+    sigma_min, sigma_max = config.bounds
+    sigma_min = float(lowest) if sigma_min is None else sigma_min
+    sigma_max = float(highest) if sigma_max is None else sigma_max
     layout = {"Karras": karras, "Exponential": exponential, "Beta": beta}[str(config.respacing)]
     return layout(sigma_min, sigma_max, steps)
 

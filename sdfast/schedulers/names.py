@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from sdfast.errors import RequestError
+from sdfast.schedulers.solvers import SOLVERS
 
 _PLAIN = {"use_karras_sigmas": False}
 _KARRAS = {"use_karras_sigmas": True}
@@ -40,8 +41,34 @@ _UNIPC = {"solver_order": 3, "predict_x0": True, "lower_order_final": True, "use
 _BH1 = {"solver_type": "bh1", "final_sigmas_type": "sigma_min"}  # diffusers' bh1 has no number for no noise
 _BH2 = {"solver_type": "bh2"}
 
+
 PLAIN_TYPES = ("Automatic", "Uniform")
 """AUTOMATIC1111's schedule types that leave the noise levels as the scheduler's config spaces them."""
+
+_AS_SPACED = _NO_OTHER_SIGMAS | _PLAIN | {"use_lu_lambdas": False}
+SCHEDULE_TYPES: Mapping[str, Mapping[str, Any]] = {
+    "Karras": _AS_SPACED | _KARRAS,
+    "Exponential": _AS_SPACED | {"use_exponential_sigmas": True},
+    "Beta": _AS_SPACED | {"use_beta_sigmas": True},
+    "Normal": _AS_SPACED | {"timestep_spacing": "linspace"},
+    "SGM Uniform": _AS_SPACED | {"timestep_spacing": "trailing"},
+    "Simple": _AS_SPACED | {"timestep_spacing": "trailing"},
+    "Turbo": _AS_SPACED | {"timestep_spacing": "trailing"},
+    "DDIM": _AS_SPACED | {"timestep_spacing": "leading", "steps_offset": 1},
+}
+"""AUTOMATIC1111's other schedule types, as config fields. Where the number of steps does not divide that of
+the training timesteps, diffusers' timesteps, which are whole, may be one off theirs for the last four."""
+
+_NO_COUNTERPART = (
+    "Polyexponential",
+    "KL Optimal",
+    "Align Your Steps",
+    "Align Your Steps GITS",
+    "Align Your Steps 11",
+    "Align Your Steps 32",
+    "Linear Quadratic",
+)
+_OWN_LAYOUT = ("LCMScheduler", "TCDScheduler")  # distilled for timesteps of their own
 
 
 @dataclass(frozen=True)
@@ -84,10 +111,10 @@ def _sampler(
     overrides: Mapping[str, Any],
     advice: str,
     *aliases: str,
+    evaluations: int = 1,
 ) -> Sampler:
-    return Sampler(
-        scheduler, sampler, schedule_type, short, MappingProxyType(dict(overrides)), 1, advice, aliases
-    )
+    settled = MappingProxyType(dict(overrides))
+    return Sampler(scheduler, sampler, schedule_type, short, settled, evaluations, advice, aliases)
 
 
 SAMPLERS: tuple[Sampler, ...] = (
@@ -322,6 +349,114 @@ SAMPLERS: tuple[Sampler, ...] = (
         "Euler a Uniform",
     ),
     _sampler(
+        "HeunDiscreteScheduler",
+        "Heun",
+        "Automatic",
+        "heun",
+        _NO_OTHER_SIGMAS | _PLAIN | _UNCLIPPED,
+        "Euler corrected by a second look at where a step ends: exact, at twice the cost",
+        "k_heun",
+        "Heun Uniform",
+        evaluations=2,
+    ),
+    _sampler(
+        "LMSDiscreteScheduler",
+        "LMS",
+        "Automatic",
+        "lms",
+        _NO_OTHER_SIGMAS | _PLAIN,
+        "fourth order from the steps before, at Euler's cost; 30 steps or more",
+        "k_lms",
+        "LMS Uniform",
+    ),
+    _sampler(
+        "LMSDiscreteScheduler",
+        "LMS",
+        "Karras",
+        "lms_karras",
+        _NO_OTHER_SIGMAS | _KARRAS,
+        "LMS with more of its steps where the detail is made",
+    ),
+    _sampler(
+        "KDPM2DiscreteScheduler",
+        "DPM2",
+        "Karras",
+        "dpm2_karras",
+        _NO_OTHER_SIGMAS | _KARRAS,
+        "midpoint steps: exact, at twice the cost",
+        "DPM2 Automatic",
+        evaluations=2,
+    ),
+    _sampler(
+        "KDPM2DiscreteScheduler",
+        "DPM2",
+        "Uniform",
+        "dpm2",
+        _NO_OTHER_SIGMAS | _PLAIN,
+        "as above with evenly spaced timesteps",
+        "dpm_2",
+        "k_dpm_2",
+        evaluations=2,
+    ),
+    _sampler(
+        "KDPM2AncestralDiscreteScheduler",
+        "DPM2 a",
+        "Karras",
+        "dpm2_a_karras",
+        _NO_OTHER_SIGMAS | _KARRAS,
+        "DPM2 with new noise at every step",
+        "DPM2 a Automatic",
+        evaluations=2,
+    ),
+    _sampler(
+        "KDPM2AncestralDiscreteScheduler",
+        "DPM2 a",
+        "Uniform",
+        "dpm2_a",
+        _NO_OTHER_SIGMAS | _PLAIN,
+        "as above with evenly spaced timesteps",
+        "dpm_2_ancestral",
+        "k_dpm_2_a",
+        "k_dpm_2_ancestral",
+        evaluations=2,
+    ),
+    _sampler(
+        "DPMSolverSDEScheduler",
+        "DPM++ SDE",
+        "Karras",
+        "dpmpp_sde_karras",
+        _NO_OTHER_SIGMAS | _KARRAS,
+        "detailed and varied, finished at 10 to 15 steps of two evaluations; needs torchsde",
+        "DPM++ SDE Automatic",
+        evaluations=2,
+    ),
+    _sampler(
+        "DPMSolverSDEScheduler",
+        "DPM++ SDE",
+        "Uniform",
+        "dpmpp_sde",
+        _NO_OTHER_SIGMAS | _PLAIN,
+        "as above with evenly spaced timesteps",
+        "k_dpmpp_sde",
+        evaluations=2,
+    ),
+    _sampler(
+        "EDMEulerScheduler",
+        "EDM Euler",
+        "Automatic",
+        "edm_euler",
+        {},
+        "for checkpoints trained with EDM's preconditioning only, such as CosXL",
+    ),
+    _sampler(
+        "EDMDPMSolverMultistepScheduler",
+        "EDM DPM++ 2M",
+        "Automatic",
+        "edm_dpmpp_2m",
+        {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint"},
+        "for checkpoints trained with EDM's preconditioning only, such as Playground 2.5",
+    ),
+    _sampler(
         "DDIMScheduler",
         "DDIM",
         "Automatic",
@@ -386,13 +521,55 @@ SAMPLERS: tuple[Sampler, ...] = (
 def resolve(name: str) -> Sampler:
     """The sampler of that name: "DPM++ 2M Karras", "dpmpp_2m_karras", "Euler a", "DDIMScheduler".
 
-    Upper and lower case, blanks, "-" and "_" do not matter. Raises RequestError for an unknown name, with the
-    nearest known one and the whole list.
+    A sampler's name may be followed by any of `SCHEDULE_TYPES`: "Heun Beta", "DDIM SGM Uniform". Upper and
+    lower case, blanks, "-" and "_" do not matter. Raises RequestError for an unknown name, with the nearest
+    known one and the whole list, and for a type that the scheduler does not have.
     """
-    found = _BY_NAME.get(_key(name)) if isinstance(name, str) else None
+    if not isinstance(name, str):
+        raise RequestError(_unknown(name))
+    found = _BY_NAME.get(_key(name)) or _with_schedule_type(_key(name))
     if found is None:
         raise RequestError(_unknown(name))
     return found
+
+
+def _with_schedule_type(key: str) -> Sampler | None:
+    """The sampler of a name that ends in a schedule type, if it is one."""
+    for schedule_type in (*SCHEDULE_TYPES, "Uniform", *_NO_COUNTERPART):
+        suffix = f" {_key(schedule_type)}"
+        sampler = _BY_NAME.get(key.removesuffix(suffix)) if key.endswith(suffix) else None
+        if sampler is not None and sampler.schedule_type in PLAIN_TYPES:
+            return sampler if schedule_type == "Uniform" else _laid_out(sampler, schedule_type)
+    return None
+
+
+def _laid_out(sampler: Sampler, schedule_type: str) -> Sampler:
+    """A sampler in the form of a schedule type. Raises RequestError where diffusers has none."""
+    named = _BY_NAME.get(_key(f"{sampler.sampler} {schedule_type}"))
+    if named is not None:
+        return named
+    if schedule_type in _NO_COUNTERPART:
+        raise RequestError(
+            f"schedule type {schedule_type!r} has no counterpart in diffusers' schedulers. Take one of"
+            f" {', '.join(SCHEDULE_TYPES)}, or give Euler the noise levels themselves, as sigmas"
+        )
+    model, _ = SOLVERS[sampler.scheduler]
+    fields = {} if sampler.scheduler in _OWN_LAYOUT else model.model_fields
+    decided = SCHEDULE_TYPES[schedule_type]
+    lacking = [n for n, value in decided.items() if value and (n not in fields or n in model.lacks)]
+    if lacking:
+        raise RequestError(
+            f"{sampler.sampler} has no {schedule_type} form: {sampler.scheduler} decides its own noise levels"
+            f" (it has no {' and no '.join(lacking)}, here as in diffusers). Take plain {sampler.name!r}"
+        )
+    overrides = {**sampler.overrides, **{n: value for n, value in decided.items() if n in fields}}
+    return replace(
+        sampler,
+        schedule_type=schedule_type,
+        short_name=f"{sampler.short_name}_{_key(schedule_type).replace(' ', '_')}",
+        overrides=MappingProxyType(overrides),
+        aliases=(),
+    )
 
 
 def _key(name: str) -> str:

@@ -7,7 +7,9 @@ numbers as diffusers; what is computed *from* them, elsewhere, is float64.
 """
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,8 +39,10 @@ def alphas_cumprod(
         betas = _linspace32(beta_start, beta_end, T)
     elif beta_schedule == "scaled_linear":
         betas = _linspace32(beta_start**0.5, beta_end**0.5, T) ** 2
+    elif beta_schedule == "exp":
+        betas = _betas_of([math.exp(-12 * t / T) for t in range(T + 1)])
     else:
-        betas = _cosine_betas(T)
+        betas = _betas_of([math.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(T + 1)])
     if zero_snr:
         betas = _zero_terminal_snr(betas)
     table = _cumprod32(1 - betas)
@@ -98,10 +102,9 @@ def _linspace32(start: float, stop: float, n: int) -> Float32s:
     return np.concatenate([up, down]).astype(np.float32)
 
 
-def _cosine_betas(T: int, max_beta: float = 0.999) -> Float32s:
-    """β_t = 1 - f(t + 1) / f(t), f(t) = cos²((t/T + 0.008) / 1.008 π/2) (Nichol & Dhariwal 2021, eq. 17)."""
-    f = [math.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(T + 1)]
-    return np.array([min(1 - f[t + 1] / f[t], max_beta) for t in range(T)], np.float32)
+def _betas_of(f: Sequence[float], max_beta: float = 0.999) -> Float32s:
+    """β_t = 1 - f_{t+1} / f_t, at most 0.999, where ᾱ follows f (Nichol & Dhariwal 2021, eq. 17)."""
+    return np.array([min(1 - after / before, max_beta) for before, after in pairwise(f)], np.float32)
 
 
 def _zero_terminal_snr(betas: Float32s) -> Float32s:

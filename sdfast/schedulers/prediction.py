@@ -19,6 +19,17 @@ def predicted_x0(config: SchedulerConfig, x: Floats, m: Floats, alpha: Floats, s
     return np.broadcast_to(m, (len(alpha), len(m)))
 
 
+def exploding_x0(config: SchedulerConfig, x: Floats, m: Floats, sigma: Floats) -> Floats:
+    """x0 from x = x0 + σ ε and the model output m, which saw x / √(σ² + 1)."""
+    scale = 1 / np.sqrt(sigma**2 + 1)
+    return predicted_x0(config, scale * x, m, scale, scale * sigma)
+
+
+def slope(config: SchedulerConfig, x: Floats, m: Floats, sigma: Floats) -> Floats:
+    """dx/dσ = (x - x0) / σ on the probability flow (Karras et al. 2022, eq. 3 and 4)."""
+    return (x - exploding_x0(config, x, m, sigma)) / sigma
+
+
 def predicted_noise(config: SchedulerConfig, x: Floats, m: Floats, alpha: Floats, sigma: Floats) -> Floats:
     """ε from x = α x0 + σ ε and the model output m."""
     if config.prediction_type == "epsilon":

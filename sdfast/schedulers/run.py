@@ -117,7 +117,7 @@ def _check_timesteps(config: SchedulerConfig, values: tuple[float, ...]) -> None
             raise RequestError(
                 f"custom timesteps and {name} exclude each other; take the plain form of the sampler"
             )
-    if config.scheduler != "EulerDiscreteScheduler" and any(value % 1 for value in values):
+    if config.whole_timesteps and any(value % 1 for value in values):
         raise RequestError(f"{config.scheduler} takes whole timesteps only")
 
 

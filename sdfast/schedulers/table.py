@@ -14,13 +14,33 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
+class Brownian:
+    """Which stretches of one Brownian motion over the noise levels a schedule's rows draw their noise from.
+
+    A row's unit noise is the motion's increment over the levels that the row crosses, over the root of their
+    distance, so rows that cross the same levels have noise in common.
+
+    Attributes:
+        span: the lowest and the highest level of the whole run, where the motion starts and ends.
+        crossed: [K, 2] float64, the levels σ and σ_next of the step that a row is part of.
+        half: [K] bool, whether the row goes only half way, in log σ.
+        seed: the motion's own, if the config has one.
+    """
+
+    span: tuple[float, float]
+    crossed: Floats
+    half: NDArray[np.bool_]
+    seed: int | None
+
+
+@dataclass(frozen=True, eq=False)
 class Schedule:
     """K rows; each is one evaluation of the network and one small matrix. All arrays are read-only.
 
     The loop that runs any schedule, with R registers that start as `[latents, 0, ...]`:
 
         m = network(registers[0] * input_scale[k], timesteps[k])      # after guidance
-        z = randn() if draws_noise[k] else 0
+        z = randn() if draws_noise[k] else 0                          # or `brownian`'s
         registers = matrix[k] @ [*registers, m, z]
 
     After row K - 1, register 0 holds the finished latents.
@@ -37,6 +57,7 @@ class Schedule:
         scheduler: diffusers class name, "DPMSolverMultistepScheduler".
         sampler: AUTOMATIC1111's name for it, "DPM++ 2M".
         schedule_type: AUTOMATIC1111's name for its noise levels, "Karras".
+        brownian: where the noise comes from; None: each draw is independent of the others.
     """
 
     timesteps: Floats
@@ -48,6 +69,7 @@ class Schedule:
     scheduler: str
     sampler: str
     schedule_type: str
+    brownian: Brownian | None = None
 
     @classmethod
     def from_diffusers(cls, scheduler: Any, eta: float = 0.0) -> "Schedule":
@@ -119,6 +141,16 @@ def table(
         sampler=config.sampler,
         schedule_type=config.schedule_type,
     )
+
+
+def interleaved(first: Floats, second: Floats) -> Floats:
+    """[2K - 1, ...]: the first evaluations of K steps, and between them the second ones of all but the last.
+
+    A step to σ = 0 is one evaluation: there is nothing to evaluate at σ = 0.
+    """
+    rows = np.empty((2 * len(first) - 1, *first.shape[1:]))
+    rows[::2], rows[1::2] = first, second
+    return rows
 
 
 def _init_noise_sigma(config: SchedulerConfig, sigmas: Floats) -> float:

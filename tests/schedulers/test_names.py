@@ -8,7 +8,7 @@ import pytest
 
 from sdfast.errors import RequestError
 from sdfast.schedulers import SAMPLERS, Sampler, resolve, schedule
-from tests.schedulers.diffusers_map import STABLE_DIFFUSION
+from tests.schedulers.diffusers_map import STABLE_DIFFUSION, defaults_of
 
 NAMES = {
     "DPM++ 2M Karras": "dpmpp_2m_karras",
@@ -62,6 +62,26 @@ NAMES = {
     "DDIM Inverse": "ddim_inverse",
     "DDIMInverseScheduler": "ddim_inverse",
     "DDPMScheduler": "ddpm",
+    "heun": "heun",
+    "lms": "lms",
+    "LMS Karras": "lms_karras",
+    "dpm_2": "dpm2",
+    "DPM2 Karras": "dpm2_karras",
+    "DPM2 Automatic": "dpm2_karras",
+    "dpm_2_ancestral": "dpm2_a",
+    "DPM2 a Karras": "dpm2_a_karras",
+    "dpmpp_sde": "dpmpp_sde",
+    "DPM++ SDE Karras": "dpmpp_sde_karras",
+    "dpm_2_karras": "dpm2_karras",
+    "k_dpmpp_sde karras": "dpmpp_sde_karras",
+    "Heun Beta": "heun_beta",
+    "heun_beta": "heun_beta",
+    "Euler Exponential": "euler_exponential",
+    "LMS Uniform": "lms",
+    "Euler a SGM Uniform": "euler_a_sgm_uniform",
+    "ddim_sgm_uniform": "ddim_sgm_uniform",
+    "euler_simple": "euler_simple",
+    "euler_normal": "euler_normal",
 }
 
 
@@ -85,6 +105,53 @@ def test_class_name_leaves_karras_to_the_config(karras: bool) -> None:
     np.testing.assert_array_equal(by_class.matrix, by_name.matrix)
     assert (by_class.sampler, by_class.schedule_type) == ("DPM++ 2M", "Karras" if karras else "Uniform")
     assert resolve("DPMSolverMultistepScheduler").overrides == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "schedule_type"),
+    [
+        ("Euler Beta", {"use_beta_sigmas": True}, "Beta"),
+        ("Heun Exponential", {"use_exponential_sigmas": True}, "Exponential"),
+        ("DPM++ 2M Beta", {"use_beta_sigmas": True}, "Beta"),
+        ("DPM2 a Beta", {"use_beta_sigmas": True}, "Beta"),
+        ("Euler a SGM Uniform", {"timestep_spacing": "trailing"}, "SGM Uniform"),
+        ("DDIM Simple", {"timestep_spacing": "trailing"}, "Simple"),
+        ("LMS Turbo", {"timestep_spacing": "trailing"}, "Turbo"),
+        ("DPM++ SDE Normal", {"timestep_spacing": "linspace"}, "Normal"),
+        ("Euler DDIM", {"timestep_spacing": "leading", "steps_offset": 1}, "DDIM"),
+    ],
+)
+def test_a_schedule_type_is_config_fields(name: str, fields: dict[str, Any], schedule_type: str) -> None:
+    """And it holds against what the config says, also where that asks for another layout."""
+    sampler = resolve(name)
+    assert fields.items() <= sampler.overrides.items()
+    assert sampler.overrides.keys() <= defaults_of(sampler.scheduler).keys()
+    config = {**STABLE_DIFFUSION, "use_karras_sigmas": True, "timestep_spacing": "leading", "steps_offset": 5}
+    by_name = schedule(name, config, num_inference_steps=12)
+    assert (by_name.sampler, by_name.schedule_type) == (sampler.sampler, schedule_type)
+    settled = {**config, "use_karras_sigmas": False, **sampler.overrides}
+    by_class = schedule(sampler.scheduler, settled, num_inference_steps=12)
+    np.testing.assert_array_equal(by_name.matrix, by_class.matrix)
+    np.testing.assert_array_equal(by_name.timesteps, by_class.timesteps)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Euler KL Optimal", "'KL Optimal' has no counterpart"),
+        ("DPM++ 2M Align Your Steps", "no counterpart"),
+        ("LMS Polyexponential", "no counterpart"),
+        ("Euler a Karras", "use_karras_sigmas, here as in diffusers"),
+        ("DDIM Beta", "use_beta_sigmas"),
+        ("LCM SGM Uniform", "LCMScheduler decides its own"),
+        ("EDM Euler Karras", "use_karras_sigmas"),
+        ("LMS Karras Beta", "unknown scheduler"),
+        ("Karras", "unknown scheduler"),
+    ],
+)
+def test_a_schedule_type_that_a_sampler_does_not_have_is_refused(name: str, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        resolve(name)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from sdfast.noise import BrownianNoise, NoiseSource, SharedNoise
 from sdfast.schedulers import SAMPLERS, Sampler, own_config, schedule
 from sdfast.schedulers.config import read
 from sdfast.schedulers.noise import sigma_alphas, sigmas_of
@@ -130,11 +131,15 @@ def test_noise_levels_are_diffusers(levels: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: s.short_name)
 def test_same_picture_as_diffusers_loop(sampler: Sampler) -> None:
-    """A nonlinear network, float32, one generator: diffusers' loop and the table's make the same latents."""
+    """A nonlinear network, float32, one generator: diffusers' loop and the table's make the same latents.
+
+    DPM++ SDE's steps draw from no generator, but from a Brownian motion with the seed that its config says.
+    """
     eta = 1.0 if sampler.scheduler in ("DDIMScheduler", "TCDScheduler") else 0.0
-    table = schedule(sampler.name, STABLE_DIFFUSION, num_inference_steps=20, eta=eta)
+    config = {**STABLE_DIFFUSION, "noise_sampler_seed": 3}
+    table = schedule(sampler.name, config, num_inference_steps=20, eta=eta)
     overrides = {k: v for k, v in sampler.overrides.items() if k in defaults_of(sampler.scheduler)}
-    reference = getattr(diffusers, sampler.scheduler).from_config(STABLE_DIFFUSION, **overrides)
+    reference = getattr(diffusers, sampler.scheduler).from_config(config, **overrides)
     reference.set_timesteps(20)
 
     def network(x: torch.Tensor, t: float) -> torch.Tensor:  # [1, 4, 8, 8] -> the same
@@ -148,13 +153,15 @@ def test_same_picture_as_diffusers_loop(sampler: Sampler) -> None:
     for t in reference.timesteps:
         x = reference.step(network(reference.scale_model_input(x, t), t.item()), t, x, **extra).prev_sample
 
-    generator = torch.Generator().manual_seed(7)
+    noise: NoiseSource = SharedNoise(torch.Generator().manual_seed(7), 1, (4, 8, 8))
+    if table.brownian is not None:
+        noise = BrownianNoise(noise, table.brownian, (4, 8, 8), 1, torch.device("cpu"))
     registers = torch.zeros(table.registers, 1, 4, 8, 8)
-    registers[0] = torch.randn(1, 4, 8, 8, generator=generator) * table.init_noise_sigma
+    registers[0] = noise.initial() * table.init_noise_sigma
     matrix = torch.tensor(table.matrix, dtype=torch.float32)
     for k in range(len(table)):
         m = network(registers[0] * float(table.input_scale[k]), table.timesteps[k])
-        z = torch.randn(1, 4, 8, 8, generator=generator) if table.draws_noise[k] else torch.zeros_like(m)
+        z = noise.of_row(0)(k)[None] if table.draws_noise[k] else torch.zeros_like(m)
         registers = torch.einsum("rs,s...->r...", matrix[k], torch.cat([registers, m[None], z[None]]))
 
     assert torch.linalg.norm(registers[0] - x) <= 1e-4 * torch.linalg.norm(x)

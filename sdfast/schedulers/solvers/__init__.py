@@ -23,10 +23,15 @@ from sdfast.schedulers.solvers.ddpm import (
     ddpm,
 )
 from sdfast.schedulers.solvers.deis import DEISConfig, deis
+from sdfast.schedulers.solvers.dpm2 import DPM2AncestralConfig, DPM2Config, dpm2, dpm2_ancestral
+from sdfast.schedulers.solvers.dpm_sde import DPMSDEConfig, dpmpp_sde
 from sdfast.schedulers.solvers.dpm_singlestep import DPMSinglestepConfig, dpm_singlestep
 from sdfast.schedulers.solvers.dpm_solver import DPMSolverConfig, dpm_multistep
+from sdfast.schedulers.solvers.edm import EDMDPMConfig, EDMEulerConfig, edm_dpm_multistep, edm_euler
 from sdfast.schedulers.solvers.euler import EulerAncestralConfig, EulerConfig, euler, euler_ancestral
+from sdfast.schedulers.solvers.heun import HeunConfig, heun
 from sdfast.schedulers.solvers.lcm import LCMConfig, lcm
+from sdfast.schedulers.solvers.lms import LMSConfig, lms
 from sdfast.schedulers.solvers.pndm import PNDMConfig, pndm
 from sdfast.schedulers.solvers.sa_solver import SASolverConfig, sa_solver
 from sdfast.schedulers.solvers.tcd import TCDConfig, tcd
@@ -42,6 +47,13 @@ _ALL: tuple[tuple[type[SchedulerConfig], Callable[[Any, Run], Schedule]], ...] =
     (TCDConfig, tcd),
     (EulerConfig, euler),
     (EulerAncestralConfig, euler_ancestral),
+    (HeunConfig, heun),
+    (DPM2Config, dpm2),
+    (DPM2AncestralConfig, dpm2_ancestral),
+    (LMSConfig, lms),
+    (DPMSDEConfig, dpmpp_sde),
+    (EDMEulerConfig, edm_euler),
+    (EDMDPMConfig, edm_dpm_multistep),
     (DPMSolverConfig, dpm_multistep),
     (DPMSinglestepConfig, dpm_singlestep),
     (DEISConfig, deis),
