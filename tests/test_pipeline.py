@@ -101,6 +101,9 @@ CALLS: dict[str, dict[str, Any]] = {
     "rescaled guidance": {"guidance_rescale": 0.7, "guidance_scale": 9.0},
     "rescaled without guidance": {"guidance_rescale": 0.7, "guidance_scale": 1.0},
     "eta": {"eta": 0.6, "num_images_per_prompt": 2},
+    "LCM": {"scheduler": "LCMScheduler", "num_images_per_prompt": 2},
+    "TCD": {"scheduler": "TCDScheduler", "eta": 0.3, "num_images_per_prompt": 2},
+    "TCD without noise": {"scheduler": "TCDScheduler"},
     "Euler": {"scheduler": "EulerDiscreteScheduler"},
     "Euler ancestral": {"scheduler": "EulerAncestralDiscreteScheduler", "num_images_per_prompt": 2},
     "Euler ancestral, a generator each": {

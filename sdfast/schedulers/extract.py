@@ -134,10 +134,19 @@ class _Followed(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in (torch.randn, torch.randn_like):
             self.draws += 1
+            size = args[0].shape if func is torch.randn_like else _size(args, kwargs)
+            if size != self.noise.shape:
+                raise RequestError(f"noise of shape {list(size)} is drawn, which is not the latents' shape")
             return self.noise.clone()
         if func in (torch.Tensor.to, torch.Tensor.float, torch.Tensor.type) and _rounds(func, args, kwargs):
             return args[0]
         return func(*args, **kwargs)
+
+
+def _size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Size:
+    """The shape that `torch.randn` is asked for: one sequence, or a number a side."""
+    given = args or (kwargs["size"],)
+    return torch.Size(given[0] if isinstance(given[0], Sequence) else given)
 
 
 def _rounds(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
@@ -312,7 +321,10 @@ def _noising(scheduler: Any, begin: int) -> tuple[float, float]:
         return 0.0, float(getattr(scheduler, "init_noise_sigma", 1.0))
     picture, noise = torch.eye(2, dtype=torch.float64).view(2, 2, 1, 1, 1)  # two pictures of one number each
     first = torch.as_tensor(scheduler.timesteps[begin])
-    noisy = copy.deepcopy(scheduler).add_noise(picture, noise, torch.stack([first, first]))
+    try:
+        noisy = copy.deepcopy(scheduler).add_noise(picture, noise, torch.stack([first, first]))
+    except _REFUSALS as error:
+        raise RequestError(f"{type(scheduler).__name__}.add_noise refuses: {_story(error)}") from error
     return float(noisy[0]), float(noisy[1])
 
 

@@ -95,6 +95,23 @@ def test_a_start_in_the_middle_is_kept() -> None:
         assert table.noising == pytest.approx(own.noising, rel=1e-5)
 
 
+def test_custom_timesteps_are_the_objects() -> None:
+    scheduler = diffusers.DDPMScheduler.from_config(STABLE_DIFFUSION)
+    scheduler.set_timesteps(timesteps=[900, 500, 20])
+    own = schedule("DDPMScheduler", STABLE_DIFFUSION, num_inference_steps=None, timesteps=[900, 500, 20])
+    asked = run_of(scheduler, num_inference_steps=None, timesteps=[900, 500, 20])
+    for table in (Schedule.from_diffusers(scheduler), asked):
+        assert error_of(map_of_table(table), map_of_table(own)) <= 1e-5
+
+
+def test_noise_of_a_brownian_motion_is_refused() -> None:
+    """Steps of diffusers' DPM++ SDE share noise: there is a table of its own for that."""
+    pytest.importorskip("torchsde")
+    scheduler = _with_steps(diffusers.DPMSolverSDEScheduler.from_config(STABLE_DIFFUSION), 4)
+    with pytest.raises(RequestError, match=r"draws noise|noise of shape"):
+        Schedule.from_diffusers(scheduler)
+
+
 def test_the_object_is_left_as_it_was() -> None:
     scheduler = diffusers.DPMSolverMultistepScheduler.from_config(STABLE_DIFFUSION)
     scheduler.set_timesteps(5)
@@ -185,6 +202,8 @@ WEIGHTS = np.random.default_rng(0).normal(size=(41, 40)).tolist()
 PLAIN: dict[str, tuple[Any, str]] = {
     "two-draws": (lambda s, m, x: (x + torch.randn(m.shape) + torch.randn_like(m),), "draws noise 2 times"),
     "own-noise": (lambda s, m, x: (x + torch.rand(m.shape),), "something of nothing"),
+    "noise-for-all": (lambda s, m, x: (x + torch.randn(1),), r"noise of shape \[1\]"),
+    "noise-by-sides": (lambda s, m, x: (x * m + torch.randn(*m.shape),), "not linear"),
     "constant": (lambda s, m, x: (x + 1,), "something of nothing"),
     "two-outputs": (lambda s, m, x: (torch.cat([x, x], 1),), "something else"),
     "no-tensor": (lambda s, m, x: {"sample": x}, "something else"),
