@@ -1,6 +1,8 @@
 """The exponential integrators against diffusers: DPM-Solver, DEIS, UniPC, SA-Solver."""
 
 from collections.abc import Iterator
+from dataclasses import replace
+from decimal import Decimal, localcontext
 from itertools import cycle
 from typing import Any
 
@@ -10,6 +12,8 @@ import pytest
 
 from sdfast.errors import RequestError
 from sdfast.schedulers import schedule
+from sdfast.schedulers.noise import exponential
+from sdfast.schedulers.solvers.exponential import adams, along, moments, visited
 from tests.schedulers.diffusers_map import (
     NOISE_SCHEDULES,
     PREDICTIONS,
@@ -122,6 +126,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"predictor_order": 1, "corrector_order": 3},
         {"predictor_order": 3, "corrector_order": 1},
         {"lower_order_final": False, "corrector_order": 3},
+        {"predictor_order": 4, "corrector_order": 4},
         {"algorithm_type": "noise_prediction"},
         {"algorithm_type": "noise_prediction", "predictor_order": 3, "corrector_order": 3},
         *LAYOUTS,
@@ -155,13 +160,21 @@ def cases() -> Iterator[Case]:
         yield Case(SINGLESTEP, {"solver_order": 3, **HEUN}, strength=strength)
 
 
+def loses_digits(case: Case, steps: int) -> bool:
+    """Fourth order in small steps: diffusers integrates from λ = 0, and float64 is too short for that, too.
+
+    It is off by 5e-12 there; `test_weights_to_fifty_digits` has the truth.
+    """
+    return case.options.get("predictor_order") == 4 and steps > 20
+
+
 CASES = list(cases())
 # Differences between outputs of nearby levels cancel in diffusers' float32 coefficients, the more the nearer:
 # from 10 steps on it is off by up to this, as it runs. Its formulas in float64 agree to 1e-12 all the same.
 FLOAT32 = {MULTISTEP: 3e-5, SINGLESTEP: 3e-5, DEIS: 1e-3, UNIPC: 2e-4, SA: 1e-3}
 LONG = 15  # steps; such runs are made of every third case, so that each option is there with some spacing
 SAMPLE = [case for i, case in enumerate(CASES) if i % 3 == 1 or case.scheduler in LAY_OUT_THEIR_OWN]
-RUNS = [(case, k) for k in STEPS for case in (CASES if k < LONG else SAMPLE)]
+RUNS = [(case, k) for k in STEPS for case in (CASES if k < LONG else SAMPLE) if not loses_digits(case, k)]
 
 
 @pytest.mark.parametrize(("case", "steps"), RUNS, ids=str)
@@ -169,6 +182,36 @@ def test_table_is_diffusers_map(case: Case, steps: int) -> None:
     if int(steps * case.strength) == 0:
         pytest.skip("no step is left, in diffusers neither")
     assert_case(case, steps, bound=FLOAT32[case.scheduler] if steps >= 10 else 1e-5)
+
+
+@pytest.mark.parametrize("clock", [-2.0, -1.0, 1.0])
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+def test_weights_to_fifty_digits(order: int, clock: float) -> None:
+    """Against ∫ e^{g - v} l_i(v) dv of the Lagrange polynomials l_i, multiplied out in decimals."""
+    levels = exponential(0.03, 15.0, 51) * (1 + 0.01 * np.sin(np.arange(51)))
+    over = replace(along(levels[:-1], levels[1:], of_x0=True), clock=np.full((50, 1), clock))
+    weights = adams(over, over.at(visited(levels, order)), np.full(50, order), moments)
+    with localcontext() as decimals:
+        decimals.prec = 50
+        lambdas = [-Decimal(level).ln() for level in levels.tolist()]
+        for k in range(order - 1, 50):
+            nodes = [Decimal(clock) * (lambdas[k - i] - lambdas[k]) for i in range(order)]
+            exact = lagrange_weights(nodes, Decimal(clock) * (lambdas[k + 1] - lambdas[k]))
+            np.testing.assert_allclose(weights[k], exact, rtol=0, atol=1e-13)
+
+
+def lagrange_weights(nodes: list[Decimal], g: Decimal) -> list[float]:
+    G = [g.exp() - 1]
+    for n in range(1, len(nodes)):
+        G.append(n * G[-1] - g**n)
+    weights = []
+    for i, node in enumerate(nodes):
+        polynomial = [Decimal(1)]  # the lowest power first
+        for other in nodes[:i] + nodes[i + 1 :]:
+            shifted, scaled = [Decimal(0), *polynomial], [-other * c for c in polynomial] + [Decimal(0)]
+            polynomial = [(a + b) / (node - other) for a, b in zip(shifted, scaled, strict=True)]
+        weights.append(float(sum(c * G[n] for n, c in enumerate(polynomial))))
+    return weights
 
 
 REFUSED = [
