@@ -60,7 +60,7 @@ def schedule(
         config: a scheduler config as diffusers writes it, of this class or of any other, read as diffusers'
             `Class.from_config(config, **overrides)` reads it. For a scheduler object: `own_config(object)`.
         num_inference_steps: K, from 1 to num_train_timesteps. None if `timesteps` or `sigmas` is given.
-        timesteps: the timesteps themselves, falling, for DDPM, Euler and DPM++ 2M.
+        timesteps: the timesteps themselves, falling, for the schedulers that take some in diffusers.
         sigmas: the K + 1 noise levels, falling, the last one usually 0, for Euler.
         eta: DDIM's noise, from 0 (none) to 1 (DDPM's).
         strength: the share of the run that is done, above 0 and up to 1, as in diffusers' image to image: the

@@ -17,20 +17,17 @@ _NO_OTHER_SIGMAS = {"use_exponential_sigmas": False, "use_beta_sigmas": False}
 _DPMPP_2M = {
     "algorithm_type": "dpmsolver++",
     "solver_order": 2,
+    "solver_type": "midpoint",
     "use_lu_lambdas": False,
     "use_flow_sigmas": False,
 }
 _DRAWN_ANEW = "; noise is drawn anew, where AUTOMATIC1111 and ComfyUI follow one Brownian path"
 _EXPONENTIAL = _NO_OTHER_SIGMAS | _PLAIN | {"use_exponential_sigmas": True}
 _HEUN = {"solver_type": "heun"}
-_DPMPP_2M_SDE = _DPMPP_2M | {"algorithm_type": "sde-dpmsolver++", "solver_type": "midpoint"}
-_DPMPP_3M = _DPMPP_2M | {"solver_order": 3, "solver_type": "midpoint"}
+_DPMPP_2M_SDE = _DPMPP_2M | {"algorithm_type": "sde-dpmsolver++"}
+_DPMPP_3M = _DPMPP_2M | {"solver_order": 3}
 _DPMPP_3M_SDE = _DPMPP_2M_SDE | {"solver_order": 3}
-_DPM_SOLVER = _DPMPP_2M | {
-    "algorithm_type": "dpmsolver",
-    "solver_type": "midpoint",
-    "final_sigmas_type": "sigma_min",
-}
+_DPM_SOLVER = _DPMPP_2M | {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
 _DPMPP_2S = {
     "algorithm_type": "dpmsolver++",
     "solver_order": 2,
@@ -126,6 +123,7 @@ SAMPLERS: tuple[Sampler, ...] = (
         _DPMPP_2M | _NO_OTHER_SIGMAS | _KARRAS,
         "the usual choice: finished pictures at 20 to 30 steps",
         "DPM++ 2M Automatic",  # AUTOMATIC1111's own default for this sampler
+        "dpmpp_2m_k",
     ),
     _sampler(
         "DPMSolverMultistepScheduler",
@@ -134,6 +132,7 @@ SAMPLERS: tuple[Sampler, ...] = (
         "dpmpp_2m",
         _DPMPP_2M | _NO_OTHER_SIGMAS | _PLAIN,
         "as above with evenly spaced timesteps; often better below 15 steps",
+        "k_dpmpp_2m",
     ),
     _sampler(
         "DPMSolverMultistepScheduler",

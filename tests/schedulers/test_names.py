@@ -154,6 +154,12 @@ def test_a_schedule_type_that_a_sampler_does_not_have_is_refused(name: str, mess
         resolve(name)
 
 
+def test_a_name_decides_the_variant_whatever_the_config_says() -> None:
+    config = {**STABLE_DIFFUSION, "solver_type": "heun", "algorithm_type": "dpmsolver", "solver_order": 3}
+    for name in ("DPM++ 2M", "DPM++ 2M SDE", "DPM++ 2M SDE Heun", "DPM++ 3M SDE", "DPM++ 2S"):
+        assert schedule(name, config, num_inference_steps=5).sampler == name
+
+
 @pytest.mark.parametrize(
     ("name", "nearest"), [("DPM 2M Karas", "DPM++ 2M Karras"), ("eular", "Euler"), ("dimm", "DDIM")]
 )
