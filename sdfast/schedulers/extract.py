@@ -99,8 +99,10 @@ def run_of(
 
     Raises `RequestError` for what the object's `set_timesteps` does not take, and as `from_diffusers`.
     """
-    asked = {"num_inference_steps": num_inference_steps, "timesteps": timesteps, "sigmas": sigmas}
-    given = {name: value for name, value in asked.items() if value is not None}
+    lists = {"timesteps": timesteps, "sigmas": sigmas}
+    given: dict[str, Any] = {name: list(values) for name, values in lists.items() if values is not None}
+    if num_inference_steps is not None:
+        given["num_inference_steps"] = num_inference_steps
     _check_is_one(scheduler)
     name, takes = type(scheduler).__name__, _parameters(scheduler, "set_timesteps")
     for option in given:
@@ -108,7 +110,7 @@ def run_of(
             raise RequestError(f"{name}.set_timesteps takes no {option}; it takes {', '.join(takes)}")
     own = copy.deepcopy(scheduler)
     try:
-        own.set_timesteps(**{n: v if n == "num_inference_steps" else list(v) for n, v in given.items()})
+        own.set_timesteps(**given)
     except _REFUSALS as error:
         raise RequestError(f"{name}.set_timesteps refuses {_shown(given)}: {_story(error)}") from error
     order = getattr(own, "order", 1)
@@ -288,10 +290,10 @@ def _checked(scheduler: Any) -> str:
     name = type(scheduler).__name__
     _check_is_one(scheduler)
     custom = getattr(scheduler, "custom_timesteps", False)
-    unset = getattr(scheduler, "num_inference_steps", 1) is None and not custom
-    if unset or getattr(scheduler, "timesteps", None) is None:
+    counted = not hasattr(scheduler, "num_inference_steps") or scheduler.num_inference_steps is not None
+    if not (counted or custom) or getattr(scheduler, "timesteps", None) is None:
         raise RequestError(f"{name} has no timesteps: call its set_timesteps(num_inference_steps) first")
-    if getattr(scheduler, "step_index", None) is not None or getattr(scheduler, "counter", 0):
+    if getattr(scheduler, "step_index", None) is not None or getattr(scheduler, "counter", False):
         raise RequestError(f"{name} has stepped already: call its set_timesteps(num_inference_steps) again")
     return name
 

@@ -52,7 +52,7 @@ class DDIMInverseConfig(SchedulerConfig):
     clip_sample: bool = True
     clip_sample_range: float = 1.0
     set_alpha_to_one: bool = True
-    timestep_spacing: Literal["leading", "trailing"] = "leading"  # type: ignore[assignment]
+    timestep_spacing: Literal["leading", "trailing"] = "leading"
 
 
 def ddpm(config: DDPMConfig, run: Run) -> Schedule:

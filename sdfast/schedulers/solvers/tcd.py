@@ -42,4 +42,5 @@ def tcd(config: TCDConfig, run: Run) -> Schedule:
 
 def _share(share: float, t: Floats) -> Floats:
     """The whole timestep at that share of t: [K] float64. The product is float32, as diffusers' is."""
-    return np.floor(np.float32(share) * t.astype(np.float32)).astype(np.float64)
+    whole: Floats = np.floor(np.float32(share) * t.astype(np.float32)).astype(np.float64)
+    return whole
