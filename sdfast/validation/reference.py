@@ -148,6 +148,9 @@ def _generate_one(pipe: Any, request: Request, index: int, output_type: str) -> 
         run = {"timesteps": [_whole(t) for t in request.timesteps]}
     if request.sigmas is not None:
         run = {"sigmas": list(request.sigmas)}
+    if pipe.scheduler.config.get("noise_sampler_seed", 0) is None:
+        # DPM++ SDE would seed its Brownian motion at random; sdfast gives each picture its own
+        pipe.scheduler.noise_sampler_seed = list(request.seeds[rows])
     return pipe(
         prompt=request.prompts[index],
         negative_prompt=request.negative_prompts[index],
