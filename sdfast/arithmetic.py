@@ -77,7 +77,7 @@ class HostArithmetic:
         _, *shape = buffers.sample.shape
         registers = max(plan.schedule.registers for plan in plans)
         state = np.zeros((len(plans), registers + 2, int(np.prod(shape))), np.float32)
-        views = torch.from_numpy(state).unflatten(2, shape)
+        views = torch.from_numpy(state).view(*state.shape[:2], *shape)
         self.latents, self.noise = views[:, 0], views[:, -1]
         guided = sum(plan.guided for plan in plans)
         self._rows = [
@@ -152,11 +152,11 @@ class DeviceArithmetic:
         self._plans, self._buffers = plans, buffers
         # registers, then the guided model output, then the noise: what a step's matrix is applied to
         self._state = torch.zeros(n, registers + 2, int(np.prod(shape)), device=device)
-        views = self._state.unflatten(2, shape)
+        views = self._state.view(*self._state.shape[:2], *shape)
         self.latents, self._m, self.noise = views[:, 0], views[:, -2], views[:, -1]
         # and what comes out of it: the new registers, then the next sample
         self._product = torch.zeros(n, registers + 1, self._state.shape[2], device=device)
-        self._next_sample = self._product[:, -1].unflatten(1, shape)
+        self._next_sample = self._product[:, -1].view(n, *shape)
         self._place_tables(registers, device)
         self._place_guidance(device)
         self._finished: set[int] = set()
