@@ -25,15 +25,22 @@ from tests.schedulers.diffusers_map import (
 
 DISTILLED = ("LCMScheduler", "TCDScheduler")
 ETAS = (0.0, 0.3, 1.0)
+BEGUN_ANYWHERE = (
+    "DDPMScheduler",
+    "DDIMScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+)
 
 
 def cases() -> Iterator[Case]:
     yield from inversions()
     yield from warmed_up()
     yield from distilled()
-    for scheduler in ("DDPMScheduler", "DDIMScheduler"):
-        for spacing in SPACINGS:
+    for spacing in SPACINGS:
+        for scheduler in BEGUN_ANYWHERE:
             yield Case(scheduler, {"timestep_spacing": spacing}, strength=0.5)
+        yield Case("DDIMScheduler", {"timestep_spacing": spacing}, 1.0, strength=0.7)
 
 
 def inversions() -> Iterator[Case]:
