@@ -65,6 +65,7 @@ _NO_COUNTERPART = (
     "Align Your Steps 32",
     "Linear Quadratic",
 )
+_TYPE_ALIASES = {"DDIM Uniform": "DDIM"}  # ComfyUI's name for it
 _OWN_LAYOUT = ("LCMScheduler", "TCDScheduler")  # distilled for timesteps of their own
 
 
@@ -534,11 +535,12 @@ def resolve(name: str) -> Sampler:
 
 def _with_schedule_type(key: str) -> Sampler | None:
     """The sampler of a name that ends in a schedule type, if it is one."""
-    for schedule_type in (*SCHEDULE_TYPES, "Uniform", *_NO_COUNTERPART):
+    for schedule_type in (*SCHEDULE_TYPES, *_TYPE_ALIASES, "Uniform", *_NO_COUNTERPART):
         suffix = f" {_key(schedule_type)}"
         sampler = _BY_NAME.get(key.removesuffix(suffix)) if key.endswith(suffix) else None
         if sampler is not None and sampler.schedule_type in PLAIN_TYPES:
-            return sampler if schedule_type == "Uniform" else _laid_out(sampler, schedule_type)
+            known = _TYPE_ALIASES.get(schedule_type, schedule_type)
+            return sampler if known == "Uniform" else _laid_out(sampler, known)
     return None
 
 

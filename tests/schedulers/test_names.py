@@ -82,6 +82,7 @@ NAMES = {
     "ddim_sgm_uniform": "ddim_sgm_uniform",
     "euler_simple": "euler_simple",
     "euler_normal": "euler_normal",
+    "euler_ddim_uniform": "euler_ddim",
 }
 
 
