@@ -8,6 +8,9 @@ import torch
 
 from sdfast.pipeline import Pipeline
 from sdfast.request import Request
+from sdfast.schedulers import schedule
+from sdfast.validation.modules import scheduler_error
+from sdfast.validation.observe import observed_run
 from sdfast.validation.reference import generate
 from tests.test_pipeline import assert_same, both, ours, stock
 
@@ -46,16 +49,30 @@ def test_a_picture_has_its_own_motion_by_its_seed(sd: tuple[Any, Pipeline]) -> N
     assert (sd[1]("a boat", seed=42, **call).images - alone).norm() > 0.1 * alone.norm()
 
 
-@pytest.mark.filterwarnings("ignore:Should have t[ab]")
-def test_validation_gives_the_stock_pictures_the_same_motions(sd: tuple[Any, Pipeline]) -> None:
-    request = Request.make(
-        prompts=("the sea", "a boat"),
-        negative_prompts=(None, None),
-        height=sd[1].engine.manifest.model.default_height,
-        width=sd[1].engine.manifest.model.default_width,
+def request_of(pipe: Pipeline, *prompts: str, count: int) -> Request:
+    model = pipe.engine.manifest.model
+    return Request.make(
+        prompts=prompts,
+        negative_prompts=(None,) * len(prompts),
+        height=model.default_height,
+        width=model.default_width,
         num_inference_steps=4,
-        num_images_per_prompt=2,
+        num_images_per_prompt=count,
         scheduler="DPM++ SDE",
         seed=40,
     )
+
+
+@pytest.mark.filterwarnings("ignore:Should have t[ab]")
+def test_validation_gives_the_stock_pictures_the_same_motions(sd: tuple[Any, Pipeline]) -> None:
+    request = request_of(sd[1], "the sea", "a boat", count=2)
     assert_same(generate(sd[0], request, output_type="pt"), sd[1].generate(request, output_type="pt").images)
+
+
+@pytest.mark.filterwarnings("ignore:Should have t[ab]")
+def test_validation_replays_the_same_motion(sd: tuple[Any, Pipeline]) -> None:
+    request = request_of(sd[1], "the sea", count=1)
+    run = observed_run(sd[0], request)
+    plan = schedule(request.scheduler, sd[1].engine.scheduler_config, num_inference_steps=4)
+    measured = scheduler_error(request.scheduler, plan, [run])
+    assert measured.error.relative_l2 < 1e-4

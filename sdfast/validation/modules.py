@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sdfast.engine import Engine
 from sdfast.errors import EngineError
-from sdfast.noise import generator
+from sdfast.noise import BrownianNoise, NoiseSource, OwnNoise, generator
 from sdfast.schedulers import Schedule
 from sdfast.validation.metrics import Error, compare
 from sdfast.validation.observe import Run, StepInputs, StepOutputs, observed_step
@@ -225,23 +225,19 @@ def scheduler_error(name: str, plan: Schedule, runs: Sequence[Run]) -> Measured:
 def replay(plan: Schedule, run: Run) -> Pairs:
     """(the table's, the stock scheduler's) latents after each step, and network inputs where known."""
     shape = run.latents[0].shape[1:]
-    source = generator(run.seed)
+    noise: NoiseSource = (first := OwnNoise([generator(run.seed)], shape))
+    if plan.brownian is not None:
+        noise = BrownianNoise(first, plan.brownian, shape, 1, torch.device("cpu"))
     registers = torch.zeros(plan.registers, shape.numel(), dtype=torch.float64)
-    registers[0] = _noise(source, shape) * plan.init_noise_sigma
+    registers[0] = noise.initial().double().flatten() * plan.init_noise_sigma
     samples = {step.index: step.sample[-1] for step in run.steps}
     for k, (output, latents) in enumerate(zip(run.outputs, run.latents, strict=True)):
         if k in samples:
             yield registers[0] * plan.input_scale[k], samples[k]
-        noise = (
-            _noise(source, shape) if plan.draws_noise[k] else torch.zeros(shape.numel(), dtype=torch.float64)
-        )
-        state = torch.cat([registers, output.double().view(1, -1), noise[None]])
+        z = noise.of_row(0)(k).double() if plan.draws_noise[k] else torch.zeros(shape, dtype=torch.float64)
+        state = torch.cat([registers, output.double().view(1, -1), z.view(1, -1)])
         registers = torch.from_numpy(plan.matrix[k].copy()) @ state
         yield registers[0], latents
-
-
-def _noise(source: torch.Generator, shape: torch.Size) -> Tensor:
-    return torch.randn((1, *shape), generator=source, dtype=torch.float32).double().flatten()
 
 
 def _shaped(name: str, value: Tensor, truth: Tensor) -> Tensor:
