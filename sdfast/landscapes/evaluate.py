@@ -84,23 +84,25 @@ def held_out_captions(count: int | None = None) -> tuple[list[Scene], list[str]]
     return scenes, [full_caption(scene, np.random.default_rng([6, i])) for i, scene in enumerate(scenes)]
 
 
-def negative_prompt_effect(pipe: Any, judge: Judge) -> dict[str, float]:
-    """The share of pictures judged misty, without and with "misty" as negative prompt."""
-    open_prompts = [
-        f"a {subject} in the {place}"
-        for place in ("mountains", "hills", "forest", "desert")
-        for subject in ("cabin", "castle", "tent", "lighthouse")
-    ] * 2
-    misty_prompts = [prompt.replace("in the ", "in the misty ") for prompt in open_prompts]
-    misty = ATTRIBUTES["weather"].index("misty")
+def open_weather_prompts() -> list[str]:
+    """36 prompts that leave the weather open."""
+    return [
+        f"a {subject} in the {place} at dawn"
+        for subject in ("cabin", "castle", "tent", "tree")
+        for place in ("mountains", "hills", "forest")
+    ] * 3
+
+
+def negative_prompt_effect(pipe: Any, judge: Judge) -> dict[str, dict[str, float]]:
+    """For negative prompts that name a weather or none: the share of pictures judged to have each weather."""
     column = list(ATTRIBUTES).index("weather")
-    result = {}
-    for name, prompts in (("weather not named", open_prompts), ("misty named", misty_prompts)):
-        for negative in ("", "misty"):
-            judged = verdicts(judge, generate(pipe, prompts, negative))
-            key = f"{name}, negative {negative!r}"
-            result[key] = round(float((judged[:, column] == misty).mean()), 4)
-    return result
+    effect = {}
+    for negative in ("", "misty", "clear"):
+        judged = verdicts(judge, generate(pipe, open_weather_prompts(), negative))[:, column]
+        effect[negative or "none"] = {
+            weather: round(float((judged == i).mean()), 4) for i, weather in enumerate(ATTRIBUTES["weather"])
+        }
+    return effect
 
 
 def evaluate(folder: Path, judge: Judge, count: int | None = None) -> dict[str, Any]:
