@@ -1,10 +1,11 @@
-"""What every scheduler draws, and how fast it gets there.
+"""The pictures in the docs, drawn by the built-in checkpoint's engine.
 
-    python -m benchmarks.scheduler_pictures
+    python -m benchmarks.pictures
 
-On the built-in checkpoint: one prompt and seed drawn by every sampler at 8, 12, 20 and 50 steps
-(`docs/schedulers.png`), and, for those that draw no noise, the distance of their pictures from what 1000
-steps of DDIM make of the same seeds, against the number of network evaluations (`docs/convergence.png`).
+- `docs/landscapes.png`: eight prompts.
+- `docs/schedulers.jpg`: one prompt and seed by every sampler at 8, 12, 20 and 50 steps.
+- `docs/convergence.png`: for samplers that draw no noise, the distance of their pictures from what 1000 steps
+  of DDIM make of the same seeds, against the number of network evaluations.
 """
 
 from pathlib import Path
@@ -15,12 +16,22 @@ from matplotlib import pyplot as plt
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from sdfast.export.cache import cached_engine
 from sdfast.pipeline import Pipeline
 from sdfast.schedulers import SAMPLERS, Sampler, schedule
 
+GALLERY = (
+    "a cabin in misty mountains, watercolor style",
+    "a lighthouse at the sea at sunset",
+    "a castle in the hills at noon, pixel art",
+    "a boat on a lake at night",
+    "a lone tree in the desert at sunset",
+    "a boat on the sea at noon, watercolor",
+    "a cabin in the forest in the rain, ink",
+    "a lighthouse in the mountains at dawn, pixel art",
+)
+SEEDS = (240, 241, 242, 143, 145, 150, 255, 152)
 STEPS = (8, 12, 20, 50)
-PROMPT, SEED, GUIDANCE = "a lighthouse at the sea at sunset, clear", 7, 5.0
+PROMPT, SEED, GUIDANCE = "a lighthouse at the sea at sunset, clear", 7, 7.0
 COMPARED = (
     "a cabin in misty mountains, watercolor style",
     "a lighthouse at the sea at sunset",
@@ -35,20 +46,23 @@ LABEL = 150  # pixels beside a row of pictures
 @click.command()
 @click.option("--docs", type=click.Path(path_type=Path), default=Path("docs"), show_default=True)
 def main(docs: Path) -> None:
-    """Draw both pictures."""
-    pipe = Pipeline.from_engine(cached_engine("landscapes"))
+    """Draw them all."""
+    pipe = Pipeline.from_pretrained("landscapes")
     pipe.set_progress_bar_config(disable=True)
     docs.mkdir(exist_ok=True)
-    samplers = [sampler for sampler in SAMPLERS if draws_pictures(pipe, sampler)]
-    sheet(pipe, samplers).save(docs / "schedulers.png")
+    gallery(pipe).save(docs / "landscapes.png")
+    samplers = [sampler for sampler in SAMPLERS if draws_pictures(sampler)]
+    sheet(pipe, samplers).save(docs / "schedulers.jpg", quality=85)
     convergence(pipe, [s for s in samplers if not draws_noise(pipe, s)], docs / "convergence.png")
-    click.echo(f"{docs / 'schedulers.png'}, {docs / 'convergence.png'}: {len(samplers)} samplers")
+    click.echo(
+        f"drawn into {docs}: landscapes.png, schedulers.jpg, convergence.png ({len(samplers)} samplers)"
+    )
 
 
-def draws_pictures(pipe: Pipeline, sampler: Sampler) -> bool:
-    """Whether the sampler goes from noise to a picture: not the inverse of one."""
-    timesteps = schedule(sampler.name, pipe.scheduler.config, num_inference_steps=8).timesteps
-    return bool(timesteps[0] > timesteps[-1])
+def draws_pictures(sampler: Sampler) -> bool:
+    """Whether the sampler goes from noise to a picture with any checkpoint: not for special ones only."""
+    special = ("DDIMInverse", "LCM", "TCD", "EDM")
+    return not sampler.scheduler.startswith(special)
 
 
 def draws_noise(pipe: Pipeline, sampler: Sampler) -> bool:
@@ -66,6 +80,21 @@ def draw(pipe: Pipeline, prompt: str, sampler: str, steps: int, seed: int) -> ND
         output_type="np",
     ).images[0]
     return image
+
+
+def gallery(pipe: Pipeline, columns: int = 4) -> Image.Image:
+    """The prompts of `GALLERY`, 20 steps, twice as large, each over its prompt."""
+    side = 2 * pipe.engine.manifest.model.default_width
+    rows = len(GALLERY) // columns
+    page = Image.new("RGB", (columns * side, rows * (side + 24)), "white")
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(11)
+    for i, prompt in enumerate(GALLERY):
+        picture = draw(pipe, prompt, "dpmpp_2m_karras", 20, SEEDS[i])
+        image = Image.fromarray((picture * 255).round().astype(np.uint8))
+        x, y = i % columns * side, i // columns * (side + 24)
+        page.paste(image.resize((side, side), Image.Resampling.BICUBIC), (x, y))
+        pen.text((x + 4, y + side + 4), prompt, "black", font)
+    return page
 
 
 def sheet(pipe: Pipeline, samplers: list[Sampler]) -> Image.Image:
@@ -86,7 +115,7 @@ def sheet(pipe: Pipeline, samplers: list[Sampler]) -> Image.Image:
 
 def convergence(pipe: Pipeline, samplers: list[Sampler], path: Path) -> None:
     """Root mean square distance of pictures (in 0 … 1) from the fine solution, over evaluations."""
-    fine = [draw(pipe, prompt, "ddim", FINE, i) for i, prompt in enumerate(COMPARED)]
+    fine = [draw(pipe, prompt, "DDIM SGM Uniform", FINE, i) for i, prompt in enumerate(COMPARED)]
     figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
     styles = [(c, line) for line in ("-", "--", ":", "-.") for c in plt.colormaps["tab10"].colors]  # type: ignore[attr-defined]
     for sampler, (color, line) in zip(samplers, styles, strict=False):

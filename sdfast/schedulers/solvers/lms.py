@@ -41,14 +41,14 @@ def _weights(sigmas: Floats) -> Floats:
 
     Gauss and Legendre's rule of two nodes is exact for cubic polynomials.
     """
-    steps = len(sigmas) - 1
-    weights = np.zeros((steps, ORDER))
     middle, half = (sigmas[1:] + sigmas[:-1]) / 2, np.diff(sigmas) / 2
     nodes = middle[:, None] + half[:, None] * np.array([-1, 1]) / np.sqrt(3)  # [K, 2]
-    for k in range(steps):
-        levels = sigmas[k::-1][:ORDER]
-        for j, level in enumerate(levels):
-            others = np.delete(levels, j)
-            polynomial = ((nodes[k, :, None] - others) / (level - others)).prod(axis=1)
-            weights[k, j] = half[k] * polynomial.sum()
+    visited = np.arange(len(half))[:, None] - np.arange(ORDER)
+    known = visited >= 0
+    level = sigmas[np.maximum(visited, 0)]  # [K, 4], the own one first
+    factor = known[:, None, :] & ~np.eye(ORDER, dtype=np.bool_)  # of polynomial j, whether level i is one
+    apart = np.where(factor, level[:, :, None] - level[:, None, :], 1.0)
+    distance = nodes[:, None, :, None] - level[:, None, None, :]  # [K, 1, 2, 4]
+    polynomials = np.where(factor[:, :, None], distance / apart[:, :, None], 1.0).prod(axis=3)  # [K, 4, 2]
+    weights: Floats = np.where(known, half[:, None] * polynomials.sum(axis=2), 0.0)
     return weights
