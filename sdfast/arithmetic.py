@@ -23,6 +23,8 @@ from sdfast.schedulers import Schedule
 
 Float32s = NDArray[np.float32]
 
+_FLOAT32 = np.dtype(np.float32)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -81,7 +83,9 @@ class HostArithmetic:
         self.latents, self.noise = views[:, 0], views[:, -1]
         guided = sum(plan.guided for plan in plans)
         self._rows = [
-            _HostRow(plan, state[i], buffers, [i, guided + i] if plan.guided else [guided + i])
+            _HostRow(
+                plan, state[i], buffers, slice(i if plan.guided else guided + i, guided + i + 1, guided or 1)
+            )
             for i, plan in enumerate(plans)
         ]
 
@@ -95,20 +99,19 @@ class HostArithmetic:
 
 
 class _HostRow:
-    """One row: its state [R + 2, C·h·w] and the lines of the buffers that are its own."""
+    """One row: its state [R + 2, C·h·w], and in the buffers the one or two U-Net rows that are its own."""
 
-    def __init__(self, plan: Plan, state: Float32s, buffers: Buffers, lines: Sequence[int]) -> None:
+    def __init__(self, plan: Plan, state: Float32s, buffers: Buffers, own: slice) -> None:
         self._state, self._registers, self._m = state, state[:-2], state[-2]
         self._product = np.empty((len(state) - 1, state.shape[1]), np.float32)
         self._matrices = step_matrices(plan.schedule, len(state) - 2).astype(np.float32)
         self._scales = np.append(plan.schedule.input_scale, 1.0).astype(np.float32)
         self._guidance, self._rescale = np.float32(plan.guidance), plan.guidance_rescale
-        flat = (buffers.sample.flatten(1).numpy(), buffers.output.flatten(1).numpy())
-        self._samples, self._outputs = ([tensor[line] for line in lines] for tensor in flat)
-        self._shifts = [
-            (buffers.time_shift[line].numpy(), shifts.cpu().numpy())
-            for line, shifts in zip(lines, plan.time_shifts, strict=True)
-        ]
+        self._sample = buffers.sample.flatten(1).numpy()[own]
+        output = buffers.output.flatten(1).numpy()[own]
+        self._negative, self._positive = (output[0] if plan.guided else None), output[-1]
+        self._time_shift = buffers.time_shift.numpy()[own]
+        self._time_shifts = torch.stack([*plan.time_shifts], dim=1).numpy()  # [K, 1 or 2, T]
 
     def prepare(self, k: int) -> None:
         self._write(self._state[0] * self._scales[k], k)
@@ -122,12 +125,11 @@ class _HostRow:
         self._write(self._product[-1], k + 1)
 
     def _guide(self) -> None:
-        m, positive = self._m, self._outputs[-1]
-        if len(self._outputs) == 1:
+        m, negative, positive = self._m, self._negative, self._positive
+        if negative is None:
             m[:] = positive
             return
-        negative = self._outputs[0]
-        np.subtract(positive, negative, out=m, dtype=np.float32)
+        np.subtract(positive, negative, out=m, dtype=_FLOAT32)
         m *= self._guidance
         m += negative
         if self._rescale:
@@ -135,11 +137,9 @@ class _HostRow:
             m *= self._rescale * spread + (1 - self._rescale)
 
     def _write(self, sample: Float32s, k: int) -> None:
-        for own in self._samples:
-            own[:] = sample
-        for shift, shifts in self._shifts:
-            if k < len(shifts):
-                shift[:] = shifts[k]
+        self._sample[:] = sample
+        if k < len(self._time_shifts):
+            self._time_shift[:] = self._time_shifts[k]
 
 
 class DeviceArithmetic:

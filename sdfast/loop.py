@@ -88,6 +88,8 @@ class Rows:
         self.order = guided + plain
         self.rows = [rows[i] for i in self.order]
         self.step = [0] * len(rows)
+        self._ends = [len(row.schedule) for row in self.rows]
+        self._draws = [[*row.schedule.draws_noise.tolist(), False] for row in self.rows]
         self._caller_order = torch.tensor(np.argsort(self.order), device=engine.device)
         told = [row.negative for row in self.rows if row.negative is not None]
         told += [row.positive for row in self.rows]
@@ -106,7 +108,7 @@ class Rows:
     @property
     def active(self) -> bool:
         """Whether some row has steps left."""
-        return any(k < len(row.schedule) for k, row in zip(self.step, self.rows, strict=True))
+        return self.step != self._ends
 
     @property
     def latents(self) -> torch.Tensor:
@@ -123,7 +125,7 @@ class Rows:
         self._draw_noise()
         self._run_unet()
         self._arithmetic.advance(self.step)
-        self.step = [min(k + 1, len(row.schedule)) for k, row in zip(self.step, self.rows, strict=True)]
+        self.step = [k + (k < end) for k, end in zip(self.step, self._ends, strict=True)]
 
     def check(self) -> None:
         """Raises `NumericalError` when some latent is not a finite number."""
@@ -134,9 +136,9 @@ class Rows:
             )
 
     def _draw_noise(self) -> None:
-        for i, (k, row) in enumerate(zip(self.step, self.rows, strict=True)):
-            if k < len(row.schedule) and row.schedule.draws_noise[k]:
-                self._arithmetic.noise[i].copy_(row.noise(k))
+        for i, k in enumerate(self.step):
+            if self._draws[i][k]:
+                self._arithmetic.noise[i].copy_(self.rows[i].noise(k))
 
 
 def _plan(row: Row) -> Plan:
