@@ -5,18 +5,19 @@ Nothing is loaded before its digest has been checked, and nothing outside the ma
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from sdfast.backends import CompiledModule, loader, parse_device
 from sdfast.errors import EngineError, RequestError
-from sdfast.manifest import File, Manifest, Span, Variant, read_manifest
+from sdfast.manifest import File, Manifest, Module, Span, Variant, read_manifest
 from sdfast.tokenizer import Tokenizer
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
@@ -42,17 +43,30 @@ class Engine:
 
     @classmethod
     def open(
-        cls, folder: str | Path, device: str | torch.device = "cpu", *, threads: int | None = None
+        cls,
+        folder: str | Path,
+        device: str | torch.device = "cpu",
+        *,
+        threads: int | None = None,
+        load: bool = False,
     ) -> "Engine":
         """Open the engine in `folder` on `device`, every file's digest checked.
 
-        `threads`: processor threads of the CPU backends (default: torch's). Raises `EngineError` when a file
-        is missing or changed, `BackendError` when the device or the backend is not available here.
+        `threads`: processor threads of the CPU backends (default: torch's). `load`: load every module too,
+        each once its own files are checked, while larger files are still being read. Raises `EngineError`
+        when a file is missing or changed, `BackendError` when the device or the backend is not there.
         """
         folder, device = Path(folder), parse_device(device)
         manifest = read_manifest(folder)
-        verify(folder, manifest.files)
-        return cls(folder, manifest, device, threads)
+        engine = cls(folder, manifest, device, threads)
+        with Verification(folder, manifest.files) as verification:
+            if load:
+                for module in sorted(manifest.modules.values(), key=verification.size_of):
+                    verification.wait(module.files)
+                    for variant in module.variants:
+                        engine._module(variant)
+            verification.wait()
+        return engine
 
     @cached_property
     def tokenizers(self) -> tuple[Tokenizer, ...]:
@@ -191,19 +205,47 @@ def cover(batch: int, spans: Iterable[Span]) -> list[int]:
     return chosen
 
 
-def verify(folder: Path, files: Sequence[File]) -> None:
-    """Raises `EngineError` naming the first file that is missing, outside `folder`, or was changed."""
-    root = folder.resolve()
-    for file in files:
-        _check_file(root, folder / file.path, file)
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        digests = pool.map(sha256, [folder / file.path for file in files])
-        for file, digest in zip(files, digests, strict=True):
-            if digest != file.sha256:
+class Verification:
+    """Digests of an engine's files being checked, the largest first, on as many threads as there are cores.
+
+    Raises `EngineError` naming a file that is missing or outside `folder` at once, one that was changed when
+    it is waited for.
+    """
+
+    def __init__(self, folder: Path, files: Sequence[File]) -> None:
+        root = folder.resolve()
+        for file in files:
+            _check_file(root, folder / file.path, file)
+        self._folder = folder
+        self._files = {file.path: file for file in sorted(files, key=lambda file: -file.size)}
+
+    def __enter__(self) -> Self:
+        self._pool = ThreadPoolExecutor(max_workers=max(2, os.cpu_count() or 1))
+        self._digests = {path: self._pool.submit(sha256, self._folder / path) for path in self._files}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def size_of(self, module: Module) -> int:
+        """Bytes of a module's files."""
+        return sum(self._files[path].size for path in module.files)
+
+    def wait(self, paths: Iterable[str] | None = None) -> None:
+        """Until these files (default: all) are known to be what was exported."""
+        for path in self._files if paths is None else paths:
+            digest, due = self._digests[path].result(), self._files[path].sha256
+            if digest != due:
                 raise EngineError(
-                    f"{folder / file.path}: digest {digest[:12]}…, but {file.sha256[:12]}… was exported: "
+                    f"{self._folder / path}: digest {digest[:12]}…, but {due[:12]}… was exported: "
                     "the file was changed or damaged; export the engine again"
                 )
+
+
+def verify(folder: Path, files: Sequence[File]) -> None:
+    """Raises `EngineError` naming the first file that is missing, outside `folder`, or was changed."""
+    with Verification(folder, files) as verification:
+        verification.wait()
 
 
 def _check_file(root: Path, path: Path, file: File) -> None:

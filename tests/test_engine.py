@@ -43,6 +43,24 @@ def test_one_flipped_bit_in_any_file_is_found_and_the_file_named(engine: Path) -
     Engine.open(engine)
 
 
+def test_a_module_is_loaded_once_its_own_files_are_checked_and_no_other_is(
+    engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+    monkeypatch.setattr(Engine, "_module", lambda _self, variant: loaded.append(variant.file))
+    Engine.open(engine, load=True)
+    variants = [v.file for module in read_manifest(engine).modules.values() for v in module.variants]
+    assert sorted(loaded) == sorted(variants)
+    assert loaded[-1] == "unet.safetensors"  # the largest is verified meanwhile
+    loaded.clear()
+    whole = bytearray((engine / "unet.safetensors").read_bytes())
+    whole[len(whole) // 2] ^= 1
+    (engine / "unet.safetensors").write_bytes(whole)
+    with pytest.raises(EngineError, match=r"unet\.safetensors: digest"):
+        Engine.open(engine, load=True)
+    assert "unet.safetensors" not in loaded
+
+
 @pytest.mark.parametrize("name", ["unet.safetensors", "tokenizer/tokenizer.json", "scheduler_config.json"])
 def test_a_truncated_longer_or_missing_file_is_named(engine: Path, name: str) -> None:
     path = engine / name

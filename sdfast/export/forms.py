@@ -12,14 +12,16 @@ from sdfast.manifest import Span, Variant
 
 
 def compile_onnx(spec: ModuleSpec, place: Path, winograd: bool) -> list[Variant]:
-    """Write `spec` to `place` as one ONNX file a form. Forms of the same weights share the file on disk."""
+    """Write `spec` to `place` as one ONNX file a form. Forms of the same weights share the files on disk."""
     network = spec.load()
     variants = []
     stored: dict[str, Path] = {}
     for form in spec.forms:
         path = place / _file_name(spec, form)
+        before = set(place.glob("*.data"))
         _export(network, spec, form, path, winograd)
-        _share(path.with_name(f"{path.name}.data"), stored)
+        for weights in sorted(set(place.glob("*.data")) - before):
+            _share(weights, stored)
         variants.append(Variant(file=path.name, batch=form.batch, height=form.height, width=form.width))
     return variants
 
@@ -58,8 +60,7 @@ def _file_name(spec: ModuleSpec, form: Form) -> str:
 
 def _share(weights: Path, stored: dict[str, Path]) -> None:
     """Make a file whose content is stored already a second name of that. `stored`: digest → first file."""
-    if weights.exists():
-        first = stored.setdefault(sha256(weights), weights)
-        if first is not weights:
-            weights.unlink()
-            weights.hardlink_to(first)
+    first = stored.setdefault(sha256(weights), weights)
+    if first is not weights:
+        weights.unlink()
+        weights.hardlink_to(first)

@@ -27,6 +27,9 @@ DOMAIN = "sdfast"
 Dynamic = Mapping[str, Mapping[int, tuple[str, int, int]]]
 
 
+SHARD = 512 * 2**20  # bytes
+
+
 def export_module(
     module: nn.Module,
     inputs: Mapping[str, Tensor],
@@ -36,6 +39,9 @@ def export_module(
     lowerings: Lowerings = CPU,
 ) -> None:
     """Write `module` to `path` (NAME.onnx) and its weights to NAME.onnx.data beside it.
+
+    More than `SHARD` bytes of weights go to several files (NAME-00001-of-00008.onnx.data), which are read and
+    verified side by side.
 
     inputs: an example of each input by name, in the order in which `forward` takes them; an axis that is not
     in `dynamic` has the example's size for ever. dynamic: input name -> {axis: (name, lowest, highest)}; axes
@@ -49,7 +55,13 @@ def export_module(
     model.opset_imports.pop(DOMAIN, None)
     model.opset_imports.setdefault("com.microsoft", 1)
     try:
-        onnx_ir.save(model, str(path), external_data=f"{path.name}.data", size_threshold_bytes=1024)
+        onnx_ir.save(
+            model,
+            str(path),
+            external_data=f"{path.name}.data",
+            size_threshold_bytes=1024,
+            max_shard_size_bytes=SHARD,
+        )
     except OSError as error:
         raise ExportError(f"cannot write {path}: {error}") from error
 

@@ -68,6 +68,17 @@ def test_unet_of_fixed_size(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["unet.onnx", "unet.onnx.data"]
 
 
+def test_many_weights_go_to_several_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("sdfast.export.onnx.SHARD", 100_000)
+    unet, _, _ = unet_modules(TINY)
+    inputs = unet_inputs(unet, 2, 8, 12)
+    export_module(unet, inputs, {}, ["model_output"], tmp_path / "unet.onnx")
+    check(tmp_path / "unet.onnx", unet, inputs)
+    weights = sorted(tmp_path.glob("unet-*.onnx.data"))
+    assert len(weights) > 3
+    assert len(list(tmp_path.iterdir())) == len(weights) + 1
+
+
 def test_unet_of_any_size(tmp_path):
     unet, _, _ = unet_modules(TINY)
     dynamic = {
