@@ -40,7 +40,7 @@ COMPARED = (
 )
 FINE = 1000  # steps of the reference
 COUNTS = (5, 8, 12, 20, 30, 50)
-LABEL = 150  # pixels beside a row of pictures
+LABEL = 210  # pixels beside a row of pictures
 
 
 @click.command()
