@@ -15,8 +15,14 @@ from sdfast.errors import RequestError
 
 MAX_TRAIN_TIMESTEPS = 100_000
 
-NOT_LINEAR = "it is not linear, so it cannot be a table; write false into the scheduler config"
+_NOT_LINEAR = "it is not linear, so it cannot be a table; write false into the scheduler config"
 FLOW = "flow models are not supported; set it to false"
+REFUSED = {  # options that must be off in every class that has them, and why
+    "clip_sample": _NOT_LINEAR,
+    "thresholding": _NOT_LINEAR,
+    "use_flow_sigmas": FLOW,
+    "use_dynamic_shifting": FLOW,
+}
 
 
 class SchedulerConfig(BaseModel):
@@ -27,7 +33,7 @@ class SchedulerConfig(BaseModel):
     scheduler: ClassVar[str]  # the diffusers class
     sampler_name: ClassVar[str]  # AUTOMATIC1111's
     accepts: ClassVar[frozenset[str]] = frozenset()  # of "timesteps", "sigmas", "eta"
-    refused: ClassVar[Mapping[str, str]] = {}  # options that must be off, and why
+    refused: ClassVar[Mapping[str, str]] = {}  # further options that must be off, and why
     whole_timesteps: ClassVar[bool] = True  # whether custom timesteps must be whole
     lacks: ClassVar[frozenset[str]] = frozenset()  # shared fields that this class ignores, as in diffusers
 
@@ -58,6 +64,35 @@ class SchedulerConfig(BaseModel):
         if isinstance(betas, np.ndarray):
             return tuple(betas.tolist())
         return tuple(betas) if isinstance(betas, list) else betas
+
+
+class Clipping(BaseModel):
+    """The fields of classes that can clip x0."""
+
+    clip_sample: bool = False
+    clip_sample_range: float = 1.0
+
+
+class Thresholding(BaseModel):
+    """The fields of classes that can threshold x0 dynamically."""
+
+    thresholding: bool = False
+    dynamic_thresholding_ratio: float = 0.995
+    sample_max_value: float = 1.0
+
+
+class FlowSigmas(BaseModel):
+    """The fields of classes that can also serve flow models."""
+
+    use_flow_sigmas: bool = False
+    flow_shift: float = 1.0
+
+
+class DynamicShifting(FlowSigmas):
+    """Those of classes that can shift a flow model's noise levels by the picture's size."""
+
+    use_dynamic_shifting: bool = False
+    time_shift_type: str = "exponential"
 
 
 class SigmaConfig(SchedulerConfig):
@@ -125,8 +160,8 @@ def read(model: type[Config], config: Mapping[str, Any], overrides: Mapping[str,
         raise RequestError(
             f"{model.scheduler}: {_story(error)}; change the scheduler config or take another one"
         ) from None
-    for name, reason in model.refused.items():
-        if getattr(settings, name):
+    for name, reason in {**REFUSED, **model.refused}.items():
+        if getattr(settings, name, None):
             raise RequestError(
                 f"{model.scheduler}: {name}={getattr(settings, name)!r} is not supported: {reason}"
             )

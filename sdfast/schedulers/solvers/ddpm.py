@@ -1,12 +1,11 @@
 """The chain itself: DDPM, and DDIM, which leaves timesteps out; and DDIM backwards, from picture to noise."""
 
-from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 
 from sdfast.errors import RequestError
-from sdfast.schedulers.config import NOT_LINEAR, SchedulerConfig
+from sdfast.schedulers.config import Clipping, SchedulerConfig, Thresholding
 from sdfast.schedulers.levels import whole_timesteps
 from sdfast.schedulers.noise import alpha_bar_at
 from sdfast.schedulers.prediction import predicted_noise, predicted_x0
@@ -14,43 +13,31 @@ from sdfast.schedulers.run import Run
 from sdfast.schedulers.table import Floats, Schedule, table
 
 
-class DDPMConfig(SchedulerConfig):
+class DDPMConfig(Clipping, Thresholding, SchedulerConfig):
     scheduler = "DDPMScheduler"
     sampler_name = "DDPM"
     accepts = frozenset({"timesteps"})
-    refused: ClassVar[Mapping[str, str]] = {"clip_sample": NOT_LINEAR, "thresholding": NOT_LINEAR}
 
     variance_type: Literal["fixed_small", "fixed_small_log", "fixed_large"] = "fixed_small"
     clip_sample: bool = True
-    clip_sample_range: float = 1.0
-    thresholding: bool = False
-    dynamic_thresholding_ratio: float = 0.995
-    sample_max_value: float = 1.0
     timestep_spacing: Literal["linspace", "leading", "trailing"] = "leading"
 
 
-class DDIMConfig(SchedulerConfig):
+class DDIMConfig(Clipping, Thresholding, SchedulerConfig):
     scheduler = "DDIMScheduler"
     sampler_name = "DDIM"
     accepts = frozenset({"eta"})
-    refused: ClassVar[Mapping[str, str]] = {"clip_sample": NOT_LINEAR, "thresholding": NOT_LINEAR}
 
     clip_sample: bool = True
-    clip_sample_range: float = 1.0
     set_alpha_to_one: bool = True
-    thresholding: bool = False
-    dynamic_thresholding_ratio: float = 0.995
-    sample_max_value: float = 1.0
     timestep_spacing: Literal["linspace", "leading", "trailing"] = "leading"
 
 
-class DDIMInverseConfig(SchedulerConfig):
+class DDIMInverseConfig(Clipping, SchedulerConfig):
     scheduler = "DDIMInverseScheduler"
     sampler_name = "DDIM Inverse"
-    refused: ClassVar[Mapping[str, str]] = {"clip_sample": NOT_LINEAR}
 
     clip_sample: bool = True
-    clip_sample_range: float = 1.0
     set_alpha_to_one: bool = True
     timestep_spacing: Literal["leading", "trailing"] = "leading"
 

@@ -1,12 +1,11 @@
 """DEIS: the Adams-Bashforth method of an exponential integrator."""
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import field_validator
 
-from sdfast.schedulers.config import FLOW, NOT_LINEAR, SigmaConfig
+from sdfast.schedulers.config import DynamicShifting, SigmaConfig, Thresholding
 from sdfast.schedulers.levels import lowest_level, open_timesteps, preserving_levels
 from sdfast.schedulers.noise import sigma_alphas, sigmas_of
 from sdfast.schedulers.run import Run
@@ -15,27 +14,15 @@ from sdfast.schedulers.solvers.exponential import adams, along, known, moments, 
 from sdfast.schedulers.table import Schedule, table
 
 
-class DEISConfig(SigmaConfig):
+class DEISConfig(Thresholding, DynamicShifting, SigmaConfig):
     scheduler = "DEISMultistepScheduler"
     sampler_name = "DEIS"
     lacks = frozenset({"rescale_betas_zero_snr"})
-    refused: ClassVar[Mapping[str, str]] = {
-        "thresholding": NOT_LINEAR,
-        "use_flow_sigmas": FLOW,
-        "use_dynamic_shifting": FLOW,
-    }
 
     solver_order: Literal[1, 2, 3] = 2
-    thresholding: bool = False
-    dynamic_thresholding_ratio: float = 0.995
-    sample_max_value: float = 1.0
     algorithm_type: Literal["deis"] = "deis"
     solver_type: Literal["logrho"] = "logrho"
     lower_order_final: bool = True
-    use_flow_sigmas: bool = False
-    flow_shift: float = 1.0
-    use_dynamic_shifting: bool = False
-    time_shift_type: str = "exponential"
 
     @field_validator("algorithm_type", mode="before")
     @classmethod

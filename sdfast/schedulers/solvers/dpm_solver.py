@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import field_validator
 
 from sdfast.errors import RequestError
-from sdfast.schedulers.config import FLOW, NOT_LINEAR, SigmaConfig
+from sdfast.schedulers.config import DynamicShifting, SigmaConfig, Thresholding
 from sdfast.schedulers.levels import final_level, open_timesteps, preserving_levels
 from sdfast.schedulers.noise import sigma_alphas, sigmas_of
 from sdfast.schedulers.run import Run
@@ -22,31 +22,19 @@ LEARNED = "models that predict a variance are not supported; set it to null"
 SHORT_RUN = 15  # steps: diffusers lowers the order at the end of shorter runs
 
 
-class DPMConfig(SigmaConfig):
+class DPMConfig(Thresholding, DynamicShifting, SigmaConfig):
     """What the multistep and the singlestep class share."""
 
     accepts = frozenset({"timesteps"})
-    refused: ClassVar[Mapping[str, str]] = {
-        "thresholding": NOT_LINEAR,
-        "use_flow_sigmas": FLOW,
-        "use_dynamic_shifting": FLOW,
-        "variance_type": LEARNED,
-    }
+    refused: ClassVar[Mapping[str, str]] = {"variance_type": LEARNED}
     letter: ClassVar[str]  # how AUTOMATIC1111's names tell the two apart
 
     solver_order: Literal[1, 2, 3] = 2
-    thresholding: bool = False
-    dynamic_thresholding_ratio: float = 0.995
-    sample_max_value: float = 1.0
     algorithm_type: Literal["dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver"] = "dpmsolver++"
     solver_type: Literal["midpoint", "heun"] = "midpoint"
-    use_flow_sigmas: bool = False
-    flow_shift: float = 1.0
     final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
     lambda_min_clipped: float = -float("inf")
     variance_type: str | None = None
-    use_dynamic_shifting: bool = False
-    time_shift_type: str = "exponential"
 
     @property
     def sampler(self) -> str:

@@ -4,16 +4,15 @@ The latents are x0 + σ ε with data of spread σ_data, the network sees c_in x 
 and x0 = c_skip x + c_out m (Karras et al. 2022, table 1). Its checkpoints' scheduler configs say so.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field, field_validator
 
 from sdfast.errors import RequestError
-from sdfast.schedulers.config import NOT_LINEAR, SchedulerConfig
+from sdfast.schedulers.config import SchedulerConfig, Thresholding
 from sdfast.schedulers.noise import exponential, karras
 from sdfast.schedulers.run import Run
 from sdfast.schedulers.solvers.dpm_solver import SHORT_RUN
@@ -50,14 +49,10 @@ class EDMEulerConfig(EDMConfig):
     sampler_name = "EDM Euler"
 
 
-class EDMDPMConfig(EDMConfig):
+class EDMDPMConfig(Thresholding, EDMConfig):
     scheduler = "EDMDPMSolverMultistepScheduler"
-    refused: ClassVar[Mapping[str, str]] = {"thresholding": NOT_LINEAR}
 
     solver_order: Literal[1, 2, 3] = 2
-    thresholding: bool = False
-    dynamic_thresholding_ratio: float = 0.995
-    sample_max_value: float = 1.0
     algorithm_type: Literal["dpmsolver++", "sde-dpmsolver++"] = "dpmsolver++"
     solver_type: Literal["midpoint", "heun"] = "midpoint"
     lower_order_final: bool = True

@@ -1,30 +1,26 @@
 """Heun's method on the probability flow: two evaluations a step."""
 
-from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 
-from sdfast.schedulers.config import NOT_LINEAR, SigmaConfig
+from sdfast.schedulers.config import Clipping, SigmaConfig
 from sdfast.schedulers.levels import exploding_levels
 from sdfast.schedulers.prediction import slope
 from sdfast.schedulers.run import Run
 from sdfast.schedulers.table import Schedule, interleaved, table
 
 
-class HeunConfig(SigmaConfig):
+class HeunConfig(Clipping, SigmaConfig):
     scheduler = "HeunDiscreteScheduler"
     sampler_name = "Heun"
     accepts = frozenset({"timesteps"})
     whole_timesteps = False
-    refused: ClassVar[Mapping[str, str]] = {"clip_sample": NOT_LINEAR}
     lacks = frozenset({"rescale_betas_zero_snr"})
 
     beta_start: float = 0.00085
     beta_end: float = 0.012
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "exp"] = "linear"  # type: ignore[assignment]
-    clip_sample: bool = False
-    clip_sample_range: float = 1.0
 
 
 def heun(config: HeunConfig, run: Run) -> Schedule:

@@ -1,13 +1,12 @@
 """Latent consistency models: every evaluation goes all the way to x0, and noise brings it back."""
 
-from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 from pydantic import Field
 
 from sdfast.errors import RequestError
-from sdfast.schedulers.config import NOT_LINEAR, SchedulerConfig
+from sdfast.schedulers.config import Clipping, SchedulerConfig, Thresholding
 from sdfast.schedulers.noise import alpha_bar_at
 from sdfast.schedulers.prediction import predicted_x0
 from sdfast.schedulers.run import Run
@@ -16,25 +15,19 @@ from sdfast.schedulers.table import Floats, Schedule, table
 SIGMA_DATA = 0.5  # the spread of the data that the boundary condition is written for
 
 
-class DistilledConfig(SchedulerConfig):
+class DistilledConfig(Clipping, Thresholding, SchedulerConfig):
     """The fields of classes for models distilled on a few of the chain's timesteps (LCM, TCD).
 
     original_inference_steps: how many those were. A run takes some of them.
     """
 
     accepts = frozenset({"timesteps"})
-    refused: ClassVar[Mapping[str, str]] = {"clip_sample": NOT_LINEAR, "thresholding": NOT_LINEAR}
 
     beta_start: float = Field(0.00085, gt=0, lt=1)
     beta_end: float = Field(0.012, gt=0, lt=1)
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "scaled_linear"
     original_inference_steps: int = Field(50, ge=1)
-    clip_sample: bool = False
-    clip_sample_range: float = 1.0
     set_alpha_to_one: bool = True
-    thresholding: bool = False
-    dynamic_thresholding_ratio: float = 0.995
-    sample_max_value: float = 1.0
     timestep_spacing: Literal["linspace", "leading", "trailing"] = "leading"
     timestep_scaling: float = Field(10.0, ge=0, allow_inf_nan=False)
 

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from sdfast.schedulers.config import FLOW, NOT_LINEAR, SigmaConfig
+from sdfast.schedulers.config import FlowSigmas, SigmaConfig, Thresholding
 from sdfast.schedulers.levels import lowest_level, open_timesteps, preserving_levels
 from sdfast.schedulers.noise import alpha_bar_at, sigma_alphas, sigmas_of
 from sdfast.schedulers.run import Run
@@ -14,26 +14,17 @@ from sdfast.schedulers.solvers.exponential import Ints, adams, along, known, mom
 from sdfast.schedulers.table import Floats, Schedule, table
 
 
-class SASolverConfig(SigmaConfig):
+class SASolverConfig(Thresholding, FlowSigmas, SigmaConfig):
     scheduler = "SASolverScheduler"
     sampler_name = "SA-Solver"
     lacks = frozenset({"rescale_betas_zero_snr"})
-    refused: ClassVar[Mapping[str, str]] = {
-        "thresholding": NOT_LINEAR,
-        "use_flow_sigmas": FLOW,
-        "variance_type": LEARNED,
-    }
+    refused: ClassVar[Mapping[str, str]] = {"variance_type": LEARNED}
 
     predictor_order: Literal[1, 2, 3, 4] = 2
     corrector_order: Literal[1, 2, 3, 4] = 2
     tau_func: None = None
-    thresholding: bool = False
-    dynamic_thresholding_ratio: float = 0.995
-    sample_max_value: float = 1.0
     algorithm_type: Literal["data_prediction", "noise_prediction"] = "data_prediction"
     lower_order_final: bool = True
-    use_flow_sigmas: bool = False
-    flow_shift: float = 1.0
     lambda_min_clipped: float = -float("inf")
     variance_type: str | None = None
 

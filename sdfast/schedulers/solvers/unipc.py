@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from sdfast.errors import RequestError
-from sdfast.schedulers.config import FLOW, NOT_LINEAR, SigmaConfig
+from sdfast.schedulers.config import FLOW, DynamicShifting, SigmaConfig, Thresholding
 from sdfast.schedulers.levels import lowest_level, open_timesteps, preserving_levels
 from sdfast.schedulers.noise import sigma_alphas, sigmas_of
 from sdfast.schedulers.run import Run
@@ -16,30 +16,20 @@ from sdfast.schedulers.solvers.exponential import Ints, adams, along, known, mom
 from sdfast.schedulers.table import Floats, Schedule, table
 
 
-class UniPCConfig(SigmaConfig):
+class UniPCConfig(Thresholding, DynamicShifting, SigmaConfig):
     scheduler = "UniPCMultistepScheduler"
     refused: ClassVar[Mapping[str, str]] = {
-        "thresholding": NOT_LINEAR,
         "solver_p": "a predictor of one's own cannot be a table; set it to null",
-        "use_flow_sigmas": FLOW,
-        "use_dynamic_shifting": FLOW,
         "shift_terminal": FLOW.replace("false", "null"),
     }
 
     solver_order: Literal[1, 2, 3] = 2
-    thresholding: bool = False
-    dynamic_thresholding_ratio: float = 0.995
-    sample_max_value: float = 1.0
     predict_x0: bool = True
     solver_type: Literal["bh1", "bh2"] = "bh2"
     lower_order_final: bool = True
     disable_corrector: list[int] = Field([])  # steps whose result is left as predicted
     solver_p: Any = None
-    use_flow_sigmas: bool = False
-    flow_shift: float = 1.0
     final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
-    use_dynamic_shifting: bool = False
-    time_shift_type: str = "exponential"
     shift_terminal: float | None = None
 
     @property
