@@ -4,6 +4,8 @@
 solvers that hold x = α x0 + σ ε (DPM-Solver and its kin). Levels are σ/α in both.
 """
 
+from typing import Literal
+
 import numpy as np
 
 from sdfast.errors import RequestError
@@ -22,6 +24,8 @@ from sdfast.schedulers.noise import (
 )
 from sdfast.schedulers.run import Run
 from sdfast.schedulers.table import Floats
+
+Final = Literal["zero", "model", "run"]
 
 
 def whole_timesteps(config: SchedulerConfig, run: Run) -> Floats:
@@ -60,22 +64,25 @@ def exploding_levels(
 
 
 def preserving_levels(
-    config: SigmaConfig, t: Floats, steps: int, final: float | None, *, rounded: bool
+    config: SigmaConfig, run: Run, final: Final, *, rounded: bool, clipped: float = -np.inf
 ) -> tuple[Floats, Floats]:
-    """Timesteps [K], whole, and noise levels σ/α [K + 1], the last one `final`, both float64.
+    """Timesteps [K], whole, and noise levels σ/α [K + 1], both float64.
 
-    t: the timesteps [K], unless the config lays the levels out anew.
-    final: None for the level of the last timestep once more.
+    final: where the last step goes: to no noise, to the lowest level of the model, or to the lowest of the
+        run, which is the model's unless the config lays the levels out anew.
     rounded: whether diffusers rounds the timesteps that it finds for such levels, before it cuts them.
+    clipped: the run starts at the first timestep with -log σ/α of this or more.
     """
     sigmas = sigmas_of(sigma_alphas(config))
     if config.respacing:
-        levels = respaced(config, sigmas[0], sigmas[-1], steps)
+        levels = respaced(config, sigmas[0], sigmas[-1], run.steps)
         t = sigma_to_t(levels, np.log(sigmas))
         t = np.trunc(t.round() if rounded else t)
     else:
+        t = _open_timesteps(config, run, sigmas, clipped)
         levels = np.interp(t, np.arange(len(sigmas)), sigmas)
-    levels = as_float32(np.append(levels, levels[-1] if final is None else final))
+    lowest = levels[-1] if final == "run" and config.respacing else float(sigmas[0])
+    levels = as_float32(np.append(levels, 0.0 if final == "zero" else lowest))
     rises = levels[-1] > levels[-2] * (1 + 1e-6)  # the last two may be one level, but for rounding
     if not (np.diff(levels[:-1]) < 0).all() or rises:
         raise RequestError(
@@ -85,8 +92,7 @@ def preserving_levels(
     return t, levels
 
 
-def open_timesteps(config: SchedulerConfig, run: Run, sigmas: Float32s, clipped: float = -np.inf) -> Floats:
-    """The timesteps of DPM-Solver and its kin, from the first with -log σ/α ≥ `clipped`: [K] float64."""
+def _open_timesteps(config: SchedulerConfig, run: Run, sigmas: Float32s, clipped: float) -> Floats:
     if run.timesteps is not None:
         return np.array(run.timesteps)
     T = config.num_train_timesteps
@@ -110,11 +116,6 @@ def respaced(config: SigmaConfig, lowest: float, highest: float, steps: int) -> 
     sigma_max = float(highest) if sigma_max is None else sigma_max
     layout = {"Karras": karras, "Exponential": exponential, "Beta": beta}[str(config.respacing)]
     return layout(sigma_min, sigma_max, steps)
-
-
-def lowest_level(config: SigmaConfig, sigmas: Float32s) -> float | None:
-    """The model's lowest level; None, the run's own, where the levels are laid out anew."""
-    return None if config.respacing else float(sigmas[0])
 
 
 def final_level(final_sigmas_type: str, sigmas: Float32s) -> float:

@@ -172,9 +172,7 @@ CASES = list(cases())
 # Differences between outputs of nearby levels cancel in diffusers' float32 coefficients, the more the nearer:
 # from 10 steps on it is off by up to this, as it runs. Its formulas in float64 agree to 1e-12 all the same.
 FLOAT32 = {MULTISTEP: 3e-5, SINGLESTEP: 3e-5, DEIS: 1e-3, UNIPC: 2e-4, SA: 1e-3}
-LONG = 15  # steps; such runs are made of every third case, so that each option is there with some spacing
-SAMPLE = [case for i, case in enumerate(CASES) if i % 3 == 1 or case.scheduler in LAY_OUT_THEIR_OWN]
-RUNS = [(case, k) for k in STEPS for case in (CASES if k < LONG else SAMPLE) if not loses_digits(case, k)]
+RUNS = [(case, k) for k in STEPS for case in CASES if not loses_digits(case, k)]
 
 
 @pytest.mark.parametrize(("case", "steps"), RUNS, ids=str)

@@ -6,8 +6,7 @@ import numpy as np
 from pydantic import field_validator
 
 from sdfast.schedulers.config import DynamicShifting, SigmaConfig, Thresholding
-from sdfast.schedulers.levels import lowest_level, open_timesteps, preserving_levels
-from sdfast.schedulers.noise import sigma_alphas, sigmas_of
+from sdfast.schedulers.levels import preserving_levels
 from sdfast.schedulers.run import Run
 from sdfast.schedulers.solvers.dpm_solver import SHORT_RUN
 from sdfast.schedulers.solvers.exponential import adams, along, known, moments, orders, visited
@@ -40,14 +39,7 @@ def deis(config: DEISConfig, run: Run) -> Schedule:
 
     Registers: the latents, and ε of the steps before. Ends at the lowest level, not at none.
     """
-    sigmas = sigmas_of(sigma_alphas(config))
-    t, levels = preserving_levels(
-        config,
-        open_timesteps(config, run, sigmas),
-        run.steps,
-        lowest_level(config, sigmas),
-        rounded=config.use_karras_sigmas,
-    )
+    t, levels = preserving_levels(config, run, "run", rounded=config.use_karras_sigmas)
     short = config.lower_order_final and len(t) < SHORT_RUN
     order = orders(config.solver_order, run, len(t), falling=short)
 

@@ -12,8 +12,7 @@ from pydantic import field_validator
 
 from sdfast.errors import RequestError
 from sdfast.schedulers.config import DynamicShifting, SigmaConfig, Thresholding
-from sdfast.schedulers.levels import final_level, open_timesteps, preserving_levels
-from sdfast.schedulers.noise import sigma_alphas, sigmas_of
+from sdfast.schedulers.levels import Final, preserving_levels
 from sdfast.schedulers.run import Run
 from sdfast.schedulers.solvers.exponential import adams, along, known, moments, orders, visited
 from sdfast.schedulers.table import Floats, Schedule, table
@@ -133,10 +132,8 @@ def second_order(config: DPMConfig, g: Floats, order: int) -> Floats:
 
 def dpm_levels(config: DPMConfig, run: Run, *, rounded: bool) -> tuple[Floats, Floats]:
     """Timesteps [K] and noise levels σ/α [K + 1]."""
-    sigmas = sigmas_of(sigma_alphas(config))
-    t = open_timesteps(config, run, sigmas, config.lambda_min_clipped)
-    final = final_level(config.final_sigmas_type, sigmas)
-    return preserving_levels(config, t, run.steps, final, rounded=rounded)
+    final: Final = "zero" if config.final_sigmas_type == "zero" else "model"
+    return preserving_levels(config, run, final, rounded=rounded, clipped=config.lambda_min_clipped)
 
 
 def check_end(config: DPMConfig) -> None:

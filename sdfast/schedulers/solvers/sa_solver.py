@@ -6,8 +6,8 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from sdfast.schedulers.config import FlowSigmas, SigmaConfig, Thresholding
-from sdfast.schedulers.levels import lowest_level, open_timesteps, preserving_levels
-from sdfast.schedulers.noise import alpha_bar_at, sigma_alphas, sigmas_of
+from sdfast.schedulers.levels import preserving_levels
+from sdfast.schedulers.noise import alpha_bar_at
 from sdfast.schedulers.run import Run
 from sdfast.schedulers.solvers.dpm_solver import LEARNED
 from sdfast.schedulers.solvers.exponential import Ints, adams, along, known, moments, orders, visited
@@ -36,7 +36,9 @@ def sa_solver(config: SASolverConfig, run: Run) -> Schedule:
     known; from there it goes on to level k + 1. Registers: the predicted latents, the corrected ones of the
     step before, its noise, and the outputs of the steps before.
     """
-    t, levels = _levels(config, run)
+    t, levels = preserving_levels(
+        config, run, "run", rounded=config.use_karras_sigmas, clipped=config.lambda_min_clipped
+    )
     k = np.arange(len(t))
     tau = np.where((t >= 200) & (t <= 800), 1.0, 0.0)  # noise in the middle only: diffusers' default
     of_x0 = config.algorithm_type == "data_prediction"
@@ -75,14 +77,3 @@ def _flat_slope(g: Floats, count: int) -> Floats:
     if count == 2:
         G[:, 1] = g**2 / 2
     return G
-
-
-def _levels(config: SASolverConfig, run: Run) -> tuple[Floats, Floats]:
-    sigmas = sigmas_of(sigma_alphas(config))
-    return preserving_levels(
-        config,
-        open_timesteps(config, run, sigmas, config.lambda_min_clipped),
-        run.steps,
-        lowest_level(config, sigmas),
-        rounded=config.use_karras_sigmas,
-    )

@@ -9,8 +9,7 @@ from pydantic import Field, field_validator
 
 from sdfast.errors import RequestError
 from sdfast.schedulers.config import FLOW, DynamicShifting, SigmaConfig, Thresholding
-from sdfast.schedulers.levels import lowest_level, open_timesteps, preserving_levels
-from sdfast.schedulers.noise import sigma_alphas, sigmas_of
+from sdfast.schedulers.levels import Final, preserving_levels
 from sdfast.schedulers.run import Run
 from sdfast.schedulers.solvers.exponential import Ints, adams, along, known, moments, orders, visited
 from sdfast.schedulers.table import Floats, Schedule, table
@@ -49,7 +48,8 @@ def unipc(config: UniPCConfig, run: Run) -> Schedule:
     latents before. From there UniP goes on to level k + 1. Both at once are one matrix. Registers: the
     predicted latents, the corrected ones of the step before, and the outputs of the steps before.
     """
-    t, levels = _levels(config, run)
+    final: Final = "zero" if config.final_sigmas_type == "zero" else "run"
+    t, levels = preserving_levels(config, run, final, rounded=config.use_karras_sigmas)
     order = orders(config.solver_order, run, len(t), falling=config.lower_order_final)
     _check_end(config, order)
     k = np.arange(len(t))
@@ -76,17 +76,6 @@ def _moments(config: UniPCConfig, g: Floats, count: int) -> Floats:
     if count == 2:
         G[:, 1] = g * (g if config.solver_type == "bh1" else G[:, 0]) / 2
     return G
-
-
-def _levels(config: UniPCConfig, run: Run) -> tuple[Floats, Floats]:
-    sigmas = sigmas_of(sigma_alphas(config))
-    return preserving_levels(
-        config,
-        open_timesteps(config, run, sigmas),
-        run.steps,
-        0.0 if config.final_sigmas_type == "zero" else lowest_level(config, sigmas),
-        rounded=config.use_karras_sigmas,
-    )
 
 
 def _check_end(config: UniPCConfig, order: Ints) -> None:
