@@ -19,8 +19,9 @@ import diffusers
 import torch
 
 from benchmarks import machine
-from benchmarks.timing import Comparison, Measure, compare, settle, table
+from benchmarks.timing import Comparison, Measure, clocked, compare, settle, table
 from sdfast.loop import Conditioning, Row, Rows
+from sdfast.noise import OwnNoise
 from sdfast.schedulers import SAMPLERS, Sampler, Schedule, schedule
 
 CONFIG = {
@@ -47,11 +48,15 @@ def main(rounds: int, keep: bool) -> None:
     rows = [step(sampler, size, rounds) for size in LATENTS for sampler in one_of_each_class()]
     click.echo(f"\na step around the network, one guided picture, {torch.get_num_threads()} threads:")
     click.echo(table(rows))
+    draws = {size: draw_seconds(shape) for size, shape in LATENTS.items()}
+    for size, seconds in draws.items():
+        click.echo(f"of which, on both sides, one draw of noise ({size}): {seconds * 1e6:.0f} µs")
     if keep:
         result = {
             "table_steps": TABLE_STEPS,
             "table_microseconds": {name: round(seconds * 1e6, 1) for name, seconds in tables.items()},
             "latents": LATENTS,
+            "draw_microseconds": {size: round(seconds * 1e6, 1) for size, seconds in draws.items()},
             "comparisons": [row.as_json() for row in rows],
         }
         command = shlex.join(["python", "-m", "benchmarks.schedulers", *sys.argv[1:]])
@@ -68,6 +73,13 @@ def table_seconds(sampler: Sampler, times: int = 31) -> float:
 
     once()
     return statistics.median(once() for _ in range(times))
+
+
+def draw_seconds(shape: tuple[int, ...], times: int = 101) -> float:
+    """The median time of `torch.randn`, which both sides owe a scheduler that draws noise."""
+    generator = torch.Generator().manual_seed(0)
+    measure = clocked(lambda: [torch.randn(shape, generator=generator) for _ in range(LOOP_STEPS)])
+    return statistics.median(measure() for _ in range(times // LOOP_STEPS + 5)) / LOOP_STEPS
 
 
 def one_of_each_class() -> list[Sampler]:
@@ -123,7 +135,8 @@ def sdfast_step(sampler: Sampler, output: torch.Tensor) -> Measure:
 
     def run() -> tuple[int, Callable[[], None]]:
         latents = torch.randn(*shape, generator=generator) * plan.init_noise_sigma
-        row = Row(plan, latents, told, told, GUIDANCE, lambda _: torch.randn(*shape, generator=generator))
+        noise = OwnNoise([generator], shape, ahead=int(plan.draws_noise.sum()))
+        row = Row(plan, latents, told, told, GUIDANCE, noise.of_row(0))
         rows = Rows(NoNetwork(output), [row], 8, 8)
 
         def loop() -> None:

@@ -95,6 +95,7 @@ class Rows:
         told += [row.positive for row in self.rows]
         buffers, context = _place(engine, told, self.rows[0].latents.shape, height, width)
         self._arithmetic = (arithmetic or arithmetic_for(engine.device))([*map(_plan, self.rows)], buffers)
+        self._noise = self._arithmetic.noise.unbind()
         self._run_unet = engine.bind(
             "unet",
             {"sample": buffers.sample, "time_shift": buffers.time_shift, "context": context},
@@ -138,7 +139,7 @@ class Rows:
     def _draw_noise(self) -> None:
         for i, k in enumerate(self.step):
             if self._draws[i][k]:
-                self._arithmetic.noise[i].copy_(self.rows[i].noise(k))
+                self._noise[i].copy_(self.rows[i].noise(k))
 
 
 def _plan(row: Row) -> Plan:

@@ -4,6 +4,7 @@ All noise is float32 and drawn on the generator's device, so that the same gener
 as the stock pipeline. The steps of some schedules draw from a Brownian motion instead: see `BrownianNoise`.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,15 +24,26 @@ def _draw(shape: Sequence[int], source: torch.Generator) -> torch.Tensor:
     return torch.randn(tuple(shape), generator=source, device=source.device, dtype=torch.float32)
 
 
+AHEAD = 2**18
+"""So many numbers are drawn at once, at most."""
+
+WHOLE = 16
+"""torch makes normal numbers in blocks of so many: two draws of whole blocks are one draw of both."""
+
+
 class OwnNoise:
     """A generator for each picture: what a picture gets does not depend on the others.
 
     diffusers draws [1, C, h, w] from each generator of a list, in turn.
     """
 
-    def __init__(self, generators: Sequence[torch.Generator], shape: Sequence[int]) -> None:
+    def __init__(self, generators: Sequence[torch.Generator], shape: Sequence[int], ahead: int = 0) -> None:
+        """shape: (C, h, w). ahead: how many draws will follow the first latents'; if that is known, several
+        are made at once, with the same numbers, and a run that is broken off leaves generators that are ahead
+        of diffusers'."""
         self._generators = list(generators)
-        self._shape = tuple(shape)  # (C, h, w)
+        self._shape = tuple(shape)
+        self._ahead = ahead
 
     def initial(self) -> torch.Tensor:
         """Unit noise for the first latents, [n, C, h, w]."""
@@ -43,7 +55,19 @@ class OwnNoise:
 
     def of_row(self, row: int) -> Noise:
         """The noise of one picture, a step at a time."""
-        return lambda _step: _draw(self._shape, self._generators[row])
+        source, waiting, left = self._generators[row], list[torch.Tensor](), self._ahead
+        numbers = math.prod(self._shape)
+        several = AHEAD // numbers if source.device.type == "cpu" and numbers % WHOLE == 0 else 1
+
+        def noise(_step: int) -> torch.Tensor:
+            nonlocal left
+            if not waiting:
+                count = max(1, min(several, left))
+                waiting.extend(reversed(_draw((count, *self._shape), source).unbind()))
+                left -= count
+            return waiting.pop()
+
+        return noise
 
 
 class SharedNoise:

@@ -39,10 +39,10 @@ class Scheduler:
     config: Mapping[str, Any]
     source: Any = None
 
-    def schedule(self, **run: Any) -> Schedule:
-        """The table of a run; `run` is what `sdfast.schedulers.schedule` takes."""
+    def schedule(self, family: str = "sd", **run: Any) -> Schedule:
+        """The table of a run; `family` and `run` are what `sdfast.schedulers.schedule` takes."""
         if self.source is None:
-            return schedule(self.name, self.config, **run)
+            return schedule(self.name, self.config, family=family, **run)
         from sdfast.schedulers.extract import run_of
 
         return run_of(self.source, **run)
@@ -295,7 +295,10 @@ class Pipeline:
         name: str | None = None,
     ) -> Schedule:
         chosen = Scheduler(name, self.engine.scheduler_config) if name else self._scheduler
-        return chosen.schedule(num_inference_steps=steps, timesteps=timesteps, sigmas=sigmas, eta=eta)
+        family = self.engine.manifest.model.family
+        return chosen.schedule(
+            num_inference_steps=steps, timesteps=timesteps, sigmas=sigmas, eta=eta, family=family
+        )
 
     def _encode(
         self, request: Request, given: Given
@@ -357,15 +360,16 @@ class Pipeline:
         return model.latent_channels, request.height // factor, request.width // factor
 
     def _noise(self, request: Request, given: Given, plan: Schedule) -> NoiseSource:
-        first = self._first_noise(request, given)
+        first = self._first_noise(request, given, plan)
         if plan.brownian is None:
             return first
         return BrownianNoise(first, plan.brownian, self._latent_shape(request), request.images, self.device)
 
-    def _first_noise(self, request: Request, given: Given) -> OwnNoise | SharedNoise:
+    def _first_noise(self, request: Request, given: Given, plan: Schedule) -> OwnNoise | SharedNoise:
         shape, source = self._latent_shape(request), given.generators
         if source is None:
-            return OwnNoise([generator(seed) for seed in request.seeds], shape)
+            draws = int(plan.draws_noise.sum()) if plan.brownian is None else 0
+            return OwnNoise([generator(seed) for seed in request.seeds], shape, ahead=draws)
         if isinstance(source, torch.Generator):
             return SharedNoise(source, request.images, shape)
         if not isinstance(source, Sequence) or not all(isinstance(one, torch.Generator) for one in source):

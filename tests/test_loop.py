@@ -21,6 +21,20 @@ def plan(name: str, steps: int) -> Schedule:
     return schedule(name, SCHEDULER_CONFIG, num_inference_steps=steps)
 
 
+@pytest.mark.parametrize("shape", [(4, 2, 2), (12, 16, 16), (3, 3, 3), (4, 64, 64)])
+@pytest.mark.parametrize("draws", [0, 1, 3, 19, 40])
+def test_noise_drawn_ahead_is_the_noise_drawn_in_turn(shape: tuple[int, ...], draws: int) -> None:
+    """Number by number; and after the run the generator is where it would be."""
+    ahead, in_turn = generator(3), generator(3)
+    noise = OwnNoise([ahead], shape, ahead=draws)
+    noise.initial()
+    torch.randn(shape, generator=in_turn)
+    draw = noise.of_row(0)
+    for k in range(draws):
+        assert torch.equal(draw(k), torch.randn(shape, generator=in_turn))
+    assert torch.equal(ahead.get_state(), in_turn.get_state())
+
+
 def told(schedule: Schedule, value: float) -> Conditioning:
     """A conditioning with `value` for its prompt."""
     shifts = torch.zeros(len(schedule), SHIFT_WIDTH)

@@ -17,10 +17,11 @@ and, written out, the matrix of that step is
     x0      [ 1/α              0    -σ/α               0 ]
 
 `solvers/` holds one short function a scheduler, in the papers' symbols, beside its config; `noise.py` the
-noise levels and `levels.py` which of them a run visits; `prediction.py` what the network's output means;
-`config.py` what configs share; `run.py` what a request may ask; `names.py` what people call a scheduler;
-`table.py` the table. That a table is right is algebra: composed over its K rows, it must be the map that
-diffusers' own scheduler is, and the tests compare the two entry by entry.
+noise levels, `levels.py` which of them a run visits, and `layouts.py` layouts that no config asks for;
+`prediction.py` what the network's output means; `config.py` what configs share; `run.py` what a request may
+ask; `names.py` what people call a scheduler; `table.py` the table. That a table is right is algebra: composed
+over its K rows, it must be the map that diffusers' own scheduler is, and the tests compare the two entry by
+entry.
 
     >>> s = schedule("DPM++ 2M Karras", {"beta_schedule": "scaled_linear"}, num_inference_steps=20)
     >>> s.matrix.shape
@@ -33,7 +34,8 @@ from typing import Any
 
 import numpy as np
 
-from sdfast.schedulers.config import own_config, read
+from sdfast.schedulers.config import ending_at, own_config, read
+from sdfast.schedulers.layouts import laid_out
 from sdfast.schedulers.names import SAMPLERS, Sampler, resolve
 from sdfast.schedulers.run import checked_run
 from sdfast.schedulers.solvers import SOLVERS
@@ -51,6 +53,7 @@ def schedule(
     sigmas: Sequence[float] | None = None,
     eta: float = 0.0,
     strength: float = 1.0,
+    family: str = "sd",
 ) -> Schedule:
     """The table of a scheduler's run.
 
@@ -61,10 +64,12 @@ def schedule(
             `Class.from_config(config, **overrides)` reads it. For a scheduler object: `own_config(object)`.
         num_inference_steps: K, from 1 to num_train_timesteps. None if `timesteps` or `sigmas` is given.
         timesteps: the timesteps themselves, falling, for the schedulers that take some in diffusers.
-        sigmas: the K + 1 noise levels, falling, the last one usually 0, for Euler.
+        sigmas: the K + 1 noise levels σ/α, falling, the last one usually 0, for every scheduler that goes by
+            noise levels: all but DDPM, DDIM, PNDM, LCM and TCD.
         eta: DDIM's noise, from 0 (none) to 1 (DDPM's).
         strength: the share of the run that is done, above 0 and up to 1, as in diffusers' image to image: the
             latents start as `Schedule.noising` of a picture's.
+        family: "sd" or "sdxl": whose levels "Align Your Steps" takes.
 
     Raises:
         RequestError: what is wrong, what is allowed, and what to do.
@@ -73,6 +78,11 @@ def schedule(
     model, table = SOLVERS[sampler.scheduler]
     settings = read(model, config, sampler.overrides)
     run = checked_run(settings, num_inference_steps, timesteps, sigmas, eta, strength)
+    if sampler.layout and run.timesteps is None and run.sigmas is None:
+        run = replace(run, sigmas=laid_out(sampler.layout, settings, run.steps, family))
+    if run.sigmas is not None:
+        settings = ending_at(settings, run.sigmas[-1])
     with np.errstate(divide="ignore", invalid="ignore"):  # what is not finite, `Schedule` refuses
         made = table(settings, run)
-    return replace(made, schedule_type=sampler.schedule_type) if sampler.overrides else made
+    named = sampler.overrides or sampler.layout
+    return replace(made, schedule_type=sampler.schedule_type) if named else made

@@ -36,6 +36,7 @@ class SchedulerConfig(BaseModel):
     refused: ClassVar[Mapping[str, str]] = {}  # further options that must be off, and why
     whole_timesteps: ClassVar[bool] = True  # whether custom timesteps must be whole
     lacks: ClassVar[frozenset[str]] = frozenset()  # shared fields that this class ignores, as in diffusers
+    ends_noisy: ClassVar[bool] = False  # whether a run cannot end at σ = 0
 
     num_train_timesteps: int = Field(1000, ge=1, le=MAX_TRAIN_TIMESTEPS)
     beta_start: float = Field(0.0001, gt=0, lt=1)
@@ -167,6 +168,21 @@ def read(model: type[Config], config: Mapping[str, Any], overrides: Mapping[str,
             )
     _check_betas(settings)
     return settings
+
+
+def ending_at(config: Config, sigma: float) -> Config:
+    """`config` for a run whose noise levels are given, the last one `sigma`: it decides nothing of them.
+
+    Raises RequestError for a class that cannot go to no noise.
+    """
+    if config.ends_noisy and not sigma:
+        raise RequestError(
+            f"{config.scheduler} cannot go to sigma 0, here as in diffusers; end the sigmas above 0"
+        )
+    decided = dict.fromkeys(RESPACINGS, False)
+    final = {"final_sigmas_type": "sigma_min" if sigma else "zero"}
+    fields = type(config).model_fields
+    return config.model_copy(update={n: value for n, value in (decided | final).items() if n in fields})
 
 
 def _story(error: ValidationError) -> str:

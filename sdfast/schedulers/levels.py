@@ -66,7 +66,7 @@ def exploding_levels(
 def preserving_levels(
     config: SigmaConfig, run: Run, final: Final, *, rounded: bool, clipped: float = -np.inf
 ) -> tuple[Floats, Floats]:
-    """Timesteps [K], whole, and noise levels σ/α [K + 1], both float64.
+    """Timesteps [K], whole unless levels are given, and noise levels σ/α [K + 1], both float64.
 
     final: where the last step goes: to no noise, to the lowest level of the model, or to the lowest of the
         run, which is the model's unless the config lays the levels out anew.
@@ -74,6 +74,9 @@ def preserving_levels(
     clipped: the run starts at the first timestep with -log σ/α of this or more.
     """
     sigmas = sigmas_of(sigma_alphas(config))
+    if run.sigmas is not None:
+        given = as_float32(np.array(run.sigmas))
+        return sigma_to_t(given[:-1], np.log(sigmas)), given
     if config.respacing:
         levels = respaced(config, sigmas[0], sigmas[-1], run.steps)
         t = sigma_to_t(levels, np.log(sigmas))

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from sdfast.errors import RequestError
+from sdfast.schedulers.layouts import LAYOUTS
 from sdfast.schedulers.solvers import SOLVERS
 
 _PLAIN = {"use_karras_sigmas": False}
@@ -56,17 +57,38 @@ SCHEDULE_TYPES: Mapping[str, Mapping[str, Any]] = {
 """AUTOMATIC1111's other schedule types, as config fields. Where the number of steps does not divide that of
 the training timesteps, diffusers' timesteps, which are whole, may be one off theirs for the last four."""
 
-_NO_COUNTERPART = (
-    "Polyexponential",
-    "KL Optimal",
-    "Align Your Steps",
-    "Align Your Steps GITS",
-    "Align Your Steps 11",
-    "Align Your Steps 32",
-    "Linear Quadratic",
+_NOT_HERE = ("Align Your Steps GITS", "Align Your Steps 11", "Align Your Steps 32", "Linear Quadratic")
+_TYPE_ALIASES = {  # names that others have for them, and AUTOMATIC1111's own short ones
+    "DDIM Uniform": "DDIM",
+    "AYS": "Align Your Steps",
+    "SGMUniform": "SGM Uniform",
+    "ka": "Karras",
+    "exp": "Exponential",
+}
+# Distilled for timesteps of their own, or trained on noise levels of their own.
+_OWN_LAYOUT = ("LCMScheduler", "TCDScheduler", "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
+
+
+_NOT_A_TABLE = "chooses its steps by looking at the picture, which no table can; take DPM++ 2M Karras"
+_NO_REFERENCE = "has no counterpart in diffusers, so there is nothing to prove it against; take "
+_CFG_PP = (
+    "needs the negative prompt's output apart from guidance, which is not supported; take the plain form"
 )
-_TYPE_ALIASES = {"DDIM Uniform": "DDIM"}  # ComfyUI's name for it
-_OWN_LAYOUT = ("LCMScheduler", "TCDScheduler")  # distilled for timesteps of their own
+_ELSEWHERE: Mapping[str, tuple[str, ...]] = {
+    _NOT_A_TABLE: ("DPM adaptive", "k_dpm_ad"),
+    _CFG_PP: (
+        "DDIM CFG++",
+        *(f"{name}_cfg_pp" for name in ("euler", "euler_ancestral", "dpmpp_2m", "dpmpp_2s_ancestral")),
+        *(f"{name}_cfg_pp" for name in ("res_multistep", "res_multistep_ancestral", "gradient_estimation")),
+    ),
+    _NO_REFERENCE + "DPM++ 2S or DPM++ SDE": ("DPM++ 2S a", "k_dpmpp_2s_a", "dpmpp_2s_ancestral"),
+    _NO_REFERENCE + "Heun": ("Restart", "heunpp2", "exp_heun_2_x0", "exp_heun_2_x0_sde"),
+    _NO_REFERENCE + "DPM++ 2M": (
+        *("DPM fast", "k_dpm_fast", "ipndm", "ipndm_v", "res_multistep", "res_multistep_ancestral"),
+        *("gradient_estimation", "er_sde", "seeds_2", "seeds_3", "sa_solver_pece"),
+    ),
+}
+"""Samplers of AUTOMATIC1111 and ComfyUI that are not here, by the reason."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +105,7 @@ class Sampler:
         evaluations: network evaluations a step.
         advice: when to use it, in one line.
         aliases: other names it goes by.
+        layout: of `layouts.LAYOUTS`, where that decides the noise levels instead of the config.
     """
 
     scheduler: str
@@ -93,6 +116,7 @@ class Sampler:
     evaluations: int
     advice: str
     aliases: tuple[str, ...] = field(default=())
+    layout: str = ""
 
     @property
     def name(self) -> str:
@@ -438,6 +462,7 @@ SAMPLERS: tuple[Sampler, ...] = (
         _NO_OTHER_SIGMAS | _PLAIN,
         "as above with evenly spaced timesteps",
         "k_dpmpp_sde",
+        "dpmpp_sde_gpu",
         evaluations=2,
     ),
     _sampler(
@@ -521,9 +546,10 @@ SAMPLERS: tuple[Sampler, ...] = (
 def resolve(name: str) -> Sampler:
     """The sampler of that name: "DPM++ 2M Karras", "dpmpp_2m_karras", "Euler a", "DDIMScheduler".
 
-    A sampler's name may be followed by any of `SCHEDULE_TYPES`: "Heun Beta", "DDIM SGM Uniform". Upper and
-    lower case, blanks, "-" and "_" do not matter. Raises RequestError for an unknown name, with the nearest
-    known one and the whole list, and for a type that the scheduler does not have.
+    A sampler's name may be followed by any of `SCHEDULE_TYPES` and `LAYOUTS`: "Heun Beta", "DDIM SGM
+    Uniform", "DPM++ 2M Align Your Steps". Upper and lower case, blanks, "-" and "_" do not matter. Raises
+    RequestError for an unknown name, with the nearest known one and the whole list, and for a type that the
+    scheduler does not have.
     """
     if not isinstance(name, str):
         raise RequestError(_unknown(name))
@@ -535,7 +561,7 @@ def resolve(name: str) -> Sampler:
 
 def _with_schedule_type(key: str) -> Sampler | None:
     """The sampler of a name that ends in a schedule type, if it is one."""
-    for schedule_type in (*SCHEDULE_TYPES, *_TYPE_ALIASES, "Uniform", *_NO_COUNTERPART):
+    for schedule_type in (*SCHEDULE_TYPES, *LAYOUTS, *_TYPE_ALIASES, "Uniform", *_NOT_HERE):
         suffix = f" {_key(schedule_type)}"
         sampler = _BY_NAME.get(key.removesuffix(suffix)) if key.endswith(suffix) else None
         if sampler is not None and sampler.schedule_type in PLAIN_TYPES:
@@ -549,19 +575,20 @@ def _laid_out(sampler: Sampler, schedule_type: str) -> Sampler:
     named = _BY_NAME.get(_key(f"{sampler.sampler} {schedule_type}"))
     if named is not None:
         return named
-    if schedule_type in _NO_COUNTERPART:
+    if schedule_type in _NOT_HERE:
         raise RequestError(
-            f"schedule type {schedule_type!r} has no counterpart in diffusers' schedulers. Take one of"
-            f" {', '.join(SCHEDULE_TYPES)}, or give Euler the noise levels themselves, as sigmas"
+            f"schedule type {schedule_type!r} is not known here. Take one of"
+            f" {', '.join(dict.fromkeys([*SCHEDULE_TYPES, *LAYOUTS]))}, or give the noise levels as sigmas"
         )
     model, _ = SOLVERS[sampler.scheduler]
     fields = {} if sampler.scheduler in _OWN_LAYOUT else model.model_fields
-    decided = SCHEDULE_TYPES[schedule_type]
+    decided = SCHEDULE_TYPES.get(schedule_type, {})
     lacking = [n for n, value in decided.items() if value and (n not in fields or n in model.lacks)]
-    if lacking:
+    own = decided and not lacking  # whether diffusers' config can say so
+    if not own and (not fields or "sigmas" not in model.accepts or schedule_type not in LAYOUTS):
         raise RequestError(
-            f"{sampler.sampler} has no {schedule_type} form: {sampler.scheduler} decides its own noise levels"
-            f" (it has no {' and no '.join(lacking)}, here as in diffusers). Take plain {sampler.name!r}"
+            f"{sampler.sampler} has no {schedule_type} form: {sampler.scheduler} decides its own noise"
+            f" levels, here as in diffusers. Take plain {sampler.name!r}"
         )
     overrides = {**sampler.overrides, **{n: value for n, value in decided.items() if n in fields}}
     return replace(
@@ -570,6 +597,7 @@ def _laid_out(sampler: Sampler, schedule_type: str) -> Sampler:
         short_name=f"{sampler.short_name}_{_key(schedule_type).replace(' ', '_')}",
         overrides=MappingProxyType(overrides),
         aliases=(),
+        layout="" if own else schedule_type,
     )
 
 
@@ -590,6 +618,10 @@ def _by_name() -> dict[str, Sampler]:
 
 
 def _unknown(name: object) -> str:
+    key = _key(str(name))
+    for reason, names in _ELSEWHERE.items():
+        if key in map(_key, names) or any(key.startswith(f"{_key(other)} ") for other in names):
+            return f"scheduler {name!r} {reason}"
     known = list(dict.fromkeys([*(s.name for s in SAMPLERS), *(s.short_name for s in SAMPLERS)]))
     known += sorted({s.scheduler for s in SAMPLERS})
     nearest = get_close_matches(_key(str(name)), _BY_NAME, n=1, cutoff=0.5)

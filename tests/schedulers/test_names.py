@@ -83,6 +83,12 @@ NAMES = {
     "euler_simple": "euler_simple",
     "euler_normal": "euler_normal",
     "euler_ddim_uniform": "euler_ddim",
+    "Euler a Karras": "euler_a_karras",
+    "euler_a_karras": "euler_a_karras",
+    "Euler KL Optimal": "euler_kl_optimal",
+    "DPM++ 2M Align Your Steps": "dpmpp_2m_align_your_steps",
+    "dpmpp_2m_ays": "dpmpp_2m_align_your_steps",
+    "LMS Polyexponential": "lms_polyexponential",
 }
 
 
@@ -139,13 +145,13 @@ def test_a_schedule_type_is_config_fields(name: str, fields: dict[str, Any], sch
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("Euler KL Optimal", "'KL Optimal' has no counterpart"),
-        ("DPM++ 2M Align Your Steps", "no counterpart"),
-        ("LMS Polyexponential", "no counterpart"),
-        ("Euler a Karras", "use_karras_sigmas, here as in diffusers"),
-        ("DDIM Beta", "use_beta_sigmas"),
+        ("DPM++ 2M Align Your Steps GITS", "is not known here. Take one of Karras"),
+        ("Euler Linear Quadratic", "is not known here"),
+        ("DDIM Beta", "DDIMScheduler decides its own noise levels, here as in diffusers"),
+        ("PLMS KL Optimal", "PNDMScheduler decides its own"),
         ("LCM SGM Uniform", "LCMScheduler decides its own"),
-        ("EDM Euler Karras", "use_karras_sigmas"),
+        ("EDM Euler Karras", "EDMEulerScheduler decides its own"),
+        ("DPM++ 2S Normal", "DPMSolverSinglestepScheduler decides its own"),
         ("LMS Karras Beta", "unknown scheduler"),
         ("Karras", "unknown scheduler"),
     ],
@@ -171,7 +177,51 @@ def test_unknown_name_is_refused_with_the_nearest(name: str, nearest: str) -> No
     assert all(sampler.name in str(refusal.value) for sampler in SAMPLERS)
 
 
-@pytest.mark.parametrize("name", ["", "Restart", None, 7])
+def words(names: str) -> list[str]:
+    return names.split()
+
+
+AUTOMATIC1111 = words("""k_euler_a k_euler_ancestral k_euler k_lms k_heun k_dpm_2 k_dpm_2_a k_dpmpp_2m
+    k_dpmpp_sde k_dpmpp_2m_sde k_dpmpp_3m_sde k_dpmpp_2m_sde_heun k_lms_ka k_dpm_2_ka
+    k_dpm_2_a_ka k_dpmpp_2m_ka
+    k_dpmpp_sde_ka k_dpmpp_2m_sde_ka k_dpmpp_2m_sde_exp k_dpmpp_3m_sde_ka k_dpmpp_3m_sde_exp ddim plms unipc
+    lcm""")
+COMFYUI = words("""euler euler_ancestral heun dpm_2 dpm_2_ancestral lms dpmpp_sde dpmpp_sde_gpu dpmpp_2m
+    dpmpp_2m_sde
+    dpmpp_2m_sde_gpu dpmpp_2m_sde_heun dpmpp_2m_sde_heun_gpu dpmpp_3m_sde dpmpp_3m_sde_gpu ddpm lcm deis
+    sa_solver ddim uni_pc uni_pc_bh2""")
+COMFYUI_TYPES = words("normal karras exponential sgm_uniform simple ddim_uniform beta kl_optimal")
+
+
+@pytest.mark.parametrize("name", [*AUTOMATIC1111, *COMFYUI])
+def test_every_name_that_other_programs_have_resolves(name: str) -> None:
+    assert schedule(name, STABLE_DIFFUSION, num_inference_steps=5)
+
+
+@pytest.mark.parametrize("schedule_type", COMFYUI_TYPES)
+@pytest.mark.parametrize("name", ["euler", "euler_ancestral", "dpmpp_2m", "dpmpp_3m_sde", "lms", "uni_pc"])
+def test_every_schedule_type_of_comfyui_resolves(name: str, schedule_type: str) -> None:
+    assert schedule(f"{name}_{schedule_type}", STABLE_DIFFUSION, num_inference_steps=5)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("DPM adaptive", "chooses its steps by looking at the picture"),
+        ("DPM++ 2S a Karras", "nothing to prove it against; take DPM\\+\\+ 2S or"),
+        ("dpmpp_2s_ancestral", "nothing to prove it against"),
+        ("Restart", "take Heun"),
+        ("DDIM CFG++", "the negative prompt's output apart"),
+        ("euler_ancestral_cfg_pp", "the negative prompt's output apart"),
+        ("er_sde", "no counterpart in diffusers"),
+    ],
+)
+def test_a_sampler_that_is_not_here_is_refused_with_the_reason(name: str, reason: str) -> None:
+    with pytest.raises(RequestError, match=reason):
+        resolve(name)
+
+
+@pytest.mark.parametrize("name", ["", "Restarted", None, 7])
 def test_unknown_name_lists_what_there_is(name: Any) -> None:
     with pytest.raises(RequestError, match=r"Known: DPM\+\+ 2M Karras"):
         resolve(name)

@@ -16,6 +16,8 @@ from sdfast.schedulers.table import Schedule, table
 class DEISConfig(Thresholding, DynamicShifting, SigmaConfig):
     scheduler = "DEISMultistepScheduler"
     sampler_name = "DEIS"
+    accepts = frozenset({"sigmas"})
+    ends_noisy = True
     lacks = frozenset({"rescale_betas_zero_snr"})
 
     solver_order: Literal[1, 2, 3] = 2

@@ -15,6 +15,7 @@ from sdfast.schedulers.table import Floats, Schedule, interleaved, table
 class DPM2Config(SigmaConfig):
     scheduler = "KDPM2DiscreteScheduler"
     sampler_name = "DPM2"
+    accepts = frozenset({"sigmas"})
     lacks = frozenset({"rescale_betas_zero_snr"})
 
     beta_start: float = 0.00085

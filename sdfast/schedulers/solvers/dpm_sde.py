@@ -17,6 +17,7 @@ from sdfast.schedulers.table import Brownian, Floats, Schedule, interleaved, tab
 class DPMSDEConfig(SigmaConfig):
     scheduler = "DPMSolverSDEScheduler"
     sampler_name = "DPM++ SDE"
+    accepts = frozenset({"sigmas"})
     lacks = frozenset({"rescale_betas_zero_snr"})
 
     beta_start: float = 0.00085

@@ -24,7 +24,7 @@ SHORT_RUN = 15  # steps: diffusers lowers the order at the end of shorter runs
 class DPMConfig(Thresholding, DynamicShifting, SigmaConfig):
     """What the multistep and the singlestep class share."""
 
-    accepts = frozenset({"timesteps"})
+    accepts = frozenset({"timesteps", "sigmas"})
     refused: ClassVar[Mapping[str, str]] = {"variance_type": LEARNED}
     letter: ClassVar[str]  # how AUTOMATIC1111's names tell the two apart
 

@@ -23,6 +23,7 @@ from sdfast.schedulers.table import Floats, Schedule, table
 class EDMConfig(SchedulerConfig):
     """What the two classes share. Sizes and spacings of a discrete chain mean nothing to them."""
 
+    accepts = frozenset({"sigmas"})
     lacks = frozenset(
         {
             "beta_start",
@@ -82,7 +83,8 @@ class EDMDPMConfig(Thresholding, EDMConfig):
 def edm_euler(config: EDMEulerConfig, run: Run) -> Schedule:
     """Euler's method on dx/dσ = (x - x0) / σ (Karras et al. 2022, algorithm 1, first order)."""
     sigmas = _levels(config, run)
-    sigmas = np.append(sigmas, 0.0 if config.final_sigmas_type == "zero" else sigmas[-1])
+    if config.final_sigmas_type == "sigma_min" and run.sigmas is None:
+        sigmas[-1] = sigmas[-2]  # as diffusers' other EDM class does not
     sigma, sigma_next = sigmas[:-1, None], sigmas[1:, None]
     x, m, _ = np.eye(3)
     x0 = _denoised(config, x, m, sigma)
@@ -100,7 +102,7 @@ def edm_dpm_multistep(config: EDMDPMConfig, run: Run) -> Schedule:
             " diffusers; take order 2"
         )
     steps = run.steps
-    sigmas = np.append(_levels(config, run), 0.0 if config.final_sigmas_type == "zero" else config.sigma_min)
+    sigmas = _levels(config, run)
     order = orders(config.solver_order, run, steps, falling=config.lower_order_final and steps < SHORT_RUN)
     if config.euler_at_final or config.final_sigmas_type == "zero":
         order[-1] = 1
@@ -115,11 +117,15 @@ def edm_dpm_multistep(config: EDMDPMConfig, run: Run) -> Schedule:
 
 
 def _levels(config: EDMConfig, run: Run) -> Floats:
-    """Noise levels [K], laid out from below if exponential, as in diffusers: a single one is the lowest."""
+    """Noise levels [K + 1]. Exponential ones are laid out from below, as in diffusers: one is the lowest."""
     low, high = config.sigma_min, config.sigma_max
+    if run.sigmas is not None:
+        return np.array(run.sigmas)
     if config.sigma_schedule == "karras":
-        return karras(low, high, run.steps, config.rho)
-    return exponential(high, low, run.steps)[::-1]
+        levels = karras(low, high, run.steps, config.rho)
+    else:
+        levels = exponential(high, low, run.steps)[::-1]
+    return np.append(levels, 0.0 if config.final_sigmas_type == "zero" else low)
 
 
 def _denoised(config: EDMConfig, x: Floats, m: Floats, sigma: Floats) -> Floats:
@@ -156,6 +162,5 @@ def _table(
     t = np.log(sigmas[:-1]) / 4
     made = table(config, run, t, sigmas, rows, draws_noise, exploding=True)
     c_in = 1 / np.sqrt(sigmas[:-1] ** 2 + config.sigma_data**2)
-    return replace(
-        made, input_scale=c_in[run.start :], init_noise_sigma=float(np.sqrt(config.sigma_max**2 + 1))
-    )
+    top = config.sigma_max if run.sigmas is None else run.sigmas[0]
+    return replace(made, input_scale=c_in[run.start :], init_noise_sigma=float(np.sqrt(top**2 + 1)))

@@ -39,6 +39,7 @@ class EulerConfig(SigmaConfig):
 class EulerAncestralConfig(SchedulerConfig):
     scheduler = "EulerAncestralDiscreteScheduler"
     sampler_name = "Euler a"
+    accepts = frozenset({"sigmas"})
 
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
 

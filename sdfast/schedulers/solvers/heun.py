@@ -14,7 +14,7 @@ from sdfast.schedulers.table import Schedule, interleaved, table
 class HeunConfig(Clipping, SigmaConfig):
     scheduler = "HeunDiscreteScheduler"
     sampler_name = "Heun"
-    accepts = frozenset({"timesteps"})
+    accepts = frozenset({"timesteps", "sigmas"})
     whole_timesteps = False
     lacks = frozenset({"rescale_betas_zero_snr"})
 

@@ -14,6 +14,7 @@ ORDER = 4
 class LMSConfig(SigmaConfig):
     scheduler = "LMSDiscreteScheduler"
     sampler_name = "LMS"
+    accepts = frozenset({"sigmas"})
     lacks = frozenset({"rescale_betas_zero_snr"})
 
     @property

@@ -17,6 +17,8 @@ from sdfast.schedulers.table import Floats, Schedule, table
 class SASolverConfig(Thresholding, FlowSigmas, SigmaConfig):
     scheduler = "SASolverScheduler"
     sampler_name = "SA-Solver"
+    accepts = frozenset({"sigmas"})
+    ends_noisy = True
     lacks = frozenset({"rescale_betas_zero_snr"})
     refused: ClassVar[Mapping[str, str]] = {"variance_type": LEARNED}
 
@@ -58,7 +60,7 @@ def sa_solver(config: SASolverConfig, run: Run) -> Schedule:
     x_t = over.cross(corrected, D, adams(over, over.at(seen), order, wanted), z)
     kept = [D[:, i] for i in range(depth - 1)]
     # diffusers adds noise by the timestep, also where it is only the nearest one to the step's level
-    noisy = np.sqrt(1 / alpha_bar_at(config, t) - 1)
+    noisy = levels if run.sigmas else np.sqrt(1 / alpha_bar_at(config, t) - 1)
     return table(config, run, t, noisy, [x_t, corrected, np.broadcast_to(z, x_t.shape), *kept], True)
 
 

@@ -17,6 +17,7 @@ from sdfast.schedulers.table import Floats, Schedule, table
 
 class UniPCConfig(Thresholding, DynamicShifting, SigmaConfig):
     scheduler = "UniPCMultistepScheduler"
+    accepts = frozenset({"sigmas"})
     refused: ClassVar[Mapping[str, str]] = {
         "solver_p": "a predictor of one's own cannot be a table; set it to null",
         "shift_terminal": FLOW.replace("false", "null"),
