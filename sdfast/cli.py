@@ -40,11 +40,13 @@ def main(debug: bool) -> None:
 @click.option("--recipe", type=click.Path(path_type=Path), help="A recipe, such as export/sd15.toml.")
 @click.option("--revision", help="Branch, tag or commit on the Hub.")
 @click.option("--variant", help='Weights variant, such as "fp16".')
-@click.option("--backend", type=click.Choice(["onnx", "eager"]), help="[default: onnx]")
+@click.option("--backend", type=click.Choice(["onnx", "inductor", "eager"]), help="[default: onnx]")
 @click.option("--dtype", type=click.Choice(["fp32", "fp16"]), help="[default: fp32]")
 @click.option("--height", type=int, help="Pixels. [default: the checkpoint's own]")
 @click.option("--width", type=int, help="Pixels. [default: the checkpoint's own]")
 @click.option("--batch", type=int, help="The most pictures of one call. [default: 4]")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda for fp16, else cpu]")
+@click.option("--autotune/--no-autotune", default=None, help="Inductor: time candidates. [default: on CUDA]")
 @click.option("--winograd/--no-winograd", default=None, help="Fast 3x3 convolutions on CPUs. [default: yes]")
 def export(
     source: str | None,
@@ -66,6 +68,22 @@ def export(
     chosen = Recipe.read(recipe, **given) if recipe else Recipe.make(**given)
     target = output or Path("engines") / _engine_name(source, recipe)
     folder = build(source, target, chosen, progress=Stages())
+    click.echo(f"engine: {folder}")
+
+
+@main.command()
+@click.argument("engine", type=click.Path(path_type=Path))
+@click.option("--checkpoint", help="Where its checkpoint lies now. [default: where it lay]")
+def rebuild(engine: Path, checkpoint: str | None) -> None:
+    """Export ENGINE again from its own recipe, for this machine and these versions."""
+    from sdfast.export.build import export as build
+    from sdfast.export.recipe import Recipe
+    from sdfast.manifest import read_manifest
+
+    made = read_manifest(engine)
+    folder = build(
+        checkpoint or made.checkpoint.source, engine, Recipe.make(**made.recipe), progress=Stages()
+    )
     click.echo(f"engine: {folder}")
 
 

@@ -16,6 +16,7 @@ from typing import Any, Self
 import torch
 
 from sdfast.backends import CompiledModule, loader, parse_device
+from sdfast.backends.target import check_target
 from sdfast.errors import EngineError, RequestError
 from sdfast.manifest import File, Manifest, Module, Span, Variant, read_manifest
 from sdfast.tokenizer import Tokenizer
@@ -39,6 +40,8 @@ class Engine:
         self.threads = threads
         self.dtype = DTYPES[manifest.dtype]
         self._load = loader(manifest.backend, device, threads)
+        if manifest.builder.target is not None:
+            check_target(manifest.builder.target, device, rebuild=f"sdfast rebuild {folder}")
         self._loaded: dict[str, CompiledModule] = {}
 
     @classmethod

@@ -57,4 +57,8 @@ def loader(backend: str, device: torch.device, threads: int | None) -> Loader:
         from sdfast.backends.eager import load_eager
 
         return lambda path: load_eager(path, device)
-    raise BackendError(f"this sdfast has no {backend!r} backend; it runs engines of: onnx, eager")
+    if backend == "inductor":
+        from sdfast.backends.inductor import Inductor
+
+        return Inductor(device).load
+    raise BackendError(f"this sdfast has no {backend!r} backend; it runs engines of: onnx, inductor, eager")
