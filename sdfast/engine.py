@@ -119,6 +119,11 @@ class Engine:
         finally:
             torch.set_num_threads(threads)
 
+    @property
+    def capturable(self) -> bool:
+        """Whether calls of `bind` can be part of a CUDA graph; ONNX Runtime's cannot, it has its own."""
+        return self.manifest.backend != "onnx"
+
     def rows(self, name: str, batch: int, height: int | None = None, width: int | None = None) -> int:
         """How many rows `bind` wants for `batch` rows of module `name`: more where all forms are larger."""
         return sum(size for size, _ in self._cover(name, batch, height, width))

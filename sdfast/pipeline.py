@@ -16,7 +16,7 @@ from tqdm import tqdm
 from sdfast.backends import parse_device
 from sdfast.engine import Engine
 from sdfast.errors import NumericalError, RequestError
-from sdfast.loop import Row, Rows
+from sdfast.loop import Buckets, Row, Rows
 from sdfast.noise import BrownianNoise, NoiseSource, OwnNoise, SharedNoise, generator
 from sdfast.prompts import Prompts, PromptState, check_tensor
 from sdfast.request import Request
@@ -93,6 +93,7 @@ class Pipeline:
         self.prompts = Prompts(engine)
         name = str(engine.scheduler_config.get("_class_name", "DDIMScheduler"))
         self._scheduler = Scheduler(name, engine.scheduler_config)
+        self._buckets = Buckets()
         self._progress: dict[str, Any] = {"disable": None}
         self._interrupt = False
 
@@ -140,7 +141,7 @@ class Pipeline:
         if target != self.engine.device:
             engine = self.engine
             self.engine = Engine(engine.folder, engine.manifest, target, engine.threads)
-            self.prompts = Prompts(self.engine)
+            self.prompts, self._buckets = Prompts(self.engine), Buckets()
         return self
 
     @property
@@ -389,7 +390,7 @@ class Pipeline:
         """The loop: latents [n, C, h, w] float32."""
         _, h, w = rows[0].latents.shape
         factor = self.engine.manifest.model.vae_scale_factor
-        running = Rows(self.engine, rows, h * factor, w * factor)
+        running = Rows(self.engine, rows, h * factor, w * factor, buckets=self._buckets)
         self._interrupt = False
         for k in tqdm(range(len(plan)), **self._progress):
             running.tick()
@@ -403,7 +404,9 @@ class Pipeline:
             if self._interrupt:
                 break
         running.check()
-        return running.latents
+        latents = running.latents
+        running.close()
+        return latents
 
     def _decode(self, latents: torch.Tensor, request: Request) -> torch.Tensor:
         """latents [n, C, h, w] → pictures [n, 3, H, W] float32 in [0, 1]."""
