@@ -22,6 +22,9 @@ from safetensors import SafetensorError, safe_open
 
 from sdfast.errors import BackendError, EngineError
 
+# Of `load_constants`: not for a second set of constants, all of them, and not owned by the code.
+_IN_USE_WHOLE_NOT_OWNED = (False, True, True)
+
 Axis = int | tuple[int, int]  # a size, or the lowest and the highest of those that it may have
 
 
@@ -116,8 +119,7 @@ class Inductor:
         if wanted != set(constants):
             odd = sorted(wanted ^ set(constants))[0]
             raise EngineError(f"{path.name}: its code and its description differ in the constant {odd!r}")
-        # Not owned by the code: no copy, and forms share them.
-        runner.load_constants(constants, use_inactive=False, check_full_update=True, user_managed=True)
+        runner.load_constants(constants, *_IN_USE_WHOLE_NOT_OWNED)
         return InductorModule(runner, code, constants, weights, self._device)
 
 
