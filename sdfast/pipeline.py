@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from sdfast.backends import parse_device
+from sdfast.backends import check_options, parse_device
 from sdfast.engine import Engine
 from sdfast.errors import NumericalError, RequestError
 from sdfast.loop import Row, Rows
@@ -98,10 +98,16 @@ class Pipeline:
 
     @classmethod
     def from_engine(
-        cls, folder: str | Path, device: str | torch.device = "cpu", *, threads: int | None = None
+        cls,
+        folder: str | Path,
+        device: str | torch.device = "cpu",
+        *,
+        threads: int | None = None,
+        compile: bool = False,
+        attention: str | None = None,
     ) -> Self:
         """Open the engine in `folder`; see `Engine.open`."""
-        return cls(Engine.open(folder, device, threads=threads))
+        return cls(Engine.open(folder, device, threads=threads, compile=compile, attention=attention))
 
     @classmethod
     def from_pretrained(
@@ -113,17 +119,21 @@ class Pipeline:
         variant: str | None = None,
         backend: str = "onnx",
         sizes: Sequence[str] | None = None,
+        compile: bool = False,
+        attention: str | None = None,
         **refused: Any,
     ) -> Self:
         """A pipeline for a checkpoint (Hub id, diffusers folder, single file, or "landscapes").
 
         The engine is exported on first use into the cache (`SDFAST_CACHE`, by default
         `~/.cache/sdfast/engines`), which is said, and opened from there after that. It has the checkpoint's
-        own size, or `sizes` ("512x768", width first).
+        own size, or `sizes` ("512x768", width first). `compile` and `attention`, for `backend="eager"`: see
+        `Engine.open`.
         """
         from sdfast.export.cache import cached_engine
 
         _refuse(refused, "from_pretrained", neutral={"use_safetensors": True})
+        check_options(backend, torch.device("cpu"), compile=compile, attention=attention)  # before it exports
         folder = cached_engine(
             checkpoint,
             dtype=torch_dtype,
@@ -132,14 +142,13 @@ class Pipeline:
             backend=backend,
             sizes=tuple(sizes) if sizes else None,
         )
-        return cls.from_engine(folder)
+        return cls.from_engine(folder, compile=compile, attention=attention)
 
     def to(self, device: str | torch.device) -> Self:
         """Move to `device` ("cpu", "cuda", "cuda:1"): the engine's modules are loaded anew there."""
         target = parse_device(device)
         if target != self.engine.device:
-            engine = self.engine
-            self.engine = Engine(engine.folder, engine.manifest, target, engine.threads)
+            self.engine = self.engine.moved(target)
             self.prompts = Prompts(self.engine)
         return self
 
@@ -276,6 +285,8 @@ class Pipeline:
         with self.engine.running():
             positive, negative, truncated = self._encode(request, given)
             rows = self._rows(request, given, plan, positive, negative)
+            if output_type != "latent":
+                self._prepare_decoder(request)
             latents = self._denoise(rows, plan, callback)
             images = _as(latents if output_type == "latent" else self._decode(latents, request), output_type)
         own_seeds = given.generators is None and given.latents is None
@@ -404,6 +415,13 @@ class Pipeline:
                 break
         running.check()
         return running.latents
+
+    def _prepare_decoder(self, request: Request) -> None:
+        """What has to be compiled is, before the first step."""
+        shape = (request.images, *self._latent_shape(request))
+        self.engine.prepare(
+            "vae_decoder", {"latents": torch.zeros(shape, device=self.device)}, request.height, request.width
+        )
 
     def _decode(self, latents: torch.Tensor, request: Request) -> torch.Tensor:
         """latents [n, C, h, w] → pictures [n, 3, H, W] float32 in [0, 1]."""
