@@ -31,7 +31,7 @@ class Engine:
 
     `manifest` says what it is; `dtype` is that of the networks' inputs and outputs; `call` runs a module once
     and `bind` prepares a call that is repeated on the same tensors. `attention` is what computes the U-Net's
-    when that was asked for: its `report` says which kernel has each shape.
+    when that was asked for: its `report` says what "auto" chose.
     """
 
     compile = False

@@ -190,9 +190,8 @@ def _stock_images(job: Job, checkpoint: "Checkpoint", dtype: str, request: Reque
 
 def _tell_measured(attention: "Attention | None") -> None:
     """What "auto" chose, where it had a choice."""
-    for shape, choice in attention.chosen.items() if attention else ():
-        if choice.milliseconds:
-            _say(f"attention of {shape}: {choice}")
+    for line in attention.report() if attention else ():
+        _say(line)
 
 
 def _say(message: str) -> None:

@@ -120,20 +120,18 @@ class Pipeline:
         backend: str = "onnx",
         sizes: Sequence[str] | None = None,
         compile: bool = False,
-        attention: str | None = None,
         **refused: Any,
     ) -> Self:
         """A pipeline for a checkpoint (Hub id, diffusers folder, single file, or "landscapes").
 
         The engine is exported on first use into the cache (`SDFAST_CACHE`, by default
         `~/.cache/sdfast/engines`), which is said, and opened from there after that. It has the checkpoint's
-        own size, or `sizes` ("512x768", width first). `compile` and `attention`, for `backend="eager"`: see
-        `Engine.open`.
+        own size, or `sizes` ("512x768", width first). `compile`, for `backend="eager"`: see `Engine.open`.
         """
         from sdfast.export.cache import cached_engine
 
         _refuse(refused, "from_pretrained", neutral={"use_safetensors": True})
-        check_options(backend, torch.device("cpu"), compile=compile, attention=attention)  # before it exports
+        check_options(backend, torch.device("cpu"), compile=compile, attention=None)  # before it exports
         folder = cached_engine(
             checkpoint,
             dtype=torch_dtype,
@@ -142,7 +140,7 @@ class Pipeline:
             backend=backend,
             sizes=tuple(sizes) if sizes else None,
         )
-        return cls.from_engine(folder, compile=compile, attention=attention)
+        return cls.from_engine(folder, compile=compile)
 
     def to(self, device: str | torch.device) -> Self:
         """Move to `device` ("cpu", "cuda", "cuda:1"): the engine's modules are loaded anew there."""

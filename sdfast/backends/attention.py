@@ -60,8 +60,7 @@ class Choice:
 
     def __str__(self) -> str:
         times = sorted(self.milliseconds.items(), key=lambda item: item[1])
-        measured = ", ".join(f"{kind} {time:.3f} ms" for kind, time in times)
-        return f"{self.kind} ({measured})" if measured else self.kind
+        return f"{self.kind} ({', '.join(f'{kind} {time:.3f} ms' for kind, time in times)})"
 
 
 class Attention:
@@ -95,8 +94,9 @@ class Attention:
         return choice.kernel(q, k, v)
 
     def report(self) -> list[str]:
-        """A line for each shape that was met: what computes it, and what was measured."""
-        return [f"attention of {shape}: {choice}" for shape, choice in self.chosen.items()]
+        """A line for each shape that was measured: what computes it, and the times of all."""
+        met = list(self.chosen.items())  # other threads may be adding to it
+        return [f"attention of {shape}: {choice}" for shape, choice in met if choice.milliseconds]
 
     def _choose(self, shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> Choice:
         with self._lock:

@@ -99,9 +99,9 @@ class TorchCompiledModule(EagerModule):
         try:
             from torch._dynamo import config  # which fails where its cache cannot be written
 
-            compiled = self._compiled or torch.compile(
-                self._network, dynamic=False, fullgraph=True, backend=_COMPILER
-            )
+            compiled = self._compiled
+            if compiled is None:
+                compiled = torch.compile(self._network, dynamic=False, fullgraph=True, backend=_COMPILER)
             with config.patch(recompile_limit=_ALL_SHAPES, accumulated_recompile_limit=_ALL_SHAPES):
                 compiled(**inputs)
         except torch.OutOfMemoryError:

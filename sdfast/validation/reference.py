@@ -100,9 +100,16 @@ class _Answering(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and kwargs.get("attn_mask") is None:
+        if func is F.scaled_dot_product_attention and _plain(**kwargs):
             return self._attention.kernel(*args)
         return func(*args, **kwargs)
+
+
+def _plain(
+    attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False, scale: Any = None, **_: Any
+) -> bool:
+    """Whether attention is all that is asked for, as always between a prompt and a picture."""
+    return attn_mask is None and not dropout_p and not is_causal and scale is None
 
 
 def _restore_text_model(pipe: Any) -> None:
