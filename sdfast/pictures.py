@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from PIL import Image
 
 from sdfast import __version__
@@ -16,7 +17,7 @@ from sdfast.engine import DTYPES, Engine
 from sdfast.errors import BackendError, RequestError
 from sdfast.infotext import Infotext, png_info
 from sdfast.manifest import Model
-from sdfast.pipeline import Pipeline
+from sdfast.pipeline import Pipeline, check_text_to_image
 from sdfast.request import Request
 from sdfast.schedulers import Schedule, schedule
 
@@ -95,6 +96,7 @@ def draw(job: Job, output: Path | None, overwrite: bool) -> list[tuple[Path, int
     output: a `.png` file (numbered when there are several pictures) or a directory; default `outputs/`.
     """
     painter = _painter(job)
+    check_text_to_image(painter.model)
     request = job.request(painter.model)
     painter.check_size(request.height, request.width)
     plan = schedule(job.scheduler, painter.scheduler_config, num_inference_steps=request.num_inference_steps)
@@ -118,6 +120,34 @@ def _painter(job: Job) -> Painter:
     return (_stock_painter if job.backend == "diffusers" else _engine_painter)(job, job.engine)
 
 
+@dataclass(frozen=True)
+class Stock:
+    """How the stock pipeline is run. What is not here is refused when it is made."""
+
+    device: torch.device
+    attention: "Attention | None"
+
+    @classmethod
+    def of(cls, job: Job) -> "Stock":
+        from sdfast.backends.attention import Attention
+
+        device = parse_device(job.device)
+        check_device(device)
+        return cls(device, Attention(job.attention, device) if job.attention else None)
+
+    def paint(self, checkpoint: "Checkpoint", dtype: str, request: Request) -> list[Image.Image]:
+        from sdfast.validation.reference import generate, reference_pipeline
+
+        pipe = reference_pipeline(
+            checkpoint, dtype=DTYPES[dtype], device=self.device, attention=self.attention
+        )
+        pipe.set_progress_bar_config(disable=None)
+        images: list[Image.Image] = generate(pipe, request)
+        _tell_cut(_cut(pipe.tokenizer, request.prompts[0]))
+        _tell_measured(self.attention)
+        return images
+
+
 def _engine_painter(job: Job, folder: Path) -> Painter:
     engine = Engine.open(folder, job.device, compile=job.compile, attention=job.attention)
     if job.backend not in ("engine", engine.manifest.backend):
@@ -132,13 +162,13 @@ def _stock_painter(job: Job, folder: Path) -> Painter:
     """The stock pipeline of the checkpoint that an engine was made from, in the engine's dtype."""
     from sdfast.export.checkpoint import resolve
 
-    engine = Engine.open(folder, job.device)
+    stock, engine = Stock.of(job), Engine.open(folder, job.device)
     made_of, dtype = engine.manifest.checkpoint, engine.manifest.dtype
     variant = engine.manifest.recipe.get("variant")
 
     def paint(request: Request) -> list[Image.Image]:
         checkpoint = resolve(made_of.source, revision=made_of.revision, variant=variant, progress=_say)
-        return _stock_images(job, checkpoint, dtype, request)
+        return stock.paint(checkpoint, dtype, request)
 
     return _painter_of(engine, paint)
 
@@ -148,14 +178,14 @@ def _checkpoint_painter(job: Job, source: str) -> Painter:
     from sdfast.export.checkpoint import name_of, resolve
     from sdfast.export.modules import Networks
 
-    checkpoint = resolve(source, progress=_say)
+    stock, checkpoint = Stock.of(job), resolve(source, progress=_say)
     return Painter(
         name=name_of(source),
         model=Networks.of(checkpoint).model(),
         scheduler_config=checkpoint.scheduler_config,
         weights=checkpoint.digests(),
         check_size=lambda height, width: None,  # the stock pipeline takes every size that a request may have
-        paint=lambda request: _stock_images(job, checkpoint, job.dtype or "fp32", request),
+        paint=lambda request: stock.paint(checkpoint, job.dtype or "fp32", request),
     )
 
 
@@ -167,25 +197,22 @@ def _painter_of(engine: Engine, paint: Callable[[Request], list[Image.Image]]) -
 
 def _images(engine: Engine, request: Request) -> list[Image.Image]:
     output = Pipeline(engine).generate(request)
-    if cut := output.truncated[0]:
-        _say(f"the text encoder reads no more than 77 tokens; left out: {cut!r}")
+    _tell_cut(output.truncated[0])
     _tell_measured(engine.attention)
     images: list[Image.Image] = output.images
     return images
 
 
-def _stock_images(job: Job, checkpoint: "Checkpoint", dtype: str, request: Request) -> list[Image.Image]:
-    from sdfast.backends.attention import Attention
-    from sdfast.validation.reference import generate, reference_pipeline
+def _cut(tokenizer: Any, prompt: str) -> str:
+    """What a stock tokenizer's pipeline does not read of a prompt, for which it has no place."""
+    ids = tokenizer(prompt, verbose=False).input_ids
+    text: str = tokenizer.decode(ids[tokenizer.model_max_length - 1 : -1])
+    return text
 
-    device = parse_device(job.device)
-    check_device(device)
-    attention = Attention(job.attention, device) if job.attention else None
-    pipe = reference_pipeline(checkpoint, dtype=DTYPES[dtype], device=device, attention=attention)
-    pipe.set_progress_bar_config(disable=None)
-    images: list[Image.Image] = generate(pipe, request)
-    _tell_measured(attention)
-    return images
+
+def _tell_cut(text: str) -> None:
+    if text:
+        _say(f"the text encoder reads no more than 77 tokens; left out: {text!r}")
 
 
 def _tell_measured(attention: "Attention | None") -> None:

@@ -17,6 +17,7 @@ from sdfast.backends import check_options, parse_device
 from sdfast.engine import Engine
 from sdfast.errors import NumericalError, RequestError
 from sdfast.loop import Row, Rows
+from sdfast.manifest import Model
 from sdfast.noise import BrownianNoise, NoiseSource, OwnNoise, SharedNoise, generator
 from sdfast.prompts import Prompts, PromptState, check_tensor
 from sdfast.request import Request
@@ -84,11 +85,7 @@ class Pipeline:
     """
 
     def __init__(self, engine: Engine) -> None:
-        if engine.manifest.model.in_channels != engine.manifest.model.latent_channels:
-            raise RequestError(
-                f"this engine's U-Net takes {engine.manifest.model.in_channels} channels (inpainting); "
-                "text to image needs one that takes the latents alone"
-            )
+        check_text_to_image(engine.manifest.model)
         self.engine = engine
         self.prompts = Prompts(engine)
         name = str(engine.scheduler_config.get("_class_name", "DDIMScheduler"))
@@ -435,6 +432,15 @@ class StableDiffusionPipeline(Pipeline):
 
 class StableDiffusionXLPipeline(Pipeline):
     """The drop-in for diffusers' class of this name."""
+
+
+def check_text_to_image(model: Model) -> None:
+    """Raises `RequestError` for networks that need more than noise and a prompt."""
+    if model.in_channels != model.latent_channels:
+        raise RequestError(
+            f"this U-Net takes {model.in_channels} channels (inpainting); text to image needs one that takes "
+            "the latents alone"
+        )
 
 
 def _texts(

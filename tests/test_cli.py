@@ -16,6 +16,7 @@ from PIL import Image
 from sdfast import infotext
 from sdfast.cli import _engine_name, main
 from sdfast.schedulers import SAMPLERS, resolve
+from tests import checkpoints
 from tests.backends import xformers
 
 
@@ -207,11 +208,21 @@ def test_an_engine_is_validated_as_it_is_run(sd_engine: Path, here: Path) -> Non
     assert report["setting"]["backend"] == "eager, attention math"
 
 
-def test_what_was_cut_from_the_prompt_is_told_on_stderr(sd_engine: Path, here: Path) -> None:
-    result = sdfast("generate", "sea " * 100, "--engine", sd_engine, "--steps", 1, "-o", "a.png")
+@pytest.mark.parametrize("backend", ["engine", "diffusers"])
+def test_what_was_cut_from_the_prompt_is_told_on_stderr(sd_engine: Path, here: Path, backend: str) -> None:
+    options = ["--engine", sd_engine, "--backend", backend, "--steps", 1, "-o", "a.png"]
+    result = sdfast("generate", ("sea " * 100).strip(), *options)
     assert result.exit_code == 0
-    assert "left out: 'sea" in result.stderr
+    [told] = [line for line in result.stderr.splitlines() if line.startswith("sdfast: ")]
+    assert told == f"sdfast: the text encoder reads no more than 77 tokens; left out: {'sea ' * 24 + 'sea'!r}"
     assert result.stdout.startswith("a.png  seed ")
+    assert "left out" not in sdfast("generate", "sea " * 75, *options, "--overwrite").stderr
+
+
+def test_a_checkpoint_for_inpainting_is_refused(here: Path) -> None:
+    folder = checkpoints.build_sd(here / "in", in_channels=9, pipeline="StableDiffusionInpaintPipeline")
+    message = refused("generate", "a", "--backend", "diffusers", "--checkpoint", folder)
+    assert message.startswith("this U-Net takes 9 channels (inpainting)")
 
 
 BAD: dict[str, tuple[list[Any], str]] = {

@@ -113,9 +113,10 @@ class Attention:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
+            half = "; it takes float16 alone" if kind in _HALF_ONLY and not _half(q) else ""
             raise BackendError(
-                f"attention {kind!r} does not take {shape} on {q.device.type} ({first_line(error)}); "
-                "choose auto or sdpa" + ("" if _half(q) else ", or an engine in fp16")
+                f"attention {kind!r} does not take {shape} on {q.device.type} ({first_line(error)}){half}; "
+                "choose auto or sdpa"
             ) from error
         return Choice(kind, kernel)
 
@@ -209,6 +210,7 @@ _ON: Mapping[str, Mapping[str, ops.Kernel]] = {
         "xformers": _xformers,
     },
 }
+_HALF_ONLY = ("flash", "cudnn")  # on a GPU
 _CAN_USE = {
     "flash": can_use_flash_attention,
     "cudnn": can_use_cudnn_attention,

@@ -105,7 +105,7 @@ def test_an_unknown_kind_is_refused_with_the_kinds_there_are() -> None:
 
 def test_a_kernel_that_does_not_take_a_shape_is_refused_with_the_shape() -> None:
     """cuDNN's has no code for a processor's tensors, which is as good a reason as any."""
-    message = r"'cudnn' does not take 3 heads of 32, 64 queries, 77 keys, float32 .*an engine in fp16"
+    message = r"'cudnn' does not take 3 heads of 32, 64 queries, 77 keys, float32 .*it takes float16 alone; "
     with pytest.raises(BackendError, match=message) as caught:
         Attention("cudnn", CUDA)(*tokens("cross"), 3, False)
     assert len(str(caught.value).splitlines()) == 1
