@@ -176,6 +176,8 @@ class Manifest(_Part):
     @model_validator(mode="after")
     def _whole(self) -> "Manifest":
         """Nothing is missing, and what is loaded is listed, so that its digest is checked first."""
+        if self.backend == "inductor" and self.builder.target is None:
+            raise ValueError("native code, but no target that it was compiled for")
         if missing := sorted(MODULES - set(self.modules)):
             raise ValueError(f"no module {missing[0]!r}")
         listed = {file.path for file in self.files}

@@ -20,7 +20,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from sdfast.errors import BackendError, EngineError
+from sdfast.errors import BackendError, EngineError, first_line
 
 # Of `load_constants`: not for a second set of constants, all of them, and not owned by the code.
 _IN_USE_WHOLE_NOT_OWNED = (False, True, True)
@@ -217,7 +217,7 @@ class InductorModule:
         try:
             results: list[torch.Tensor] = self._runner.run(given)
         except RuntimeError as error:
-            raise BackendError(f"module {self._code.module!r} failed: {_first_line(error)}") from error
+            raise BackendError(f"module {self._code.module!r} failed: {first_line(error)}") from error
         return results
 
 
@@ -231,14 +231,14 @@ def _runner(path: Path, device: torch.device) -> Any:
     try:
         return AOTIModelPackageLoader(str(path), "model", True, 1, index)
     except RuntimeError as error:
-        raise EngineError(f"{path.name}: cannot be loaded: {_first_line(error)}") from error
+        raise EngineError(f"{path.name}: cannot be loaded: {first_line(error)}") from error
 
 
 def _read_code(path: Path) -> Code:
     try:
         return Code.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
-        raise EngineError(f"{path.name}: cannot be read ({_first_line(error)}); export again") from error
+        raise EngineError(f"{path.name}: cannot be read ({first_line(error)}); export again") from error
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -254,7 +254,3 @@ def _read_index(path: Path) -> dict[str, str]:
 
 def _is_beside(file: object) -> bool:
     return isinstance(file, str) and bool(file) and "\0" not in file and Path(file).name == file
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
