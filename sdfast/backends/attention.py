@@ -10,6 +10,7 @@ switch for each other, and for everybody else.
 
 import statistics
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -74,12 +75,19 @@ class Attention:
     `DependencyError` without xFormers.
     """
 
-    def __init__(self, kind: str, device: torch.device, clock: Clock | None = None) -> None:
-        """`clock`: by default the median of several runs, by CUDA's events."""
+    def __init__(
+        self,
+        kind: str,
+        device: torch.device,
+        clock: Clock | None = None,
+        kernels: Mapping[str, ops.Kernel] | None = None,
+    ) -> None:
+        """`clock`: by default the median of several runs, on CUDA by its events. `kernels`: those to choose
+        from; by default the kind's."""
         self.kind = kind
         self.device = device
         self.chosen: dict[Shape, Choice] = {}
-        self._kernels = _kernels(kind, device)
+        self._kernels = dict(kernels) if kernels else _kernels(kind, device)
         self._clock = clock or (lambda run: _median(run, device))
         self._lock = threading.Lock()
 
@@ -132,6 +140,11 @@ class Attention:
             raise BackendError(f"attention 'auto': nothing here takes {shape}; choose sdpa")
         kind = min(times, key=lambda kind: times[kind])
         return Choice(kind, self._kernels[kind], times)
+
+
+def exportable(device: torch.device) -> dict[str, ops.Kernel]:
+    """The kernels that compiled code can call: PyTorch's own."""
+    return {kind: kernel for kind, kernel in _ON[device.type].items() if kind != "xformers"}
 
 
 def available(device: torch.device) -> list[str]:
@@ -260,7 +273,9 @@ def _check(kind: str, q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _median(run: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds of one of several runs on a CUDA device, after some that warm up."""
+    """Milliseconds of one of several runs, after some that warm up."""
+    if device.type == "cpu":
+        return float(statistics.median(_wall(run) for _ in range(WARM_UP + RUNS)))
     with torch.cuda.device(device):
         for _ in range(WARM_UP):
             run()
@@ -271,6 +286,12 @@ def _median(run: Callable[[], object], device: torch.device) -> float:
             end.record()
         torch.cuda.synchronize()
     return float(statistics.median(start.elapsed_time(end) for start, end in events))
+
+
+def _wall(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return (time.perf_counter() - start) * 1e3
 
 
 def _event() -> Any:

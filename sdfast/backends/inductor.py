@@ -89,7 +89,10 @@ class Input(BaseModel):
 
 
 class Code(BaseModel):
-    """What must be known to call a package."""
+    """What must be known to call a package.
+
+    attention: what computes each shape of it, where that was measured.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -98,6 +101,7 @@ class Code(BaseModel):
     outputs: tuple[str, ...]
     constants: dict[str, Layout]
     literals: dict[str, Literal]
+    attention: tuple[str, ...] = ()
 
 
 class Inductor:

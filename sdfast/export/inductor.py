@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdfast.backends.attention import Attention, exportable
 from sdfast.backends.inductor import Axis, Code, Input, Layout, Literal
 from sdfast.errors import ExportError
 from sdfast.export.code_store import CodeStore, code_key, compiled_or_kept
@@ -25,6 +26,8 @@ from sdfast.export.modules import Form, ModuleSpec
 from sdfast.export.tracing import Dynamic, dynamic_shapes, example, file_stem, traced_with
 from sdfast.export.weights import save_weights
 from sdfast.manifest import Target, Variant
+from sdfast.models import ops
+from sdfast.models.unet import UNet
 
 SHARD = 512 * 2**20  # bytes: files of weights are read and verified side by side
 LITERAL = 4096  # numbers: more than that is a weight
@@ -80,6 +83,7 @@ class Compiler:
             name: example(tensor, dynamic.get(name, {})).to(self.target.device)
             for name, tensor in inputs.items()
         }
+        attention = self._choose_attention(network, given, fixed=not dynamic)
         program = _trace(network, given, dynamic)
         described = tuple(_input(name, tensor, dynamic.get(name, {})) for name, tensor in given.items())
         key = code_key(
@@ -105,11 +109,28 @@ class Compiler:
                 outputs=spec.outputs,
                 constants={n: Layout.of(c) for n, c in constants.items() if n not in literals},
                 literals={n: _literal(n, c) for n, c in literals.items()},
+                attention=attention,
             )
             description.write_text(code.model_dump_json(), encoding="utf-8")
 
         compiled_or_kept(self.store, key, targets, compile_now)
         return Code.model_validate_json(description.read_bytes())
+
+    def _choose_attention(
+        self, network: nn.Module, inputs: Mapping[str, Tensor], *, fixed: bool
+    ) -> tuple[str, ...]:
+        """Give a U-Net of fixed sizes the fastest kernel for each of its shapes: what was measured."""
+        if not isinstance(network, UNet):
+            return ()
+        network.use_attention(ops.attention)
+        if not (self.autotune and fixed):
+            return ()
+        device = torch.device(self.target.device)
+        attention = Attention("auto", device, kernels=exportable(device))
+        network.use_attention(attention)
+        with torch.no_grad():
+            network(*inputs.values())  # each shape is measured when it is met, which tracing could not
+        return tuple(sorted(attention.report()))
 
 
 def laid_out_for(network: nn.Module, device: str) -> nn.Module:

@@ -10,14 +10,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sdfast.backends import attention
+from sdfast.backends.attention import exportable
 from sdfast.backends.inductor import Code, Inductor, Layout, in_memory
 from sdfast.backends.target import check_target, this_machine
 from sdfast.engine import Engine
 from sdfast.errors import BackendError, EngineError, ExportError
 from sdfast.export import inductor
 from sdfast.export.build import export
+from sdfast.export.checkpoint import resolve
 from sdfast.export.code_store import CodeStore
+from sdfast.export.inductor import Compiler
+from sdfast.export.modules import ModuleSpec, Networks, module_specs
 from sdfast.export.recipe import Recipe
+from sdfast.export.tracing import traced_with
 from sdfast.manifest import Target, read_manifest
 from sdfast.pipeline import Pipeline
 from tests import checkpoints
@@ -184,6 +190,44 @@ def test_engines_of_one_checkpoint_share_their_weights(
             file.write(content)
         shutil.rmtree(second)
         shutil.rmtree(engine.parent / "third")
+
+
+@pytest.mark.parametrize("kind", ["sdpa", "flash", "math"])
+def test_attention_is_the_fastest_kernel_for_each_shape(
+    tiny_sd: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+) -> None:
+    """What was measured is what is traced, and is told."""
+    kernels = exportable(CPU)
+    fastest = kernels[kind]
+    monkeypatch.setattr(attention, "_median", lambda run, _: 1.0 if run.__defaults__ == (fastest,) else 2.0)
+    spec = unet_spec(tiny_sd)
+    compiler = Compiler(this_machine(CPU), autotune=True, store=CodeStore(tmp_path))
+    network = spec.load()
+    inputs, _ = traced_with(spec, spec.forms[0])
+    told = compiler._choose_attention(network, inputs, fixed=True)
+    assert told and all(f": {kind} (" in line for line in told)
+    operations = {
+        "sdpa": "scaled_dot_product_attention.default",
+        "flash": "_scaled_dot_product_flash_attention_for_cpu",
+        "math": "_scaled_dot_product_attention_math",
+    }
+    graph = str(inductor._trace(network, inputs, {}).graph)
+    assert [kind for kind, name in operations.items() if name in graph] == [kind]
+    assert compiler._choose_attention(network, inputs, fixed=False) == ()
+    assert operations["sdpa"] in str(inductor._trace(network, inputs, {}).graph)
+
+
+def unet_spec(checkpoint: Path) -> ModuleSpec:
+    return module_specs(Networks.of(resolve(checkpoint)), ONE)[0]
+
+
+@pytest.mark.slow
+def test_an_autotuned_engine_draws_the_same_picture(tiny_sd: Path, sd_engine: Path, tmp_path: Path) -> None:
+    recipe = Recipe.make(backend="inductor", sizes=["64x64"], batch=[1], autotune=True)
+    tuned = export(tiny_sd, tmp_path / "tuned", recipe)
+    code = Code.model_validate_json((tuned / "unet-64x64-b2.json").read_bytes())
+    assert code.attention
+    assert_same(picture(tuned), picture(sd_engine, width=64, height=64))
 
 
 @pytest.mark.slow
