@@ -209,9 +209,17 @@ class Manifest(_Part):
             "pictures": f"up to {self.max_images} a call",
             "files": f"{len(self.files)}, {sum(file.size for file in self.files) / 1e6:,.1f} MB, verified",
             "built with": ", ".join(f"{name} {version}" for name, version in packages.items()),
+            **self._compiled_for(),
             "validation": self._verdict(),
         }
         return "\n".join(f"{name:<12} {value}" for name, value in facts.items())
+
+    def _compiled_for(self) -> dict[str, str]:
+        target = self.builder.target
+        if target is None:
+            return {}
+        cuda = f", CUDA {target.cuda}" if target.cuda else ""
+        return {"compiled for": f"{target.architecture.split()[0]} ({target.device}), torch {target.torch}{cuda}"}
 
     def _verdict(self) -> str:
         if self.validation is None:
