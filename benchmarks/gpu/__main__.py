@@ -7,6 +7,7 @@
 The real architectures with random weights, made on first use in --workdir, as are engines and what torch
 compiles. Every part is written to the result as soon as it is there; the same command again goes on where the
 last one stopped, and tries again what failed. A side that is new to a comparison is measured with all others.
+Compiling takes most of a first run: `--side` leaves sides out, to be added by a later run.
 """
 
 import re
@@ -55,7 +56,7 @@ def main(
     workdir: Path,
 ) -> None:
     """Measure workload NAME ("sd15" or "sdxl"), print the table, and keep all of it in one JSON file."""
-    place, load = _device(device), workload(name, architecture)
+    place, load, workdir = _device(device), workload(name, architecture), workdir.resolve()
     use_caches(workdir)
     chosen = _sides(sides, place)
     counts = sorted(set(batches or load.batches))
@@ -63,10 +64,11 @@ def main(
     path = result or _default_result(load, facts["gpu"], workdir)
     document = Document(path)
     document.head(_head(load, facts, chosen, place))
+    needed = NEEDED if set(only) - set(NEEDED) else ()
     wanted = [
         part
         for part in parts(load, chosen, counts, path.with_name(path.stem + "-profile"))
-        if not only or part.kind in (*only, *NEEDED)
+        if not only or part.kind in (*only, *needed)
     ]
     key = {
         "architecture": load.architecture,
@@ -92,7 +94,7 @@ def _device(name: str) -> torch.device:
         raise click.ClickException(
             "this torch sees no CUDA device; a dry run: --device cpu --architecture tiny"
         )
-    return device
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
 def _sides(names: tuple[str, ...], device: torch.device) -> list[str]:

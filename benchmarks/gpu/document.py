@@ -26,7 +26,7 @@ class Document:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.content: dict[str, Any] = {"parts": {}}
+        self.content: dict[str, Any] = {"parts": {}, "earlier": {}}
         if path.exists():
             self.content = json.loads(path.read_text(encoding="utf-8"))
 
@@ -37,8 +37,20 @@ class Document:
 
     def head(self, fields: Mapping[str, Any]) -> None:
         """What stands above the parts; replaces what stood there."""
-        parts = self.parts
-        self.content = {**fields, "parts": parts}
+        kept = {name: self.content[name] for name in ("parts", "earlier")}
+        self.content = {**fields, **kept}
+        self._write()
+
+    def set_aside(self, key: Mapping[str, Any]) -> None:
+        """Move parts of other versions, another GPU or older code from "parts" to "earlier".
+
+        A part whose own key has no "code" is of any.
+        """
+        now = _plain(key)
+        for name, part in list(self.parts.items()):
+            old = {field: part["key"].get(field) for field in now}
+            if old != {**now, "code": now["code"] if old["code"] else None}:
+                self.content["earlier"][name] = self.parts.pop(name)
         self._write()
 
     def foot(self, **fields: Any) -> None:

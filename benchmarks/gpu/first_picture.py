@@ -21,6 +21,7 @@ from benchmarks.gpu.sides import open_side  # noqa: E402
 from benchmarks.gpu.workloads import WORKLOADS, Draw, Workload, workload  # noqa: E402
 
 TIMEOUT = 900.0  # seconds
+ROOT = Path(__file__).parents[2]
 
 
 def fresh(
@@ -51,6 +52,7 @@ def fresh(
             text=True,
             timeout=TIMEOUT,
             check=False,
+            cwd=ROOT,
         )
     if done.returncode:
         lines = done.stderr.strip().splitlines()

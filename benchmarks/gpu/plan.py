@@ -101,7 +101,12 @@ class _Case:
 
     def picture(self, draw: Draw) -> Part:
         return self._part(
-            "picture", str(draw), lambda bench: comparison.picture(bench, self.sides, draw), self.sides
+            "picture",
+            str(draw),
+            lambda bench: comparison.picture(bench, self.sides, draw),
+            self.sides,
+            steps=draw.steps,
+            guided=draw.guided,
         )
 
     def modules(self) -> Iterator[Part]:
@@ -120,7 +125,7 @@ class _Case:
                 "first",
                 side,
                 lambda bench, side=side: _first(bench, side, self.batch),
-                ours=side.startswith("sdfast"),
+                ours=SIDES[side].backend is not None,
             )
 
     def accuracies(self) -> Iterator[Part]:
@@ -138,6 +143,7 @@ class _Case:
                 lambda bench, side=side: kernels.one_step(
                     bench.side(side, self.batch), self.load, bench.device, traces / f"{side}.json.gz"
                 ),
+                ours=SIDES[side].backend is not None,
             )
 
     def _part(
@@ -147,9 +153,10 @@ class _Case:
         run: Callable[[Bench], dict[str, Any]],
         sides: tuple[str, ...] = (),
         ours: bool = True,
+        **about: Any,
     ) -> Part:
         like = f"{kind}/{what}" if what else kind
-        about = {"batch": self.batch, "what": what}
+        about = {"batch": self.batch, "what": what, **about}
         return Part(f"{like}/batch {self.batch}", kind, like, run, about, sides, self.batch, ours)
 
 
@@ -205,6 +212,7 @@ class Runner:
 
     def run(self, wanted: Sequence[Part]) -> list[str]:
         """The names of the parts that are left, as there was no time for them."""
+        self.document.set_aside({**self._key, "code": self._code})
         left = [part for part in wanted if not self._finished(part)]
         self._say(f"{len(wanted) - len(left)} of {len(wanted)} parts are there already")
         self._conclude([part.name for part in left])

@@ -78,7 +78,7 @@ def _modules(parts: Mapping[str, Any], side: str, batch: str) -> list[dict[str, 
 def _verdicts(parts: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The design's rule for each side of sdfast: every module, and its pictures together.
 
-    In any one picture rounding is chance; so all of a side's are taken together, by the mean of their squares.
+    In any one picture rounding is chance; so all of a side's are taken together, by their mean square.
     """
     rows = [row for name, part in parts.items() if name.startswith("picture/") for row in _good_rows(part)]
     for side in sorted({row["side"] for row in rows if row["side"].startswith("sdfast")}):

@@ -59,10 +59,15 @@ SIDES = {
 
 
 def usual(device: torch.device) -> list[str]:
-    """The sides of a run that names none: sdfast's eager backend only where no other of its runs."""
+    """The sides of a run that names none.
+
+    sdfast's eager backend only where no other of its runs; stock compiled only on a GPU, as a dry run would
+    spend its time in a C++ compiler.
+    """
     here = [name for name, side in SIDES.items() if side.absent(device) is None]
     fast = [name for name in here if SIDES[name].backend not in (None, "eager")]
-    return [name for name in here if SIDES[name].backend != "eager" or not fast]
+    left_out = [name for name in here if SIDES[name].backend == "eager"] if fast else []
+    return [name for name in here if name not in left_out and (name != COMPILED or device.type == "cuda")]
 
 
 def known_backends() -> tuple[str, ...]:

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.workloads import PROMPT, SCHEDULER, SEED, Draw, Workload
-from sdfast.export.checkpoint import resolve
 from sdfast.noise import generator
 from sdfast.validation.modules import token_ids
-from sdfast.validation.reference import quiet, reference_pipeline, stock_scheduler
+from sdfast.validation.reference import quiet, stock_scheduler
 
 
 def draw_with(pipe: Any, workload: Workload, draw: Draw, output_type: str, seeds: list[int]) -> Any:
@@ -30,9 +29,20 @@ def draw_with(pipe: Any, workload: Workload, draw: Draw, output_type: str, seeds
 
 
 def open_pipeline(source: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """diffusers' pipeline of the checkpoint, with the scheduler that all sides use."""
-    pipe = reference_pipeline(resolve(str(source)), dtype=dtype, device=device)
+    """diffusers' pipeline of the checkpoint, loaded as its users do, with the scheduler of all sides."""
+    import diffusers
+
+    sdxl = (source / "text_encoder_2").exists()
+    with quiet():
+        pipe = diffusers.DiffusionPipeline.from_pretrained(
+            source,
+            torch_dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            **({"add_watermarker": False} if sdxl else {}),
+        ).to(device)
     pipe.scheduler = stock_scheduler(pipe, SCHEDULER)
+    pipe.set_progress_bar_config(disable=True)
     return pipe
 
 

@@ -38,8 +38,8 @@ class Workload:
 
     guided, unguided: steps of whole pictures, the first the one that most matters. step_runs: a step is the
     difference between runs of so many, by the steps that they are apart. rounds: of a comparison, at most;
-    limit: the seconds that they may take, from the third on. gemm: side of the square matrices, copy_bytes: of
-    the tensor that is copied, for the roofline. weight: how much longer its parts may take than those of
+    limit: the seconds that they may take, from the third on. gemm: side of the square matrices, copy_bytes:
+    of the tensor that is copied, for the roofline. weight: how much longer its parts may take than those of
     SD 1.5 at 512x512, before any was measured.
     """
 
