@@ -59,15 +59,18 @@ SIDES = {
 
 
 def usual(device: torch.device) -> list[str]:
-    """The sides of a run that names none.
+    """The sides of a run that names none: on a CPU those that need no compiler, so that it stays a dry run.
 
-    sdfast's eager backend only where no other of its runs; stock compiled only on a GPU, as a dry run would
-    spend its time in a C++ compiler.
+    On a GPU all that can run, but sdfast's eager backend only where no other of its can.
     """
     here = [name for name, side in SIDES.items() if side.absent(device) is None]
+    uncompiled = [
+        name for name in here if not SIDES[name].compiled and SIDES[name].backend in (None, "eager")
+    ]
+    if device.type != "cuda":
+        return uncompiled
     fast = [name for name in here if SIDES[name].backend not in (None, "eager")]
-    left_out = [name for name in here if SIDES[name].backend == "eager"] if fast else []
-    return [name for name in here if name not in left_out and (name != COMPILED or device.type == "cuda")]
+    return [name for name in here if SIDES[name].backend != "eager" or not fast]
 
 
 def known_backends() -> tuple[str, ...]:
