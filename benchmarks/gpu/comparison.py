@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.gpu import work
 from benchmarks.gpu.bench import Bench, pictures
 from benchmarks.gpu.document import one_line
-from benchmarks.gpu.measure import Timed, alternate, burst, synchronised
+from benchmarks.gpu.measure import WARM_UP, Timed, alternate, burst, synchronised
 from benchmarks.gpu.sides import COMPILED, EAGER, Side
 from benchmarks.gpu.work import Work
 from benchmarks.gpu.workloads import Draw
@@ -50,7 +50,7 @@ def picture(bench: Bench, sides: Sequence[str], draw: Draw) -> dict[str, Any]:
     def prepare(side: Side) -> Measure:
         return synchronised(lambda: side.draw(draw), bench.device)
 
-    timed = _timed(bench, sides, draw.batch, prepare)
+    timed = _timed(bench, sides, draw.batch, prepare, warm_up=-(-WARM_UP // draw.steps))
     rows = _rows(bench, timed, sides, _picture_floor(bench, draw), iterations=draw.steps)
     errors = {row["side"]: _picture_error(bench, row["side"], draw) for row in rows if row["failed"] is None}
     bench.forget_exact()
@@ -62,7 +62,7 @@ def picture(bench: Bench, sides: Sequence[str], draw: Draw) -> dict[str, Any]:
     return {"rows": rows}
 
 
-def _timed(bench: Bench, sides: Sequence[str], batch: int, prepare: Prepare) -> Timed:
+def _timed(bench: Bench, sides: Sequence[str], batch: int, prepare: Prepare, warm_up: int = 1) -> Timed:
     measures: dict[str, Measure] = {}
     failed: dict[str, str] = {}
     for name in sides:
@@ -70,7 +70,7 @@ def _timed(bench: Bench, sides: Sequence[str], batch: int, prepare: Prepare) -> 
             measures[name] = prepare(bench.side(name, batch))
         except Exception as error:  # the other sides go on
             failed[name] = one_line(error)
-    timed = alternate(measures, bench.workload.rounds, bench.workload.limit)
+    timed = alternate(measures, bench.workload.rounds, bench.workload.limit, warm_up)
     timed.failed.update(failed)
     return timed
 

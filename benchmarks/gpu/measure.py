@@ -12,6 +12,7 @@ from benchmarks.timing import Measure
 
 BURST = 0.03  # seconds that a burst of calls should take, so that launching them is not what is timed
 MOST = 30  # calls of a burst
+WARM_UP = 3  # calls of a network until all is compiled, and where there are CUDA graphs one is replayed
 
 
 @dataclass
@@ -32,15 +33,17 @@ class Timed:
         return statistics.median(slow / quick for slow, quick in pairs)
 
 
-def alternate(measures: Mapping[str, Measure], rounds: int, limit: float) -> Timed:
+def alternate(measures: Mapping[str, Measure], rounds: int, limit: float, warm_up: int = 1) -> Timed:
     """Measure every side `rounds` times in turn, each round beginning with another side.
 
-    Each is measured once before, uncounted; one that fails then, or later, is left out. After three rounds
-    no round begins later than `limit` seconds after the first.
+    Each is measured `warm_up` times before, uncounted; one that fails is left out. After three
+    rounds no round begins later than `limit` seconds after the first.
     """
     timed, sides = Timed(), dict(measures)
     for side, measure in measures.items():
-        _try(timed, sides, side, measure)
+        for _ in range(warm_up):
+            if side in sides:
+                _try(timed, sides, side, measure)
     timed.seconds = {side: [] for side in sides}
     start = time.perf_counter()
     for turn in range(rounds):
@@ -85,8 +88,8 @@ def burst(work: Callable[[], object], device: torch.device) -> Measure:
     @torch.no_grad()
     def measure() -> float:
         if not calls:
-            once()
-            calls.append(max(1, min(MOST, round(BURST / once()))))
+            seconds = [once() for _ in range(WARM_UP + 2)][WARM_UP:]
+            calls.append(max(1, min(MOST, round(BURST / min(seconds)))))
         if device.type != "cuda":
             return synchronised(lambda: [work() for _ in range(calls[0])], device)() / calls[0]
         first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

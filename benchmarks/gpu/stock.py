@@ -117,8 +117,12 @@ class Stock:
         if not self._upcasts:
             yield
             return
-        self.pipe.vae.to(dtype=torch.float32)
+        self._cast_vae(torch.float32)
         try:
             yield
         finally:
-            self.pipe.vae.to(dtype=torch.float16)
+            self._cast_vae(torch.float16)
+
+    def _cast_vae(self, dtype: torch.dtype) -> None:
+        with quiet():
+            self.pipe.vae.to(dtype=dtype)
