@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks import random_weights
-from benchmarks.gpu.document import code_digest, one_line
+from benchmarks.gpu.document import BUILD_CODE, code_digest, one_line
 from benchmarks.gpu.sides import SIDES, Side, open_side
 from benchmarks.gpu.workloads import SEED, Draw, Workload
 from sdfast.export.build import Silent, Stage, export
@@ -49,7 +49,7 @@ class Bench:
 
     def engine_folder(self, side: str, batch: int) -> Path:
         """One engine for each batch, so that what is measured first waits for no build of the others."""
-        name = f"{SIDES[side].backend}-{self.workload.size}-b{batch}-{code_digest()}"
+        name = f"{SIDES[side].backend}-{self.workload.size}-b{batch}-{code_digest(BUILD_CODE)}"
         return self.folder / "engines" / name
 
     def build(self, side: str, batch: int) -> dict[str, Any]:

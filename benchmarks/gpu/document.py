@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,19 @@ from benchmarks import machine
 from sdfast.versions import installed
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "onnx", "onnxruntime", "onnxruntime-gpu")
-# What of sdfast's code an engine and its speed depend on.
-_CODE = ("arithmetic.py", "engine.py", "loop.py", "noise.py", "pipeline.py", "prompts.py")
-_CODE_FOLDERS = ("backends", "export", "models", "schedulers")
+# What of sdfast's code an engine depends on, and what its speed and its pictures depend on beside that.
+BUILD_CODE = ("export", "models")
+CODE = (
+    *BUILD_CODE,
+    "backends",
+    "schedulers",
+    "arithmetic.py",
+    "engine.py",
+    "loop.py",
+    "noise.py",
+    "pipeline.py",
+    "prompts.py",
+)
 
 
 class Document:
@@ -133,11 +143,11 @@ def describe(device: torch.device) -> dict[str, Any]:
     return found
 
 
-def code_digest() -> str:
-    """A digest of the code that engines and their speed depend on: a change of it is measured anew."""
+def code_digest(parts: Sequence[str] = CODE) -> str:
+    """A digest of sdfast's code in these files and folders: a change of it makes anew what depends on it."""
     root = Path(sdfast.__file__).parent
-    files = [root / name for name in _CODE]
-    files += [path for folder in _CODE_FOLDERS for path in (root / folder).rglob("*.py")]
+    files = [root / name for name in parts if name.endswith(".py")]
+    files += [path for name in parts for path in (root / name).rglob("*.py")]
     digest = hashlib.sha256()
     for path in sorted(files):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
