@@ -41,37 +41,45 @@ PROMPT, GUIDANCE = "a cabin in misty mountains, watercolor style", 7.0
 @click.option(
     "--workdir", type=click.Path(path_type=Path), default=Path(tempfile.gettempdir()) / "sdfast-bench"
 )
+@click.option("--backend", type=click.Choice(["onnx", "inductor"]), default="onnx", show_default=True)
 @click.option("--keep/--no-keep", default=True, help="Write the result to benchmarks/results/.")
-def main(checkpoint: str, size: str | None, steps: int, rounds: int, workdir: Path, keep: bool) -> None:
+def main(
+    checkpoint: str, size: str | None, steps: int, rounds: int, workdir: Path, backend: str, keep: bool
+) -> None:
     """Compare CHECKPOINT's engine with stock diffusers."""
-    bench = Bench(checkpoint, size, workdir)
+    bench = Bench(checkpoint, size, workdir, backend)
     rows = [*bench.modules(rounds), bench.guided_step(steps, rounds), bench.whole_picture(steps, rounds)]
     host = bench.host_seconds_per_step(steps)
-    click.echo(f"{checkpoint} {bench.size}, {steps} steps, {torch.get_num_threads()} threads")
+    click.echo(f"{checkpoint} {bench.size}, {backend}, {steps} steps, {torch.get_num_threads()} threads")
     click.echo(table(rows))
     click.echo(f"host time outside the U-Net: {host * 1e6:.0f} µs a step")
     if keep:
         result = {
             "checkpoint": checkpoint,
+            "backend": backend,
             "size": bench.size,
             "steps": steps,
             "comparisons": [row.as_json() for row in rows],
             "host_microseconds_per_step": round(host * 1e6, 1),
         }
         command = "python -m benchmarks.latency " + shlex.join(sys.argv[1:])
-        name = f"latency-{Path(checkpoint).name}-{bench.size}-cpu"
+        kind = "" if backend == "onnx" else f"-{backend}"
+        name = f"latency-{Path(checkpoint).name}-{bench.size}{kind}-cpu"
         click.echo(f"kept in {machine.keep(name, command, result)}")
 
 
 class Bench:
     """The two sides, on one checkpoint."""
 
-    def __init__(self, checkpoint: str, size: str | None, workdir: Path) -> None:
+    def __init__(self, checkpoint: str, size: str | None, workdir: Path, backend: str) -> None:
         source = checkpoint
         if checkpoint in random_weights.ARCHITECTURES:
             source = str(random_weights.build(checkpoint, workdir / checkpoint))
-        recipe = Recipe.make(sizes=(size,) if size else None, batch=1)
-        folder = export(source, workdir / "engines" / f"{Path(checkpoint).name}-{size or 'own'}", recipe)
+        batch = 1 if backend == "onnx" else (1,)  # compiled code is for one number of rows each
+        recipe = Recipe.make(sizes=(size,) if size else None, batch=batch, backend=backend)
+        kind = "" if backend == "onnx" else f"-{backend}"
+        name = f"{Path(checkpoint).name}-{size or 'own'}{kind}"
+        folder = export(source, workdir / "engines" / name, recipe)
         self.engine = Engine.open(folder)
         self.pipe = Pipeline(self.engine)
         self.stock = _stock(resolve(source).folder)

@@ -14,6 +14,16 @@ import click
 from sdfast import __version__
 from sdfast.errors import RequestError, SdfastError
 
+ATTENTION = (  # `sdfast.backends.attention.KINDS`, which takes torch to import
+    "auto",
+    "sdpa",
+    "flash",
+    "cudnn",
+    "efficient",
+    "math",
+    "xformers",
+)
+
 
 class _OneLineErrors(click.Group):
     """A group whose commands' own errors are one line, unless `--debug` asks for more."""
@@ -40,11 +50,13 @@ def main(debug: bool) -> None:
 @click.option("--recipe", type=click.Path(path_type=Path), help="A recipe, such as export/sd15.toml.")
 @click.option("--revision", help="Branch, tag or commit on the Hub.")
 @click.option("--variant", help='Weights variant, such as "fp16".')
-@click.option("--backend", type=click.Choice(["onnx", "eager"]), help="[default: onnx]")
+@click.option("--backend", type=click.Choice(["onnx", "inductor", "eager"]), help="[default: onnx]")
 @click.option("--dtype", type=click.Choice(["fp32", "fp16"]), help="[default: fp32]")
 @click.option("--height", type=int, help="Pixels. [default: the checkpoint's own]")
 @click.option("--width", type=int, help="Pixels. [default: the checkpoint's own]")
 @click.option("--batch", type=int, help="The most pictures of one call. [default: 4]")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda for fp16, else cpu]")
+@click.option("--autotune/--no-autotune", default=None, help="Inductor: time candidates. [default: on CUDA]")
 @click.option("--winograd/--no-winograd", default=None, help="Fast 3x3 convolutions on CPUs. [default: yes]")
 def export(
     source: str | None,
@@ -70,8 +82,26 @@ def export(
 
 
 @main.command()
+@click.argument("engine", type=click.Path(path_type=Path))
+@click.option("--checkpoint", help="Where its checkpoint lies now. [default: where it lay]")
+def rebuild(engine: Path, checkpoint: str | None) -> None:
+    """Export ENGINE again from its own recipe, for this machine and these versions."""
+    from sdfast.export.build import export as build
+    from sdfast.export.recipe import Recipe
+    from sdfast.manifest import read_manifest
+
+    made = read_manifest(engine)
+    folder = build(
+        checkpoint or made.checkpoint.source, engine, Recipe.make(**made.recipe), progress=Stages()
+    )
+    click.echo(f"engine: {folder}")
+
+
+@main.command()
 @click.argument("prompt")
-@click.option("--engine", required=True, type=click.Path(path_type=Path), help="The engine's directory.")
+@click.option("--engine", type=click.Path(path_type=Path), help="The engine's directory.")
+@click.option("--checkpoint", help="Instead, with --backend diffusers: what `sdfast export` takes.")
+@click.option("--dtype", type=click.Choice(["fp32", "fp16"]), help="With --checkpoint. [default: fp32]")
 @click.option("--negative", help="What the picture should not show.")
 @click.option("--steps", type=int, default=20, show_default=True)
 @click.option("--guidance", type=float, default=7.0, show_default=True)
@@ -83,12 +113,21 @@ def export(
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="A PNG file, or a directory.")
 @click.option("--overwrite", is_flag=True, help="Replace files that are there.")
 @click.option("--device", default="cpu", show_default=True, help='"cpu", "cuda" or "cuda:N".')
-@click.option("--backend", type=click.Choice(["engine", "diffusers"]), default="engine", show_default=True)
-def generate(prompt: str, engine: Path, output: Path | None, overwrite: bool, **options: Any) -> None:
+@click.option(
+    "--backend",
+    type=click.Choice(["engine", "onnx", "eager", "diffusers"]),
+    default="engine",
+    show_default=True,
+    help="What the engine must be; or the stock pipeline.",
+)
+@click.option("--compile", is_flag=True, help="For eager engines: draw through torch.compile.")
+@click.option("--attention", type=click.Choice(ATTENTION), help="For eager engines and diffusers.")
+def generate(prompt: str, output: Path | None, overwrite: bool, **options: Any) -> None:
     """Draw PROMPT and write PNG files with their parameters inside."""
+    _check_source(options)
     from sdfast.pictures import Job, draw
 
-    job = Job(prompt=prompt, engine=engine, **options)
+    job = Job(prompt=prompt, **options)
     for path, seed in draw(job, output, overwrite):
         click.echo(f"{path}  seed {seed}")
 
@@ -99,14 +138,18 @@ def generate(prompt: str, engine: Path, output: Path | None, overwrite: bool, **
 @click.option("--prompts", type=click.Path(path_type=Path), help="A text file, one prompt a line.")
 @click.option("--steps", type=int, default=20, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
-def validate(engine: Path, checkpoint: str | None, prompts: Path | None, steps: int, device: str) -> None:
+@click.option("--compile", is_flag=True, help="For eager engines: run through torch.compile.")
+@click.option("--attention", type=click.Choice(ATTENTION), help="For eager engines.")
+def validate(
+    engine: Path, checkpoint: str | None, prompts: Path | None, steps: int, device: str, **opening: Any
+) -> None:
     """Run stock diffusers beside ENGINE and compare modules, steps and pictures."""
+    from sdfast.engine import Engine
     from sdfast.validation import validate as run
 
     lines = _prompt_lines(prompts) if prompts else None
-    report = run(
-        engine, checkpoint=checkpoint, prompts=lines, steps=steps, device=device, progress=click.echo
-    )
+    opened = Engine.open(engine, device, **opening)
+    report = run(opened, checkpoint=checkpoint, prompts=lines, steps=steps, progress=click.echo)
     click.echo(report.table())
     click.echo(f"report: {engine / 'validation' / 'report.html'}")
     if not report.passed:
@@ -178,13 +221,27 @@ class Stages:
         click.echo(f"  {message}")
 
 
+def _check_source(options: dict[str, Any]) -> None:
+    """`sdfast generate` draws with an engine, or with the stock pipeline of a checkpoint."""
+    engine, checkpoint = options["engine"], options["checkpoint"]
+    if (engine is None) == (checkpoint is None):
+        raise click.UsageError("give --engine, or --checkpoint with --backend diffusers: one of them")
+    if checkpoint is not None and options["backend"] != "diffusers":
+        raise click.UsageError(
+            "--checkpoint is for --backend diffusers; `sdfast export` makes an engine of it"
+        )
+    if checkpoint is None and options["dtype"] is not None:
+        raise click.UsageError("--dtype is for --checkpoint; an engine has its own")
+
+
 def _engine_name(source: str | None, recipe: Path | None) -> str:
     if recipe is not None:
         return recipe.stem
     if source is None:
         raise click.UsageError("give SOURCE or --recipe")
-    path = Path(source).resolve() if Path(source).exists() else Path(source)  # "." has no name of its own
-    return path.stem if source.endswith(".safetensors") else path.name
+    from sdfast.export.checkpoint import name_of
+
+    return name_of(source)
 
 
 def _prompt_lines(path: Path) -> list[str]:

@@ -32,6 +32,7 @@ def examine() -> list[Finding]:
         *(_package(name, 'for export and validation: pip install "sdfast[export]"') for name in _EXPORT),
         *_onnxruntime(),
         _cuda(),
+        _attention(),
         _package("xformers", 'optional, CUDA only: pip install "sdfast[xformers]"'),
     ]
 
@@ -60,6 +61,16 @@ def _onnxruntime() -> list[Finding]:
     found = [Finding(" + ".join(names), onnxruntime.__version__, clash)]
     advice = "" if "CUDA" in providers else 'for CUDA: pip uninstall onnxruntime; pip install "sdfast[cuda]"'
     return [*found, Finding("providers", ", ".join(providers), advice)]
+
+
+def _attention() -> Finding:
+    """What `--attention` may name here, tried on the device that is used best."""
+    import torch
+
+    from sdfast.backends.attention import available
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Finding("attention", f"{', '.join(available(device))} on {device}")
 
 
 def _cuda() -> Finding:

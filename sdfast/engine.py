@@ -11,14 +11,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from sdfast.backends import CompiledModule, loader, parse_device
+from sdfast.backends import CompiledModule, check_options, loader, parse_device
+from sdfast.backends.target import check_target
 from sdfast.errors import EngineError, RequestError
 from sdfast.manifest import File, Manifest, Module, Span, Variant, read_manifest
 from sdfast.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from sdfast.backends.attention import Attention
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
@@ -27,19 +31,35 @@ class Engine:
     """An opened engine on one device.
 
     `manifest` says what it is; `dtype` is that of the networks' inputs and outputs; `call` runs a module once
-    and `bind` prepares a call that is repeated on the same tensors.
+    and `bind` prepares a call that is repeated on the same tensors. `attention` is what computes the U-Net's
+    when that was asked for: its `report` says what "auto" chose.
     """
 
+    compile = False
+    attention: "Attention | None" = None
+
     def __init__(
-        self, folder: Path, manifest: Manifest, device: torch.device, threads: int | None = None
+        self,
+        folder: Path,
+        manifest: Manifest,
+        device: torch.device,
+        threads: int | None = None,
+        *,
+        compile: bool = False,
+        attention: str | None = None,
     ) -> None:
         self.folder = folder
         self.manifest = manifest
         self.device = device
         self.threads = threads
         self.dtype = DTYPES[manifest.dtype]
-        self._load = loader(manifest.backend, device, threads)
+        self.compile = compile
+        self.attention = check_options(manifest.backend, device, compile=compile, attention=attention)
+        self._load = loader(manifest.backend, device, threads, compile=compile, attention=self.attention)
+        if manifest.builder.target is not None:
+            check_target(manifest.builder.target, device, rebuild=f"sdfast rebuild {folder}")
         self._loaded: dict[str, CompiledModule] = {}
+        self._prepared: set[tuple[str, int, int | None, int | None]] = set()
 
     @classmethod
     def open(
@@ -49,16 +69,24 @@ class Engine:
         *,
         threads: int | None = None,
         load: bool = False,
+        compile: bool = False,
+        attention: str | None = None,
     ) -> "Engine":
         """Open the engine in `folder` on `device`, every file's digest checked.
 
         `threads`: processor threads of the CPU backends (default: torch's). `load`: load every module too,
-        each once its own files are checked, while larger files are still being read. Raises `EngineError`
-        when a file is missing or changed, `BackendError` when the device or the backend is not there.
+        each once its own files are checked, while larger files are still being read.
+
+        For eager engines, `compile`: the U-Net and the VAE through torch.compile, when a size is first drawn,
+        which is said on stderr. `attention`: what computes that of the U-Net, one of
+        `sdfast.backends.attention.KINDS` (default: PyTorch's choice, "sdpa").
+
+        Raises `EngineError` when a file is missing or changed, `BackendError` when the device, the backend or
+        the attention is not there, `DependencyError` when it needs a package.
         """
         folder, device = Path(folder), parse_device(device)
         manifest = read_manifest(folder)
-        engine = cls(folder, manifest, device, threads)
+        engine = cls(folder, manifest, device, threads, compile=compile, attention=attention)
         with Verification(folder, manifest.files) as verification:
             if load:
                 for module in sorted(manifest.modules.values(), key=verification.size_of):
@@ -67,6 +95,19 @@ class Engine:
                         engine._module(variant)
             verification.wait()
         return engine
+
+    def moved(self, device: torch.device) -> "Engine":
+        """The same engine on another device, with what it was opened with; its modules are loaded anew."""
+        attention = self.attention.kind if self.attention else None
+        return Engine(
+            self.folder, self.manifest, device, self.threads, compile=self.compile, attention=attention
+        )
+
+    @property
+    def running_as(self) -> list[str]:
+        """What was asked for when it was opened, for a person: "compiled", "attention flash"."""
+        kind = [f"attention {self.attention.kind}"] if self.attention else []
+        return ["compiled"] * self.compile + kind
 
     @cached_property
     def tokenizers(self) -> tuple[Tokenizer, ...]:
@@ -116,6 +157,11 @@ class Engine:
         finally:
             torch.set_num_threads(threads)
 
+    @property
+    def capturable(self) -> bool:
+        """Whether calls of `bind` can be part of a CUDA graph; ONNX Runtime's cannot, it has its own."""
+        return self.manifest.backend != "onnx"
+
     def rows(self, name: str, batch: int, height: int | None = None, width: int | None = None) -> int:
         """How many rows `bind` wants for `batch` rows of module `name`: more where all forms are larger."""
         return sum(size for size, _ in self._cover(name, batch, height, width))
@@ -137,6 +183,19 @@ class Engine:
         if len(parts) == 1:
             return {key: value[:batch] for key, value in parts[0].items()}
         return {key: torch.cat([part[key] for part in parts])[:batch] for key in parts[0]}
+
+    def prepare(
+        self,
+        name: str,
+        inputs: Mapping[str, torch.Tensor],
+        height: int | None = None,
+        width: int | None = None,
+    ) -> None:
+        """Have module `name` compiled for inputs like these, if it is compiled when first called."""
+        case = (name, len(next(iter(inputs.values()))), height, width)
+        if self.compile and case not in self._prepared:
+            self.call(name, inputs, height, width)
+            self._prepared.add(case)
 
     def bind(
         self,

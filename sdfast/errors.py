@@ -39,3 +39,8 @@ class NumericalError(SdfastError):
 
 class ValidationFailed(SdfastError):
     """An engine that does not make the reference pipeline's picture."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what another library raised, to be told in a message of ours."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -121,13 +121,27 @@ class Source(_Part):
     settings: Digest | None = None  # of its tokenizers and its scheduler config
 
 
+class Target(_Part):
+    """The machine that native code was compiled for.
+
+    architecture: of the GPU ("sm_90"), or of the processor with its vector instructions ("x86_64 avx2 …").
+    driver: the newest CUDA version that the driver knows, as CUDA counts them (13000 is 13.0).
+    """
+
+    device: Literal["cpu", "cuda"]
+    architecture: str
+    torch: str
+    cuda: str | None = None
+    driver: int | None = None
+
+
 class Builder(_Part):
     """The versions that built the engine."""
 
     sdfast: str
     python: str
     packages: dict[str, str]  # torch, onnx, onnxruntime, diffusers, transformers
-    gpu_architecture: str | None = None  # set by backends whose code is bound to one
+    target: Target | None = None  # set by backends whose code is bound to a machine
 
 
 class Validation(_Part):
@@ -162,6 +176,8 @@ class Manifest(_Part):
     @model_validator(mode="after")
     def _whole(self) -> "Manifest":
         """Nothing is missing, and what is loaded is listed, so that its digest is checked first."""
+        if self.backend == "inductor" and self.builder.target is None:
+            raise ValueError("native code, but no target that it was compiled for")
         if missing := sorted(MODULES - set(self.modules)):
             raise ValueError(f"no module {missing[0]!r}")
         listed = {file.path for file in self.files}

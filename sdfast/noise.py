@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from sdfast.arithmetic import Noise
 from sdfast.errors import DependencyError
-from sdfast.loop import Noise
 from sdfast.schedulers import Brownian
 
 

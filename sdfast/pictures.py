@@ -3,19 +3,27 @@
 import os
 import re
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import torch
 from PIL import Image
 
 from sdfast import __version__
-from sdfast.engine import Engine
-from sdfast.errors import RequestError
+from sdfast.backends import check_device, parse_device
+from sdfast.engine import DTYPES, Engine
+from sdfast.errors import BackendError, RequestError
 from sdfast.infotext import Infotext, png_info
-from sdfast.manifest import Manifest
-from sdfast.pipeline import Pipeline
+from sdfast.manifest import Model
+from sdfast.pipeline import Pipeline, check_text_to_image
 from sdfast.request import Request
 from sdfast.schedulers import Schedule, schedule
+
+if TYPE_CHECKING:
+    from sdfast.backends.attention import Attention
+    from sdfast.export.checkpoint import Checkpoint
 
 _SIZE = re.compile(r"(\d{1,9})x(\d{1,9})")
 _OTHER_PICTURES = {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
@@ -24,10 +32,18 @@ _NUMBERED = re.compile(r"(\d{5})-\d+\.png")
 
 @dataclass(frozen=True)
 class Job:
-    """What `sdfast generate` was asked to draw."""
+    """What `sdfast generate` was asked to draw.
+
+    engine: its directory; or, in its place, checkpoint: what `sdfast export` takes, for the stock pipeline in
+        dtype ("fp32" or "fp16").
+    backend: "engine" for whatever the engine is, "onnx" or "eager" for one that must be that, or "diffusers"
+        for the stock pipeline of its checkpoint.
+    """
 
     prompt: str
-    engine: Path
+    engine: Path | None = None
+    checkpoint: str | None = None
+    dtype: str | None = None
     negative: str | None = None
     steps: int = 20
     guidance: float = 7.0
@@ -38,10 +54,11 @@ class Job:
     clip_skip: int | None = None
     device: str = "cpu"
     backend: str = "engine"
+    compile: bool = False
+    attention: str | None = None
 
-    def request(self, manifest: Manifest) -> Request:
+    def request(self, model: Model) -> Request:
         """The checked request. Raises `RequestError`."""
-        model = manifest.model
         match = _SIZE.fullmatch(self.size) if self.size else None
         if self.size and match is None:
             raise RequestError(f"size: {self.size!r} is not WIDTHxHEIGHT in pixels, such as 512x512")
@@ -61,42 +78,151 @@ class Job:
         )
 
 
+@dataclass(frozen=True)
+class Painter:
+    """What draws a job's pictures, and what their request and their parameters have to know of it."""
+
+    name: str
+    model: Model
+    scheduler_config: Mapping[str, Any]
+    weights: Mapping[str, str]  # file name in the checkpoint → sha256
+    check_size: Callable[[int, int], None]  # height, width
+    paint: Callable[[Request], list[Image.Image]]
+
+
 def draw(job: Job, output: Path | None, overwrite: bool) -> list[tuple[Path, int]]:
     """Draw the pictures and write them; their paths and seeds. What could not be written is refused first.
 
     output: a `.png` file (numbered when there are several pictures) or a directory; default `outputs/`.
     """
-    engine = Engine.open(job.engine, job.device)
-    request = job.request(engine.manifest)
-    engine.check_size(request.height, request.width)
-    plan = schedule(job.scheduler, engine.scheduler_config, num_inference_steps=request.num_inference_steps)
+    painter = _painter(job)
+    check_text_to_image(painter.model)
+    request = job.request(painter.model)
+    painter.check_size(request.height, request.width)
+    plan = schedule(job.scheduler, painter.scheduler_config, num_inference_steps=request.num_inference_steps)
     paths = _paths(output or Path("outputs"), request, overwrite)
-    images = _stock_images(engine, request) if job.backend == "diffusers" else _images(engine, request)
+    images = painter.paint(request)
     for path, seed, image in zip(paths, request.seeds, images, strict=True):
-        _save(image, path, _infotext(request, plan, engine.manifest, seed), overwrite)
+        _save(image, path, _infotext(request, plan, painter, seed), overwrite)
     return list(zip(paths, request.seeds, strict=True))
+
+
+def _painter(job: Job) -> Painter:
+    if job.compile and job.backend == "diffusers":
+        raise BackendError(
+            "compile is for eager engines, not for the stock pipeline; leave it out, or make an engine with "
+            "`sdfast export SOURCE --backend eager`"
+        )
+    if job.checkpoint is not None:
+        return _checkpoint_painter(job, job.checkpoint)
+    if job.engine is None:
+        raise RequestError("nothing to draw with: give an engine or a checkpoint")
+    return (_stock_painter if job.backend == "diffusers" else _engine_painter)(job, job.engine)
+
+
+@dataclass(frozen=True)
+class Stock:
+    """How the stock pipeline is run. What is not here is refused when it is made."""
+
+    device: torch.device
+    attention: "Attention | None"
+
+    @classmethod
+    def of(cls, job: Job) -> "Stock":
+        from sdfast.backends.attention import Attention
+
+        device = parse_device(job.device)
+        check_device(device)
+        return cls(device, Attention(job.attention, device) if job.attention else None)
+
+    def paint(self, checkpoint: "Checkpoint", dtype: str, request: Request) -> list[Image.Image]:
+        from sdfast.validation.reference import generate, reference_pipeline
+
+        pipe = reference_pipeline(
+            checkpoint, dtype=DTYPES[dtype], device=self.device, attention=self.attention
+        )
+        pipe.set_progress_bar_config(disable=None)
+        images: list[Image.Image] = generate(pipe, request)
+        _tell_cut(_cut(pipe.tokenizer, request.prompts[0]))
+        _tell_measured(self.attention)
+        return images
+
+
+def _engine_painter(job: Job, folder: Path) -> Painter:
+    engine = Engine.open(folder, job.device, compile=job.compile, attention=job.attention)
+    if job.backend not in ("engine", engine.manifest.backend):
+        raise BackendError(
+            f"{folder}: --backend {job.backend}, but the engine is {engine.manifest.backend}; leave "
+            f"--backend out, or make another with `sdfast export SOURCE --backend {job.backend}`"
+        )
+    return _painter_of(engine, lambda request: _images(engine, request))
+
+
+def _stock_painter(job: Job, folder: Path) -> Painter:
+    """The stock pipeline of the checkpoint that an engine was made from, in the engine's dtype."""
+    from sdfast.export.checkpoint import resolve
+
+    stock, engine = Stock.of(job), Engine.open(folder, job.device)
+    made_of, dtype = engine.manifest.checkpoint, engine.manifest.dtype
+    variant = engine.manifest.recipe.get("variant")
+
+    def paint(request: Request) -> list[Image.Image]:
+        checkpoint = resolve(made_of.source, revision=made_of.revision, variant=variant, progress=_say)
+        return stock.paint(checkpoint, dtype, request)
+
+    return _painter_of(engine, paint)
+
+
+def _checkpoint_painter(job: Job, source: str) -> Painter:
+    """The stock pipeline of a checkpoint of which there is no engine."""
+    from sdfast.export.checkpoint import name_of, resolve
+    from sdfast.export.modules import Networks
+
+    stock, checkpoint = Stock.of(job), resolve(source, progress=_say)
+    return Painter(
+        name=name_of(source),
+        model=Networks.of(checkpoint).model(),
+        scheduler_config=checkpoint.scheduler_config,
+        weights=checkpoint.digests(),
+        check_size=lambda height, width: None,  # the stock pipeline takes every size that a request may have
+        paint=lambda request: stock.paint(checkpoint, job.dtype or "fp32", request),
+    )
+
+
+def _painter_of(engine: Engine, paint: Callable[[Request], list[Image.Image]]) -> Painter:
+    manifest, config = engine.manifest, engine.scheduler_config
+    weights = manifest.checkpoint.weights
+    return Painter(manifest.name, manifest.model, config, weights, engine.check_size, paint)
 
 
 def _images(engine: Engine, request: Request) -> list[Image.Image]:
     output = Pipeline(engine).generate(request)
-    if cut := output.truncated[0]:
-        print(f"sdfast: the text encoder reads no more than 77 tokens; left out: {cut!r}", file=sys.stderr)
+    _tell_cut(output.truncated[0])
+    _tell_measured(engine.attention)
     images: list[Image.Image] = output.images
     return images
 
 
-def _stock_images(engine: Engine, request: Request) -> list[Image.Image]:
-    """The same request on the stock pipeline of the checkpoint that the engine was made from."""
-    from sdfast.export.checkpoint import resolve
-    from sdfast.validation.reference import generate, reference_pipeline
+def _cut(tokenizer: Any, prompt: str) -> str:
+    """What a stock tokenizer's pipeline does not read of a prompt, for which it has no place."""
+    ids = tokenizer(prompt, verbose=False).input_ids
+    text: str = tokenizer.decode(ids[tokenizer.model_max_length - 1 : -1])
+    return text
 
-    made_of = engine.manifest.checkpoint
-    variant = engine.manifest.recipe.get("variant")
-    checkpoint = resolve(made_of.source, revision=made_of.revision, variant=variant)
-    pipe = reference_pipeline(checkpoint, dtype=engine.dtype, device=engine.device)
-    pipe.set_progress_bar_config(disable=None)
-    images: list[Image.Image] = generate(pipe, request)
-    return images
+
+def _tell_cut(text: str) -> None:
+    if text:
+        _say(f"the text encoder reads no more than 77 tokens; left out: {text!r}")
+
+
+def _tell_measured(attention: "Attention | None") -> None:
+    """What "auto" chose, where it had a choice."""
+    for line in attention.report() if attention else ():
+        _say(line)
+
+
+def _say(message: str) -> None:
+    print(f"sdfast: {message}", file=sys.stderr)
 
 
 def _paths(output: Path, request: Request, overwrite: bool) -> list[Path]:
@@ -134,9 +260,9 @@ def _next_number(folder: Path) -> int:
     return 1 + max((int(m[1]) for m in map(_NUMBERED.fullmatch, names) if m), default=0)
 
 
-def _infotext(request: Request, plan: Schedule, manifest: Manifest, seed: int) -> Infotext:
-    weights = manifest.checkpoint.weights
-    digest = next((value for name, value in sorted(weights.items()) if name.startswith("unet/")), None)
+def _infotext(request: Request, plan: Schedule, painter: Painter, seed: int) -> Infotext:
+    weights = sorted(painter.weights.items())
+    digest = next((value for name, value in weights if name.startswith("unet/")), None)
     return Infotext(
         prompt=request.prompts[0],
         negative_prompt=request.negative_prompts[0] or "",
@@ -147,7 +273,7 @@ def _infotext(request: Request, plan: Schedule, manifest: Manifest, seed: int) -
         seed=seed,
         width=request.width,
         height=request.height,
-        model=manifest.name,
+        model=painter.name,
         model_hash=digest[:10] if digest else None,
         version=f"sdfast {__version__}",
         extra={} if request.clip_skip is None else {"Clip skip": str(request.clip_skip + 1)},

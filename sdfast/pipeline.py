@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from sdfast.backends import parse_device
+from sdfast.backends import check_options, parse_device
 from sdfast.engine import Engine
 from sdfast.errors import NumericalError, RequestError
-from sdfast.loop import Row, Rows
+from sdfast.loop import Buckets, Row, Rows
+from sdfast.manifest import Model
 from sdfast.noise import BrownianNoise, NoiseSource, OwnNoise, SharedNoise, generator
 from sdfast.prompts import Prompts, PromptState, check_tensor
 from sdfast.request import Request
@@ -84,24 +85,27 @@ class Pipeline:
     """
 
     def __init__(self, engine: Engine) -> None:
-        if engine.manifest.model.in_channels != engine.manifest.model.latent_channels:
-            raise RequestError(
-                f"this engine's U-Net takes {engine.manifest.model.in_channels} channels (inpainting); "
-                "text to image needs one that takes the latents alone"
-            )
+        check_text_to_image(engine.manifest.model)
         self.engine = engine
         self.prompts = Prompts(engine)
         name = str(engine.scheduler_config.get("_class_name", "DDIMScheduler"))
         self._scheduler = Scheduler(name, engine.scheduler_config)
+        self._buckets = Buckets()
         self._progress: dict[str, Any] = {"disable": None}
         self._interrupt = False
 
     @classmethod
     def from_engine(
-        cls, folder: str | Path, device: str | torch.device = "cpu", *, threads: int | None = None
+        cls,
+        folder: str | Path,
+        device: str | torch.device = "cpu",
+        *,
+        threads: int | None = None,
+        compile: bool = False,
+        attention: str | None = None,
     ) -> Self:
         """Open the engine in `folder`; see `Engine.open`."""
-        return cls(Engine.open(folder, device, threads=threads))
+        return cls(Engine.open(folder, device, threads=threads, compile=compile, attention=attention))
 
     @classmethod
     def from_pretrained(
@@ -113,17 +117,19 @@ class Pipeline:
         variant: str | None = None,
         backend: str = "onnx",
         sizes: Sequence[str] | None = None,
+        compile: bool = False,
         **refused: Any,
     ) -> Self:
         """A pipeline for a checkpoint (Hub id, diffusers folder, single file, or "landscapes").
 
         The engine is exported on first use into the cache (`SDFAST_CACHE`, by default
         `~/.cache/sdfast/engines`), which is said, and opened from there after that. It has the checkpoint's
-        own size, or `sizes` ("512x768", width first).
+        own size, or `sizes` ("512x768", width first). `compile`, for `backend="eager"`: see `Engine.open`.
         """
         from sdfast.export.cache import cached_engine
 
         _refuse(refused, "from_pretrained", neutral={"use_safetensors": True})
+        check_options(backend, torch.device("cpu"), compile=compile, attention=None)  # before it exports
         folder = cached_engine(
             checkpoint,
             dtype=torch_dtype,
@@ -132,15 +138,14 @@ class Pipeline:
             backend=backend,
             sizes=tuple(sizes) if sizes else None,
         )
-        return cls.from_engine(folder)
+        return cls.from_engine(folder, compile=compile)
 
     def to(self, device: str | torch.device) -> Self:
         """Move to `device` ("cpu", "cuda", "cuda:1"): the engine's modules are loaded anew there."""
         target = parse_device(device)
         if target != self.engine.device:
-            engine = self.engine
-            self.engine = Engine(engine.folder, engine.manifest, target, engine.threads)
-            self.prompts = Prompts(self.engine)
+            self.engine = self.engine.moved(target)
+            self.prompts, self._buckets = Prompts(self.engine), Buckets()
         return self
 
     @property
@@ -276,6 +281,8 @@ class Pipeline:
         with self.engine.running():
             positive, negative, truncated = self._encode(request, given)
             rows = self._rows(request, given, plan, positive, negative)
+            if output_type != "latent":
+                self._prepare_decoder(request)
             latents = self._denoise(rows, plan, callback)
             images = _as(latents if output_type == "latent" else self._decode(latents, request), output_type)
         own_seeds = given.generators is None and given.latents is None
@@ -389,7 +396,7 @@ class Pipeline:
         """The loop: latents [n, C, h, w] float32."""
         _, h, w = rows[0].latents.shape
         factor = self.engine.manifest.model.vae_scale_factor
-        running = Rows(self.engine, rows, h * factor, w * factor)
+        running = Rows(self.engine, rows, h * factor, w * factor, buckets=self._buckets)
         self._interrupt = False
         for k in tqdm(range(len(plan)), **self._progress):
             running.tick()
@@ -403,7 +410,16 @@ class Pipeline:
             if self._interrupt:
                 break
         running.check()
-        return running.latents
+        latents = running.latents
+        running.close()
+        return latents
+
+    def _prepare_decoder(self, request: Request) -> None:
+        """What has to be compiled is, before the first step."""
+        shape = (request.images, *self._latent_shape(request))
+        self.engine.prepare(
+            "vae_decoder", {"latents": torch.zeros(shape, device=self.device)}, request.height, request.width
+        )
 
     def _decode(self, latents: torch.Tensor, request: Request) -> torch.Tensor:
         """latents [n, C, h, w] → pictures [n, 3, H, W] float32 in [0, 1]."""
@@ -419,6 +435,15 @@ class StableDiffusionPipeline(Pipeline):
 
 class StableDiffusionXLPipeline(Pipeline):
     """The drop-in for diffusers' class of this name."""
+
+
+def check_text_to_image(model: Model) -> None:
+    """Raises `RequestError` for networks that need more than noise and a prompt."""
+    if model.in_channels != model.latent_channels:
+        raise RequestError(
+            f"this U-Net takes {model.in_channels} channels (inpainting); text to image needs one that takes "
+            "the latents alone"
+        )
 
 
 def _texts(

@@ -10,6 +10,7 @@ from sdfast.export.recipe import Recipe
 from tests import checkpoints
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach the real Hub
+os.environ.setdefault("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")  # a third of a compile's time
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,8 @@ from PIL import Image
 from sdfast import infotext
 from sdfast.cli import _engine_name, main
 from sdfast.schedulers import SAMPLERS, resolve
+from tests import checkpoints
+from tests.backends import xformers
 
 
 def sdfast(*arguments: Any) -> Result:
@@ -108,11 +110,119 @@ def test_the_stock_pipeline_draws_the_same_request(sd_engine: Path, here: Path) 
     assert infotext.read(here / "stock.png").seed == 3
 
 
-def test_what_was_cut_from_the_prompt_is_told_on_stderr(sd_engine: Path, here: Path) -> None:
-    result = sdfast("generate", "sea " * 100, "--engine", sd_engine, "--steps", 1, "-o", "a.png")
+def test_a_checkpoint_without_an_engine_is_drawn_by_the_stock_pipeline(
+    tiny_sd: Path, sd_engine: Path, here: Path
+) -> None:
+    options = ["--steps", 2, "--seed", 3, "--clip-skip", 1, "--backend", "diffusers"]
+    for name, source in (("engine.png", ["--engine", sd_engine]), ("alone.png", ["--checkpoint", tiny_sd])):
+        result = sdfast("generate", "a cabin", *source, *options, "-o", name)
+        assert result.exit_code == 0, result.output
+    engine, alone = (np.asarray(Image.open(here / name)) for name in ("engine.png", "alone.png"))
+    assert np.array_equal(engine, alone)
+    told = infotext.read(here / "alone.png")
+    assert told == infotext.read(here / "engine.png")  # also the name: both are called "sd"
+    assert told.model_hash
+    assert (told.steps, told.seed, told.width, told.height) == (2, 3, 64, 64)
+
+
+def test_a_checkpoint_is_drawn_in_the_dtype_and_size_asked_for(tiny_sd: Path, here: Path) -> None:
+    stock = ["--checkpoint", tiny_sd, "--backend", "diffusers", "--seed", 3, "--steps", 2]
+    for name, dtype in (("a.png", "fp32"), ("b.png", "fp16")):
+        result = sdfast("generate", "a", *stock, "--size", "72x64", "--dtype", dtype, "-o", name)
+        assert result.exit_code == 0, result.output
+    exact, half = (np.asarray(Image.open(here / name), dtype=int) for name in ("a.png", "b.png"))
+    assert exact.shape == half.shape == (64, 72, 3)
+    assert 0 < np.abs(exact - half).max() < 32
+    assert "no such folder or file" in refused(
+        "generate", "a", "--backend", "diffusers", "--checkpoint", "nowhere"
+    )
+    assert "must be a multiple of 8" in refused("generate", "a", *stock, "--size", "65x64")
+
+
+@pytest.mark.parametrize("backend", ["engine", "diffusers"])
+def test_attention_by_another_kernel_draws_the_same(sd_engine: Path, here: Path, backend: str) -> None:
+    for kind in ("sdpa", "math", "flash", "auto"):
+        result = draw(sd_engine, "--seed", 3, "--backend", backend, "--attention", kind, "-o", f"{kind}.png")
+        assert result.exit_code == 0, result.output
+        assert "ms" not in result.stderr.replace("it/s", "")  # on a processor nothing is measured
+    assert draw(sd_engine, "--seed", 3, "--backend", backend, "-o", "default.png").exit_code == 0
+    default = np.asarray(Image.open(here / "default.png"), dtype=int)
+    for kind in ("sdpa", "math", "flash", "auto"):
+        assert np.abs(np.asarray(Image.open(here / f"{kind}.png"), dtype=int) - default).max() <= 1
+
+
+@pytest.mark.parametrize("backend", ["engine", "diffusers"])
+def test_an_attention_that_is_not_here_is_one_line(
+    sd_engine: Path, here: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    xformers.remove(monkeypatch)
+    command = ["generate", "a", "--engine", sd_engine, "--backend", backend, "--attention"]
+    assert 'pip install "sdfast[xformers]"' in refused(*command, "xformers")
+    assert "'cudnn' runs on CUDA alone, and the device is 'cpu'" in refused(*command, "cudnn")
+    xformers.install(monkeypatch)
+    assert "'xformers' runs on CUDA alone" in refused(*command, "xformers")
+    assert not list(here.iterdir())
+
+
+def test_an_eager_engine_can_be_compiled_and_says_so(
+    sd_engine: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sdfast.backends.eager._COMPILER", "eager")  # Inductor takes a minute
+    compiled = draw(sd_engine, "--seed", 3, "--backend", "eager", "--compile", "-o", "compiled.png")
+    assert compiled.exit_code == 0, compiled.output
+    assert "sdfast: compiling unet for sample 2x4x8x8" in compiled.stderr
+    assert draw(sd_engine, "--seed", 3, "-o", "plain.png").exit_code == 0
+    assert (here / "compiled.png").read_bytes() == (here / "plain.png").read_bytes()
+
+
+def test_a_compiler_that_fails_is_one_line_and_no_picture(
+    sd_engine: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("no compiler\nand a page of reasons")
+
+    monkeypatch.setattr("sdfast.backends.eager._COMPILER", fails)
+    result = draw(sd_engine, "--compile")
+    assert result.exit_code == 1
+    told, error = result.stderr.splitlines()
+    assert told.startswith("sdfast: compiling vae_decoder")
+    assert error.startswith("Error: vae_decoder: torch.compile failed: no compiler; it needs a C++ compiler")
+    assert not list(here.iterdir())
+
+
+def test_what_an_engine_cannot_be_asked_for_is_one_line(sd_engine: Path, sd_onnx: Path, here: Path) -> None:
+    generate = ["generate", "a", "--engine"]
+    assert "the engine is eager; leave --backend out" in refused(*generate, sd_engine, "--backend", "onnx")
+    assert "compile is for eager engines, and this one is onnx" in refused(*generate, sd_onnx, "--compile")
+    assert "attention 'auto' is for eager" in refused(*generate, sd_onnx, "--attention", "auto")
+    stock = refused(*generate, sd_engine, "--backend", "diffusers", "--compile")
+    assert "compile is for eager engines, not for the stock pipeline" in stock
+    assert "compile is for eager engines" in refused("validate", sd_onnx, "--compile")
+
+
+def test_an_engine_is_validated_as_it_is_run(sd_engine: Path, here: Path) -> None:
+    engine = shutil.copytree(sd_engine, here / "engine")
+    result = sdfast("validate", engine, "--attention", "math", "--steps", 2)
+    assert result.exit_code == 0, result.output
+    report = json.loads((engine / "validation" / "report.json").read_text())
+    assert report["setting"]["backend"] == "eager, attention math"
+
+
+@pytest.mark.parametrize("backend", ["engine", "diffusers"])
+def test_what_was_cut_from_the_prompt_is_told_on_stderr(sd_engine: Path, here: Path, backend: str) -> None:
+    options = ["--engine", sd_engine, "--backend", backend, "--steps", 1, "-o", "a.png"]
+    result = sdfast("generate", ("sea " * 100).strip(), *options)
     assert result.exit_code == 0
-    assert "left out: 'sea" in result.stderr
+    [told] = [line for line in result.stderr.splitlines() if line.startswith("sdfast: ")]
+    assert told == f"sdfast: the text encoder reads no more than 77 tokens; left out: {'sea ' * 24 + 'sea'!r}"
     assert result.stdout.startswith("a.png  seed ")
+    assert "left out" not in sdfast("generate", "sea " * 75, *options, "--overwrite").stderr
+
+
+def test_a_checkpoint_for_inpainting_is_refused(here: Path) -> None:
+    folder = checkpoints.build_sd(here / "in", in_channels=9, pipeline="StableDiffusionInpaintPipeline")
+    message = refused("generate", "a", "--backend", "diffusers", "--checkpoint", folder)
+    assert message.startswith("this U-Net takes 9 channels (inpainting)")
 
 
 BAD: dict[str, tuple[list[Any], str]] = {
@@ -194,6 +304,8 @@ def test_doctor_tells_versions_and_what_is_missing(here: Path) -> None:
     assert result.exit_code == 0
     for name in ("sdfast", "python", "torch", "onnxruntime", "providers", "cuda", "xformers"):
         assert any(line.startswith(name) for line in result.stdout.splitlines()), name
+    [kinds] = [line for line in result.stdout.splitlines() if line.startswith("attention")]
+    assert "auto, sdpa, flash" in kinds
 
 
 def test_export_says_each_stage_and_where_the_engine_is(tiny_sd: Path, here: Path) -> None:
@@ -253,6 +365,10 @@ def test_a_bad_export_is_one_line(tiny_sd: Path, here: Path, arguments: list[str
         ["generate", "a"],
         ["generate", "a", "--engine", "x", "--steps", "many"],
         ["generate", "a", "--engine", "x", "--backend", "tensorrt"],
+        ["generate", "a", "--engine", "x", "--checkpoint", "y", "--backend", "diffusers"],
+        ["generate", "a", "--checkpoint", "x"],
+        ["generate", "a", "--engine", "x", "--dtype", "fp16"],
+        ["generate", "a", "--engine", "x", "--attention", "fast"],
         ["paint"],
         ["--bogus"],
     ],

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sdfast.backends import loader
 from sdfast.engine import Engine, cover, verify
 from sdfast.errors import BackendError, EngineError, RequestError
 from sdfast.manifest import Span, read_manifest
@@ -95,9 +96,16 @@ def test_a_manifest_for_another_folder_cannot_be_used(sd_engine: Path, tmp_path:
         verify(tmp_path, manifest.files)
 
 
-def test_a_backend_that_is_not_here_is_named(engine: Path) -> None:
+def test_a_backend_that_is_not_here_is_named() -> None:
+    with pytest.raises(
+        BackendError, match="no 'tensorflow' backend; it runs engines of: onnx, inductor, eager"
+    ):
+        loader("tensorflow", torch.device("cpu"), None)
+
+
+def test_compiled_code_says_for_which_machine(engine: Path) -> None:
     reseal(engine, lambda document: document.update(backend="inductor"))
-    with pytest.raises(BackendError, match="no 'inductor' backend"):
+    with pytest.raises(EngineError, match="native code, but no target"):
         Engine.open(engine)
 
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from sdfast.arithmetic import DeviceArithmetic, HostArithmetic, rescale_guidance
+from sdfast.arithmetic import DeviceArithmetic, HostArithmetic, device, rescale_guidance
 from sdfast.errors import BackendError, NumericalError
-from sdfast.loop import Conditioning, Row, Rows
+from sdfast.loop import Buckets, Conditioning, Row, Rows
 from sdfast.manifest import Span
 from sdfast.noise import OwnNoise, SharedNoise, generator
 from sdfast.schedulers import Schedule, schedule
@@ -252,3 +252,72 @@ def test_half_precision_stays_between_the_network_and_the_registers(arithmetic: 
     assert running.latents.dtype == torch.float32
     difference = running.latents[0] - alone(arithmetic, **kinds)
     assert 0 < difference.norm() < 5e-3 * running.latents.norm()
+
+
+@pytest.mark.parametrize("lines", [1, 2, 3, 100])
+def test_noise_on_a_device_comes_in_windows(monkeypatch: pytest.MonkeyPatch, lines: int) -> None:
+    """However many steps' noise has room there, a row sees the same numbers; one alone, and a mixed six."""
+    wanted = [alone(HostArithmetic, **kinds) for kinds in MIXED]
+    numbers = 4 * 2 * 2 * 4  # bytes
+    monkeypatch.setattr(device, "NOISE", lines * len(MIXED) * numbers)
+    rows = [row(**kinds) for kinds in MIXED]
+    together = run(FakeEngine([Span(low=1, high=16)]), rows, DeviceArithmetic)
+    for latents, due in zip(together, wanted, strict=True):
+        torch.testing.assert_close(latents, due, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("lines", [1, 2, 100])
+def test_rows_that_share_a_generator_share_their_windows(monkeypatch: pytest.MonkeyPatch, lines: int) -> None:
+    def sharing() -> list[Row]:
+        noise, chosen = SharedNoise(generator(7), 3, SHAPE), plan("euler_a", 6)
+        first = noise.initial() * chosen.init_noise_sigma
+        return [Row(chosen, first[i], told(chosen, 10.0 * i), None, 1.0, noise.of_row(i)) for i in range(3)]
+
+    due = run(FakeEngine(), sharing(), HostArithmetic)
+    monkeypatch.setattr(device, "NOISE", lines * 3 * 4 * 2 * 2 * 4)
+    torch.testing.assert_close(run(FakeEngine(), sharing(), DeviceArithmetic), due, rtol=1e-5, atol=1e-5)
+
+
+def test_tensors_are_left_to_the_next_rows(arithmetic: Arithmetics) -> None:
+    """And nothing of the last ones is left in them, however far those got."""
+    engine, buckets = FakeEngine([Span(low=1, high=16)]), Buckets()
+    binds: list[object] = []
+    bind = engine.bind
+    engine.bind = lambda *given: binds.append(given) or bind(*given)  # type: ignore[method-assign]
+    for ticks, kinds in enumerate([MIXED, MIXED[::-1], MIXED]):
+        running = Rows(engine, [row(**k) for k in kinds], SIDE, SIDE, arithmetic, buckets)
+        for _ in range(ticks * 3 + 1):
+            running.tick()
+        running.latents = torch.full_like(running.latents, torch.nan)
+        running.tick()
+        running.close()
+    running = Rows(engine, [row(**k) for k in MIXED], SIDE, SIDE, arithmetic, buckets)
+    while running.active:
+        running.tick()
+    assert len(binds) == 1
+    for kinds, latents in zip(MIXED, running.latents, strict=True):
+        torch.testing.assert_close(latents, alone(arithmetic, **kinds), rtol=1e-5, atol=1e-5)
+
+
+def test_rows_at_the_same_time_have_tensors_of_their_own(arithmetic: Arithmetics) -> None:
+    engine, buckets = FakeEngine(), Buckets()
+    one, two = (Rows(engine, [row(seed=i)], SIDE, SIDE, arithmetic, buckets) for i in range(2))
+    while one.active:
+        one.tick()
+        two.tick()
+    torch.testing.assert_close(one.latents[0], alone(arithmetic, seed=0))
+    torch.testing.assert_close(two.latents[0], alone(arithmetic, seed=1))
+
+
+def test_only_the_most_recent_tensors_wait() -> None:
+    buckets, made = Buckets(most=2), list[str]()
+
+    def take(key: str) -> object:
+        return buckets.take((key,), lambda: made.append(key) or key)  # type: ignore[return-value,arg-type]
+
+    for key in ("a", "b", "c"):
+        buckets.give((key,), take(key))  # type: ignore[arg-type]
+    assert made == ["a", "b", "c"]
+    assert [take("c"), take("b"), take("a")] == ["c", "b", "a"]
+    assert made == ["a", "b", "c", "a"]  # the oldest was let go
+    assert take("c") == "c" and made[-1] == "c"  # what is taken is not there for another

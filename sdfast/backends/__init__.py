@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from sdfast.errors import BackendError
+
+if TYPE_CHECKING:
+    from sdfast.backends.attention import Attention
 
 
 class CompiledModule(Protocol):
@@ -40,8 +43,8 @@ def parse_device(device: str | torch.device) -> torch.device:
     return found
 
 
-def loader(backend: str, device: torch.device, threads: int | None) -> Loader:
-    """What loads a module file of `backend` on `device`. Raises `BackendError` when it cannot run here."""
+def check_device(device: torch.device) -> None:
+    """Raises `BackendError` for a CUDA device that is not there."""
     if device.type == "cuda" and not torch.cuda.is_available():
         raise BackendError(
             "device 'cuda' was asked for, but this torch sees no CUDA device; "
@@ -49,6 +52,18 @@ def loader(backend: str, device: torch.device, threads: int | None) -> Loader:
         )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise BackendError(f"device: {str(device)!r}, but there are {torch.cuda.device_count()} CUDA devices")
+
+
+def loader(
+    backend: str,
+    device: torch.device,
+    threads: int | None,
+    *,
+    compile: bool = False,
+    attention: "Attention | None" = None,
+) -> Loader:
+    """What loads a module file of `backend` on `device`. Raises `BackendError` when it cannot run here."""
+    check_device(device)
     if backend == "onnx":
         from sdfast.backends.onnx import OnnxRuntime
 
@@ -56,5 +71,35 @@ def loader(backend: str, device: torch.device, threads: int | None) -> Loader:
     if backend == "eager":
         from sdfast.backends.eager import load_eager
 
-        return lambda path: load_eager(path, device)
-    raise BackendError(f"this sdfast has no {backend!r} backend; it runs engines of: onnx, eager")
+        return lambda path: load_eager(path, device, compile=compile, attention=attention)
+    if backend == "inductor":
+        from sdfast.backends.inductor import Inductor
+
+        return Inductor(device).load
+    raise BackendError(f"this sdfast has no {backend!r} backend; it runs engines of: onnx, inductor, eager")
+
+
+def check_options(
+    backend: str, device: torch.device, *, compile: bool, attention: str | None
+) -> "Attention | None":
+    """What computes attention in an engine of `backend`: None for what is compiled into it.
+
+    Raises `BackendError` for what was asked for and does not run here, or is no choice of this backend.
+    """
+    if compile:
+        _check_eager("compile", backend, "it was compiled when it was exported")
+    if attention is None:
+        return None
+    _check_eager(f"attention {attention!r}", backend, "its attention was chosen when it was exported")
+    check_device(device)
+    from sdfast.backends.attention import Attention
+
+    return Attention(attention, device)
+
+
+def _check_eager(asked: str, backend: str, why_not: str) -> None:
+    if backend != "eager":
+        raise BackendError(
+            f"{asked} is for eager engines, and this one is {backend}: {why_not}; leave it out, "
+            "or make another with `sdfast export SOURCE --backend eager`"
+        )

@@ -1,7 +1,10 @@
 """Plain PyTorch: the networks as they are written, on an engine's weights. For development and checks."""
 
 import json
-from collections.abc import Callable, Mapping
+import sys
+import threading
+import time
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from sdfast.errors import BackendError, DependencyError, EngineError
+from sdfast.errors import BackendError, DependencyError, EngineError, first_line
+from sdfast.models import ops
 from sdfast.models.unet import Context, TimeShift, UNet, UNetConfig, context_parts, shift_parts
 from sdfast.models.vae import VAEConfig, VAEDecoder
 
@@ -22,6 +26,11 @@ _OUTPUTS = {
     "text_encoder": ("hidden_states", "text_embeds"),
     "text_encoder_2": ("hidden_states", "text_embeds"),
 }
+# What torch.compile is for. The rest runs once a prompt, or for any number of timesteps at once: compiling
+# it takes longer than it ever saves.
+_WORTH_COMPILING = ("unet", "vae_decoder")
+_COMPILER = "inductor"
+_ALL_SHAPES = 10_000  # in place of Dynamo's limit of 8, beyond which a network is not compiled any more
 
 
 class EagerModule:
@@ -33,7 +42,7 @@ class EagerModule:
 
     @torch.inference_mode()
     def __call__(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        result = self._network(**inputs)
+        result = self._run(inputs)
         return dict(zip(self._outputs, result if isinstance(result, tuple) else (result,), strict=True))
 
     def bind(
@@ -45,9 +54,76 @@ class EagerModule:
 
         return run
 
+    def _run(self, inputs: Mapping[str, torch.Tensor]) -> Any:
+        return self._network(**inputs)
 
-def load_eager(path: Path, device: torch.device) -> EagerModule:
-    """The network in the safetensors file at `path`, on `device`."""
+
+class TorchCompiledModule(EagerModule):
+    """One network through torch.compile, once for each shape of its inputs, which is said on stderr.
+
+    `bind` compiles, so that no step of a picture waits for it; so does the first call of a shape. Raises
+    `BackendError` when it cannot be compiled.
+    """
+
+    def __init__(self, name: str, network: nn.Module, outputs: tuple[str, ...]) -> None:
+        super().__init__(network, outputs)
+        self._name = name
+        self._compiled: Callable[..., Any] | None = None
+        self._known: set[Hashable] = set()
+        self._lock = threading.Lock()
+
+    def bind(
+        self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]
+    ) -> Callable[[], None]:
+        self(inputs)
+        return super().bind(inputs, outputs)
+
+    def _run(self, inputs: Mapping[str, torch.Tensor]) -> Any:
+        case = _case(inputs)
+        if self._compiled is not None and case in self._known:
+            return self._compiled(**inputs)
+        with self._lock:
+            if self._compiled is None or case not in self._known:  # another thread may have been first
+                self._compiled = self._compile_for(inputs)
+                self._known.add(case)
+        return self._compiled(**inputs)
+
+    def _compile_for(self, inputs: Mapping[str, torch.Tensor]) -> Callable[..., Any]:
+        # As it is first: what is wrong with the inputs is then no failure of the compiler, and attention has
+        # chosen its kernels, which it could not while it is traced.
+        self._network(**inputs)
+        name, tensor = next(iter(inputs.items()))
+        shape = "x".join(map(str, tensor.shape))
+        _say(f"compiling {self._name} for {name} {shape}, once in this process; it can take minutes")
+        start = time.perf_counter()
+        try:
+            from torch._dynamo import config  # which fails where its cache cannot be written
+
+            compiled = self._compiled
+            if compiled is None:
+                compiled = torch.compile(self._network, dynamic=False, fullgraph=True, backend=_COMPILER)
+            with config.patch(recompile_limit=_ALL_SHAPES, accumulated_recompile_limit=_ALL_SHAPES):
+                compiled(**inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever goes wrong in Dynamo, Inductor, a C++ compiler, Triton
+            cause = getattr(error, "inner_exception", None) or error  # Dynamo wraps what the compiler raises
+            raise BackendError(
+                f"{self._name}: torch.compile failed: {first_line(cause)}; it needs a C++ compiler, and "
+                "Triton on CUDA: install them, or run the engine without compile"
+            ) from error
+        _say(f"compiled {self._name} in {time.perf_counter() - start:.1f} s")
+        return compiled
+
+
+def load_eager(
+    path: Path, device: torch.device, *, compile: bool = False, attention: ops.Attend | None = None
+) -> EagerModule:
+    """The network in the safetensors file at `path`, on `device`.
+
+    compile: through torch.compile, where it is worth it: the U-Net and the VAE. attention: what computes the
+    U-Net's, in place of the definition.
+    """
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             header = json.loads((file.metadata() or {}).get(HEADER, "{}"))
@@ -64,7 +140,22 @@ def load_eager(path: Path, device: torch.device) -> EagerModule:
         network.load_state_dict(state, assign=True)
     except RuntimeError as error:
         raise BackendError(f"{path.name}: its weights do not fit this version of sdfast: {error}") from error
-    return EagerModule(network.to(device).eval().requires_grad_(False), _OUTPUTS[name])
+    network.to(device).eval().requires_grad_(False)
+    if attention is not None and isinstance(network, UNet):
+        network.use_attention(attention)
+    if compile and name in _WORTH_COMPILING:
+        return TorchCompiledModule(name, network, _OUTPUTS[name])
+    return EagerModule(network, _OUTPUTS[name])
+
+
+def _case(inputs: Mapping[str, torch.Tensor]) -> Hashable:
+    """What torch.compile compiles anew for: the tensors' kind, and the settings of torch that it looks at."""
+    tensors = ((name, t.shape, t.stride(), t.dtype, t.is_inference()) for name, t in inputs.items())
+    return *tensors, torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32
+
+
+def _say(message: str) -> None:
+    print(f"sdfast: {message}", file=sys.stderr)
 
 
 def _network(name: str, header: Mapping[str, Any]) -> nn.Module:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from sdfast.errors import BackendError, DependencyError, EngineError
+from sdfast.errors import BackendError, DependencyError, EngineError, first_line
 
 _NUMPY_TYPES = {
     torch.float32: "float32",
@@ -43,7 +43,7 @@ class OnnxRuntime:
                 str(path), self._options(weights), providers=[(self._provider, self._provider_options())]
             )
         except Exception as error:  # ONNX Runtime raises a dozen unrelated types here
-            raise BackendError(f"{path.name}: ONNX Runtime cannot load it: {_first_line(error)}") from error
+            raise BackendError(f"{path.name}: ONNX Runtime cannot load it: {first_line(error)}") from error
         if session.get_providers()[0] != self._provider:
             raise BackendError(
                 f"{path.name}: asked for {self._provider}, but ONNX Runtime started "
@@ -129,7 +129,7 @@ class OnnxModule:
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime's own exceptions share no base class
-            raise BackendError(f"ONNX Runtime failed: {_first_line(error)}") from error
+            raise BackendError(f"ONNX Runtime failed: {first_line(error)}") from error
 
 
 def check_external_data(path: Path) -> int:
@@ -146,7 +146,7 @@ def check_external_data(path: Path) -> int:
     try:
         model = onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf's decoder raises its own types
-        raise EngineError(f"{path.name}: not an ONNX file ({_first_line(error)}); export again") from error
+        raise EngineError(f"{path.name}: not an ONNX file ({first_line(error)}); export again") from error
     folder = path.parent.resolve()
     locations = set(_external_locations(model, onnx.TensorProto))
     for location in locations:
@@ -178,7 +178,3 @@ def _buffer(name: str, tensor: torch.Tensor) -> tuple[str, int, str, tuple[int, 
         raise BackendError(f"tensor {name!r} is {tensor.dtype}, which ONNX Runtime does not take")
     index = tensor.device.index or 0
     return tensor.device.type, index, _NUMPY_TYPES[tensor.dtype], tuple(tensor.shape), tensor.data_ptr()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

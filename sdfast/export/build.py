@@ -3,9 +3,7 @@
 import errno
 import hashlib
 import json
-import os
 import platform
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,18 +13,35 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
 
 import sdfast
+from sdfast.backends.target import this_machine
 from sdfast.engine import sha256, verify
 from sdfast.errors import DependencyError, EngineError, ExportError
 from sdfast.export.checkpoint import Checkpoint, resolve
 from sdfast.export.modules import ModuleSpec, Networks, module_specs
 from sdfast.export.publish import check_space, clear_leftovers, locked, publish, workplace
 from sdfast.export.recipe import Recipe
+from sdfast.export.sharing import link_or_copy, share_with
 from sdfast.export.tokenizer import save_runtime_tokenizer
-from sdfast.manifest import MANIFEST_NAME, Builder, File, Manifest, Module, Source, Variant, read_manifest
+from sdfast.manifest import (
+    MANIFEST_NAME,
+    Builder,
+    File,
+    Manifest,
+    Module,
+    Source,
+    Target,
+    Variant,
+    read_manifest,
+)
 from sdfast.versions import installed
+
+if TYPE_CHECKING:
+    from sdfast.export.inductor import Compiler
 
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "transformers", "diffusers")
 SPARE = 64 * 2**20  # bytes beside the weights that an engine may take
@@ -123,6 +138,7 @@ class _Build:
         self.progress = progress
         self.networks = Networks.of(checkpoint)
         self.specs = module_specs(self.networks, recipe)
+        self.code_target = _code_target(recipe)
         self.fingerprints = {spec.name: self._fingerprint(spec) for spec in self.specs}
         self.old = _existing(target)
 
@@ -145,8 +161,9 @@ class _Build:
     def _unchanged(self, old: Manifest) -> bool:
         """Whether a new engine would be the old one, and the old one is whole."""
         fingerprints = {name: module.fingerprint for name, module in old.modules.items()}
-        then = (fingerprints, old.model, old.recipe, old.checkpoint)
-        if then != (self.fingerprints, self.networks.model(), self._recipe(), self._source()):
+        then = (fingerprints, old.model, old.recipe, old.checkpoint, old.builder.target)
+        now = (self.fingerprints, self.networks.model(), self._recipe(), self._source(), self.code_target)
+        if then != now:
             return False
         try:
             verify(self.target, old.files)
@@ -191,7 +208,7 @@ class _Build:
             self.progress.say(f"{spec.name}: built again, for {error}")
             return None
         for name in module.files:
-            _link(self.target / name, place / name)
+            link_or_copy(self.target / name, place / name)
         self.progress.end(Stage(spec.name, 0.0, 0, "unchanged, kept"))
         return module
 
@@ -200,9 +217,19 @@ class _Build:
             from sdfast.export.eager import compile_eager
 
             return lambda spec, place: compile_eager(spec, place, self.checkpoint)
+        if self.code_target is not None:
+            return self._inductor(self.code_target).compile
         from sdfast.export.forms import compile_onnx
 
         return lambda spec, place: compile_onnx(spec, place, self.recipe.winograd)
+
+    def _inductor(self, target: Target) -> "Compiler":
+        from sdfast.export.code_store import CodeStore
+        from sdfast.export.inductor import Compiler
+
+        autotune = self.recipe.autotune
+        tunes = target.device == "cuda" if autotune is None else autotune
+        return Compiler(target, tunes, CodeStore())
 
     def _finish(self, place: Path, modules: dict[str, Module]) -> Manifest:
         tokenizers = sorted(self.checkpoint.tokenizers)
@@ -212,6 +239,7 @@ class _Build:
         (place / "scheduler_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
         with self._stage("digests", place):
             files = _files(place)
+            share_with(self.target, place, files)
         return Manifest(
             name=self.target.name,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -226,7 +254,10 @@ class _Build:
             scheduler_config="scheduler_config.json",
             files=files,
             builder=Builder(
-                sdfast=sdfast.__version__, python=platform.python_version(), packages=_versions()
+                sdfast=sdfast.__version__,
+                python=platform.python_version(),
+                packages=_versions(),
+                target=self.code_target,
             ),
         )
 
@@ -266,6 +297,8 @@ class _Build:
             "backend": self.recipe.backend,
             "dtype": self.recipe.dtype,
             "winograd": self.recipe.winograd,
+            "target": self.code_target.model_dump() if self.code_target else None,
+            "autotune": self.recipe.autotune,
             "versions": {**_versions(), "sdfast": sdfast.__version__},
         }
         return _digest(depends)
@@ -339,12 +372,17 @@ def _size(place: Path) -> int:
     return sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
 
 
-def _link(old: Path, new: Path) -> None:
-    """The same file in a second place; a copy where the disk has no hard links."""
-    try:
-        os.link(old, new)
-    except OSError:
-        shutil.copy2(old, new)
+def _code_target(recipe: Recipe) -> Target | None:
+    """The machine that native code is made for: this one."""
+    if recipe.backend != "inductor":
+        return None
+    device = recipe.target_device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ExportError(
+            "compiling for CUDA needs a CUDA device, and this torch sees none: run the export on the machine"
+            " that will run the engine, or take --device cpu; `sdfast doctor` says what is missing"
+        )
+    return this_machine(torch.device(device))
 
 
 def _digest(value: Any) -> str:

@@ -137,6 +137,12 @@ def resolve(
     return read_folder(snapshot, source=name, revision=commit, variant=variant)
 
 
+def name_of(source: str) -> str:
+    """What a checkpoint is called for short: the last part of a path, or of a Hub id."""
+    path = Path(source).resolve() if Path(source).exists() else Path(source)  # "." has no name of its own
+    return path.stem if source.endswith(".safetensors") else path.name
+
+
 def _silent(message: str) -> None:
     """The progress of a caller who asked for none."""
 

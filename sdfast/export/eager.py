@@ -3,13 +3,10 @@
 import json
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-
 from sdfast.backends.eager import HEADER
-from sdfast.errors import ExportError
 from sdfast.export.checkpoint import Checkpoint
 from sdfast.export.modules import ModuleSpec
+from sdfast.export.weights import save_weights
 from sdfast.manifest import Span, Variant
 
 
@@ -24,11 +21,7 @@ def compile_eager(spec: ModuleSpec, place: Path, checkpoint: Checkpoint) -> list
     }
     state = {name: tensor.contiguous() for name, tensor in spec.load().state_dict().items()}
     path = place / f"{spec.name}.safetensors"
-    try:
-        # under one key: safetensors writes several in a different order each time
-        save_file(state, path, metadata={HEADER: json.dumps(header)})
-    except SafetensorError as error:  # what it makes of a full disk
-        raise ExportError(f"{path.name}: cannot be written ({error}); is the disk full?") from error
+    save_weights(state, path, {HEADER: json.dumps(header)})
     batch = Span(low=1, high=max(form.batch.high for form in spec.forms))
     sizes = dict.fromkeys((form.height, form.width) for form in spec.forms)
     return [Variant(file=path.name, batch=batch, height=height, width=width) for height, width in sizes]

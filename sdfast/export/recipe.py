@@ -72,16 +72,21 @@ class Recipe(_Part):
     sizes: a list of "WIDTHxHEIGHT", each compiled for itself, or {min, max}; default: the checkpoint's own.
     batch: the most pictures of one call into the networks (any number up to it), or a list of exact numbers,
         each compiled for itself.
+    device: what it is compiled for, which for "inductor" is the very device that is here; default: "cuda" for
+        fp16, "cpu" for fp32.
+    autotune: "inductor": try the ways to compute each product and take the fastest; default: on CUDA.
     winograd: ONNX in fp32: the faster algorithm for 3×3 convolutions on a CPU; its weights take more room.
     """
 
     checkpoint: str | None = None
     revision: str | None = None
     variant: str | None = None
-    backend: Literal["onnx", "eager"] = "onnx"
+    backend: Literal["onnx", "inductor", "eager"] = "onnx"
     dtype: Literal["fp32", "fp16"] = "fp32"
     sizes: Annotated[tuple[Size, ...], Field(min_length=1)] | SizeRange | None = None
     batch: Count | tuple[Count, ...] = 4
+    device: Literal["cpu", "cuda"] | None = None
+    autotune: bool | None = None
     winograd: bool = True
 
     @field_validator("batch")
@@ -112,6 +117,10 @@ class Recipe(_Part):
             return cls(**{**fields, **overrides})
         except ValidationError as error:
             raise ExportError(f"{path}: {_explain(error)}") from None
+
+    @property
+    def target_device(self) -> str:
+        return self.device or ("cuda" if self.dtype == "fp16" else "cpu")
 
     @property
     def max_images(self) -> int:

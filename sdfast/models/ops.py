@@ -3,6 +3,7 @@
 Each is a plain PyTorch function, and that function is the truth: eager runs and compilers see nothing
 else. An exporter that lowers the operations itself opens `as_nodes()`, inside which every call leaves one
 node named `sdfast::<operation>` in the traced graph instead of the PyTorch operations it consists of.
+A backend that runs the networks uncompiled may give them another `attention`: see `attention_by`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 P = ParamSpec("P")
+Attend = Callable[[Tensor, Tensor, Tensor, int, bool], Tensor]
+"""`attention`, or what computes the same."""
+Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""q [B, heads, N, d], k and v [B, heads, L, d] -> [B, heads, N, d]: softmax(q kᵀ / √d) v."""
 NAMES: list[str] = []
 _tracing_nodes = False
 
@@ -104,11 +109,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, upcast: bool) -> Tens
 
     With `upcast` in float32 whatever the dtype, for checkpoints whose scores overflow float16.
     """
+    return attention_by(F.scaled_dot_product_attention, q, k, v, heads, upcast)
+
+
+def attention_by(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, heads: int, upcast: bool) -> Tensor:
+    """What `attention` does, its heads computed by `kernel`."""
     shape = (q.shape[0], -1, heads, q.shape[2] // heads)
     queries, keys, values = (t.reshape(shape).transpose(1, 2) for t in (q, k, v))  # [B, heads, N or L, d]
     if upcast:
         queries, keys, values = queries.float(), keys.float(), values.float()
-    out = F.scaled_dot_product_attention(queries, keys, values)
+    out = kernel(queries, keys, values)
     return out.transpose(1, 2).flatten(2).to(q.dtype)
 
 

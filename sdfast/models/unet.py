@@ -32,12 +32,13 @@ class SelfAttention(nn.Module):
     def __init__(self, channels: int, heads: int, upcast: bool) -> None:
         super().__init__()
         self.heads, self.upcast = heads, upcast
+        self.attend: ops.Attend = ops.attention
         self.to_qkv = PackedLinear(channels, [Part(name, channels) for name in ("to_q", "to_k", "to_v")])
         self.to_out = nn.ModuleList([Linear(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:  # [B, N, C]
         q, k, v = self.to_qkv(x).chunk(3, dim=-1)
-        y: Tensor = self.to_out[0](ops.attention(q, k, v, self.heads, self.upcast))
+        y: Tensor = self.to_out[0](self.attend(q, k, v, self.heads, self.upcast))
         return y
 
 
@@ -47,11 +48,12 @@ class CrossAttention(nn.Module):
     def __init__(self, channels: int, heads: int, upcast: bool) -> None:
         super().__init__()
         self.channels, self.heads, self.upcast = channels, heads, upcast
+        self.attend: ops.Attend = ops.attention
         self.to_q = Linear(channels, channels, bias=False)
         self.to_out = nn.ModuleList([Linear(channels, channels)])
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:  # x [B, N, C], k and v [B, L, C]
-        y: Tensor = self.to_out[0](ops.attention(self.to_q(x), k, v, self.heads, self.upcast))
+        y: Tensor = self.to_out[0](self.attend(self.to_q(x), k, v, self.heads, self.upcast))
         return y
 
 
@@ -191,6 +193,12 @@ class UNet(nn.Module):
         self.conv_out = Conv3x3(first, config.out_channels)
         self.shift_widths = [part.rows for part in shift_parts(self)]
         self.context_widths = [part.rows for part in context_parts(self)]
+
+    def use_attention(self, attend: ops.Attend) -> None:
+        """Compute every attention of this network by `attend`, in place of the definition."""
+        for module in self.modules():
+            if isinstance(module, (SelfAttention, CrossAttention)):
+                module.attend = attend
 
     def forward(self, sample: Tensor, time_shift: Tensor, context: Tensor) -> Tensor:
         """sample [B, C, H, W], time_shift [B, T], context [B, L, KV] -> [B, C_out, H, W], all of one dtype.

@@ -291,7 +291,7 @@ def _setting(engine: Engine, reference: Checkpoint, request: Request, start: flo
     return Setting(
         engine=manifest.name,
         folder=str(engine.folder),
-        backend=manifest.backend,
+        backend=", ".join([manifest.backend, *engine.running_as]),
         dtype=manifest.dtype,
         device=str(engine.device),
         checkpoint=reference.source

@@ -5,17 +5,22 @@ Nothing of sdfast's networks, schedulers or loop takes part here; that is what m
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ContextDecorator, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 from sdfast.errors import BackendError, DependencyError
 from sdfast.export.checkpoint import Checkpoint
 from sdfast.noise import generator
 from sdfast.request import Request
 from sdfast.schedulers import resolve
+
+if TYPE_CHECKING:
+    from sdfast.backends.attention import Attention
 
 PIPELINES = {"sd": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
 _VARIANT = re.compile(r"\.(\w+?)(?:-\d+-of-\d+)?\.safetensors$")
@@ -34,9 +39,16 @@ def stock() -> Any:
 
 
 def reference_pipeline(
-    checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    attention: "Attention | None" = None,
 ) -> Any:
     """diffusers' own text-to-image pipeline of `checkpoint`, in `dtype`, without its safety checker.
+
+    attention: what computes that of the U-Net, for a stock pipeline that is drawn with; the reference of a
+        comparison leaves it out, and PyTorch chooses.
 
     Raises `DependencyError` without diffusers, `BackendError` when the device is not there.
     """
@@ -58,8 +70,46 @@ def reference_pipeline(
         )
         pipe = pipe.to(device, dtype)
     _restore_text_model(pipe)
+    if attention is not None:
+        processors = pipe.unet.attn_processors.items()
+        pipe.unet.set_attn_processor({name: _Attending(stock, attention) for name, stock in processors})
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+class _Attending:
+    """A stock attention processor whose call of PyTorch's attention another kernel answers."""
+
+    def __init__(self, processor: Any, attention: "Attention") -> None:
+        self._processor = processor
+        self._attention = attention
+
+    def __call__(self, attn: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        with _Answering(self._attention):
+            return self._processor(attn, hidden_states, *args, **kwargs)
+
+
+class _Answering(TorchFunctionMode):
+    """While open in this thread, `scaled_dot_product_attention` is computed by an `Attention`."""
+
+    def __init__(self, attention: "Attention") -> None:
+        super().__init__()
+        self._attention = attention
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and _plain(**kwargs):
+            return self._attention.kernel(*args)
+        return func(*args, **kwargs)
+
+
+def _plain(
+    attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False, scale: Any = None, **_: Any
+) -> bool:
+    """Whether attention is all that is asked for, as always between a prompt and a picture."""
+    return attn_mask is None and not dropout_p and not is_causal and scale is None
 
 
 def _restore_text_model(pipe: Any) -> None:

@@ -44,7 +44,7 @@ RECIPES = sorted((Path(__file__).parents[2] / "export").glob("*.toml"))
             "sizes: unknown field 'mid'; there are: min",
         ),
         ({"dtype": "int8"}, "dtype: must be 'fp32' or 'fp16' (got 'int8')"),
-        ({"backend": "tensorrt"}, "backend: must be 'onnx' or 'eager'"),
+        ({"backend": "tensorrt"}, "backend: must be 'onnx', 'inductor' or 'eager'"),
         ({"revision": 5}, "revision: must be a valid string"),
         ({"checkpoint": ["a"]}, "checkpoint: must be a valid string"),
         ({"chekpoint": "a"}, "chekpoint: unknown field 'chekpoint'; there are: checkpoint, revision"),

@@ -4,12 +4,26 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from sdfast.backends.attention import Attention
 from sdfast.errors import DependencyError
 from sdfast.export.checkpoint import resolve
 from sdfast.pipeline import Pipeline
 from sdfast.request import Request
 from sdfast.validation import generate, reference_pipeline
+from sdfast.validation.reference import _Answering
+from tests.backends import xformers
+
+ONE = Request.make(
+    prompts=("boat",),
+    negative_prompts=(None,),
+    height=64,
+    width=64,
+    num_inference_steps=2,
+    scheduler="ddim",
+    seed=5,
+)
 
 
 @pytest.mark.parametrize(
@@ -68,3 +82,41 @@ def test_without_diffusers(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
     with pytest.raises(DependencyError, match=r"pip install \"sdfast\[export\]\""):
         reference_pipeline(resolve(checkpoint))
+
+
+def test_the_stock_pipeline_with_another_attention(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """xFormers is on CUDA alone, but its stand-in takes a processor's tensors."""
+    xformers.install(monkeypatch)
+    resolved = resolve(checkpoint)
+    truth = generate(reference_pipeline(resolved), ONE, output_type="pt")
+    for kind, device, exact in (("sdpa", "cpu", True), ("math", "cpu", False), ("xformers", "cuda", False)):
+        attention = Attention(kind, torch.device(device))
+        images = generate(reference_pipeline(resolved, attention=attention), ONE, output_type="pt")
+        assert torch.equal(images, truth) == exact
+        assert (images - truth).abs().max() < 1e-5
+        assert {shape.keys for shape in attention.chosen} == {
+            16,
+            77,
+        }  # of the U-Net, and not the text's or the VAE's
+        assert {choice.kind for choice in attention.chosen.values()} == {kind}
+
+
+def test_attention_with_a_mask_stays_pytorchs() -> None:
+    attention = Attention("math", torch.device("cpu"))
+    q, mask = torch.randn(1, 2, 4, 8), torch.tensor([[True, True, False, False]])
+    expected = F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+    with _Answering(attention):
+        assert torch.equal(F.scaled_dot_product_attention(q, q, q, attn_mask=mask), expected)
+        F.scaled_dot_product_attention(q, q, q, is_causal=True)
+        assert not attention.chosen
+        F.scaled_dot_product_attention(q, q, q)
+        assert attention.chosen
+
+
+def test_stock_pipelines_of_one_process_keep_their_own_attention(checkpoint: Path) -> None:
+    resolved, kinds = resolve(checkpoint), ("flash", "math")
+    attentions = {kind: Attention(kind, torch.device("cpu")) for kind in kinds}
+    pipes = {kind: reference_pipeline(resolved, attention=attentions[kind]) for kind in kinds}
+    images = {kind: generate(pipes[kind], ONE, output_type="pt") for kind in kinds}
+    assert not torch.equal(images["flash"], images["math"])
+    assert torch.equal(generate(pipes["flash"], ONE, output_type="pt"), images["flash"])

@@ -1,0 +1,35 @@
+"""The arithmetic of a tick around the U-Net: guidance, the step's matrix, the next sample.
+
+    m         = negative + guidance · (positive − negative)
+    registers = matrix[k] @ [registers; m; z]                   register 0 is the latents
+    sample    = latents · input_scale[k + 1]
+
+Two ways to the same numbers. `device.py` keeps everything on the device, step indices and noise included:
+rows of different schedules and lengths are one batch of tensor operations, the host waits for nothing, and a
+CUDA graph holds them. `host.py` is for the processor. There the operations around a small network cost by
+their number, and torch's cost some twenty times what they take alone once the network has swept the caches:
+it goes row by row in numpy, which takes a third of that.
+"""
+
+import torch
+
+from sdfast.arithmetic.device import DeviceArithmetic, rescale_guidance
+from sdfast.arithmetic.host import HostArithmetic
+from sdfast.arithmetic.plan import Arithmetic, Buffers, Capacity, Noise, Plan
+
+__all__ = [
+    "Arithmetic",
+    "Buffers",
+    "Capacity",
+    "DeviceArithmetic",
+    "HostArithmetic",
+    "Noise",
+    "Plan",
+    "arithmetic_for",
+    "rescale_guidance",
+]
+
+
+def arithmetic_for(device: torch.device) -> type[HostArithmetic] | type[DeviceArithmetic]:
+    """The faster way on this device."""
+    return HostArithmetic if device.type == "cpu" else DeviceArithmetic

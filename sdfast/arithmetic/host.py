@@ -1,0 +1,104 @@
+"""The arithmetic on the processor: numpy, row by row, on the memory of the tensors."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sdfast.arithmetic.plan import Buffers, Capacity, Plan, step_matrices
+
+Float32s = NDArray[np.float32]
+
+_FLOAT32 = np.dtype(np.float32)
+
+
+class HostArithmetic:
+    """On the processor: numpy, row by row, on the memory of the tensors."""
+
+    def __init__(self, buffers: Buffers, capacity: Capacity) -> None:
+        _, *shape = buffers.sample.shape
+        self._state = np.zeros((capacity.rows, capacity.registers + 2, int(np.prod(shape))), np.float32)
+        self._latents = torch.from_numpy(self._state[:, 0]).view(-1, *shape)
+        self._buffers, self._guided = buffers, capacity.guided
+        self._rows: list[_HostRow] = []
+        self._steps: Sequence[int] = ()
+
+    @property
+    def latents(self) -> torch.Tensor:
+        return self._latents
+
+    def place(self, plans: Sequence[Plan]) -> None:
+        self._rows = [
+            _HostRow(plan, self._state[i], self._buffers, self._own(i, plan)) for i, plan in enumerate(plans)
+        ]
+
+    def _own(self, i: int, plan: Plan) -> slice:
+        """The U-Net's rows that are row i's: one, or the negative and the positive."""
+        guided = self._guided
+        return slice(i if plan.guided else guided + i, guided + i + 1, guided or 1)
+
+    def prepare(self, steps: Sequence[int]) -> None:
+        for k, row in zip(steps, self._rows, strict=True):
+            row.prepare(k)
+
+    def feed(self, steps: Sequence[int]) -> None:
+        self._steps = steps
+        for k, row in zip(steps, self._rows, strict=True):
+            row.draw(k)
+
+    def advance(self) -> None:
+        for k, row in zip(self._steps, self._rows, strict=True):
+            row.advance(k)
+
+
+class _HostRow:
+    """One row: its state [R + 2, C·h·w], and in the buffers the one or two U-Net rows that are its own."""
+
+    def __init__(self, plan: Plan, state: Float32s, buffers: Buffers, own: slice) -> None:
+        state = state[: plan.schedule.registers + 2]  # the rest of the registers is another row's need
+        state[:] = 0
+        self._state, self._registers, self._m = state, state[:-2], state[-2]
+        self._noise = torch.from_numpy(state[-1]).view(buffers.sample.shape[1:])
+        self._draw, self._draws = plan.noise, [*plan.schedule.draws_noise.tolist(), False]
+        self._product = np.empty((len(state) - 1, state.shape[1]), np.float32)
+        self._matrices = step_matrices(plan.schedule, len(state) - 2).astype(np.float32)
+        self._scales = np.append(plan.schedule.input_scale, 1.0).astype(np.float32)
+        self._guidance, self._rescale = np.float32(plan.guidance), plan.guidance_rescale
+        self._sample = buffers.sample.flatten(1).numpy()[own]
+        output = buffers.output.flatten(1).numpy()[own]
+        self._negative, self._positive = (output[0] if plan.guided else None), output[-1]
+        self._time_shift = buffers.time_shift.numpy()[own]
+        self._time_shifts = torch.stack([*plan.time_shifts], dim=1).numpy()  # [K, 1 or 2, T]
+
+    def prepare(self, k: int) -> None:
+        self._write(self._state[0] * self._scales[k], k)
+
+    def draw(self, k: int) -> None:
+        if self._draws[k]:
+            self._noise.copy_(self._draw(k))
+
+    def advance(self, k: int) -> None:
+        if k == len(self._matrices):
+            return
+        self._guide()
+        np.matmul(self._matrices[k], self._state, out=self._product)
+        self._registers[:] = self._product[:-1]
+        self._write(self._product[-1], k + 1)
+
+    def _guide(self) -> None:
+        m, negative, positive = self._m, self._negative, self._positive
+        if negative is None:
+            m[:] = positive
+            return
+        np.subtract(positive, negative, out=m, dtype=_FLOAT32)
+        m *= self._guidance
+        m += negative
+        if self._rescale:
+            spread = positive.astype(np.float32).std(ddof=1) / m.std(ddof=1)
+            m *= self._rescale * spread + (1 - self._rescale)
+
+    def _write(self, sample: Float32s, k: int) -> None:
+        self._sample[:] = sample
+        if k < len(self._time_shifts):
+            self._time_shift[:] = self._time_shifts[k]

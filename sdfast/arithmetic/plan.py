@@ -1,0 +1,115 @@
+"""What the arithmetic is told of rows, and what it is to the loop."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sdfast.schedulers import Schedule
+
+Noise = Callable[[int], torch.Tensor]  # step → unit noise [C, h, w], drawn in the order of the steps
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the arithmetic needs to know of a row.
+
+    time_shifts: [K, T] for each of its U-Net rows: the negative's, if it has guidance, then the positive's.
+    guidance, guidance_rescale: the latter in [0, 1]; without a negative neither is used.
+    noise: for the steps that draw some.
+    """
+
+    schedule: Schedule
+    time_shifts: Sequence[torch.Tensor]
+    guidance: float
+    guidance_rescale: float
+    noise: Noise
+
+    @property
+    def guided(self) -> bool:
+        return len(self.time_shifts) == 2
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """The tensors between the arithmetic and the U-Net.
+
+    [B, …] for the U-Net's B rows: the guided rows' negatives, then all rows in order, then padding. `sample`
+    and `output` are [B, C, h, w] in the engine's dtype, `time_shift` is [B, T].
+    """
+
+    sample: torch.Tensor
+    output: torch.Tensor
+    time_shift: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Which rows fit the tensors of an arithmetic: those of the same capacity can follow one another in it.
+
+    steps, registers: the most that a row may have. draws, rescales: whether some row draws noise, or rescales
+    its guidance.
+    """
+
+    rows: int
+    guided: int
+    steps: int
+    registers: int
+    draws: bool
+    rescales: bool
+
+    @classmethod
+    def of(cls, plans: Sequence[Plan]) -> Self:
+        """That of these rows, a little generous, so that calls that differ little share it."""
+        steps = max(len(plan.schedule) for plan in plans)
+        registers = max(plan.schedule.registers for plan in plans)
+        return cls(
+            rows=len(plans),
+            guided=sum(plan.guided for plan in plans),
+            steps=max(32, 1 << (steps - 1).bit_length()),
+            registers=-(-registers // 4) * 4,
+            draws=any(plan.schedule.draws_noise.any() for plan in plans),
+            rescales=any(plan.guided and plan.guidance_rescale for plan in plans),
+        )
+
+
+class Arithmetic(Protocol):
+    """The registers of n rows, guided ones first."""
+
+    @property
+    def latents(self) -> torch.Tensor:
+        """Register 0 of every row, a view [n, C, h, w], float32."""
+        ...
+
+    def place(self, plans: Sequence[Plan]) -> None:
+        """Take these rows in, from their first step on; their latents and `prepare` are the caller's."""
+        ...
+
+    def prepare(self, steps: Sequence[int]) -> None:
+        """Write the sample and the time shifts for rows that stand at these steps, from their latents."""
+        ...
+
+    def feed(self, steps: Sequence[int]) -> None:
+        """What the host does before `advance`, for rows that stand at these steps: it draws their noise."""
+        ...
+
+    def advance(self) -> None:
+        """Take each row from its step to the next and prepare that. A row at its end stays as it is."""
+        ...
+
+
+def step_matrices(schedule: Schedule, registers: int) -> NDArray[np.float64]:
+    """[K, R + 1, R + 2]: a schedule's matrices for a file of R `registers`, those it lacks kept as they are.
+
+    The added row is the sample of the step after: the new latents by its input scale.
+    """
+    steps, own, _ = schedule.matrix.shape
+    wide = np.tile(np.eye(registers + 1, registers + 2), (steps, 1, 1))
+    wide[:, :own, :own] = schedule.matrix[:, :, :own]
+    wide[:, :own, registers:] = schedule.matrix[:, :, own:]
+    next_scale = np.append(schedule.input_scale[1:], 1.0)
+    wide[:, registers] = wide[:, 0] * next_scale[:, None]
+    return wide

@@ -1,0 +1,74 @@
+"""Which machine native code was compiled for, and whether this one can run it."""
+
+import platform
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from sdfast.errors import BackendError
+from sdfast.manifest import Target
+
+# What compilers make use of when they are told to compile for this processor: one that lacks it stops at an
+# unknown instruction.
+_INSTRUCTIONS = (
+    *("avx", "f16c", "fma", "bmi2", "avx2", "avx_vnni", "avx512f", "avx512bw", "avx512cd", "avx512dq"),
+    *("avx512vl", "avx512ifma", "avx512vbmi", "avx512_vbmi2", "avx512_vnni", "avx512_bitalg"),
+    *("avx512_vpopcntdq", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8"),
+    *("asimd", "asimddp", "asimdhp", "bf16", "i8mm", "sve", "sve2", "sme"),
+)
+
+
+def this_machine(device: torch.device) -> Target:
+    """The target that code for `device` is compiled for here."""
+    version = str(torch.__version__)
+    if device.type == "cpu":
+        return Target(device="cpu", architecture=_processor(), torch=version)
+    major, minor = torch.cuda.get_device_capability(device)
+    return Target(
+        device="cuda",
+        architecture=f"sm_{major}{minor}",
+        torch=version,
+        cuda=torch.version.cuda,
+        driver=torch._C._cuda_getDriverVersion(),  # type: ignore[attr-defined]  # not there without CUDA
+    )
+
+
+def check_target(target: Target, device: torch.device, rebuild: str) -> None:
+    """Raises `BackendError` with both values where this machine cannot run what was compiled for `target`.
+
+    rebuild: the command that compiles it here.
+    """
+    if target.device != device.type:
+        raise BackendError(
+            f"this engine was compiled for device {target.device!r} and was opened on {str(device)!r}:"
+            f" open it on {target.device!r}, or export one for {device.type!r}"
+        )
+    here = this_machine(device)
+    for name in ("torch", "cuda", "architecture", "driver"):
+        built, found = getattr(target, name), getattr(here, name)
+        if not _serves(name, built, found):
+            raise BackendError(
+                f"this engine was compiled for {name} {built}, and this machine has {found}; compile it here"
+                f" with: {rebuild}"
+            )
+
+
+def _serves(name: Literal["torch", "cuda", "architecture", "driver"], built: object, found: object) -> bool:
+    """A processor may know more, and a driver be newer, than the code was compiled for."""
+    if name == "architecture":
+        return set(str(built).split()) <= set(str(found).split())
+    if name == "driver":
+        return built is None or (isinstance(built, int) and isinstance(found, int) and built <= found)
+    return built == found
+
+
+def _processor() -> str:
+    """The processor's architecture and its vector instructions, as Linux names them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    known = next((line for line in lines if line.split(":")[0].strip() in ("flags", "Features")), "")
+    flags = set(known.partition(":")[2].split())
+    return " ".join([platform.machine(), *(name for name in _INSTRUCTIONS if name in flags)])

@@ -1,0 +1,243 @@
+"""Compiling a module ahead of time with Inductor: a package of native code a form, the weights beside it.
+
+The code takes its weights as constants that come later, so that it is small, forms and checkpoints share it,
+and a checkpoint of the same networks needs no compile: the code is found again by what was traced
+(`code_store`). Weights of convolutions lie channels-last, in which compiled convolutions want them; laid out
+otherwise, they would be laid out anew in every call.
+"""
+
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdfast.backends.inductor import Axis, Code, Input, Layout, Literal
+from sdfast.errors import ExportError
+from sdfast.export.code_store import CodeStore, code_key, compiled_or_kept
+from sdfast.export.modules import Form, ModuleSpec
+from sdfast.export.tracing import Dynamic, dynamic_shapes, example, file_stem, traced_with
+from sdfast.export.weights import save_weights
+from sdfast.manifest import Target, Variant
+
+SHARD = 512 * 2**20  # bytes: files of weights are read and verified side by side
+LITERAL = 4096  # numbers: more than that is a weight
+
+_SEPARATE_WEIGHTS = {
+    "aot_inductor.package": True,
+    "aot_inductor.package_constants_in_so": False,
+    # Tensors of up to eight numbers too: as values in the code they would tie it to this checkpoint.
+    "always_keep_tensor_constants": True,
+    # Not written: with it, the compiler returns the constants that the code takes, under its names for them.
+    "aot_inductor.package_constants_on_disk_format": "pickle_weights",
+}
+_ON_CPU = {"cpp.dynamic_threads": True}  # not the number of threads that the exporter happens to have
+_AUTOTUNED = {
+    "max_autotune": True,
+    "coordinate_descent_tuning": True,
+    "conv_1x1_as_mm": True,
+}
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """How code is made. autotune: try the ways to compute each product on this device, and take the best."""
+
+    target: Target
+    autotune: bool
+    store: CodeStore
+
+    @property
+    def options(self) -> dict[str, Any]:
+        own = _ON_CPU if self.target.device == "cpu" else {}
+        return {**_SEPARATE_WEIGHTS, **own, **(_AUTOTUNED if self.autotune else {})}
+
+    def compile(self, spec: ModuleSpec, place: Path) -> list[Variant]:
+        """Write `spec` to `place`: a package and its description for each form, and the weights of all.
+
+        Raises `ExportError` if the module cannot be traced, compiled or written.
+        """
+        network = laid_out_for(spec.load(), self.target.device)
+        weights: dict[str, Tensor] = {}
+        variants = []
+        for form in spec.forms:
+            path = place / f"{file_stem(spec, form)}.pt2"
+            code = self._form(spec, form, network, path)
+            weights.update(_weights_of(network, code))
+            variants.append(Variant(file=path.name, batch=form.batch, height=form.height, width=form.width))
+        _write_weights(weights, spec.name, place)
+        return variants
+
+    def _form(self, spec: ModuleSpec, form: Form, network: nn.Module, path: Path) -> Code:
+        inputs, dynamic = traced_with(spec, form)
+        given = {
+            name: example(tensor, dynamic.get(name, {})).to(self.target.device)
+            for name, tensor in inputs.items()
+        }
+        program = _trace(network, given, dynamic)
+        described = tuple(_input(name, tensor, dynamic.get(name, {})) for name, tensor in given.items())
+        key = code_key(
+            {
+                "graph": program.graph_module.print_readable(print_output=False),
+                "ranges": sorted(map(str, program.range_constraints.items())),
+                "inputs": [entry.model_dump() for entry in described],
+                "outputs": spec.outputs,
+                "weights": {n: Layout.of(w).model_dump() for n, w in _tensors(network).items()},
+                "options": self.options,
+                "target": self.target.model_dump(),
+            }
+        )
+        description = path.with_suffix(".json")
+        targets = {"code.pt2": path, "code.json": description}
+
+        def compile_now() -> None:
+            constants = _compile(program, given, path, self.options)
+            literals = {n: c for n, c in constants.items() if n not in _tensors(network)}
+            code = Code(
+                module=spec.name,
+                inputs=described,
+                outputs=spec.outputs,
+                constants={n: Layout.of(c) for n, c in constants.items() if n not in literals},
+                literals={n: _literal(n, c) for n, c in literals.items()},
+            )
+            description.write_text(code.model_dump_json(), encoding="utf-8")
+
+        compiled_or_kept(self.store, key, targets, compile_now)
+        return Code.model_validate_json(description.read_bytes())
+
+
+def laid_out_for(network: nn.Module, device: str) -> nn.Module:
+    """The network on `device`, the weights of its convolutions channels-last."""
+    network = network.to(device).eval().requires_grad_(False)
+    for module in network.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 4:
+                own = parameter.detach().contiguous(memory_format=torch.channels_last)
+                setattr(module, name, nn.Parameter(own, requires_grad=False))
+    return network
+
+
+def _trace(network: nn.Module, inputs: Mapping[str, Tensor], dynamic: Dynamic) -> Any:
+    shapes = dynamic_shapes(inputs, dynamic)
+    try:
+        with torch.no_grad(), _quiet():
+            return torch.export.export(network, tuple(inputs.values()), dynamic_shapes=shapes, strict=False)
+    except Exception as error:  # torch.export raises many unrelated types
+        raise ExportError(f"{type(network).__name__} cannot be traced: {_cause(error)}") from error
+
+
+def _compile(
+    program: Any, inputs: Mapping[str, Tensor], path: Path, options: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """Write the package to `path`. The constants that it takes, by the names that it has for them."""
+    from torch._inductor import aot_compile
+    from torch._inductor.package.package import package_aoti
+
+    try:
+        with torch.no_grad(), _quiet():
+            files: Any = aot_compile(program.module(), tuple(inputs.values()), options=dict(options))
+            package_aoti(str(path), [file for file in files if isinstance(file, str)])
+    except Exception as error:  # compilers fail in as many ways as there are
+        raise ExportError(f"{path.stem} cannot be compiled: {_advice(_cause(error))}") from error
+    found = [file for file in files if not isinstance(file, str)]
+    return {name: tensor for weights in found for name, (tensor, _) in weights.items()}
+
+
+def _input(name: str, tensor: Tensor, axes: Mapping[int, tuple[str, int, int]]) -> Input:
+    shape: list[Axis] = [axes[axis][1:] if axis in axes else size for axis, size in enumerate(tensor.shape)]
+    return Input(name=name, dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(shape))
+
+
+def _tensors(network: nn.Module) -> dict[str, Tensor]:
+    """Everything that may become a constant, by name."""
+    return {**dict(network.named_parameters()), **dict(network.named_buffers())}
+
+
+def _weights_of(network: nn.Module, code: Code) -> dict[str, Tensor]:
+    """The weights that the code takes. Raises `ExportError` where they lie in memory in another way."""
+    tensors = _tensors(network)
+    for name, layout in code.constants.items():
+        if name not in tensors or Layout.of(tensors[name]) != layout:
+            raise ExportError(f"{code.module}: the compiler wants {name} as {layout!r}, which it is not")
+    return {name: tensors[name] for name in code.constants}
+
+
+def _literal(name: str, tensor: Tensor) -> Literal:
+    if tensor.numel() > LITERAL:
+        raise ExportError(f"{name}: {tensor.numel()} numbers in the code; make it a parameter or a buffer")
+    return Literal.of(tensor)
+
+
+def _write_weights(weights: Mapping[str, Tensor], module: str, place: Path) -> None:
+    """Files of up to about `SHARD` bytes, and an index of what lies where."""
+    shards = _shards(weights)
+    index = {}
+    for number, shard in enumerate(shards, 1):
+        whole = len(shards) == 1
+        name = f"{module}.safetensors" if whole else f"{module}-{number:05}-of-{len(shards):05}.safetensors"
+        save_weights({key: _as_it_lies(weights[key]) for key in shard}, place / name)
+        index.update(dict.fromkeys(shard, name))
+    (place / f"{module}.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+
+def _shards(weights: Mapping[str, Tensor]) -> list[list[str]]:
+    """Names in order, cut where a file is full."""
+    shards: list[list[str]] = []
+    room = 0
+    for name in sorted(weights):
+        size = weights[name].nbytes
+        if size > room:
+            shards.append([])
+            room = SHARD
+        shards[-1].append(name)
+        room -= size
+    return shards
+
+
+def _as_it_lies(tensor: Tensor) -> Tensor:
+    """A contiguous tensor of the same numbers in the order in which they lie in memory."""
+    strides = tensor.stride()
+    order = sorted(range(tensor.dim()), key=lambda axis: -strides[axis])
+    return tensor.permute(order).contiguous().cpu()
+
+
+def _advice(cause: str) -> str:
+    if "compiler" in cause.lower() or "g++" in cause:
+        return f"{cause}; Inductor needs a C++ compiler: apt-get install g++"
+    return cause
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of the innermost error."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without warnings about what torch does itself, and without tables of every candidate that was timed."""
+    from torch._inductor import select_algorithm
+
+    loggers: Sequence[logging.Logger] = [logging.getLogger(n) for n in ("torch.export", "torch._inductor")]
+    levels = [logger.level for logger in loggers]
+    printed = select_algorithm.PRINT_AUTOTUNE
+    select_algorithm.PRINT_AUTOTUNE = False
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            for category in (FutureWarning, DeprecationWarning, UserWarning):
+                warnings.simplefilter("ignore", category=category)
+            yield
+    finally:
+        select_algorithm.PRINT_AUTOTUNE = printed
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,120 @@
+"""What only a GPU can show: the loop asks the host for nothing, and graphs draw what eager steps draw."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sdfast.arithmetic import DeviceArithmetic
+from sdfast.engine import Engine
+from sdfast.export.build import export
+from sdfast.export.recipe import Recipe
+from sdfast.graph import Graph
+from sdfast.loop import Rows
+from sdfast.manifest import Span
+from sdfast.pipeline import Pipeline
+from tests.fakes import FakeEngine
+from tests.test_loop import MIXED, SIDE, alone, row
+from tests.test_pipeline import assert_same
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="this torch sees no CUDA device"),
+]
+
+
+@pytest.fixture
+def no_synchronisation() -> Iterator[None]:
+    """Whatever waits for the device raises. What the test itself asks of the device, it asks outside."""
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+class CudaEngine(FakeEngine):
+    """The fake engine, its modules on the device."""
+
+    def __init__(self, *batches: Span) -> None:
+        super().__init__(batches)
+        self.device = torch.device("cuda")
+
+
+def rows_of(engine: FakeEngine) -> Rows:
+    def placed(kinds: dict[str, Any]) -> Any:
+        return row(**kinds)
+
+    return Rows(engine, [placed(kinds) for kinds in MIXED], SIDE, SIDE)
+
+
+@pytest.mark.usefixtures("no_synchronisation")
+def test_between_joining_and_leaving_nothing_waits() -> None:
+    running = rows_of(CudaEngine(Span(low=1, high=16)))
+    torch.cuda.set_sync_debug_mode("error")
+    while running.active:
+        running.tick()
+    torch.cuda.set_sync_debug_mode("default")
+    assert running._arithmetic.__class__ is DeviceArithmetic
+    for kinds, latents in zip(MIXED, running.latents, strict=True):
+        torch.testing.assert_close(latents.cpu(), alone(DeviceArithmetic, **kinds), rtol=1e-4, atol=1e-4)
+
+
+def test_a_graph_replays_what_was_run_first() -> None:
+    x = torch.zeros(4, device="cuda")
+    graph = Graph(lambda: x.add_(1), x.device)  # type: ignore[arg-type,return-value]
+    for ticks in range(1, 6):
+        graph()
+        assert x.tolist() == [float(ticks)] * 4
+
+
+@pytest.fixture(scope="module", params=["eager", "inductor"])
+def engine(request: pytest.FixtureRequest, tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    recipe = Recipe.make(backend=request.param, sizes=["64x64"], batch=[1, 2], device="cuda")
+    return export(tiny_sd, tmp_path_factory.mktemp("cuda") / request.param, recipe)
+
+
+@pytest.mark.parametrize("pictures", [1, 2])
+@pytest.mark.parametrize("scheduler", ["DPM++ 2M Karras", "Euler a", "DDPM"])
+def test_the_picture_is_the_processors(engine: Path, sd_engine: Path, scheduler: str, pictures: int) -> None:
+    call: dict[str, Any] = {
+        "num_inference_steps": 8,
+        "output_type": "pt",
+        "seed": 5,
+        "scheduler": scheduler,
+        "num_images_per_prompt": pictures,
+        "height": 64,
+        "width": 64,
+    }
+    pipe = Pipeline.from_engine(engine, "cuda")
+    for _ in range(2):  # the second time, the graph is there from the first step on
+        ours = pipe("the sea", **call).images
+        assert_same(ours.cpu(), Pipeline.from_engine(sd_engine)("the sea", **call).images)
+
+
+@pytest.mark.usefixtures("no_synchronisation")
+def test_a_compiled_engines_steps_do_not_wait(engine: Path) -> None:
+    opened = Engine.open(engine, "cuda", load=True)
+    pipe = Pipeline(opened)
+    call: dict[str, Any] = {"num_inference_steps": 6, "output_type": "latent", "seed": 1, "height": 64}
+
+    pipe("the sea", width=64, **call)
+    tick = Rows.tick
+
+    def strict(self: Rows) -> None:
+        torch.cuda.set_sync_debug_mode("error")
+        tick(self)
+        torch.cuda.set_sync_debug_mode("default")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Rows, "tick", strict)
+        pipe("a boat", width=64, **call)
+
+
+def test_memory_of_an_engine_that_is_let_go_is_free(engine: Path) -> None:
+    """The compiled code keeps its constants for good; what they hold is given back all the same."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    for _ in range(3):
+        Engine.open(engine, "cuda", load=True)
+        torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() - before < 2 * 2**20
