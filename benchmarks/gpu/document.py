@@ -16,19 +16,9 @@ from benchmarks import machine
 from sdfast.versions import installed
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "onnx", "onnxruntime", "onnxruntime-gpu")
-# What of sdfast's code an engine depends on, and what its speed and its pictures depend on beside that.
+# Of sdfast's code, what engines are built by, and what neither their speed nor their pictures depend on.
 BUILD_CODE = ("export", "models")
-CODE = (
-    *BUILD_CODE,
-    "backends",
-    "schedulers",
-    "arithmetic.py",
-    "engine.py",
-    "loop.py",
-    "noise.py",
-    "pipeline.py",
-    "prompts.py",
-)
+_ASIDE = ("cli.py", "demo.py", "doctor.py", "infotext.py", "landscapes", "server", "validation")
 
 
 class Document:
@@ -143,14 +133,14 @@ def describe(device: torch.device) -> dict[str, Any]:
     return found
 
 
-def code_digest(parts: Sequence[str] = CODE) -> str:
-    """A digest of sdfast's code in these files and folders: a change of it makes anew what depends on it."""
+def code_digest(parts: Sequence[str] | None = None) -> str:
+    """A digest of sdfast's code in these folders (default: all that matters): a change of it shows."""
     root = Path(sdfast.__file__).parent
-    files = [root / name for name in parts if name.endswith(".py")]
-    files += [path for name in parts for path in (root / name).rglob("*.py")]
     digest = hashlib.sha256()
-    for path in sorted(files):
-        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    for path in sorted(root.rglob("*.py")):
+        first = path.relative_to(root).parts[0]
+        if first not in _ASIDE if parts is None else first in parts:
+            digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 
 

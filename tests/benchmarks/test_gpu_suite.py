@@ -55,7 +55,7 @@ def dry_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DryRun]:
     folder = tmp_path_factory.mktemp("gpu")
     good = ["--side", "stock-eager", "--side", "sdfast-eager"]
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "SDFAST_CACHE"):
             patch.setenv(name, str(folder / "cache"))  # so that what the command sets is undone
         patch.setitem(SIDES, "sdfast-broken", SideSpec("cannot be built", backend="nonesuch"))
         patch.setattr("benchmarks.gpu.sides.known_backends", lambda: ("eager", "nonesuch"))
@@ -75,7 +75,7 @@ def run(folder: Path, *options: str, name: str = "sd15") -> str:
 
 @pytest.mark.slow
 def test_sdxl_runs_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "SDFAST_CACHE"):
         monkeypatch.setenv(name, str(tmp_path / "cache"))
     run(tmp_path, "--side", "stock-eager", "--side", "sdfast-eager", name="sdxl")
     parts = json.loads((tmp_path / "result.json").read_text("utf-8"))["parts"]
