@@ -1,0 +1,278 @@
+"""The GPU suite's dry run: every part on a CPU, then nothing twice; and its arithmetic."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from benchmarks.gpu import report, work
+from benchmarks.gpu.__main__ import main
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.document import Document
+from benchmarks.gpu.measure import alternate, burst
+from benchmarks.gpu.plan import Part, Runner
+from benchmarks.gpu.sides import SIDES, SideSpec
+from benchmarks.gpu.workloads import workload
+
+ROW = {
+    "side",
+    "failed",
+    "milliseconds",
+    "milliseconds_low",
+    "milliseconds_high",
+    "rounds",
+    "iterations_per_second",
+    "ratio_to_eager",
+    "ratio_to_compiled",
+    "floor_milliseconds",
+    "roofline_share",
+}
+ERROR = {"relative_l2", "psnr_db", "stock_relative_l2", "within_bar"}
+
+
+@dataclass
+class DryRun:
+    """A run with a side that cannot be built, and the same run again."""
+
+    folder: Path
+    first: dict[str, Any]
+    again: dict[str, Any]
+    said: str
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.first["parts"]
+        return found
+
+
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DryRun]:
+    folder = tmp_path_factory.mktemp("gpu")
+    good = ["--side", "stock-eager", "--side", "sdfast-eager"]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "SDFAST_CACHE"):
+            patch.setenv(name, str(folder / "cache"))  # so that what the command sets is undone
+        patch.setitem(SIDES, "sdfast-broken", SideSpec("cannot be built", backend="nonesuch"))
+        patch.setattr("benchmarks.gpu.sides.known_backends", lambda: ("eager", "nonesuch"))
+        run(folder, *good, "--side", "sdfast-broken")
+        first = json.loads((folder / "result.json").read_text("utf-8"))
+        said = run(folder, *good)
+    yield DryRun(folder, first, json.loads((folder / "result.json").read_text("utf-8")), said)
+
+
+def run(folder: Path, *options: str, name: str = "sd15") -> str:
+    command = [name, "--device", "cpu", "--architecture", "tiny", "--batch", "1"]
+    paths = ["--result", str(folder / "result.json"), "--workdir", str(folder / "work")]
+    done = CliRunner().invoke(main, [*command, *paths, *options], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+@pytest.mark.slow
+def test_sdxl_runs_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "SDFAST_CACHE"):
+        monkeypatch.setenv(name, str(tmp_path / "cache"))
+    run(tmp_path, "--side", "stock-eager", "--side", "sdfast-eager", name="sdxl")
+    parts = json.loads((tmp_path / "result.json").read_text("utf-8"))["parts"]
+    assert {part["state"] for part in parts.values()} == {"done"}
+    modules = parts["accuracy/sdfast-eager/batch 1"]["result"]["modules"]
+    assert all(one["within_bar"] for one in modules)
+
+
+def rows(part: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {row["side"]: row for row in part["result"]["rows"]}
+
+
+def test_second_run_measures_nothing(dry_run: DryRun) -> None:
+    good = {name: part for name, part in dry_run.parts.items() if not name.endswith("sdfast-broken/batch 1")}
+    assert {name: dry_run.again["parts"][name] for name in good} == good
+    assert f"{len(good)} of {len(good)} parts are there already" in dry_run.said
+    assert dry_run.again["left"] == []
+
+
+def test_a_failing_side_is_recorded_and_stops_no_other(dry_run: DryRun) -> None:
+    build = dry_run.parts["build/sdfast-broken/batch 1"]
+    assert (build["state"], build["result"]) == ("failed", None)
+    assert "nonesuch" in build["error"] and "\n" not in build["error"]
+    for name in ("first", "accuracy", "profile"):
+        assert dry_run.parts[f"{name}/sdfast-broken/batch 1"]["state"] == "failed"
+    step = dry_run.parts["step/batch 1"]
+    assert step["state"] == "partial"
+    assert "nonesuch" in rows(step)["sdfast-broken"]["failed"]
+    assert rows(step)["sdfast-broken"]["milliseconds"] is None
+    assert rows(step)["sdfast-eager"]["milliseconds"] > 0
+    assert "failed:" in report.text(dry_run.first)
+
+
+def test_every_comparison_has_every_field(dry_run: DryRun) -> None:
+    compared = [name for name in dry_run.parts if name.split("/")[0] in ("step", "picture", "modules")]
+    assert compared == [
+        "step/batch 1",
+        "picture/3 steps/batch 1",
+        "modules/text_encoder/batch 1",
+        "modules/unet/batch 1",
+        "modules/vae_decoder/batch 1",
+        "picture/5 steps/batch 1",
+        "picture/1 step, no guidance/batch 1",
+        "picture/4 steps, no guidance/batch 1",
+    ]
+    for name in compared:
+        for side in ("stock-eager", "sdfast-eager"):
+            row = rows(dry_run.parts[name])[side]
+            assert set(row) == (ROW | ERROR if name.startswith("picture") else ROW)
+            assert row["rounds"] == 2
+            assert row["milliseconds_low"] <= row["milliseconds"] <= row["milliseconds_high"]
+            assert row["roofline_share"] == pytest.approx(row["floor_milliseconds"] / row["milliseconds"])
+        assert rows(dry_run.parts[name])["stock-eager"]["ratio_to_eager"] == 1.0
+        assert rows(dry_run.parts[name])["sdfast-eager"]["ratio_to_compiled"] is None  # not measured
+
+
+def test_errors_are_of_half_precision_and_stand_beside_stocks(dry_run: DryRun) -> None:
+    for name, part in dry_run.parts.items():
+        if name.startswith("picture"):
+            ours, stock = rows(part)["sdfast-eager"], rows(part)["stock-eager"]
+            assert 1e-5 < ours["relative_l2"] < 1e-2
+            assert ours["stock_relative_l2"] == stock["relative_l2"]
+            assert ours["psnr_db"] > 40
+    modules = dry_run.parts["accuracy/sdfast-eager/batch 1"]["result"]["modules"]
+    names = [one["name"] for one in modules]
+    assert names == ["text_encoder.hidden_states", "context", "time_shift", "unet", "step", "vae_decoder"]
+    assert all(one["within_bar"] for one in modules)
+    told = dry_run.again["summary"]
+    step = next(
+        row for row in told["rows"] if row["part"] == "step/batch 1" and row["side"] == "sdfast-eager"
+    )
+    assert step["relative_l2"] == modules[4]["relative_l2"]
+    assert told["verdicts"][0]["side"] == "sdfast-eager"
+    assert told["verdicts"][0]["modules_within_bar"] == len(modules)
+
+
+def test_what_only_a_gpu_has_is_none(dry_run: DryRun) -> None:
+    assert dry_run.first["machine"]["gpu"] is None
+    for side in ("stock-eager", "sdfast-eager"):
+        first = dry_run.parts[f"first/{side}/batch 1"]["result"]
+        assert 0 < first["imported_seconds"] < first["opened_seconds"] < first["seconds"]
+        assert first["peak_allocated_bytes"] is None
+        assert first["peak_reserved_bytes"] is None
+        assert first["peak_device_bytes"] is None
+    assert {goal["met"] for goal in dry_run.again["summary"]["goals"]} == {None}
+
+
+def test_the_document_says_on_what_it_was_measured(dry_run: DryRun) -> None:
+    assert {"command", "date", "machine", "workload", "architecture", "size", "sides"} <= set(dry_run.first)
+    assert {"torch", "diffusers", "sdfast"} <= set(dry_run.first["machine"]["versions"])
+    assert dry_run.first["sides"]["stock-compiled"]["measured"] is False
+    roof = dry_run.parts["roofline"]["result"]
+    assert roof["flops_per_second"] == pytest.approx(2 * 256**3 / roof["gemm_seconds"])
+    assert roof["bytes_per_second"] == pytest.approx(2 * 2**24 / roof["copy_seconds"])
+    assert dry_run.parts["build/sdfast-eager/batch 1"]["result"]["seconds"] > 0
+
+
+def test_a_profile_names_what_took_longest_and_saves_the_trace(dry_run: DryRun) -> None:
+    for side in ("stock-eager", "sdfast-eager"):
+        result = dry_run.parts[f"profile/{side}/batch 1"]["result"]
+        assert (dry_run.folder / "result-profile" / result["trace"]).stat().st_size > 1000
+        times = [one["microseconds"] for one in result["top"]]
+        assert times == sorted(times, reverse=True) and times[0] > 0
+        assert any("conv" in one["name"] for one in result["top"])
+
+
+# ---------------------------------------------------------------- its parts, without a network
+
+
+def test_flops_are_those_of_the_literature() -> None:
+    """GFLOP of one sample, 2 a multiply-add; the prompt's and the time's projections are left out, < 2 %."""
+    assert work.unet("sd15", 1, 512, 512).flops / 1e9 == pytest.approx(803, rel=0.02)
+    assert work.unet("sdxl", 1, 1024, 1024).flops / 1e9 == pytest.approx(6761, rel=0.02)
+    assert work.vae_decoder("sd15", 1, 512, 512).flops / 1e9 == pytest.approx(2514, rel=0.02)
+    assert work.vae_decoder("sdxl", 1, 1024, 1024).flops / 1e9 == pytest.approx(10470, rel=0.02)
+    assert work.text_encoder("sd15", "text_encoder").flops / 1e9 == pytest.approx(13, rel=0.05)
+    assert work.unet("sd15", 2, 512, 512).flops == 2 * work.unet("sd15", 1, 512, 512).flops
+
+
+def test_a_side_that_fails_later_leaves_the_comparison() -> None:
+    calls = iter([1.0, 1.0])
+
+    def failing() -> float:
+        return next(calls)
+
+    timed = alternate({"a": lambda: 2.0, "b": lambda: 1.0, "c": failing}, rounds=5, limit=60.0)
+    assert timed.seconds == {"a": [2.0] * 5, "b": [1.0] * 5}
+    assert list(timed.failed) == ["c"]
+    assert timed.ratio("b", "a") == 2.0
+    assert timed.ratio("c", "a") is None
+
+
+def test_short_work_is_timed_in_bursts() -> None:
+    calls: list[int] = []
+    seconds = burst(lambda: calls.append(1), torch.device("cpu"))()
+    assert len(calls) > 10
+    assert 0 < seconds < 0.01
+
+
+def runner(document: Document, minutes: float, said: list[str], code: str = "1") -> Runner:
+    bench = Bench(workload("sd15", "tiny"), torch.device("cpu"), document.path.parent)
+    return Runner(bench, document, {"gpu": None}, code, minutes, said.append, lambda _: None)
+
+
+def part(name: str, measured: list[str], *, ours: bool = True) -> Part:
+    def run(_bench: Bench) -> dict[str, Any]:
+        measured.append(name)
+        return {"value": float("nan")}
+
+    return Part(name, "profile", name, run, {"what": name}, ours=ours)
+
+
+def test_time_that_is_out_stops_before_a_part_and_says_what_is_left(tmp_path: Path) -> None:
+    measured: list[str] = []
+    said: list[str] = []
+    document = Document(tmp_path / "result.json")
+    wanted = [part("a", measured), part("b", measured)]
+    assert runner(document, 0.0, said).run(wanted) == ["a", "b"]
+    assert measured == []
+    assert "no time for a" in said[-1]
+    assert runner(document, 1.0, said).run(wanted) == []
+    assert measured == ["a", "b"]
+
+
+def test_other_code_is_measured_anew_and_the_old_figures_are_kept_apart(tmp_path: Path) -> None:
+    measured: list[str] = []
+    path = tmp_path / "result.json"
+    wanted = [part("ours", measured), part("stock", measured, ours=False)]
+    runner(Document(path), 1.0, []).run(wanted)
+    runner(Document(path), 1.0, [], code="2").run(wanted)
+    assert measured == ["ours", "stock", "ours"]
+    content = json.loads(path.read_text("utf-8"))
+    assert content["earlier"]["ours"]["key"]["code"] == "1"
+    assert content["parts"]["ours"]["key"]["code"] == "2"
+    assert content["parts"]["ours"]["result"] == {"value": "nan"}  # JSON has no such number
+    assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_rows_of_sides_that_took_no_part_stay(tmp_path: Path) -> None:
+    document = Document(tmp_path / "result.json")
+    for side in ("a", "b"):
+        document.record("step", {"gpu": None}, 1.0, {"rows": [{"side": side, "failed": None}]})
+    assert document.finished("step", {"gpu": None}, ["a", "b"])
+    assert not document.finished("step", {"gpu": None}, ["a", "c"])
+    assert not document.finished("step", {"gpu": "other"}, ["a"])
+
+
+@pytest.mark.parametrize(
+    ("gpu", "expected"), [("NVIDIA H200", [True, True, False, False, True]), ("RTX", [None] * 5)]
+)
+def test_goals_are_judged_only_where_they_were_measured(gpu: str, expected: list[bool | None]) -> None:
+    row = {"side": "sdfast-inductor", "iterations_per_second": 201.0, "ratio_to_eager": 3.0}
+    step = {"result": {"rows": [{**row, "ratio_to_compiled": 1.29}]}}
+    picture = {"result": {"rows": [{"side": "sdfast-inductor", "milliseconds": 131.0}]}}
+    parts = {
+        "step/batch 1": step,
+        "picture/20 steps/batch 1": picture,
+        "first/sdfast-inductor/batch 1": {"result": {"seconds": 9.9}},
+    }
+    assert [goal["met"] for goal in report.goals(parts, "sd15", gpu)] == expected
