@@ -21,8 +21,9 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
+# Files of tests side by side, a thread each: compilers and thread pools would wait for each other.
 pytest: $(READY)
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
 
 slow: $(READY)
 	$(BIN)/pytest -m slow

@@ -218,8 +218,8 @@ class Manifest(_Part):
         target = self.builder.target
         if target is None:
             return {}
-        cuda = f", CUDA {target.cuda}" if target.cuda else ""
-        return {"compiled for": f"{target.architecture.split()[0]} ({target.device}), torch {target.torch}{cuda}"}
+        versions = f"torch {target.torch}" + (f", CUDA {target.cuda}" if target.cuda else "")
+        return {"compiled for": f"{target.architecture.split()[0]} ({target.device}), {versions}"}
 
     def _verdict(self) -> str:
         if self.validation is None:
