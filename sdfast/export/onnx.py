@@ -19,7 +19,8 @@ from onnxscript.values import Op, Opset
 from torch import Tensor, nn
 
 from sdfast.errors import ExportError
-from sdfast.export.onnx_cpu import CPU, Graph, Lowerings
+from sdfast.export.onnx_cpu import CPU
+from sdfast.export.onnx_graph import Graph, Lowerings, Value
 from sdfast.models import ops
 
 OPSET = 20
@@ -68,9 +69,10 @@ def export_module(
 
 def lower(model: onnx_ir.Model, lowerings: Lowerings) -> None:
     """Replace every named operation of `model` by what its lowering writes."""
+    memory: dict[tuple[str, Value], Any] = {}
     for node in list(model.graph):
         if node.domain == DOMAIN:
-            graph = Graph(model.graph)
+            graph = Graph(model.graph, memory)
             attributes = {name: attribute.value for name, attribute in node.attributes.items()}
             result = lowerings[node.op_type](graph, *node.inputs, **attributes)
             onnx_ir.convenience.replace_nodes_and_values(
