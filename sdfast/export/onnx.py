@@ -51,7 +51,7 @@ def export_module(
 
     Raises ExportError if the module cannot be traced or written.
     """
-    model = _trace(module, inputs, dynamic, outputs)
+    model = trace(module, inputs, dynamic, outputs)
     lower(model, lowerings)
     model.opset_imports.pop(DOMAIN, None)
     model.opset_imports.setdefault("com.microsoft", 1)
@@ -81,9 +81,10 @@ def lower(model: onnx_ir.Model, lowerings: Lowerings) -> None:
     onnx_ir.passes.common.RemoveUnusedNodesPass()(model)
 
 
-def _trace(
+def trace(
     module: nn.Module, inputs: Mapping[str, Tensor], dynamic: Dynamic, outputs: Sequence[str]
 ) -> onnx_ir.Model:
+    """The graph of `module`, its named operations one node each. Arguments as in `export_module`."""
     try:
         with torch.no_grad(), _quiet(), ops.as_nodes():
             program = torch.onnx.export(

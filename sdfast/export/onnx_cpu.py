@@ -151,8 +151,8 @@ def layer_norm(g: Graph, x: Value, weight: Value, bias: Value, eps: float) -> Va
     return g.LayerNormalization(x, weight, bias, axis=-1, epsilon=eps)
 
 
-def add(g: Graph, x: Value, y: Value) -> Value:
-    return g.Add(x, y)
+def add(g: Graph, x: Value, branch: Value) -> Value:
+    return g.Add(x, branch)
 
 
 def concat_channels(g: Graph, x: Value, y: Value) -> Value:

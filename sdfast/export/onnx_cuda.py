@@ -28,7 +28,7 @@ from sdfast.export.onnx_graph import MICROSOFT, Array, Graph, Lowerings, Value
 # What the memory of a graph keeps, by (note, value):
 FORM = "form"  # the value as operators here take it: of an image [B, C, H, W], the same with channels last
 PRODUCT = "product"  # (product, bias), in that form, of a value that is their sum
-SUM = "sum"  # (x, bias or None, skip), in that form, of an image that is their sum and was not asked for yet
+SUM = "sum"  # (product, bias or None, skip), in that form, of an image not yet asked for that is their sum
 
 BIAS_SPLIT_GELU = (2560, 5120, 10240)  # the widths that its kernel is compiled for
 BIAS_ADD = (320, 640, 1280)  # likewise
@@ -113,8 +113,8 @@ def _group_norm(g: Graph, x: Value, weight: Value, bias: Value, groups: int, eps
     scale, attributes = _scale(g, weight, bias), _attributes(groups, eps, silu)
     if (SUM, x) not in g.memory:
         return image(g, g.GroupNorm(form(g, x), *scale, **attributes, domain=MICROSOFT))
-    first, addend, skip = g.memory.pop((SUM, x))
-    inputs = [first, *scale, skip] if addend is None else [first, *scale, skip, addend]
+    product, addend, skip = g.memory.pop((SUM, x))
+    inputs = [product, *scale, skip] if addend is None else [product, *scale, skip, addend]
     y, g.memory[FORM, x] = g.op_multi_out(
         "SkipGroupNorm", inputs, attributes, num_outputs=2, domain=MICROSOFT
     )
@@ -145,25 +145,24 @@ def _attributes(groups: int, eps: float, silu: bool) -> dict[str, int | float]:
     return {"groups": groups, "epsilon": eps, "activation": int(silu), "channels_last": 1}
 
 
-def add(g: Graph, x: Value, y: Value) -> Value:
-    """The sum, with a bias of x or of y among the summands where a later operator, or BiasAdd, adds it."""
-    if (PRODUCT, x) not in g.memory:
-        x, y = y, x
-    first, addend = g.memory.get((PRODUCT, x)) or (form(g, x), None)
-    skip = form(g, y)
-    total = _bias_add(g, x, first, addend, skip) if addend is not None else g.Add(first, skip)
+def add(g: Graph, x: Value, branch: Value) -> Value:
+    """The sum, for a later operator with the branch's bias as a summand of its own."""
+    product, bias = g.memory.get((PRODUCT, branch)) or (form(g, branch), None)
+    skip = form(g, x)
+    total = g.Add(product, skip) if bias is None else _bias_add(g, branch, product, bias, skip)
     if len(x.shape) != 4:
         return total
     result = image(g, total)
-    g.memory[SUM, result] = (first, addend, skip)
+    g.memory[SUM, result] = (product, bias, skip)
     return result
 
 
-def _bias_add(g: Graph, x: Value, product: Value, bias: Value, skip: Value) -> Value:
-    """product + bias + skip, where product + bias is x. BiasAdd wants [B, N, C] and one of a few C."""
-    channels, *sizes = x.shape[1:] if len(x.shape) == 4 else (x.shape[-1],)
+def _bias_add(g: Graph, branch: Value, product: Value, bias: Value, skip: Value) -> Value:
+    """product + bias + skip, where product + bias is branch. BiasAdd wants [B, N, C] and one of a few C."""
+    shape = branch.shape
+    channels, *sizes = shape[1:] if len(shape) == 4 else shape[-1:]
     if channels not in BIAS_ADD or not all(isinstance(size, int) for size in sizes):
-        return g.Add(form(g, x), skip)
+        return g.Add(form(g, branch), skip)
     if not sizes:
         return g.BiasAdd(product, bias, skip, domain=MICROSOFT)
     tokens = [g.Reshape(t, g.ints(0, -1, channels)) for t in (product, skip)]

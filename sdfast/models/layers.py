@@ -127,4 +127,4 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:  # x [B, C, H, W], shift [B, C_out]
         h = self.conv1(self.norm1(x))
         h = self.conv2(self.norm2(h, shift))
-        return ops.add(h, x if self.conv_shortcut is None else self.conv_shortcut(x))
+        return ops.add(x if self.conv_shortcut is None else self.conv_shortcut(x), h)

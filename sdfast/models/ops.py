@@ -107,9 +107,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 @_named(_same)
-def add(x: Tensor, y: Tensor) -> Tensor:
-    """x and y of one shape: the addition that closes every residual block."""
-    return x + y
+def add(x: Tensor, branch: Tensor) -> Tensor:
+    """x and the branch that left it, of one shape: the addition that ends a residual block."""
+    return x + branch
 
 
 @_named(lambda x, y: (x.shape[0], x.shape[1] + y.shape[1], *x.shape[2:]))
