@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import torch
 
-from sdfast.backends import CompiledModule, loader, parse_device
+from sdfast.backends import CompiledModule, check_provider, default_device, loader, parse_device
 from sdfast.errors import EngineError, RequestError
 from sdfast.manifest import File, Manifest, Module, Span, Variant, read_manifest
 from sdfast.tokenizer import Tokenizer
@@ -38,27 +38,31 @@ class Engine:
         self.device = device
         self.threads = threads
         self.dtype = DTYPES[manifest.dtype]
-        self._load = loader(manifest.backend, device, threads)
+        if manifest.provider is not None:
+            check_provider(manifest.provider, device, manifest.name, manifest.checkpoint.source)
+        self._load = loader(manifest.backend, device, threads, manifest.provider, _looped(manifest))
         self._loaded: dict[str, CompiledModule] = {}
 
     @classmethod
     def open(
         cls,
         folder: str | Path,
-        device: str | torch.device = "cpu",
+        device: str | torch.device | None = None,
         *,
         threads: int | None = None,
         load: bool = False,
     ) -> "Engine":
         """Open the engine in `folder` on `device`, every file's digest checked.
 
+        `device`: default: "cuda" for an ONNX engine that was exported for CUDA or TensorRT, else "cpu".
         `threads`: processor threads of the CPU backends (default: torch's). `load`: load every module too,
         each once its own files are checked, while larger files are still being read. Raises `EngineError`
         when a file is missing or changed, `BackendError` when the device or the backend is not there.
         """
-        folder, device = Path(folder), parse_device(device)
+        folder = Path(folder)
+        chosen = None if device is None else parse_device(device)
         manifest = read_manifest(folder)
-        engine = cls(folder, manifest, device, threads)
+        engine = cls(folder, manifest, chosen or default_device(manifest.provider), threads)
         with Verification(folder, manifest.files) as verification:
             if load:
                 for module in sorted(manifest.modules.values(), key=verification.size_of):
@@ -180,6 +184,13 @@ class Engine:
         if variant.file not in self._loaded:
             self._loaded[variant.file] = self._load(self.folder / variant.file)
         return self._loaded[variant.file]
+
+
+def _looped(manifest: Manifest) -> frozenset[str]:
+    """The files whose bound calls a loop repeats on pictures of one size."""
+    forms = manifest.modules["unet"].variants
+    sized = (f for f in forms if f.height and f.width and f.height.fixed and f.width.fixed)
+    return frozenset(form.file for form in sized)
 
 
 def cover(batch: int, spans: Iterable[Span]) -> list[int]:

@@ -36,7 +36,7 @@ class Job:
     size: str | None = None
     count: int = 1
     clip_skip: int | None = None
-    device: str = "cpu"
+    device: str | None = None
     backend: str = "engine"
 
     def request(self, manifest: Manifest) -> Request:

@@ -98,7 +98,7 @@ class Pipeline:
 
     @classmethod
     def from_engine(
-        cls, folder: str | Path, device: str | torch.device = "cpu", *, threads: int | None = None
+        cls, folder: str | Path, device: str | torch.device | None = None, *, threads: int | None = None
     ) -> Self:
         """Open the engine in `folder`; see `Engine.open`."""
         return cls(Engine.open(folder, device, threads=threads))
@@ -112,6 +112,7 @@ class Pipeline:
         revision: str | None = None,
         variant: str | None = None,
         backend: str = "onnx",
+        provider: str | None = None,
         sizes: Sequence[str] | None = None,
         **refused: Any,
     ) -> Self:
@@ -119,7 +120,9 @@ class Pipeline:
 
         The engine is exported on first use into the cache (`SDFAST_CACHE`, by default
         `~/.cache/sdfast/engines`), which is said, and opened from there after that. It has the checkpoint's
-        own size, or `sizes` ("512x768", width first).
+        own size, or `sizes` ("512x768", width first). `provider` ("cpu", "cuda", "tensorrt"): what ONNX
+        graphs are written for, which is where they run; default: "cuda" for float16 where there is a GPU,
+        else "cpu".
         """
         from sdfast.export.cache import cached_engine
 
@@ -130,6 +133,7 @@ class Pipeline:
             revision=revision,
             variant=variant,
             backend=backend,
+            provider=provider,
             sizes=tuple(sizes) if sizes else None,
         )
         return cls.from_engine(folder)

@@ -27,6 +27,7 @@ class CompiledModule(Protocol):
 
 
 Loader = Callable[[Path], CompiledModule]
+PROVIDER_DEVICES = {"cpu": "cpu", "cuda": "cuda", "tensorrt": "cuda"}  # execution provider → what it runs on
 
 
 def parse_device(device: str | torch.device) -> torch.device:
@@ -40,8 +41,39 @@ def parse_device(device: str | torch.device) -> torch.device:
     return found
 
 
-def loader(backend: str, device: torch.device, threads: int | None) -> Loader:
-    """What loads a module file of `backend` on `device`. Raises `BackendError` when it cannot run here."""
+def default_device(provider: str | None) -> torch.device:
+    """Where an engine for `provider` runs, if it is for one."""
+    return torch.device(PROVIDER_DEVICES.get(provider or "cpu", "cpu"))
+
+
+def check_provider(provider: str, device: torch.device, engine: str, source: str) -> None:
+    """Raises `BackendError` unless graphs that were exported for `provider` run on `device`.
+
+    engine, source: the engine's name and its checkpoint, for the message.
+    """
+    runs_on = PROVIDER_DEVICES.get(provider)
+    if runs_on is None:
+        raise BackendError(f"engine {engine!r} is for provider {provider!r}; there are {[*PROVIDER_DEVICES]}")
+    if runs_on != device.type:
+        raise BackendError(
+            f"engine {engine!r} was exported for provider {provider!r}, which runs on {runs_on!r}, but "
+            f"device {str(device)!r} was asked for, whose provider is {device.type!r}; open it on "
+            f"{runs_on!r}, or make one with `sdfast export {source} --provider {device.type} -o DIR`"
+        )
+
+
+def loader(
+    backend: str,
+    device: torch.device,
+    threads: int | None,
+    provider: str | None = None,
+    looped: frozenset[str] = frozenset(),
+) -> Loader:
+    """What loads a module file of `backend` on `device`. Raises `BackendError` when it cannot run here.
+
+    provider: the one that an ONNX engine was exported for. looped: names of the files whose bound calls are
+    repeated many times.
+    """
     if device.type == "cuda" and not torch.cuda.is_available():
         raise BackendError(
             "device 'cuda' was asked for, but this torch sees no CUDA device; "
@@ -52,7 +84,7 @@ def loader(backend: str, device: torch.device, threads: int | None) -> Loader:
     if backend == "onnx":
         from sdfast.backends.onnx import OnnxRuntime
 
-        return OnnxRuntime(device, threads).load
+        return OnnxRuntime(device, threads, provider or "cpu", looped).load
     if backend == "eager":
         from sdfast.backends.eager import load_eager
 

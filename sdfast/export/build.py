@@ -200,9 +200,9 @@ class _Build:
             from sdfast.export.eager import compile_eager
 
             return lambda spec, place: compile_eager(spec, place, self.checkpoint)
-        from sdfast.export.forms import compile_onnx
+        from sdfast.export.forms import compile_onnx, lowerings
 
-        return lambda spec, place: compile_onnx(spec, place, self.recipe.winograd)
+        return lambda spec, place: compile_onnx(spec, place, lowerings(self.recipe))
 
     def _finish(self, place: Path, modules: dict[str, Module]) -> Manifest:
         tokenizers = sorted(self.checkpoint.tokenizers)
@@ -265,6 +265,7 @@ class _Build:
             "forms": [str(form) for form in spec.forms],
             "backend": self.recipe.backend,
             "dtype": self.recipe.dtype,
+            "provider": self.recipe.provider,
             "winograd": self.recipe.winograd,
             "versions": {**_versions(), "sdfast": sdfast.__version__},
         }

@@ -8,10 +8,20 @@ from sdfast.engine import sha256
 from sdfast.export.modules import Form, ModuleSpec
 from sdfast.export.onnx import export_module
 from sdfast.export.onnx_cpu import CPU, CPU_COMPACT
+from sdfast.export.onnx_cuda import CUDA
+from sdfast.export.onnx_graph import Lowerings
+from sdfast.export.onnx_tensorrt import TENSORRT
+from sdfast.export.recipe import Recipe
 from sdfast.manifest import Span, Variant
 
 
-def compile_onnx(spec: ModuleSpec, place: Path, winograd: bool) -> list[Variant]:
+def lowerings(recipe: Recipe) -> Lowerings:
+    """How the networks' operations are written for the recipe's provider."""
+    cpu = CPU if recipe.winograd else CPU_COMPACT
+    return {"cpu": cpu, "cuda": CUDA, "tensorrt": TENSORRT}[recipe.provider or "cpu"]
+
+
+def compile_onnx(spec: ModuleSpec, place: Path, table: Lowerings) -> list[Variant]:
     """Write `spec` to `place` as one ONNX file a form. Forms of the same weights share the files on disk."""
     network = spec.load()
     variants = []
@@ -19,14 +29,14 @@ def compile_onnx(spec: ModuleSpec, place: Path, winograd: bool) -> list[Variant]
     for form in spec.forms:
         path = place / _file_name(spec, form)
         before = set(place.glob("*.data"))
-        _export(network, spec, form, path, winograd)
+        _export(network, spec, form, path, table)
         for weights in sorted(set(place.glob("*.data")) - before):
             _share(weights, stored)
         variants.append(Variant(file=path.name, batch=form.batch, height=form.height, width=form.width))
     return variants
 
 
-def _export(network: nn.Module, spec: ModuleSpec, form: Form, path: Path, winograd: bool) -> None:
+def _export(network: nn.Module, spec: ModuleSpec, form: Form, path: Path, table: Lowerings) -> None:
     """One form: axes that span a range are free in the graph, the others are fixed."""
     spans = {"batch": form.batch, "height": form.height, "width": form.width}
     example = [span.low if span else 8 for span in spans.values()]
@@ -36,7 +46,7 @@ def _export(network: nn.Module, spec: ModuleSpec, form: Form, path: Path, winogr
         free = {axis: (kind, *_bounds(spans[kind], inputs[name].shape[axis])) for axis, kind in axes.items()}
         dynamic[name] = {axis: bounds for axis, bounds in free.items() if bounds[1] < bounds[2]}
     dynamic = {name: axes for name, axes in dynamic.items() if axes}
-    export_module(network, inputs, dynamic, spec.outputs, path, CPU if winograd else CPU_COMPACT)
+    export_module(network, inputs, dynamic, spec.outputs, path, table)
 
 
 def _bounds(span: Span | None, lowest: int) -> tuple[int, int]:
