@@ -11,9 +11,14 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 
+from sdfast.engine import Engine
+from sdfast.errors import BackendError
+from sdfast.export.build import export
 from sdfast.export.onnx import export_module, lower, trace
 from sdfast.export.onnx_cpu import CPU
 from sdfast.export.onnx_cuda import CUDA, by_head, group_norm_fits
+from sdfast.export.recipe import Recipe
+from sdfast.manifest import read_manifest
 from sdfast.models import layers, ops, unet, vae
 from sdfast.models.unet import UNet, UNetConfig
 from sdfast.models.vae import VAEConfig, load_vae
@@ -65,14 +70,17 @@ def without_kernel(model, values):
             yield f"{node.op_type}: no kernel for {sorted(types)}"
 
 
-def run(path, inputs):
-    """The graph's outputs, after making sure that the CUDA provider would run every node of it."""
+def run(path, inputs, processor=()):
+    """The graph's outputs, after making sure that the CUDA provider would run every node of it.
+
+    processor: what is known to run on the processor instead.
+    """
     model = onnx.load(path)
     evaluator = ReferenceEvaluator(model, new_ops=OPERATORS)
     feeds = {name: tensor.numpy() for name, tensor in inputs.items()}
     values = evaluator.run(None, feeds, intermediate=True)
     values |= {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    assert list(without_kernel(model, values)) == []
+    assert list(without_kernel(model, values)) == [*processor]
     return [values[output.name] for output in model.graph.output]
 
 
@@ -249,6 +257,26 @@ def test_conditioning(tmp_path):
     hidden = {"hidden_states": torch.randn(2, 77, 56, dtype=HALF)}
     export_module(context, hidden, {}, ["context"], tmp_path / "context.onnx", CUDA)
     check(tmp_path / "context.onnx", context, hidden, 5e-3)
+
+
+def test_an_fp16_engine_is_for_cuda_in_every_module(tiny_sd, tmp_path):
+    """Its text encoder too, which transformers defines, but for one node: where a prompt ends is found among
+    integers, for which the CUDA provider's ArgMax has no kernel. Once a prompt, 77 of them."""
+    engine = export(tiny_sd, tmp_path / "engine", Recipe(dtype="fp16", batch=1))
+    manifest = read_manifest(engine)
+    assert manifest.provider == manifest.recipe["provider"] == "cuda"
+    assert "onnx fp16 cuda" in manifest.summary()
+    for name, module in manifest.modules.items():
+        spec = onnx.load(engine / module.variants[0].file, load_external_data=False)
+        assert {(n.domain, n.op_type) for n in spec.graph.node} <= set(KERNELS), name
+    assert {"NhwcConv", "SkipGroupNorm"} <= set(kinds(engine / "unet.onnx"))
+    rows = {"input_ids": torch.randint(0, 20, (1, 77))}
+    run(engine / "text_encoder.onnx", rows, processor=["ArgMax: no kernel for ['int32']"])
+    with pytest.raises(BackendError, match="'cuda', but device 'cpu' was asked for"):
+        Engine.open(engine, "cpu")
+    export(tiny_sd, engine, Recipe(dtype="fp16", batch=1, provider="cpu"))
+    assert Engine.open(engine).manifest.provider == "cpu"
+    assert "NhwcConv" not in kinds(engine / "unet.onnx")
 
 
 def test_rows_by_head():
