@@ -69,9 +69,11 @@ def linear(g: Graph, x: Value, weight: Value, bias: Value | None = None) -> Valu
 def conv3x3(
     g: Graph, x: Value, weight: Value, bias: Value | None = None, *, stride: int, padding: list[int]
 ) -> Value:
-    before, after = padding
-    pads = [before, before, after, after]
-    return _conv(g, form(g, x), weight, bias, kernel_shape=[3, 3], strides=[stride, stride], pads=pads)
+    source, (before, after) = form(g, x), padding
+    if before != after:  # cuDNN's convolutions pad both ends alike
+        source = g.Pad(source, g.ints(0, before, before, 0, 0, after, after, 0))
+        before = 0
+    return _conv(g, source, weight, bias, kernel_shape=[3, 3], strides=[stride, stride], pads=[before] * 4)
 
 
 def conv1x1(g: Graph, x: Value, weight: Value, bias: Value | None = None) -> Value:

@@ -10,20 +10,23 @@ import onnx
 import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
+from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
 
 from sdfast.engine import Engine
 from sdfast.errors import BackendError
 from sdfast.export.build import export
+from sdfast.export.forms import lowerings
 from sdfast.export.onnx import export_module, lower, trace
-from sdfast.export.onnx_cpu import CPU
+from sdfast.export.onnx_cpu import CPU, CPU_COMPACT
 from sdfast.export.onnx_cuda import CUDA, by_head, group_norm_fits
+from sdfast.export.onnx_tensorrt import TENSORRT
 from sdfast.export.recipe import Recipe
 from sdfast.manifest import read_manifest
 from sdfast.models import layers, ops, unet, vae
 from sdfast.models.unet import UNet, UNetConfig
 from sdfast.models.vae import VAEConfig, load_vae
 from tests.export.microsoft import OPERATORS
-from tests.export.test_onnx import BATCH, HEIGHT, WIDTH, unet_inputs, unet_modules
+from tests.export.test_onnx import BATCH, HEIGHT, WIDTH, session, unet_inputs, unet_modules
 from tests.models.conftest import SDXL, TINY, VAES, randomise
 
 HALF, SINGLE = torch.float16, torch.float32
@@ -172,6 +175,16 @@ def test_unet(tmp_path, dtype, tolerance):
     check(path, network, unet_inputs(network, 2, 8, 8, dtype), tolerance)
 
 
+@pytest.mark.parametrize("dtype", [HALF, SINGLE])
+def test_onnx_runtime_agrees_with_the_graph_up_to_the_kernels(tmp_path, dtype):
+    """It checks operators, attributes, types and shapes before it looks for kernels, which a CPU lacks."""
+    network, _, _ = unet_modules(WIDE, dtype)
+    path = tmp_path / "unet.onnx"
+    export_module(network, unet_inputs(network, 2, 8, 8, dtype), {}, ["output"], path, CUDA)
+    with pytest.raises(NoKernel, match=r"NhwcConv\(1\)"):
+        session(path)
+
+
 @pytest.mark.parametrize(
     ("config", "dtype", "tolerance"),
     [(SDXL, SINGLE, 1e-5), (TINY | {"upcast_attention": True}, HALF, 5e-3)],
@@ -216,18 +229,18 @@ def test_a_free_batch_asks_for_no_shapes(tmp_path):
         check(path, network, unet_inputs(network, batch, 4, 4, HALF), 5e-3)
 
 
-def vae_decoder(config, dtype):
+def vae_halves(config, dtype):
     from diffusers import AutoencoderKL
 
     weights = randomise(AutoencoderKL(**config)).state_dict()
-    return load_vae(VAEConfig.from_diffusers(config), weights, dtype)[0]
+    return load_vae(VAEConfig.from_diffusers(config), weights, dtype)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(HALF, 5e-3), (SINGLE, 1e-5)])
 @pytest.mark.parametrize("name", VAES)
 def test_vae_decoder(tmp_path, name, dtype, tolerance):
     """Latents and picture are float32. Groups of three channels, which "shifted" has, have no fused norm."""
-    decoder = vae_decoder(VAES[name], dtype)
+    decoder = vae_halves(VAES[name], dtype)[0]
     latents = {"latents": torch.randn(1, decoder.config.latent_channels, 8, 12)}
     path = tmp_path / "vae.onnx"
     export_module(decoder, latents, {}, ["image"], path, CUDA)
@@ -241,6 +254,18 @@ def test_vae_decoder(tmp_path, name, dtype, tolerance):
         assert len(fit) == len(norms)
         assert found["Transpose"] == 2
     check(path, decoder, latents, tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(HALF, 5e-3), (SINGLE, 1e-5)])
+def test_vae_encoder(tmp_path, dtype, tolerance):
+    """Its strided convolutions pad one end only."""
+    encoder = vae_halves(VAES["sd"], dtype)[1]
+    picture = {"image": torch.randn(1, 3, 16, 24, dtype=dtype)}
+    path = tmp_path / "vae.onnx"
+    export_module(encoder, picture, {}, ["moments"], path, CUDA)
+    assert kinds(path)["Pad"] == count(encoder, layers.Downsample) == 2
+    assert kinds(path)["Transpose"] == 2
+    check(path, encoder, picture, tolerance)
 
 
 def test_conditioning(tmp_path):
@@ -277,6 +302,13 @@ def test_an_fp16_engine_is_for_cuda_in_every_module(tiny_sd, tmp_path):
     export(tiny_sd, engine, Recipe(dtype="fp16", batch=1, provider="cpu"))
     assert Engine.open(engine).manifest.provider == "cpu"
     assert "NhwcConv" not in kinds(engine / "unet.onnx")
+
+
+def test_a_recipes_provider_chooses_the_table():
+    assert lowerings(Recipe()) is CPU
+    assert lowerings(Recipe(winograd=False)) is CPU_COMPACT
+    assert lowerings(Recipe(dtype="fp16")) is CUDA
+    assert lowerings(Recipe(provider="tensorrt")) is TENSORRT
 
 
 def test_rows_by_head():
