@@ -16,7 +16,7 @@ Cross-attention gets its K and V as two inputs, not packed as [B, L, heads, 2, d
 `Context` computes would have to be laid out by head, so that it meant something else on every provider (the
 CPU's operator takes no packed K and V), or be laid out anew in every step. And only the TensorRT kernels for
 cross-attention read packed K and V as they are: the flash and memory-efficient kernels unpack them first, and
-where none of these runs ONNX Runtime refuses them.
+where none of these runs some versions refuse them.
 """
 
 import numpy as np
@@ -30,8 +30,9 @@ FORM = "form"  # the value as operators here take it: of an image [B, C, H, W], 
 PRODUCT = "product"  # (product, bias), in that form, of a value that is their sum
 SUM = "sum"  # (product, bias or None, skip), in that form, of an image not yet asked for that is their sum
 
-BIAS_SPLIT_GELU = (2560, 5120, 10240)  # the widths that its kernel is compiled for
-BIAS_ADD = (320, 640, 1280)  # likewise
+# The widths that the kernels of every version take; newer ones take more.
+BIAS_SPLIT_GELU = (2560, 5120, 10240)
+BIAS_ADD = (320, 640, 1280)
 
 
 def form(g: Graph, x: Value) -> Value:
@@ -181,7 +182,7 @@ def self_attention(
     """q, k and v packed as [B, N, heads, 3, d]: the rows of their weights are put into that order.
 
     Only in float16 and for d that are multiples of 8: for others the fused attention kernels are not there,
-    or not for short sequences, and without them MultiHeadAttention refuses packed input.
+    or not for short sequences, and without them some versions of MultiHeadAttention refuse packed input.
     """
     rows = weight.shape[0]
     size = rows // 3 // heads
