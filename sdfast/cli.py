@@ -52,6 +52,11 @@ def main(debug: bool) -> None:
 @click.option("--variant", help='Weights variant, such as "fp16".')
 @click.option("--backend", type=click.Choice(["onnx", "inductor", "eager"]), help="[default: onnx]")
 @click.option("--dtype", type=click.Choice(["fp32", "fp16"]), help="[default: fp32]")
+@click.option(
+    "--provider",
+    type=click.Choice(["cpu", "cuda", "tensorrt"]),
+    help="What ONNX graphs are for. [default: cpu in fp32, cuda in fp16]",
+)
 @click.option("--height", type=int, help="Pixels. [default: the checkpoint's own]")
 @click.option("--width", type=int, help="Pixels. [default: the checkpoint's own]")
 @click.option("--batch", type=int, help="The most pictures of one call. [default: 4]")
@@ -112,7 +117,7 @@ def rebuild(engine: Path, checkpoint: str | None) -> None:
 @click.option("--clip-skip", type=int, help="Text layers to leave out, as diffusers counts them.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="A PNG file, or a directory.")
 @click.option("--overwrite", is_flag=True, help="Replace files that are there.")
-@click.option("--device", default="cpu", show_default=True, help='"cpu", "cuda" or "cuda:N".')
+@click.option("--device", help='"cpu", "cuda" or "cuda:N". [default: what the engine is for]')
 @click.option(
     "--backend",
     type=click.Choice(["engine", "onnx", "eager", "diffusers"]),
@@ -137,11 +142,11 @@ def generate(prompt: str, output: Path | None, overwrite: bool, **options: Any) 
 @click.option("--checkpoint", help="The reference. [default: the checkpoint the engine was made from]")
 @click.option("--prompts", type=click.Path(path_type=Path), help="A text file, one prompt a line.")
 @click.option("--steps", type=int, default=20, show_default=True)
-@click.option("--device", default="cpu", show_default=True)
+@click.option("--device", help="[default: what the engine is for]")
 @click.option("--compile", is_flag=True, help="For eager engines: run through torch.compile.")
 @click.option("--attention", type=click.Choice(ATTENTION), help="For eager engines.")
 def validate(
-    engine: Path, checkpoint: str | None, prompts: Path | None, steps: int, device: str, **opening: Any
+    engine: Path, checkpoint: str | None, prompts: Path | None, steps: int, device: str | None, **opening: Any
 ) -> None:
     """Run stock diffusers beside ENGINE and compare modules, steps and pictures."""
     from sdfast.engine import Engine

@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from sdfast.backends import CompiledModule, check_options, loader, parse_device
+from sdfast.backends import (
+    CompiledModule,
+    check_options,
+    check_provider,
+    default_device,
+    loader,
+    parse_device,
+)
 from sdfast.backends.target import check_target
 from sdfast.errors import EngineError, RequestError
 from sdfast.manifest import File, Manifest, Module, Span, Variant, read_manifest
@@ -53,9 +60,19 @@ class Engine:
         self.device = device
         self.threads = threads
         self.dtype = DTYPES[manifest.dtype]
+        if manifest.provider is not None:
+            check_provider(manifest.provider, device, manifest.name, manifest.checkpoint.source)
         self.compile = compile
         self.attention = check_options(manifest.backend, device, compile=compile, attention=attention)
-        self._load = loader(manifest.backend, device, threads, compile=compile, attention=self.attention)
+        self._load = loader(
+            manifest.backend,
+            device,
+            threads,
+            provider=manifest.provider,
+            looped=_looped(manifest),
+            compile=compile,
+            attention=self.attention,
+        )
         if manifest.builder.target is not None:
             check_target(manifest.builder.target, device, rebuild=f"sdfast rebuild {folder}")
         self._loaded: dict[str, CompiledModule] = {}
@@ -65,7 +82,7 @@ class Engine:
     def open(
         cls,
         folder: str | Path,
-        device: str | torch.device = "cpu",
+        device: str | torch.device | None = None,
         *,
         threads: int | None = None,
         load: bool = False,
@@ -74,6 +91,7 @@ class Engine:
     ) -> "Engine":
         """Open the engine in `folder` on `device`, every file's digest checked.
 
+        `device`: default: "cuda" for an ONNX engine that was exported for CUDA or TensorRT, else "cpu".
         `threads`: processor threads of the CPU backends (default: torch's). `load`: load every module too,
         each once its own files are checked, while larger files are still being read.
 
@@ -84,9 +102,11 @@ class Engine:
         Raises `EngineError` when a file is missing or changed, `BackendError` when the device, the backend or
         the attention is not there, `DependencyError` when it needs a package.
         """
-        folder, device = Path(folder), parse_device(device)
+        folder = Path(folder)
+        chosen = None if device is None else parse_device(device)
         manifest = read_manifest(folder)
-        engine = cls(folder, manifest, device, threads, compile=compile, attention=attention)
+        chosen = chosen or default_device(manifest.provider, manifest.builder.target)
+        engine = cls(folder, manifest, chosen, threads, compile=compile, attention=attention)
         with Verification(folder, manifest.files) as verification:
             if load:
                 for module in sorted(manifest.modules.values(), key=verification.size_of):
@@ -239,6 +259,13 @@ class Engine:
         if variant.file not in self._loaded:
             self._loaded[variant.file] = self._load(self.folder / variant.file)
         return self._loaded[variant.file]
+
+
+def _looped(manifest: Manifest) -> frozenset[str]:
+    """The files whose bound calls a loop repeats on pictures of one size."""
+    forms = manifest.modules["unet"].variants
+    sized = (f for f in forms if f.height and f.width and f.height.fixed and f.width.fixed)
+    return frozenset(form.file for form in sized)
 
 
 def cover(batch: int, spans: Iterable[Span]) -> list[int]:

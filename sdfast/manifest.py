@@ -48,11 +48,15 @@ class Span(_Part):
             raise ValueError(f"{self.low} is above {self.high}")
         return self
 
+    @property
+    def fixed(self) -> bool:
+        return self.low == self.high
+
     def __contains__(self, value: int) -> bool:
         return self.low <= value <= self.high
 
     def __str__(self) -> str:
-        return str(self.low) if self.low == self.high else f"{self.low}..{self.high}"
+        return str(self.low) if self.fixed else f"{self.low}..{self.high}"
 
     @classmethod
     def exactly(cls, value: int) -> "Span":
@@ -190,6 +194,11 @@ class Manifest(_Part):
             raise ValueError(f"{unlisted[0]!r} is used, but not among the files")
         return self
 
+    @property
+    def provider(self) -> str | None:
+        """The execution provider that an ONNX engine was exported for; older ones were all for the CPU."""
+        return str(self.recipe.get("provider", "cpu")) if self.backend == "onnx" else None
+
     def sealed(self) -> "Manifest":
         """The same manifest with its seal set."""
         return self.model_copy(update={"seal": _seal(self.model_dump(mode="json"))})
@@ -204,7 +213,7 @@ class Manifest(_Part):
             "created": self.created,
             "checkpoint": " ".join(filter(None, [self.checkpoint.source, self.checkpoint.revision])),
             "family": self.model.family,
-            "backend": f"{self.backend} {self.dtype}",
+            "backend": " ".join(filter(None, [self.backend, self.dtype, self.provider])),
             "sizes": ", ".join(sizes),
             "pictures": f"up to {self.max_images} a call",
             "files": f"{len(self.files)}, {sum(file.size for file in self.files) / 1e6:,.1f} MB, verified",

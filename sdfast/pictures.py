@@ -52,7 +52,7 @@ class Job:
     size: str | None = None
     count: int = 1
     clip_skip: int | None = None
-    device: str = "cpu"
+    device: str | None = None
     backend: str = "engine"
     compile: bool = False
     attention: str | None = None
@@ -131,7 +131,7 @@ class Stock:
     def of(cls, job: Job) -> "Stock":
         from sdfast.backends.attention import Attention
 
-        device = parse_device(job.device)
+        device = parse_device(job.device or "cpu")
         check_device(device)
         return cls(device, Attention(job.attention, device) if job.attention else None)
 

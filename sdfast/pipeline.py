@@ -98,7 +98,7 @@ class Pipeline:
     def from_engine(
         cls,
         folder: str | Path,
-        device: str | torch.device = "cpu",
+        device: str | torch.device | None = None,
         *,
         threads: int | None = None,
         compile: bool = False,
@@ -116,6 +116,7 @@ class Pipeline:
         revision: str | None = None,
         variant: str | None = None,
         backend: str = "onnx",
+        provider: str | None = None,
         sizes: Sequence[str] | None = None,
         compile: bool = False,
         **refused: Any,
@@ -124,7 +125,9 @@ class Pipeline:
 
         The engine is exported on first use into the cache (`SDFAST_CACHE`, by default
         `~/.cache/sdfast/engines`), which is said, and opened from there after that. It has the checkpoint's
-        own size, or `sizes` ("512x768", width first). `compile`, for `backend="eager"`: see `Engine.open`.
+        own size, or `sizes` ("512x768", width first). `provider` ("cpu", "cuda", "tensorrt"): what ONNX
+        graphs are written for, which is where they run; default: "cuda" for float16 where there is a GPU,
+        else "cpu". `compile`, for `backend="eager"`: see `Engine.open`.
         """
         from sdfast.export.cache import cached_engine
 
@@ -136,6 +139,7 @@ class Pipeline:
             revision=revision,
             variant=variant,
             backend=backend,
+            provider=provider,
             sizes=tuple(sizes) if sizes else None,
         )
         return cls.from_engine(folder, compile=compile)

@@ -10,6 +10,8 @@ import torch
 from sdfast.backends import loader
 from sdfast.engine import Engine, cover, verify
 from sdfast.errors import BackendError, EngineError, RequestError
+from sdfast.export.build import export
+from sdfast.export.recipe import Recipe
 from sdfast.manifest import Span, read_manifest
 from tests.fakes import FakeEngine
 from tests.sealing import reseal
@@ -188,3 +190,54 @@ def test_the_outputs_of_a_call_may_be_changed(sd_engine: Path) -> None:
     context = opened.call("context", {"hidden_states": torch.randn(2, 77, 32)})["context"]
     assert not context.is_inference()
     context.mul_(2.0)
+
+
+def for_provider(engine: Path, provider: str) -> Path:
+    reseal(engine, lambda document: document.update(backend="onnx", recipe={"provider": provider}))
+    return engine
+
+
+@pytest.mark.parametrize(
+    ("provider", "device", "says"),
+    [
+        ("cuda", "cpu", "provider 'cuda', which runs on 'cuda', but device 'cpu' was asked for"),
+        ("tensorrt", "cpu", "provider 'tensorrt', which runs on 'cuda', but device 'cpu' was asked for"),
+        ("cpu", "cuda:1", "provider 'cpu', which runs on 'cpu', but device 'cuda:1' was asked for"),
+    ],
+)
+def test_an_engine_for_another_provider_is_refused(
+    engine: Path, provider: str, device: str, says: str
+) -> None:
+    with pytest.raises(BackendError) as caught:
+        Engine.open(for_provider(engine, provider), device)
+    assert says in str(caught.value)
+    source = read_manifest(engine).checkpoint.source
+    wanted = torch.device(device).type
+    assert f"`sdfast export {source} --provider {wanted} -o DIR`" in str(caught.value)
+
+
+def test_an_unknown_provider_is_refused(engine: Path) -> None:
+    with pytest.raises(BackendError, match=r"provider 'rocm'; there are \['cpu', 'cuda', 'tensorrt'\]"):
+        Engine.open(for_provider(engine, "rocm"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_an_engine_for_a_gpu_is_opened_on_one(engine: Path, provider: str) -> None:
+    with pytest.raises(BackendError, match="sees no CUDA device"):
+        Engine.open(for_provider(engine, provider))
+
+
+def test_an_engine_from_before_there_were_providers_is_for_the_processor(engine: Path) -> None:
+    reseal(engine, lambda document: document.update(backend="onnx", recipe={}))
+    assert Engine.open(engine).device.type == "cpu"
+
+
+def test_a_backends_cache_is_no_part_of_the_engine(engine: Path, tiny_sd: Path) -> None:
+    """It does not break the verification, nor hinder a new export, which leaves it behind."""
+    (engine / ".tensorrt" / "onnxruntime-1").mkdir(parents=True)
+    (engine / ".tensorrt" / "onnxruntime-1" / "graph.engine").write_bytes(b"compiled")
+    Engine.open(engine)
+    export(tiny_sd, engine, Recipe(backend="eager", dtype="fp16"))
+    assert Engine.open(engine).manifest.dtype == "fp16"
+    assert not (engine / ".tensorrt").exists()

@@ -567,6 +567,21 @@ def test_a_missing_gpu_is_not_replaced_by_the_processor(sd_engine: Path) -> None
         Engine.open(sd_engine, "cuda")
 
 
+@pytest.mark.parametrize(
+    ("gpu", "given", "provider"),
+    [(True, None, "cuda"), (False, None, "cpu"), (False, "tensorrt", "tensorrt")],
+)
+def test_from_pretrained_in_float16_is_for_the_gpu_if_there_is_one(
+    monkeypatch: pytest.MonkeyPatch, gpu: bool, given: str | None, provider: str
+) -> None:
+    recipes: list[Recipe] = []
+    monkeypatch.setattr("sdfast.export.cache.export", lambda _, target, recipe, **__: recipes.append(recipe))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(StableDiffusionPipeline, "from_engine", lambda folder: None)
+    StableDiffusionPipeline.from_pretrained("org/name", torch_dtype=torch.float16, provider=given)
+    assert [recipe.provider for recipe in recipes] == [provider]
+
+
 def test_from_pretrained_exports_once_and_says_so(
     tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from sdfast.errors import BackendError
+from sdfast.manifest import Target
 
 if TYPE_CHECKING:
     from sdfast.backends.attention import Attention
@@ -30,6 +31,7 @@ class CompiledModule(Protocol):
 
 
 Loader = Callable[[Path], CompiledModule]
+PROVIDER_DEVICES = {"cpu": "cpu", "cuda": "cuda", "tensorrt": "cuda"}  # execution provider → what it runs on
 
 
 def parse_device(device: str | torch.device) -> torch.device:
@@ -41,6 +43,29 @@ def parse_device(device: str | torch.device) -> torch.device:
     if found is None or found.type not in ("cpu", "cuda"):
         raise BackendError(f"device: {str(device)!r} is not one of 'cpu', 'cuda', 'cuda:N'")
     return found
+
+
+def default_device(provider: str | None, target: Target | None) -> torch.device:
+    """Where an engine runs that was exported for a provider, or compiled for a target; else on the CPU."""
+    if target is not None:
+        return torch.device(target.device)
+    return torch.device(PROVIDER_DEVICES.get(provider or "cpu", "cpu"))
+
+
+def check_provider(provider: str, device: torch.device, engine: str, source: str) -> None:
+    """Raises `BackendError` unless graphs that were exported for `provider` run on `device`.
+
+    engine, source: the engine's name and its checkpoint, for the message.
+    """
+    runs_on = PROVIDER_DEVICES.get(provider)
+    if runs_on is None:
+        raise BackendError(f"engine {engine!r} is for provider {provider!r}; there are {[*PROVIDER_DEVICES]}")
+    if runs_on != device.type:
+        raise BackendError(
+            f"engine {engine!r} was exported for provider {provider!r}, which runs on {runs_on!r}, but "
+            f"device {str(device)!r} was asked for, whose provider is {device.type!r}; open it on "
+            f"{runs_on!r}, or make one with `sdfast export {source} --provider {device.type} -o DIR`"
+        )
 
 
 def check_device(device: torch.device) -> None:
@@ -59,15 +84,21 @@ def loader(
     device: torch.device,
     threads: int | None,
     *,
+    provider: str | None = None,
+    looped: frozenset[str] = frozenset(),
     compile: bool = False,
     attention: "Attention | None" = None,
 ) -> Loader:
-    """What loads a module file of `backend` on `device`. Raises `BackendError` when it cannot run here."""
+    """What loads a module file of `backend` on `device`. Raises `BackendError` when it cannot run here.
+
+    provider: the one that an ONNX engine was exported for. looped: names of its files whose bound calls are
+    repeated many times. compile, attention: for eager engines; see `Engine.open`.
+    """
     check_device(device)
     if backend == "onnx":
         from sdfast.backends.onnx import OnnxRuntime
 
-        return OnnxRuntime(device, threads).load
+        return OnnxRuntime(device, threads, provider or "cpu", looped).load
     if backend == "eager":
         from sdfast.backends.eager import load_eager
 

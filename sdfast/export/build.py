@@ -219,9 +219,9 @@ class _Build:
             return lambda spec, place: compile_eager(spec, place, self.checkpoint)
         if self.code_target is not None:
             return self._inductor(self.code_target).compile
-        from sdfast.export.forms import compile_onnx
+        from sdfast.export.forms import compile_onnx, lowerings
 
-        return lambda spec, place: compile_onnx(spec, place, self.recipe.winograd)
+        return lambda spec, place: compile_onnx(spec, place, lowerings(self.recipe))
 
     def _inductor(self, target: Target) -> "Compiler":
         from sdfast.export.code_store import CodeStore
@@ -296,6 +296,7 @@ class _Build:
             "forms": [str(form) for form in spec.forms],
             "backend": self.recipe.backend,
             "dtype": self.recipe.dtype,
+            "provider": self.recipe.provider,
             "winograd": self.recipe.winograd,
             "target": self.code_target.model_dump() if self.code_target else None,
             "autotune": self.recipe.autotune,

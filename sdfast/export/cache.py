@@ -30,6 +30,7 @@ def cached_engine(
     revision: str | None,
     variant: str | None,
     backend: str,
+    provider: str | None = None,
     sizes: tuple[str, ...] | None = None,
 ) -> Path:
     """The folder of the engine of a checkpoint, built when it is not there or the checkpoint has changed.
@@ -39,8 +40,15 @@ def cached_engine(
     """
     if dtype not in _DTYPES:
         raise RequestError(f"torch_dtype: {dtype} is not one of torch.float32, torch.float16")
+    if backend == "onnx" and provider is None and not torch.cuda.is_available():
+        provider = "cpu"  # the engine is for this machine
     recipe = Recipe.make(
-        revision=revision, variant=variant, backend=backend, dtype=_DTYPES[dtype], sizes=sizes
+        revision=revision,
+        variant=variant,
+        backend=backend,
+        dtype=_DTYPES[dtype],
+        provider=provider,
+        sizes=sizes,
     )
     source = str(checkpoint)
     shown = source.replace(os.sep, "--").strip("-.") or "checkpoint"

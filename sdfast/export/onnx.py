@@ -19,14 +19,13 @@ from onnxscript.values import Op, Opset
 from torch import Tensor, nn
 
 from sdfast.errors import ExportError
-from sdfast.export.onnx_cpu import CPU, Graph, Lowerings
+from sdfast.export.onnx_cpu import CPU
+from sdfast.export.onnx_graph import Graph, Lowerings, Value
+from sdfast.export.tracing import Dynamic, dynamic_shapes, example
 from sdfast.models import ops
 
 OPSET = 20
 DOMAIN = "sdfast"
-Dynamic = Mapping[str, Mapping[int, tuple[str, int, int]]]
-
-
 SHARD = 512 * 2**20  # bytes
 
 
@@ -50,7 +49,7 @@ def export_module(
 
     Raises ExportError if the module cannot be traced or written.
     """
-    model = _trace(module, inputs, dynamic, outputs)
+    model = trace(module, inputs, dynamic, outputs)
     lower(model, lowerings)
     model.opset_imports.pop(DOMAIN, None)
     model.opset_imports.setdefault("com.microsoft", 1)
@@ -68,9 +67,10 @@ def export_module(
 
 def lower(model: onnx_ir.Model, lowerings: Lowerings) -> None:
     """Replace every named operation of `model` by what its lowering writes."""
+    memory: dict[tuple[str, Value], Any] = {}
     for node in list(model.graph):
         if node.domain == DOMAIN:
-            graph = Graph(model.graph)
+            graph = Graph(model.graph, memory)
             attributes = {name: attribute.value for name, attribute in node.attributes.items()}
             result = lowerings[node.op_type](graph, *node.inputs, **attributes)
             onnx_ir.convenience.replace_nodes_and_values(
@@ -79,20 +79,21 @@ def lower(model: onnx_ir.Model, lowerings: Lowerings) -> None:
     onnx_ir.passes.common.RemoveUnusedNodesPass()(model)
 
 
-def _trace(
+def trace(
     module: nn.Module, inputs: Mapping[str, Tensor], dynamic: Dynamic, outputs: Sequence[str]
 ) -> onnx_ir.Model:
+    """The graph of `module`, its named operations one node each. Arguments as in `export_module`."""
     try:
         with torch.no_grad(), _quiet(), ops.as_nodes():
             program = torch.onnx.export(
                 module.eval(),
-                tuple(_example(tensor, dynamic.get(name, {})) for name, tensor in inputs.items()),
+                tuple(example(tensor, dynamic.get(name, {})) for name, tensor in inputs.items()),
                 dynamo=True,
                 verbose=False,
                 input_names=list(inputs),
                 output_names=list(outputs),
                 opset_version=OPSET,
-                dynamic_shapes=_dynamic_shapes(inputs, dynamic),
+                dynamic_shapes=dynamic_shapes(inputs, dynamic),
                 custom_translation_table=_translations(),
             )
     except torch.onnx.OnnxExporterError as error:
@@ -100,27 +101,6 @@ def _trace(
     if program is None:
         raise ExportError(f"{type(module).__name__} was exported to nothing")
     return program.model
-
-
-def _example(tensor: Tensor, axes: Mapping[int, Any]) -> Tensor:
-    """A tensor whose dynamic axes are not 1, a size for which tracing would make the axis static."""
-    for axis in axes:
-        if tensor.shape[axis] == 1:
-            tensor = tensor.repeat_interleave(2, dim=axis)
-    return tensor
-
-
-def _dynamic_shapes(inputs: Mapping[str, Tensor], dynamic: Dynamic) -> tuple[dict[int, Any], ...] | None:
-    unknown = set(dynamic) - set(inputs)
-    if unknown:
-        raise ExportError(f"dynamic axes of {sorted(unknown)}, but the inputs are {list(inputs)}")
-    if not any(dynamic.values()):
-        return None
-    dims: dict[tuple[str, int, int], Any] = {}
-    for axes in dynamic.values():
-        for name, low, high in axes.values():
-            dims.setdefault((name, low, high), torch.export.Dim(name, min=low, max=high))
-    return tuple({axis: dims[dim] for axis, dim in dynamic.get(name, {}).items()} for name in inputs)
 
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:

@@ -3,73 +3,12 @@
 Each function writes one operation of `sdfast.models.ops` into a graph; its result's shape is already known.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir
-from onnx_ir.tape import Tape
 
-Array: TypeAlias = np.ndarray[Any, Any]
-Value: TypeAlias = Any  # an onnx_ir.Value: a tensor of the graph that is being written
-Lowerings: TypeAlias = Mapping[str, Callable[..., Value]]
-MICROSOFT = "com.microsoft"
-
-
-class Graph(Tape):  # type: ignore[misc]
-    """Nodes to be written: `graph.Conv(x, weight, pads=…)` adds one and gives its result."""
-
-    def __init__(self, graph: onnx_ir.Graph) -> None:
-        super().__init__()
-        self.graph = graph
-
-    def __getattr__(self, kind: str) -> Callable[..., Value]:
-        def node(*inputs: Value | None, domain: str = "", **attributes: Any) -> Value:
-            return self.op(kind, inputs, attributes, domain=domain)
-
-        return node
-
-    def constant(self, array: Array) -> Value:
-        """A tensor in the graph; equal ones are stored once."""
-        tensor = onnx_ir.tensor(array)
-        name = f"{tensor.dtype.name.lower()}_{'_'.join(map(str, array.shape))}_{array.tobytes().hex()}"
-        if name not in self.graph.initializers:
-            tensor.name = name
-            self.graph.register_initializer(self.initializer(tensor))
-        return self.graph.initializers[name]
-
-    def transformed(
-        self, weight: Value, name: str, shape: tuple[int, ...], function: Callable[[Array], Array]
-    ) -> Value:
-        """A float32 weight that is computed from another one only when it is written to the file."""
-        source = weight.const_value
-        tensor = onnx_ir.LazyTensor(
-            lambda: onnx_ir.tensor(function(source.numpy())),
-            dtype=onnx_ir.DataType.FLOAT,
-            shape=onnx_ir.Shape(shape),
-            name=f"{weight.name}.{name}",
-        )
-        value = self.initializer(tensor)
-        self.graph.register_initializer(value)
-        return value
-
-    def ints(self, *values: int) -> Value:
-        return self.constant(np.array(values, np.int64))
-
-    def reshape(self, x: Value, *sizes: int | Value) -> Value:
-        """sizes: numbers (-1: what is left, 0: the size at this place in x) or one-element tensors."""
-        if all(isinstance(size, int) for size in sizes):
-            return self.Reshape(x, self.ints(*sizes))
-        parts = [self.ints(size) if isinstance(size, int) else size for size in sizes]
-        return self.Reshape(x, self.Concat(*parts, axis=0))
-
-    def sizes(self, x: Value, first: int, last: int) -> list[int | Value]:
-        """Sizes of axes first … last - 1: numbers, or one-element tensors where they are dynamic."""
-        dims = [x.shape[axis] for axis in range(first, last)]
-        return [
-            d if isinstance(d, int) else self.Shape(x, start=axis, end=axis + 1)
-            for axis, d in enumerate(dims, first)
-        ]
+from sdfast.export.onnx_graph import MICROSOFT, Array, Graph, Lowerings, Value
 
 
 def linear(g: Graph, x: Value, weight: Value, bias: Value | None = None) -> Value:
@@ -200,8 +139,24 @@ def group_norm_silu(g: Graph, x: Value, weight: Value, bias: Value, groups: int,
     return g.QuickGelu(group_norm(g, x, weight, bias, groups, eps), alpha=1.0, domain=MICROSOFT)
 
 
+def shifted_group_norm_silu(
+    g: Graph, x: Value, shift: Value, weight: Value, bias: Value, groups: int, eps: float
+) -> Value:
+    total = g.Add(x, g.Unsqueeze(shift, g.ints(2, 3)))
+    total.shape, total.dtype = x.shape, x.dtype
+    return group_norm_silu(g, total, weight, bias, groups, eps)
+
+
 def layer_norm(g: Graph, x: Value, weight: Value, bias: Value, eps: float) -> Value:
     return g.LayerNormalization(x, weight, bias, axis=-1, epsilon=eps)
+
+
+def add(g: Graph, x: Value, branch: Value) -> Value:
+    return g.Add(x, branch)
+
+
+def concat_channels(g: Graph, x: Value, y: Value) -> Value:
+    return g.Concat(x, y, axis=1)
 
 
 def attention(g: Graph, q: Value, k: Value, v: Value, heads: int, upcast: bool) -> Value:
@@ -211,8 +166,15 @@ def attention(g: Graph, q: Value, k: Value, v: Value, heads: int, upcast: bool) 
     return g.Cast(result, to=q.dtype) if casts else result
 
 
+def self_attention(
+    g: Graph, x: Value, weight: Value, bias: Value | None = None, *, heads: int, upcast: bool
+) -> Value:
+    q, k, v = g.split(linear(g, x, weight, bias), 3, x.dtype)
+    return attention(g, q, k, v, heads, upcast)
+
+
 def geglu(g: Graph, x: Value) -> Value:
-    value, gate = g.op_multi_out("Split", [x], {"axis": -1, "num_outputs": 2}, num_outputs=2)
+    value, gate = g.split(x, 2, x.dtype)
     return g.Mul(value, g.Gelu(gate))
 
 
@@ -253,8 +215,12 @@ CPU_COMPACT: Lowerings = {
         conv1x1,
         group_norm,
         group_norm_silu,
+        shifted_group_norm_silu,
         layer_norm,
+        add,
+        concat_channels,
         attention,
+        self_attention,
         geglu,
         upsample_nearest,
         upsample_twice,

@@ -11,6 +11,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -72,10 +73,12 @@ class Recipe(_Part):
     sizes: a list of "WIDTHxHEIGHT", each compiled for itself, or {min, max}; default: the checkpoint's own.
     batch: the most pictures of one call into the networks (any number up to it), or a list of exact numbers,
         each compiled for itself.
-    device: what it is compiled for, which for "inductor" is the very device that is here; default: "cuda" for
-        fp16, "cpu" for fp32.
+    provider: ONNX: the execution provider that the graphs are written for; they run on no other. Default:
+        "cpu" in fp32, "cuda" in fp16.
+    device: "inductor": what it is compiled for, the very device that is here; default: "cpu" in fp32, "cuda"
+        in fp16.
     autotune: "inductor": try the ways to compute each product and take the fastest; default: on CUDA.
-    winograd: ONNX in fp32: the faster algorithm for 3×3 convolutions on a CPU; its weights take more room.
+    winograd: ONNX for the CPU in fp32: the faster algorithm for 3×3 convolutions; its weights take more room.
     """
 
     checkpoint: str | None = None
@@ -83,6 +86,7 @@ class Recipe(_Part):
     variant: str | None = None
     backend: Literal["onnx", "inductor", "eager"] = "onnx"
     dtype: Literal["fp32", "fp16"] = "fp32"
+    provider: Annotated[Literal["cpu", "cuda", "tensorrt"] | None, Field(validate_default=True)] = None
     sizes: Annotated[tuple[Size, ...], Field(min_length=1)] | SizeRange | None = None
     batch: Count | tuple[Count, ...] = 4
     device: Literal["cpu", "cuda"] | None = None
@@ -97,6 +101,15 @@ class Recipe(_Part):
         if not batch:
             raise ValueError(f"give at least one number, from 1 to {MAX_IMAGES}")
         return tuple(sorted(set(batch)))
+
+    @field_validator("provider")
+    @classmethod
+    def _of_onnx(cls, provider: str | None, info: ValidationInfo) -> str | None:
+        if info.data.get("backend") == "eager":
+            if provider is not None:
+                raise ValueError("only the onnx backend has providers; leave it out")
+            return None
+        return provider or ("cuda" if info.data.get("dtype") == "fp16" else "cpu")
 
     @classmethod
     def make(cls, **fields: Any) -> Self:

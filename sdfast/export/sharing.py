@@ -27,11 +27,15 @@ def link_or_copy(old: Path, new: Path) -> None:
 def share_with(target: Path, place: Path, files: Sequence[File]) -> None:
     """Make large files of `place`, which will be the engine `target`, links to those that it or an engine
     beside it already has."""
-    large = {file.sha256: place / file.path for file in files if file.size >= LARGE}
+    large: dict[str, list[Path]] = {}
+    for file in files:
+        if file.size >= LARGE:
+            large.setdefault(file.sha256, []).append(place / file.path)
     for other, digest in _known(target.parent):
-        new = large.get(digest)
-        if new is not None and not other.samefile(new) and sha256(other) == digest:
-            _replace(new, other)
+        new = [path for path in large.get(digest, ()) if not path.samefile(other)]
+        if new and sha256(other) == digest:
+            for path in new:
+                _replace(path, other)
             del large[digest]
 
 

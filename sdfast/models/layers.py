@@ -62,13 +62,17 @@ class Conv1x1(nn.Module):
 
 
 class GroupNorm(nn.Module):
+    """With `silu`, SiLU follows; only then may a shift be added before."""
+
     def __init__(self, channels: int, groups: int, eps: float, silu: bool = False) -> None:
         super().__init__()
         self.groups, self.eps, self.silu = groups, eps, silu
         self.weight = nn.Parameter(torch.empty(channels))
         self.bias = nn.Parameter(torch.empty(channels))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:  # x [B, C, H, W], shift [B, C]
+        if shift is not None:
+            return ops.shifted_group_norm_silu(x, shift, self.weight, self.bias, self.groups, self.eps)
         op = ops.group_norm_silu if self.silu else ops.group_norm
         return op(x, self.weight, self.bias, self.groups, self.eps)
 
@@ -121,8 +125,6 @@ class ResBlock(nn.Module):
         self.conv_shortcut = Conv1x1(inputs, outputs) if inputs != outputs else None
 
     def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:  # x [B, C, H, W], shift [B, C_out]
-        h: Tensor = self.conv1(self.norm1(x))
-        if shift is not None:
-            h = h + shift[:, :, None, None]
-        h = self.conv2(self.norm2(h))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        h = self.conv1(self.norm1(x))
+        h = self.conv2(self.norm2(h, shift))
+        return ops.add(x if self.conv_shortcut is None else self.conv_shortcut(x), h)

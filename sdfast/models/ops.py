@@ -98,9 +98,29 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: f
 
 
 @_named(_same)
+def shifted_group_norm_silu(
+    x: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
+) -> Tensor:
+    """group_norm_silu of x + shift, where shift [B, C] is the same for every pixel: how a timestep enters."""
+    return F.silu(F.group_norm(x + shift[:, :, None, None], groups, weight, bias, eps))
+
+
+@_named(_same)
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """x [..., C], normalised over C."""
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+
+
+@_named(_same)
+def add(x: Tensor, branch: Tensor) -> Tensor:
+    """x and the branch that left it, of one shape: the addition that ends a residual block."""
+    return x + branch
+
+
+@_named(lambda x, y: (x.shape[0], x.shape[1] + y.shape[1], *x.shape[2:]))
+def concat_channels(x: Tensor, y: Tensor) -> Tensor:
+    """x [B, C, H, W], y [B, D, H, W] -> [B, C + D, H, W]."""
+    return torch.cat([x, y], dim=1)
 
 
 @_named(_same)
@@ -109,6 +129,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, upcast: bool) -> Tens
 
     With `upcast` in float32 whatever the dtype, for checkpoints whose scores overflow float16.
     """
+    return attention_by(F.scaled_dot_product_attention, q, k, v, heads, upcast)
+
+
+@_named(lambda x, weight, *_: (*x.shape[:-1], weight.shape[0] // 3))
+def self_attention(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int, upcast: bool) -> Tensor:
+    """x [B, N, I], weight [3 C, I], bias [3 C] -> [B, N, C]: attention of x to itself.
+
+    The weight and the bias are those of q, then of k, then of v.
+    """
+    q, k, v = F.linear(x, weight, bias).chunk(3, dim=-1)
     return attention_by(F.scaled_dot_product_attention, q, k, v, heads, upcast)
 
 

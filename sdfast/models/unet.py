@@ -37,8 +37,13 @@ class SelfAttention(nn.Module):
         self.to_out = nn.ModuleList([Linear(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:  # [B, N, C]
-        q, k, v = self.to_qkv(x).chunk(3, dim=-1)
-        y: Tensor = self.to_out[0](self.attend(q, k, v, self.heads, self.upcast))
+        qkv = self.to_qkv
+        if self.attend is ops.attention:
+            h = ops.self_attention(x, qkv.weight, qkv.bias, self.heads, self.upcast)
+        else:
+            q, k, v = qkv(x).chunk(3, dim=-1)
+            h = self.attend(q, k, v, self.heads, self.upcast)
+        y: Tensor = self.to_out[0](h)
         return y
 
 
@@ -90,10 +95,9 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(channels)
 
     def forward(self, x: Tensor, context: Iterator[Tensor]) -> Tensor:  # x [B, N, C]
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), next(context), next(context))
-        y: Tensor = x + self.ff(self.norm3(x))
-        return y
+        x = ops.add(x, self.attn1(self.norm1(x)))
+        x = ops.add(x, self.attn2(self.norm2(x), next(context), next(context)))
+        return ops.add(x, self.ff(self.norm3(x)))
 
 
 class Transformer(nn.Module):
@@ -114,7 +118,7 @@ class Transformer(nn.Module):
         h = self.proj_in(ops.tokens_from_image(self.norm(x)))
         for block in self.transformer_blocks:
             h = block(h, context)
-        return x + ops.image_from_tokens(self.proj_out(h), x)
+        return ops.add(x, ops.image_from_tokens(self.proj_out(h), x))
 
 
 class Block(nn.Module):
@@ -164,7 +168,7 @@ class UpBlock(Block):
     ) -> Tensor:
         """Consumes one of `skips` from the end for each ResNet block, and ends in the size of the next."""
         for i, resnet in enumerate(self.resnets):
-            x = resnet(torch.cat([x, skips.pop()], dim=1), next(shifts))
+            x = resnet(ops.concat_channels(x, skips.pop()), next(shifts))
             if self.attentions:
                 x = self.attentions[i](x, context)
         for up in self.upsamplers:

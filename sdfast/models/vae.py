@@ -88,9 +88,9 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([Linear(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
-        q, k, v = self.to_qkv(ops.tokens_from_image(self.group_norm(x))).chunk(3, dim=-1)
-        h = self.to_out[0](ops.attention(q, k, v, 1, True))
-        return x + ops.image_from_tokens(h, x)
+        tokens, qkv = ops.tokens_from_image(self.group_norm(x)), self.to_qkv
+        h = self.to_out[0](ops.self_attention(tokens, qkv.weight, qkv.bias, 1, True))
+        return ops.add(x, ops.image_from_tokens(h, x))
 
 
 def _resnets(config: VAEConfig, inputs: int, outputs: int, count: int) -> nn.ModuleList:

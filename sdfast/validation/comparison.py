@@ -64,7 +64,7 @@ def validate(
 
     checkpoint: what to compare with; default: the one the engine was exported from, which must not have
         changed since. scheduler: names to run; default: the checkpoint's own, and one that draws noise.
-    device: of both sides; default: the engine's, or "cpu".
+    device: of both sides; default: the engine's.
 
     Writes `validation/report.json` and `validation/report.html` into the engine, and the figures into its
     manifest. An engine that differs makes a report whose `passed` is False, not an error.
@@ -108,7 +108,7 @@ def _silent(message: str) -> None:
 
 def _opened(engine: Engine | str | Path, device: str | torch.device | None) -> Engine:
     if isinstance(engine, (str, Path)):
-        return Engine.open(engine, device or "cpu")
+        return Engine.open(engine, device)
     if device is not None and torch.device(device) != engine.device:
         raise RequestError(
             f"device: {device}, but this engine is open on {engine.device}; open it on {device}"

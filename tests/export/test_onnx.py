@@ -9,6 +9,7 @@ from torch import nn
 from sdfast.errors import ExportError
 from sdfast.export.onnx import export_module
 from sdfast.export.onnx_cpu import CPU, CPU_COMPACT
+from sdfast.export.onnx_tensorrt import TENSORRT
 from sdfast.models import ops
 from sdfast.models.layers import Conv3x3
 from sdfast.models.text import TextEncoder
@@ -57,7 +58,7 @@ def check(path, module, inputs, tolerance=2e-6):
 
 
 def test_every_operation_has_a_lowering():
-    assert set(CPU) == set(CPU_COMPACT) == set(ops.NAMES)
+    assert set(CPU) == set(CPU_COMPACT) == set(TENSORRT) == set(ops.NAMES)
 
 
 def test_unet_of_fixed_size(tmp_path):
@@ -229,3 +230,31 @@ def test_dynamic_axes_of_an_unknown_input_are_refused(tmp_path):
 def test_a_folder_that_is_not_there_is_an_export_error(tmp_path):
     with pytest.raises(ExportError, match="cannot write"):
         export_module(nn.Linear(64, 64), {"x": torch.ones(2, 64)}, {}, ["y"], tmp_path / "none" / "m.onnx")
+
+
+@pytest.mark.parametrize("config", [SDXL, TINY | {"upcast_attention": True}], ids=["sdxl", "upcast"])
+def test_graphs_for_tensorrt_are_of_standard_operators(tmp_path, config):
+    unet, _, _ = unet_modules(config)
+    path, inputs = tmp_path / "unet.onnx", unet_inputs(unet, 2, 8, 12)
+    dynamic = {name: {0: BATCH} for name in inputs}
+    export_module(unet, inputs, dynamic, ["model_output"], path, TENSORRT)
+    assert {node.domain for node in onnx.load(path, load_external_data=False).graph.node} == {""}
+    check(path, unet, inputs)
+    check(path, unet, unet_inputs(unet, 3, 8, 12))
+
+
+def test_graphs_for_tensorrt_upcast_the_scores_alone(tmp_path):
+    unet, _, _ = unet_modules(TINY | {"upcast_attention": True}, torch.float16)
+    path = tmp_path / "unet.onnx"
+    export_module(unet, unet_inputs(unet, 2, 8, 8, torch.float16), {}, ["out"], path, TENSORRT)
+    graph = onnx.load(path, load_external_data=False).graph
+    makers = {name: node.op_type for node in graph.node for name in node.output}
+    softmaxes = [node for node in graph.node if node.op_type == "Softmax"]
+    casts = [node for node in graph.node if node.op_type == "Cast"]
+    assert len(casts) == 4 * len(softmaxes) > 0
+    inputs = unet_inputs(unet, 2, 8, 8, torch.float16)
+    with torch.no_grad():
+        expected = unet.float()(**{name: tensor.float() for name, tensor in inputs.items()})
+    got = torch.from_numpy(session(path).run(None, {n: t.numpy() for n, t in inputs.items()})[0]).float()
+    assert (got - expected).norm() / expected.norm() < 5e-3
+    assert {makers[node.input[0]] for node in softmaxes} == {"MatMul"}

@@ -45,6 +45,11 @@ RECIPES = sorted((Path(__file__).parents[2] / "export").glob("*.toml"))
         ),
         ({"dtype": "int8"}, "dtype: must be 'fp32' or 'fp16' (got 'int8')"),
         ({"backend": "tensorrt"}, "backend: must be 'onnx', 'inductor' or 'eager'"),
+        ({"provider": "rocm"}, "provider: must be 'cpu', 'cuda' or 'tensorrt' (got 'rocm')"),
+        (
+            {"backend": "eager", "provider": "cuda"},
+            "provider: only the onnx backend has providers; leave it out (got 'cuda')",
+        ),
         ({"revision": 5}, "revision: must be a valid string"),
         ({"checkpoint": ["a"]}, "checkpoint: must be a valid string"),
         ({"chekpoint": "a"}, "chekpoint: unknown field 'chekpoint'; there are: checkpoint, revision"),
@@ -109,3 +114,12 @@ def test_sizes_and_batches_become_spans() -> None:
     free = Recipe.make(sizes={"min": "64x96", "max": "128x160"}, batch=3)
     assert free.size_spans(8) == [(Span(low=96, high=160), Span(low=64, high=128))]
     assert free.unet_batches() == [Span(low=1, high=6)]
+
+
+def test_a_provider_follows_from_the_dtype_and_is_recorded() -> None:
+    assert Recipe().provider == "cpu"
+    assert Recipe(dtype="fp16").provider == "cuda"
+    assert Recipe(dtype="fp16", provider="cpu").provider == "cpu"
+    assert Recipe(dtype="fp32", provider="tensorrt").provider == "tensorrt"
+    assert Recipe(backend="eager", dtype="fp16").provider is None
+    assert Recipe(dtype="fp16").model_dump()["provider"] == "cuda"

@@ -1,0 +1,357 @@
+"""Graphs for ONNX Runtime's CUDA provider: what is fused, that all has CUDA kernels, that it is right."""
+
+import json
+from collections import Counter
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx.reference import ReferenceEvaluator
+from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
+
+from sdfast.engine import Engine
+from sdfast.errors import BackendError
+from sdfast.export.build import export
+from sdfast.export.forms import lowerings
+from sdfast.export.onnx import export_module, lower, trace
+from sdfast.export.onnx_cpu import CPU, CPU_COMPACT
+from sdfast.export.onnx_cuda import CUDA, by_head, group_norm_fits
+from sdfast.export.onnx_tensorrt import TENSORRT
+from sdfast.export.recipe import Recipe
+from sdfast.manifest import read_manifest
+from sdfast.models import layers, ops, unet, vae
+from sdfast.models.unet import UNet, UNetConfig
+from sdfast.models.vae import VAEConfig, load_vae
+from tests.export.microsoft import OPERATORS
+from tests.export.test_onnx import BATCH, HEIGHT, WIDTH, session, unet_inputs, unet_modules
+from tests.models.conftest import SDXL, TINY, VAES, randomise
+
+HALF, SINGLE = torch.float16, torch.float32
+# As wide as SD 1.5's first level, so that every fused operator has its size, and as shallow as can be.
+WIDE = {
+    "block_out_channels": [320, 320],
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "layers_per_block": 1,
+    "cross_attention_dim": 24,
+    "attention_head_dim": 8,
+}
+LISTING = Path(__file__).with_name("cuda_kernels.txt")
+
+
+def listed_kernels():
+    """(domain, operator) -> [(first version, last version, element types)]."""
+    kernels = {}
+    for line in LISTING.read_text("utf-8").splitlines():
+        if line and not line.startswith("#"):
+            domain, name, first, last, *types = line.split()
+            span = (int(first), 10**9 if last == "-" else int(last), set(types))
+            kernels.setdefault(("" if domain == "-" else domain, name), []).append(span)
+    return kernels
+
+
+KERNELS = listed_kernels()
+
+
+def without_kernel(model, values):
+    """The nodes that no kernel of the CUDA provider takes, with the reason. values: results by name."""
+    opsets = {opset.domain: opset.version for opset in model.opset_import}
+    for node in model.graph.node:
+        version = 1
+        if node.domain == "":
+            version = onnx.defs.get_schema(node.op_type, opsets[""]).since_version
+        spans = KERNELS.get((node.domain, node.op_type), [])
+        types = {values[name].dtype.name.replace("float32", "float") for name in node.input if name}
+        if not any(first <= version <= last for first, last, _ in spans):
+            yield f"{node.op_type} {version}: no kernel"
+        elif not any(
+            types <= allowed | {"int64"} for first, last, allowed in spans if first <= version <= last
+        ):
+            yield f"{node.op_type}: no kernel for {sorted(types)}"
+
+
+def run(path, inputs, processor=()):
+    """The graph's outputs, after making sure that the CUDA provider would run every node of it.
+
+    processor: what is known to run on the processor instead.
+    """
+    model = onnx.load(path)
+    evaluator = ReferenceEvaluator(model, new_ops=OPERATORS)
+    feeds = {name: tensor.numpy() for name, tensor in inputs.items()}
+    values = evaluator.run(None, feeds, intermediate=True)
+    values |= {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    assert list(without_kernel(model, values)) == [*processor]
+    return [values[output.name] for output in model.graph.output]
+
+
+def check(path, module, inputs, tolerance):
+    """Against the network in float32 on the same weights."""
+    dtypes = {tensor.dtype for tensor in module.parameters()}
+    expected = module.float()(**{name: tensor.float() for name, tensor in inputs.items()})
+    module.to(*dtypes)
+    (got,) = run(path, inputs)
+    assert got.shape == tuple(expected.shape)
+    error = (torch.from_numpy(got).double() - expected.double()).norm() / expected.double().norm()
+    assert error <= tolerance
+
+
+def kinds(path):
+    return Counter(node.op_type for node in onnx.load(path, load_external_data=False).graph.node)
+
+
+def count(module, *classes):
+    return sum(isinstance(child, classes) for child in module.modules())
+
+
+def fused(network):
+    """The operators that a U-Net's structure asks for in float16, by name."""
+    resnets, transformers = count(network, layers.ResBlock), count(network, unet.Transformer)
+    blocks, norms = count(network, unet.TransformerBlock), count(network, layers.GroupNorm)
+    up = sum(len(block.resnets) for block in network.up_blocks)
+    # A shift enters every ResNet block. A sum is normed next in every transformer, in every ResNet block but
+    # the first of a level down and those up, and at the end.
+    sums_normed = transformers + 1 + resnets - up - len(network.down_blocks)
+    sums = resnets + transformers
+    biases = {"BiasAdd": 3 * blocks + sums - sums_normed, "Add": transformers, "BiasSplitGelu": blocks}
+    return Counter(biases) + Counter(
+        GroupNorm=norms - resnets - sums_normed,
+        SkipGroupNorm=resnets + sums_normed,
+        LayerNormalization=3 * blocks,
+        MultiHeadAttention=2 * blocks,
+        NhwcConv=count(network, layers.Conv3x3, layers.Conv1x1),
+        FusedMatMul=count(network, layers.Linear),
+        Concat=up,
+        Resize=count(network, layers.Upsample),
+        Split=2,  # the time shifts of all blocks, and the keys and values of all layers
+        Transpose=2,  # the sample, and the model's output
+    )
+
+
+def test_every_operation_has_a_lowering():
+    assert set(CUDA) == set(CPU) == set(ops.NAMES)
+
+
+def test_sd15_is_made_of_fused_operators():
+    """The real network, its weights never written. All is counted but Reshape, which moves nothing."""
+    stock = json.loads((resources.files("sdfast.export") / "stock" / "sd15.json").read_text("utf-8"))
+    config = UNetConfig.from_diffusers(stock["unet/config.json"])
+    with torch.device("meta"):
+        network = UNet(config).to(HALF)
+    network = network.to_empty(device="cpu")
+    model = trace(network, unet_inputs(network, 2, 64, 64, HALF), {}, ["output"])
+    lower(model, CUDA)
+    nodes = list(model.graph)
+    found = Counter(node.op_type for node in nodes)
+    assert found.pop("Reshape") > 0
+    assert found == fused(network)
+    assert {name: found[name] for name in ("MultiHeadAttention", "NhwcConv", "BiasSplitGelu")} == {
+        "MultiHeadAttention": 32,
+        "NhwcConv": 66,
+        "BiasSplitGelu": 16,
+    }
+    assert (found["GroupNorm"], found["SkipGroupNorm"], found["BiasAdd"]) == (16, 45, 63)
+    packed = [n for n in nodes if n.op_type == "MultiHeadAttention" and len(n.inputs) == 1]
+    assert len(packed) == count(network, unet.SelfAttention) == 16
+    silu = [n for n in nodes if "GroupNorm" in n.op_type and n.attributes["activation"].value == 1]
+    assert len(silu) == 2 * count(network, layers.ResBlock) + 1
+    assert {(n.domain, n.op_type) for n in nodes} <= set(KERNELS)
+    assert all(n.attributes["channels_last"].value == 1 for n in nodes if "GroupNorm" in n.op_type)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(HALF, 5e-3), (SINGLE, 1e-5)])
+def test_unet(tmp_path, dtype, tolerance):
+    network, _, _ = unet_modules(WIDE, dtype)
+    path = tmp_path / "unet.onnx"
+    export_module(network, unet_inputs(network, 2, 8, 8, dtype), {}, ["output"], path, CUDA)
+    found = kinds(path)
+    found.pop("Reshape")
+    expected = fused(network)
+    if dtype == SINGLE:  # q, k and v are not packed
+        expected["Split"] += count(network, unet.SelfAttention)
+    assert found == expected
+    check(path, network, unet_inputs(network, 2, 8, 8, dtype), tolerance)
+
+
+@pytest.mark.parametrize("dtype", [HALF, SINGLE])
+def test_onnx_runtime_agrees_with_the_graph_up_to_the_kernels(tmp_path, dtype):
+    """It checks operators, attributes, types and shapes before it looks for kernels, which a CPU lacks."""
+    network, _, _ = unet_modules(WIDE, dtype)
+    path = tmp_path / "unet.onnx"
+    export_module(network, unet_inputs(network, 2, 8, 8, dtype), {}, ["output"], path, CUDA)
+    with pytest.raises(NoKernel, match=r"NhwcConv\(1\)"):
+        session(path)
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype", "tolerance"),
+    [(SDXL, SINGLE, 1e-5), (TINY | {"upcast_attention": True}, HALF, 5e-3)],
+    ids=["sdxl", "upcast"],
+)
+def test_sizes_without_a_fused_operator(tmp_path, config, dtype, tolerance):
+    """Small widths, deep transformers; attention whose scores are float32."""
+    network, _, _ = unet_modules(config, dtype)
+    path = tmp_path / "unet.onnx"
+    export_module(network, unet_inputs(network, 2, 8, 12, dtype), {}, ["output"], path, CUDA)
+    found = kinds(path)
+    assert found["Transpose"] == 2
+    assert found["BiasAdd"] == found["BiasSplitGelu"] == found["Shape"] == 0
+    assert found["GroupNorm"] + found["SkipGroupNorm"] == count(network, layers.GroupNorm)
+    check(path, network, unet_inputs(network, 2, 8, 12, dtype), tolerance)
+
+
+def test_unet_of_any_size(tmp_path):
+    network, _, _ = unet_modules(TINY, HALF)
+    dynamic = {
+        "sample": {0: BATCH, 2: HEIGHT, 3: WIDTH},
+        "time_shift": {0: BATCH},
+        "context": {0: BATCH, 1: ("tokens", 77, 770)},
+    }
+    path = tmp_path / "unet.onnx"
+    export_module(network, unet_inputs(network, 1, 8, 12, HALF), dynamic, ["output"], path, CUDA)
+    assert kinds(path)["Transpose"] == 2
+    for batch, height, width in ((1, 8, 12), (3, 16, 8), (2, 7, 9)):
+        check(path, network, unet_inputs(network, batch, height, width, HALF), 5e-3)
+
+
+def test_a_free_batch_asks_for_no_shapes(tmp_path):
+    """Shape arithmetic runs on the processor: a graph that leaves only the batch open has none."""
+    network, _, _ = unet_modules(WIDE, HALF)
+    dynamic = {name: {0: BATCH} for name in ("sample", "time_shift", "context")}
+    path = tmp_path / "unet.onnx"
+    export_module(network, unet_inputs(network, 2, 4, 4, HALF), dynamic, ["output"], path, CUDA)
+    found = kinds(path)
+    found.pop("Reshape")
+    assert found == fused(network)
+    for batch in (1, 3):
+        check(path, network, unet_inputs(network, batch, 4, 4, HALF), 5e-3)
+
+
+def vae_halves(config, dtype):
+    from diffusers import AutoencoderKL
+
+    weights = randomise(AutoencoderKL(**config)).state_dict()
+    return load_vae(VAEConfig.from_diffusers(config), weights, dtype)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(HALF, 5e-3), (SINGLE, 1e-5)])
+@pytest.mark.parametrize("name", VAES)
+def test_vae_decoder(tmp_path, name, dtype, tolerance):
+    """Latents and picture are float32. Groups of three channels, which "shifted" has, have no fused norm."""
+    decoder = vae_halves(VAES[name], dtype)[0]
+    latents = {"latents": torch.randn(1, decoder.config.latent_channels, 8, 12)}
+    path = tmp_path / "vae.onnx"
+    export_module(decoder, latents, {}, ["image"], path, CUDA)
+    found = kinds(path)
+    norms = [m for m in decoder.modules() if isinstance(m, layers.GroupNorm)]
+    fit = [m for m in norms if group_norm_fits(len(m.weight), m.groups)]
+    assert found["GroupNorm"] + found["SkipGroupNorm"] == len(fit)
+    assert found["NhwcConv"] == count(decoder, layers.Conv3x3, layers.Conv1x1)
+    assert found["MultiHeadAttention"] == count(decoder, vae.Attention)
+    if name == "sd":
+        assert len(fit) == len(norms)
+        assert found["Transpose"] == 2
+    check(path, decoder, latents, tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(HALF, 5e-3), (SINGLE, 1e-5)])
+def test_vae_encoder(tmp_path, dtype, tolerance):
+    """Its strided convolutions pad one end only."""
+    encoder = vae_halves(VAES["sd"], dtype)[1]
+    picture = {"image": torch.randn(1, 3, 16, 24, dtype=dtype)}
+    path = tmp_path / "vae.onnx"
+    export_module(encoder, picture, {}, ["moments"], path, CUDA)
+    assert kinds(path)["Pad"] == count(encoder, layers.Downsample) == 2
+    assert kinds(path)["Transpose"] == 2
+    check(path, encoder, picture, tolerance)
+
+
+def test_conditioning(tmp_path):
+    _, time_shift, context = unet_modules(SDXL, HALF)
+    inputs = {
+        "timesteps": torch.tensor([981.0, 17.25]),
+        "text_embeds": torch.randn(2, 40, dtype=HALF),
+        "time_ids": torch.tensor([[1024.0, 768, 0, 32, 1024, 1024], [512, 512, 0, 0, 512, 640]]),
+    }
+    path = tmp_path / "time_shift.onnx"
+    free = {name: {0: ("steps", 1, 2000)} for name in inputs}
+    export_module(time_shift, inputs, free, ["time_shift"], path, CUDA)
+    check(path, time_shift, inputs, 5e-3)
+    hidden = {"hidden_states": torch.randn(2, 77, 56, dtype=HALF)}
+    export_module(context, hidden, {}, ["context"], tmp_path / "context.onnx", CUDA)
+    check(tmp_path / "context.onnx", context, hidden, 5e-3)
+
+
+def test_an_fp16_engine_is_for_cuda_in_every_module(tiny_sd, tmp_path):
+    """Its text encoder too, which transformers defines, but for one node: where a prompt ends is found among
+    integers, for which the CUDA provider's ArgMax has no kernel. Once a prompt, 77 of them."""
+    engine = export(tiny_sd, tmp_path / "engine", Recipe(dtype="fp16", batch=1))
+    manifest = read_manifest(engine)
+    assert manifest.provider == manifest.recipe["provider"] == "cuda"
+    assert "onnx fp16 cuda" in manifest.summary()
+    for name, module in manifest.modules.items():
+        spec = onnx.load(engine / module.variants[0].file, load_external_data=False)
+        assert {(n.domain, n.op_type) for n in spec.graph.node} <= set(KERNELS), name
+    assert {"NhwcConv", "SkipGroupNorm"} <= set(kinds(engine / "unet.onnx"))
+    rows = {"input_ids": torch.randint(0, 20, (1, 77))}
+    run(engine / "text_encoder.onnx", rows, processor=["ArgMax: no kernel for ['int32']"])
+    with pytest.raises(BackendError, match="'cuda', but device 'cpu' was asked for"):
+        Engine.open(engine, "cpu")
+    export(tiny_sd, engine, Recipe(dtype="fp16", batch=1, provider="cpu"))
+    assert Engine.open(engine).manifest.provider == "cpu"
+    assert "NhwcConv" not in kinds(engine / "unet.onnx")
+
+
+def test_a_recipes_provider_chooses_the_table():
+    assert lowerings(Recipe()) is CPU
+    assert lowerings(Recipe(winograd=False)) is CPU_COMPACT
+    assert lowerings(Recipe(dtype="fp16")) is CUDA
+    assert lowerings(Recipe(provider="tensorrt")) is TENSORRT
+
+
+def test_rows_by_head():
+    rows = np.array([f"{part}{head}{i}" for part in "qkv" for head in "ab" for i in "01"])
+    packed = ["qa0", "qa1", "ka0", "ka1", "va0", "va1", "qb0", "qb1", "kb0", "kb1", "vb0", "vb1"]
+    assert by_head(rows, 2).tolist() == packed
+
+
+@pytest.mark.parametrize(
+    ("channels", "groups", "fits"),
+    [(320, 32, True), (1920, 32, True), (96, 32, False), (128, 64, False), (330, 32, False)],
+)
+def test_group_norms_with_a_kernel(channels, groups, fits):
+    assert group_norm_fits(channels, groups) == fits
+
+
+def one_node(kind, domain, dtype):
+    info = onnx.helper.make_tensor_value_info
+    node = onnx.helper.make_node(kind, ["x"], ["y"], domain=domain)
+    graph = onnx.helper.make_graph([node], "g", [info("x", dtype, [2])], [info("y", dtype, [2])])
+    opsets = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("com.microsoft", 1)]
+    return onnx.helper.make_model(graph, opset_imports=opsets)
+
+
+def test_nodes_for_the_processor_are_found():
+    ones = {"x": np.ones(2, np.float32)}
+    assert list(without_kernel(one_node("Gelu", "", onnx.TensorProto.FLOAT), ones)) == []
+    assert list(without_kernel(one_node("Acos", "", onnx.TensorProto.FLOAT), ones)) == ["Acos 7: no kernel"]
+    strange = one_node("Gelu", "com.example", onnx.TensorProto.FLOAT)
+    assert list(without_kernel(strange, ones)) == ["Gelu 1: no kernel"]
+    whole = {"x": np.ones(2, np.int32)}
+    found = list(without_kernel(one_node("Sigmoid", "", onnx.TensorProto.INT32), whole))
+    assert found == ["Sigmoid: no kernel for ['int32']"]
+
+
+@pytest.mark.cuda
+def test_the_listing_is_what_the_installed_build_has():
+    from onnxruntime.capi.onnxruntime_pybind11_state import get_all_opkernel_def
+
+    kernels = [k for k in get_all_opkernel_def() if k.provider == "CUDAExecutionProvider"]
+    if not kernels:
+        pytest.skip("this ONNX Runtime is built without CUDA")
+    for (domain, name), spans in KERNELS.items():
+        built = [k.version_range for k in kernels if k.op_name == name and k.domain in (domain, "ai.onnx")]
+        for first, _, _ in spans:
+            assert any(low <= first <= high for low, high in built), (domain, name, first)
