@@ -577,7 +577,7 @@ def test_from_pretrained_in_float16_is_for_the_gpu_if_there_is_one(
     recipes: list[Recipe] = []
     monkeypatch.setattr("sdfast.export.cache.export", lambda _, target, recipe, **__: recipes.append(recipe))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(StableDiffusionPipeline, "from_engine", lambda folder: None)
+    monkeypatch.setattr(StableDiffusionPipeline, "from_engine", lambda folder, **_: None)
     StableDiffusionPipeline.from_pretrained("org/name", torch_dtype=torch.float16, provider=given)
     assert [recipe.provider for recipe in recipes] == [provider]
 

@@ -287,7 +287,7 @@ def test_code_for_another_machine_is_refused_with_both_values(
 ) -> None:
     reseal(own, lambda document: document["builder"]["target"].update(change))
     with pytest.raises(BackendError, match=message) as refusal:
-        Engine.open(own)
+        Engine.open(own, "cpu")
     assert f"sdfast rebuild {own}" in str(refusal.value) or "device" in change
 
 
