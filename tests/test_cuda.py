@@ -42,7 +42,7 @@ class CudaEngine(FakeEngine):
 
 @pytest.mark.usefixtures("no_synchronisation")
 def test_between_joining_and_leaving_nothing_waits() -> None:
-    """From the second rows of a bucket on: the first ones' graph is captured, which takes a moment's quiet."""
+    """From the second rows of a bucket on: capturing the graph of the first ones takes a moment's quiet."""
     engine, buckets = CudaEngine(Span(low=1, high=16)), Buckets()
     for strict in (False, True):
         running = Rows(engine, [row(**kinds) for kinds in MIXED], SIDE, SIDE, buckets=buckets)

@@ -1,0 +1,140 @@
+"""What the API side and the engine side of the server tell each other.
+
+The API makes a `Job` of a request and hands it to a `Studio`; the studio answers with events, of which the
+last is `Done` or `Failed`. Nothing else crosses between the two, so that they may live in two processes.
+"""
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from sdfast.request import Request
+
+
+@dataclass(frozen=True)
+class Job:
+    """One generation request that was checked.
+
+    id: unique among those under way. engine: the name of the engine that runs it. deadline: seconds by
+    `time.monotonic()`, after which a job that still waits is not begun. previews: how many pictures of the
+    current estimate are wanted on the way, evenly spread over the steps of the first image.
+    """
+
+    id: str
+    engine: str
+    request: Request
+    deadline: float | None = None
+    previews: int = 0
+
+
+@dataclass(frozen=True)
+class Queued:
+    """The job waits. position: how many jobs come before it."""
+
+    position: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """Network evaluations done of all that the job needs, summed over its images."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A picture of the estimate of the clean latents: PNG bytes, of the first image. index counts from 0."""
+
+    index: int
+    png: bytes
+
+
+@dataclass(frozen=True)
+class Done:
+    """The pictures, in the request's order, each a PNG with its parameters inside.
+
+    truncated: the text that was cut from each prompt, "" for none. seconds: by stage: "waiting", "encoding",
+    "denoising", "decoding".
+    """
+
+    pngs: tuple[bytes, ...]
+    seeds: tuple[int, ...]
+    truncated: tuple[str, ...]
+    seconds: Mapping[str, float]
+
+
+FailureKind = Literal["request", "numerical", "memory", "timeout", "cancelled", "engine"]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The job ends without pictures.
+
+    kind: "request" (it asks for what this engine cannot), "numerical" (what came out is no number), "memory"
+    (the device has too little), "timeout" (its deadline passed while it waited), "cancelled", or "engine"
+    (the engine failed: whatever else was under way failed with it).
+    """
+
+    kind: FailureKind
+    message: str
+
+
+Event = Queued | Step | Preview | Done | Failed
+
+
+class QueueFull(Exception):
+    """There is no place for another job. retry_after: seconds after which there may be one."""
+
+    def __init__(self, retry_after: float) -> None:
+        super().__init__(f"the queue is full; try again in {retry_after:.0f} s")
+        self.retry_after = retry_after
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What the API must know of an engine. sizes: "WIDTHxHEIGHT" or ranges, for people and messages.
+
+    checkpoint_digest: hex SHA-256 over the digests of its weights.
+    """
+
+    name: str
+    family: str
+    default_height: int
+    default_width: int
+    sizes: tuple[str, ...]
+    max_images: int
+    checkpoint: str
+    checkpoint_digest: str
+
+
+class Studio(Protocol):
+    """Where jobs are run. All methods are called from the API's event loop."""
+
+    @property
+    def engines(self) -> Mapping[str, EngineInfo]: ...
+
+    @property
+    def ready(self) -> bool:
+        """Whether every engine is loaded, warmed up and at work."""
+        ...
+
+    def submit(self, job: Job) -> AsyncIterator[Event]:
+        """Take the job in. Closing the iterator before its end cancels the job.
+
+        Raises `QueueFull`, at once; `RequestError` for what no engine here can do (an unknown engine, a size
+        that it does not have), at once.
+        """
+        ...
+
+    def cancel(self, job_id: str) -> bool:
+        """End a job that waits or runs, at the next step at the latest; False when there is none."""
+        ...
+
+    def waiting(self) -> int:
+        """How many jobs are queued."""
+        ...
+
+    def running(self) -> int:
+        """How many rows are being denoised."""
+        ...
