@@ -120,7 +120,7 @@ def rebuild(engine: Path, checkpoint: str | None) -> None:
 @click.option("--device", help='"cpu", "cuda" or "cuda:N". [default: what the engine is for]')
 @click.option(
     "--backend",
-    type=click.Choice(["engine", "onnx", "eager", "diffusers"]),
+    type=click.Choice(["engine", "onnx", "inductor", "eager", "diffusers"]),
     default="engine",
     show_default=True,
     help="What the engine must be; or the stock pipeline.",
@@ -179,9 +179,10 @@ def info(engine: Path, as_json: bool) -> None:
 def schedulers(as_json: bool) -> None:
     """List the samplers: AUTOMATIC1111's name, the short name, the diffusers class; --scheduler takes each.
 
-    A sampler evaluates the network once or twice a step: what a step costs.
+    A sampler evaluates the network once or twice a step: what a step costs. A plain sampler's name may be
+    followed by a schedule type of AUTOMATIC1111, as in "Euler a Karras" or "DPM++ 2M Align Your Steps".
     """
-    from sdfast.schedulers import SAMPLERS
+    from sdfast.schedulers import SAMPLERS, SCHEDULE_TYPES
 
     if as_json:
         listed = [{**vars(s), "name": s.name, "overrides": dict(s.overrides)} for s in SAMPLERS]
@@ -189,6 +190,7 @@ def schedulers(as_json: bool) -> None:
         return
     rows = [(s.name, s.short_name, s.scheduler, str(s.evaluations), s.advice) for s in SAMPLERS]
     click.echo(_table([("name", "short name", "diffusers class", "evaluations a step", "when"), *rows]))
+    click.echo(f"\nschedule types: {', '.join(SCHEDULE_TYPES)}")
 
 
 @main.command()

@@ -36,8 +36,8 @@ class Job:
 
     engine: its directory; or, in its place, checkpoint: what `sdfast export` takes, for the stock pipeline in
         dtype ("fp32" or "fp16").
-    backend: "engine" for whatever the engine is, "onnx" or "eager" for one that must be that, or "diffusers"
-        for the stock pipeline of its checkpoint.
+    backend: "engine" for whatever the engine is, "onnx", "inductor" or "eager" for one that must be that, or
+        "diffusers" for the stock pipeline of its checkpoint.
     """
 
     prompt: str

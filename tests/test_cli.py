@@ -15,6 +15,7 @@ from PIL import Image
 
 from sdfast import infotext
 from sdfast.cli import _engine_name, main
+from sdfast.manifest import read_manifest
 from sdfast.schedulers import SAMPLERS, resolve
 from tests import checkpoints
 from tests.backends import xformers
@@ -281,8 +282,11 @@ def test_info_tells_what_an_engine_is(sd_engine: Path) -> None:
 
 
 def test_schedulers_lists_every_name(here: Path) -> None:
-    head, *listed = sdfast("schedulers").stdout.splitlines()
-    assert head.split("  ")[0] == "name"
+    head, *listed, blank, types = sdfast("schedulers").stdout.splitlines()
+    assert head.split("  ")[0] == "name" and not blank
+    known = types.removeprefix("schedule types: ").split(", ")
+    assert {"Karras", "SGM Uniform", "Align Your Steps"} <= set(known)
+    assert all(resolve(f"Euler {known_type}") for known_type in known)
     for sampler, line in zip(SAMPLERS, listed, strict=True):
         cells = [cell.strip() for cell in line.split("  ") if cell]
         told = [sampler.name, sampler.short_name, sampler.scheduler, str(sampler.evaluations), sampler.advice]
@@ -407,3 +411,14 @@ def test_the_real_command_fails_with_one_line_and_shows_more_with_debug(here: Pa
         assert traceback or result.stderr.splitlines() == [
             "Error: no/engine: no such engine; make one with `sdfast export SOURCE -o no/engine`"
         ]
+
+
+def test_an_engine_is_rebuilt_from_its_own_recipe(sd_engine: Path, tiny_sd: Path, here: Path) -> None:
+    engine = Path(shutil.copytree(sd_engine, here / "engine"))
+    same = sdfast("rebuild", engine)
+    assert same.exit_code == 0 and "up to date" in same.output
+    assert refused("rebuild", here / "none").startswith(f"{here / 'none'}: no such engine")
+    (engine / "unet.safetensors").write_bytes(b"damaged")
+    assert sdfast("rebuild", engine, "--checkpoint", tiny_sd).exit_code == 0
+    assert read_manifest(engine).recipe == read_manifest(sd_engine).recipe
+    assert draw(engine, "-o", "picture.png").exit_code == 0

@@ -35,13 +35,27 @@ from typing import Any
 import numpy as np
 
 from sdfast.schedulers.config import ending_at, own_config, read
-from sdfast.schedulers.layouts import laid_out
+from sdfast.schedulers.layouts import LAYOUTS, laid_out
 from sdfast.schedulers.names import SAMPLERS, Sampler, resolve
+from sdfast.schedulers.names import SCHEDULE_TYPES as BY_CONFIG
 from sdfast.schedulers.run import checked_run
 from sdfast.schedulers.solvers import SOLVERS
 from sdfast.schedulers.table import Brownian, Schedule
 
-__all__ = ["SAMPLERS", "SOLVERS", "Brownian", "Sampler", "Schedule", "own_config", "resolve", "schedule"]
+SCHEDULE_TYPES = tuple(dict.fromkeys([*BY_CONFIG, *LAYOUTS]))
+"""AUTOMATIC1111's schedule types that may follow a plain sampler's name."""
+
+__all__ = [
+    "SAMPLERS",
+    "SCHEDULE_TYPES",
+    "SOLVERS",
+    "Brownian",
+    "Sampler",
+    "Schedule",
+    "own_config",
+    "resolve",
+    "schedule",
+]
 
 
 def schedule(
