@@ -9,7 +9,7 @@ otherwise, they would be laid out anew in every call.
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,7 @@ _SEPARATE_WEIGHTS = {
     "aot_inductor.package_constants_on_disk_format": "pickle_weights",
 }
 _ON_CPU = {"cpp.dynamic_threads": True}  # not the number of threads that the exporter happens to have
+# On a GPU. What is tried for a processor's products lays their weights out anew and puts them into the code.
 _AUTOTUNED = {
     "max_autotune": True,
     "coordinate_descent_tuning": True,
@@ -50,7 +51,11 @@ _AUTOTUNED = {
 
 @dataclass(frozen=True)
 class Compiler:
-    """How code is made. autotune: try the ways to compute each product on this device, and take the best."""
+    """How code is made.
+
+    autotune: try the kernels for each shape of attention, and on a GPU the ways to compute each product, and
+    take the fastest.
+    """
 
     target: Target
     autotune: bool
@@ -58,8 +63,9 @@ class Compiler:
 
     @property
     def options(self) -> dict[str, Any]:
-        own = _ON_CPU if self.target.device == "cpu" else {}
-        return {**_SEPARATE_WEIGHTS, **own, **(_AUTOTUNED if self.autotune else {})}
+        if self.target.device == "cpu":
+            return {**_SEPARATE_WEIGHTS, **_ON_CPU}
+        return {**_SEPARATE_WEIGHTS, **(_AUTOTUNED if self.autotune else {})}
 
     def compile(self, spec: ModuleSpec, place: Path) -> list[Variant]:
         """Write `spec` to `place`: a package and its description for each form, and the weights of all.
@@ -108,7 +114,7 @@ class Compiler:
                 inputs=described,
                 outputs=spec.outputs,
                 constants={n: Layout.of(c) for n, c in constants.items() if n not in literals},
-                literals={n: _literal(n, c) for n, c in literals.items()},
+                literals={n: _literal(n, c, program.constants.values()) for n, c in literals.items()},
                 attention=attention,
             )
             description.write_text(code.model_dump_json(), encoding="utf-8")
@@ -189,7 +195,13 @@ def _weights_of(network: nn.Module, code: Code) -> dict[str, Tensor]:
     return {name: tensors[name] for name in code.constants}
 
 
-def _literal(name: str, tensor: Tensor) -> Literal:
+def _literal(name: str, tensor: Tensor, traced: Iterable[Any]) -> Literal:
+    """A tensor that was traced as it is. What the compiler made of weights would tie the code to them."""
+    known = (
+        c for c in traced if isinstance(c, Tensor) and (c.shape, c.dtype) == (tensor.shape, tensor.dtype)
+    )
+    if not any(torch.equal(constant.to(tensor.device), tensor) for constant in known):
+        raise ExportError(f"{name}: the compiler made {list(tensor.shape)} numbers of the weights")
     if tensor.numel() > LITERAL:
         raise ExportError(f"{name}: {tensor.numel()} numbers in the code; make it a parameter or a buffer")
     return Literal.of(tensor)

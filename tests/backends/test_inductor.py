@@ -217,6 +217,15 @@ def test_attention_is_the_fastest_kernel_for_each_shape(
     assert operations["sdpa"] in str(inductor._trace(network, inputs, {}).graph)
 
 
+def test_what_was_made_of_weights_is_no_part_of_the_code() -> None:
+    """It would be right for one checkpoint, and taken for every other."""
+    traced = [torch.arange(4.0), "not a tensor"]
+    assert inductor._literal("frequencies", torch.arange(4.0), traced).values == (0, 1, 2, 3)
+    for made in (torch.arange(4.0) + 1, torch.arange(4.0).half(), torch.arange(5.0)):
+        with pytest.raises(ExportError, match="packed: the compiler made .* of the weights"):
+            inductor._literal("packed", made, traced)
+
+
 def unet_spec(checkpoint: Path) -> ModuleSpec:
     return module_specs(Networks.of(resolve(checkpoint)), ONE)[0]
 
