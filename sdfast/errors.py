@@ -41,6 +41,13 @@ class ValidationFailed(SdfastError):
     """An engine that does not make the reference pipeline's picture."""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of what another library raised, to be told in a message of ours."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def cause_line(error: BaseException) -> str:
+    """The first line of the innermost cause: exporters and compilers wrap it in pages about themselves."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return first_line(error)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sdfast.backends.attention import Attention, exportable
 from sdfast.backends.inductor import Axis, Code, Input, Layout, Literal
-from sdfast.errors import ExportError
+from sdfast.errors import ExportError, cause_line
 from sdfast.export.code_store import CodeStore, code_key, compiled_or_kept
 from sdfast.export.modules import Form, ModuleSpec
 from sdfast.export.tracing import Dynamic, dynamic_shapes, example, file_stem, traced_with
@@ -156,7 +156,7 @@ def _trace(network: nn.Module, inputs: Mapping[str, Tensor], dynamic: Dynamic) -
         with torch.no_grad(), _quiet():
             return torch.export.export(network, tuple(inputs.values()), dynamic_shapes=shapes, strict=False)
     except Exception as error:  # torch.export raises many unrelated types
-        raise ExportError(f"{type(network).__name__} cannot be traced: {_cause(error)}") from error
+        raise ExportError(f"{type(network).__name__} cannot be traced: {cause_line(error)}") from error
 
 
 def _compile(
@@ -171,7 +171,7 @@ def _compile(
             files: Any = aot_compile(program.module(), tuple(inputs.values()), options=dict(options))
             package_aoti(str(path), [file for file in files if isinstance(file, str)])
     except Exception as error:  # compilers fail in as many ways as there are
-        raise ExportError(f"{path.stem} cannot be compiled: {_advice(_cause(error))}") from error
+        raise ExportError(f"{path.stem} cannot be compiled: {_advice(cause_line(error))}") from error
     found = [file for file in files if not isinstance(file, str)]
     return {name: tensor for weights in found for name, (tensor, _) in weights.items()}
 
@@ -197,10 +197,8 @@ def _weights_of(network: nn.Module, code: Code) -> dict[str, Tensor]:
 
 def _literal(name: str, tensor: Tensor, traced: Iterable[Any]) -> Literal:
     """A tensor that was traced as it is. What the compiler made of weights would tie the code to them."""
-    known = (
-        c for c in traced if isinstance(c, Tensor) and (c.shape, c.dtype) == (tensor.shape, tensor.dtype)
-    )
-    if not any(torch.equal(constant.to(tensor.device), tensor) for constant in known):
+    known = (c.to(tensor.device) for c in traced if isinstance(c, Tensor) and c.dtype == tensor.dtype)
+    if not any(torch.equal(constant, tensor) for constant in known):
         raise ExportError(f"{name}: the compiler made {list(tensor.shape)} numbers of the weights")
     if tensor.numel() > LITERAL:
         raise ExportError(f"{name}: {tensor.numel()} numbers in the code; make it a parameter or a buffer")
@@ -244,14 +242,6 @@ def _advice(cause: str) -> str:
     if "compiler" in cause.lower() or "g++" in cause:
         return f"{cause}; Inductor needs a C++ compiler: apt-get install g++"
     return cause
-
-
-def _cause(error: BaseException) -> str:
-    """The first line of the innermost error."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 @contextmanager

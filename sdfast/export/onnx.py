@@ -18,7 +18,7 @@ import torch
 from onnxscript.values import Op, Opset
 from torch import Tensor, nn
 
-from sdfast.errors import ExportError
+from sdfast.errors import ExportError, cause_line
 from sdfast.export.onnx_cpu import CPU
 from sdfast.export.onnx_graph import Graph, Lowerings, Value
 from sdfast.export.tracing import Dynamic, dynamic_shapes, example
@@ -97,7 +97,7 @@ def trace(
                 custom_translation_table=_translations(),
             )
     except torch.onnx.OnnxExporterError as error:
-        raise ExportError(f"{type(module).__name__} cannot be exported: {_cause(error)}") from error
+        raise ExportError(f"{type(module).__name__} cannot be exported: {cause_line(error)}") from error
     if program is None:
         raise ExportError(f"{type(module).__name__} was exported to nothing")
     return program.model
@@ -139,14 +139,6 @@ def _as_one_node(target: Any) -> Callable[..., Any]:
         return node(*(given.pop(name) for name in tensors), **given)
 
     return translate
-
-
-def _cause(error: BaseException) -> str:
-    """The first line of the innermost error: the exporter wraps it in pages of advice about itself."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 @contextmanager

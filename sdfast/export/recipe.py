@@ -77,8 +77,8 @@ class Recipe(_Part):
         "cpu" in fp32, "cuda" in fp16.
     device: "inductor": what it is compiled for, the very device that is here; default: "cpu" in fp32, "cuda"
         in fp16.
-    autotune: "inductor": try the kernels for attention, and on CUDA the ways to compute each product, and take
-        the fastest; default: on CUDA.
+    autotune: "inductor": try the kernels for attention, and on CUDA the ways to compute each product, and
+        take the fastest; default: on CUDA.
     winograd: ONNX for the CPU in fp32: the faster algorithm for 3×3 convolutions; its weights take more room.
     """
 

@@ -222,7 +222,7 @@ def test_what_was_made_of_weights_is_no_part_of_the_code() -> None:
     traced = [torch.arange(4.0), "not a tensor"]
     assert inductor._literal("frequencies", torch.arange(4.0), traced).values == (0, 1, 2, 3)
     for made in (torch.arange(4.0) + 1, torch.arange(4.0).half(), torch.arange(5.0)):
-        with pytest.raises(ExportError, match="packed: the compiler made .* of the weights"):
+        with pytest.raises(ExportError, match=r"packed: the compiler made .* of the weights"):
             inductor._literal("packed", made, traced)
 
 
