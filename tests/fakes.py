@@ -1,7 +1,8 @@
 """`FakeEngine`: the seam of the tests. A real `Engine` whose modules are small exact functions.
 
 Each row's result depends on that row alone, bit for bit, so whatever the loop, the pipeline or the server mix
-up shows as a difference. Failpoints make a module slow, raise, give NaN, hang, or end the process.
+up shows as a difference. Failpoints make a module slow, raise, lack memory, give NaN,
+hang, or end the process.
 """
 
 import os
@@ -41,7 +42,7 @@ SCHEDULER_CONFIG = {
 
 @dataclass
 class Failpoint:
-    """What goes wrong in a module: "slow", "raise", "nan", "hang" or "exit", from call `after` on.
+    """What goes wrong in a module: "slow", "raise", "memory", "nan", "hang" or "exit", from call `after` on.
 
     rows: the rows that "nan" hits (default: all). seconds: how slow. A hang ends when `released` is set.
     """
@@ -58,6 +59,8 @@ class Failpoint:
             time.sleep(self.seconds)
         elif self.kind == "raise":
             raise BackendError("a failpoint raised")
+        elif self.kind == "memory":
+            raise torch.OutOfMemoryError("a failpoint has no memory")
         elif self.kind == "hang":
             self.released.wait()
         elif self.kind == "exit":
