@@ -147,6 +147,11 @@ class Buckets:
                 return bucket
         return make()
 
+    def clear(self) -> None:
+        """Let go of all that wait, for the memory that they hold."""
+        with self._lock:
+            self._free.clear()
+
     def give(self, key: tuple[object, ...], bucket: Bucket) -> None:
         with self._lock:
             self._free.setdefault(key, []).append(bucket)
