@@ -44,14 +44,24 @@ SCHEDULER_CONFIG = {
 class Failpoint:
     """What goes wrong in a module: "slow", "raise", "memory", "nan", "hang" or "exit", from call `after` on.
 
-    rows: the rows that "nan" hits (default: all). seconds: how slow. A hang ends when `released` is set.
+    calls: how many calls it hits (default: all that follow). over: it spares calls of so many rows. rows: the
+    rows that "nan" hits (default: all). seconds: how slow. A hang ends when `released` is set.
     """
 
     kind: str
     after: int = 0
+    calls: int | None = None
+    over: int = 0
     rows: Sequence[int] | None = None
     seconds: float = 0.05
     released: threading.Event = field(default_factory=threading.Event)
+
+    def hits(self, call: int, batch: int) -> bool:
+        """Whether the call is one of those, and counts it."""
+        hit = call > self.after and batch > self.over and self.calls != 0
+        if hit and self.calls is not None:
+            self.calls -= 1
+        return hit
 
     def before(self) -> None:
         """What happens in place of the call, or before it."""
@@ -83,7 +93,7 @@ class FakeModule:
         calls = self._engine.calls[self._name]
         calls.append(len(next(iter(inputs.values()))))
         point = self._engine.failpoints.get(self._name)
-        active = point is not None and len(calls) > point.after
+        active = point is not None and point.hits(len(calls), calls[-1])
         if active:
             point.before()
         outputs = self._function(**inputs)

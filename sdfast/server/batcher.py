@@ -13,10 +13,12 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -26,8 +28,11 @@ from sdfast.errors import BackendError, EngineError, NumericalError, SdfastError
 from sdfast.infotext import infotext_of, png
 from sdfast.loop import Buckets, Row, Rows, check_finite
 from sdfast.pipeline import Pipeline, to_uint8
-from sdfast.server.jobs import Failed, FailureKind, Job, Queued, QueueFull
+from sdfast.schedulers.estimate import clean_estimate
+from sdfast.server.jobs import Failed, FailureKind, Job, Preview, Queued, QueueFull
 from sdfast.server.work import Listener, Room, Work
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -41,12 +46,26 @@ DEVICE_ERRORS = (BackendError, EngineError, RuntimeError)  # torch and its kerne
 
 
 @dataclass(frozen=True)
-class Finished:
-    """A row that is done, on its way to the decoder. latents: [C, h, w] float32."""
+class Latents:
+    """Latents [C, h, w] float32 on their way to the decoder: of the job's picture or preview `index`."""
 
     work: Work
-    picture: int
+    index: int
     latents: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Before:
+    """A row before the step after which its estimate is wanted, the preview's index counted from 0.
+
+    latents: [C, h, w] float32. estimate: see `clean_estimate`.
+    """
+
+    work: Work
+    preview: int
+    row: Row
+    latents: torch.Tensor
+    estimate: tuple[float, float]
 
 
 class Batcher:
@@ -76,9 +95,10 @@ class Batcher:
         self._healthy = True
         self._begun: list[Work] = []
         self._rooms: dict[tuple[int, int], Room] = {}  # by height and width; the next one to tick comes first
-        self._finished: deque[Finished] = deque()
+        self._estimates: deque[Latents] = deque()  # both wait for the decoder
+        self._finished: deque[Latents] = deque()
         self._clerk = ThreadPoolExecutor(1, thread_name_prefix="sdfast-png")
-        self._writing: deque[Future[bytes]] = deque()
+        self._writing: deque[Future[Any]] = deque()
         self._pace: deque[torch.cuda.Event] = deque()
         self._run_seconds = 1.0  # that a row takes from its place to its picture, about
         self._failures = 0
@@ -264,6 +284,7 @@ class Batcher:
             return
         size = next(iter(self._rooms))
         room = self._rooms[size] = self._rooms.pop(size)  # the last one now
+        due = self._previews_due(room.rows)
         try:
             room.rows.tick()
         except torch.OutOfMemoryError as error:
@@ -274,10 +295,30 @@ class Batcher:
         for work in self._begun:
             if stepped := len(present & work.running.keys()):
                 work.stepped(stepped)
+        self._estimates.extend(self._estimate(before, room.rows) for before in due)
         for row in room.rows.finished:
             work = self._owner(row)
-            self._finished.append(Finished(work, work.running.pop(row), room.rows.latents_of(row)))
+            self._finished.append(Latents(work, work.running.pop(row), room.rows.latents_of(row)))
             room.leave(row)
+
+    def _previews_due(self, rows: Rows) -> list[Before]:
+        """The rows of which a preview is wanted after their next step, as they are before it."""
+        due, steps = [], rows.steps
+        for work in self._begun:
+            for row in work.running:
+                preview = work.previews.get(steps[row] + 1) if row in steps and work.is_first(row) else None
+                if preview is not None:
+                    due += self._before(work, preview, row, rows)
+        return due
+
+    def _before(self, work: Work, preview: int, row: Row, rows: Rows) -> list[Before]:
+        estimate = clean_estimate(row.schedule, rows.steps[row], self._engine.scheduler_config)
+        return [] if estimate is None else [Before(work, preview, row, rows.latents_of(row), estimate)]
+
+    def _estimate(self, before: Before, rows: Rows) -> Latents:
+        """What the step has told of the clean latents."""
+        a, b = before.estimate
+        return Latents(before.work, before.preview, a * before.latents + b * rows.output_of(before.row))
 
     def _keep_pace(self) -> None:
         """On CUDA: wait for the tick before the last, so that who cancels or joins has not long to wait."""
@@ -290,32 +331,50 @@ class Batcher:
             self._pace.popleft().synchronize()
 
     def _decode(self) -> None:
-        """Make one picture, of the row that has been finished for the longest time."""
-        while self._finished:
-            done = self._finished.popleft()
-            if done.work.ended:
-                continue
-            try:
-                self._picture(done)
-            except NumericalError as error:
-                self._fail(done.work, "numerical", str(error))
-            except torch.OutOfMemoryError as error:
-                self._fail_memory(done.work, error)
-            return
+        """Decode what has waited for it the longest: a preview, or else a picture."""
+        for waiting, make in ((self._estimates, self._preview), (self._finished, self._picture)):
+            while waiting:
+                done = waiting.popleft()
+                if done.work.ended:
+                    continue
+                try:
+                    make(done)
+                except NumericalError as error:
+                    self._fail(done.work, "numerical", str(error))
+                except torch.OutOfMemoryError as error:
+                    self._fail_memory(done.work, error)
+                return
 
-    def _picture(self, done: Finished) -> None:
-        work, start = done.work, time.monotonic()
-        check_finite(done.latents)
-        image = self.pipeline.decode(done.latents[None], work.job.request)
-        pixels = Image.fromarray(to_uint8(image)[0].cpu().numpy())
-        work.seconds["decoding"] += time.monotonic() - start
+    def _picture(self, done: Latents) -> None:
+        work, pixels = done.work, self._pixels(done)
         self._failures = 0
-        while len(self._writing) > self._max_rows:  # the clerk does not keep up
-            wait([self._writing.popleft()])
-        png = work.pngs[done.picture] = self._clerk.submit(self._png, work, done.picture, pixels)
-        self._writing.append(png)
+        work.pngs[done.index] = self._write(self._png, work, done.index, pixels)
         if work.complete:
             self._complete(work)
+
+    def _preview(self, done: Latents) -> None:
+        try:
+            self._write(self._tell_preview, done.work, done.index, self._pixels(done))
+        except NumericalError as error:  # an estimate can be far outside what the decoder knows
+            log.info("job %s: no preview %d: %s", done.work.job.id, done.index, error)
+
+    def _pixels(self, done: Latents) -> Image.Image:
+        start = time.monotonic()
+        check_finite(done.latents)
+        image = self.pipeline.decode(done.latents[None], done.work.job.request)
+        pixels = Image.fromarray(to_uint8(image)[0].cpu().numpy())
+        done.work.seconds["decoding"] += time.monotonic() - start
+        return pixels
+
+    def _write(
+        self, write: Callable[[Work, int, Image.Image], T], work: Work, index: int, pixels: Image.Image
+    ) -> Future[T]:
+        """Have the clerk write a PNG; waits when it does not keep up."""
+        while len(self._writing) > self._max_rows:
+            wait([self._writing.popleft()])
+        written = self._clerk.submit(write, work, index, pixels)
+        self._writing.append(written)
+        return written
 
     def _complete(self, work: Work) -> None:
         self._begun.remove(work)
@@ -359,6 +418,7 @@ class Batcher:
         with self._changed:
             failed = self._begun + ([] if self._healthy else self._queue)
         self._rooms.clear()
+        self._estimates.clear()
         self._finished.clear()
         self._pace.clear()
         self._buckets.clear()
@@ -393,6 +453,11 @@ class Batcher:
             pixels,
             infotext_of(request, work.ready.schedule, seed, model=manifest.name, weights=weights),
         )
+
+    def _tell_preview(self, work: Work, index: int, pixels: Image.Image) -> None:
+        file = BytesIO()
+        pixels.save(file, format="PNG")
+        work.tell(Preview(index, file.getvalue()))
 
     def _deliver(self, work: Work) -> None:
         try:

@@ -28,6 +28,7 @@ class Work:
         self.prepared: Prepared | None = None
         self.waiting: deque[int] = deque(range(job.request.images))  # pictures that have no row yet
         self.running: dict[Row, int] = {}  # rows in the loop, and which picture each is
+        self.previews: dict[int, int] = {}  # after so many steps of the first picture: which preview
         self.pngs: dict[int, Future[bytes]] = {}  # of each picture that was decoded
         self.seconds = dict.fromkeys(("waiting", "encoding", "denoising", "decoding"), 0.0)
         self._listener, self._lock = listener, threading.Lock()
@@ -56,6 +57,9 @@ class Work:
         self.prepared = prepare()
         self._begun = time.monotonic()
         self.seconds["encoding"] = self._begun - start
+        steps = len(self.prepared.schedule)
+        wanted = min(self.job.previews, steps - 1)  # after the last step comes the picture itself
+        self.previews = {(i + 1) * steps // (wanted + 1): i for i in range(wanted)}
 
     def next_row(self) -> Row:
         """The row of the next picture; it runs from now on."""
@@ -63,6 +67,10 @@ class Work:
         row = self.ready.rows[picture]
         self.running[row] = picture
         return row
+
+    def is_first(self, row: Row) -> bool:
+        """Whether the row is the job's first picture, of which there are previews."""
+        return self.running[row] == 0
 
     def stepped(self, rows: int) -> None:
         """So many of its rows have done another step."""

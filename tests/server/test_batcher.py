@@ -20,7 +20,7 @@ from sdfast.manifest import Span
 from sdfast.pipeline import Pipeline
 from sdfast.request import Request
 from sdfast.server.batcher import FAILURES, Batcher
-from sdfast.server.jobs import Done, Event, Failed, Job, Queued, QueueFull, Step
+from sdfast.server.jobs import Done, Event, Failed, Job, Preview, Queued, QueueFull, Step
 from tests.fakes import Failpoint, FakeEngine
 
 PATIENCE = 20  # seconds; nothing here takes one
@@ -229,6 +229,40 @@ def test_a_long_job_is_not_starved_by_a_stream_of_short_ones(open_batcher: Open)
     assert ended.index("long") < 15  # it kept one of two places: some ten short ones came by
 
 
+def test_previews_come_on_the_way_and_look_like_the_end(open_batcher: Open) -> None:
+    asked = request(num_inference_steps=9, images=2, scheduler="euler", guidance_scale=1.0)
+    ear = submit(open_batcher(FakeEngine()), asked, previews=2)
+    done = ear.done()
+    assert_drawn(done, asked, Pipeline(FakeEngine()))
+    previews = [event for event in ear.events if isinstance(event, Preview)]
+    assert [preview.index for preview in previews] == [0, 1]
+    assert all(pixels(preview.png).shape == (16, 16, 3) for preview in previews)
+    steps = [e.done if isinstance(e, Step) else "preview" for e in ear.events[:-1]]
+    assert steps.index("preview") >= 3
+
+    none = submit(open_batcher(FakeEngine()), request(num_inference_steps=1), previews=5)
+    none.done()
+    assert not any(isinstance(event, Preview) for event in none.events)
+
+
+def test_a_preview_is_the_estimate_of_the_clean_latents(open_batcher: Open) -> None:
+    """After the third of four steps: from the pipeline's own latents there, and what the network says."""
+    asked = request(scheduler="euler", guidance_scale=1.0)
+    before: list[torch.Tensor] = []
+    pipe = Pipeline(FakeEngine())
+    pipe.generate(asked, callback=lambda _, k, t, told: before.append(told["latents"].clone()))
+    row = pipe.prepare(asked).rows[0]
+    ear = submit(open_batcher(FakeEngine()), asked, previews=3)
+    ear.done()
+    shown = [pixels(event.png) for event in ear.events if isinstance(event, Preview)]
+    assert len(shown) == 3  # after steps 1, 2 and 3
+    x, sample = before[1], before[1] * row.schedule.input_scale[2]
+    m = sample * 0.5 + row.positive.context[0, 0] / 100 + row.positive.time_shift[2, 0]
+    sigma = np.sqrt(1 / row.schedule.input_scale[2] ** 2 - 1)
+    due = (pipe.decode(x - sigma * m, asked)[0].permute(1, 2, 0) * 255).round()
+    assert np.abs(shown[2] - due.numpy()).max() <= 1
+
+
 def test_positions_in_the_queue_are_told(open_batcher: Open) -> None:
     engine = FakeEngine()
     batcher = open_batcher(engine, max_rows=1)
@@ -340,35 +374,30 @@ def test_a_job_without_memory_fails_alone(open_batcher: Open, module: str) -> No
     assert batcher.healthy
 
 
-@pytest.mark.parametrize("where", ["bind", "tick"])
+@pytest.mark.parametrize("where", ["joining", "stepping"])
 def test_the_job_that_came_last_makes_room_and_the_others_go_on(open_batcher: Open, where: str) -> None:
+    """There is memory for a call of two rows: for one picture with guidance."""
     engine = FakeEngine()
-    batcher, first = open_batcher(engine), request(num_inference_steps=20, scheduler="euler_a")
-    most = 2  # rows of a call for which there is memory: one with guidance
-    if where == "bind":
-        bind = engine.bind
+    bind, batcher = engine.bind, open_batcher(engine, max_rows=3)
+    first, third = request(num_inference_steps=20, scheduler="euler_a"), request("c", seed=3)
 
-        def small(name: str, inputs: Any, *given: Any) -> Any:
-            if len(inputs["sample"]) > most:
-                raise torch.OutOfMemoryError("too many rows")
-            return bind(name, inputs, *given)
+    def small(name: str, inputs: Any, *given: Any) -> Any:
+        if len(inputs["sample"]) > 2:
+            raise torch.OutOfMemoryError("too many rows")
+        return bind(name, inputs, *given)
 
-        engine.bind = small  # type: ignore[method-assign,assignment]
     with Held(engine):
         stays = submit(batcher, first)
         until(lambda: len(engine.calls["unet"]) == 1)
-        goes = submit(batcher, request("b", seed=2))
-        if where == "tick":
-            held = engine.failpoints["unet"]
-            engine.failpoints["unet"] = Failpoint("memory", after=1)
-    if where == "tick":
-        held.released.set()
-        assert goes.failed() == "memory"
-        engine.failpoints.clear()
-        stays.end()
-        return
+        goes = submit(batcher, request("b", seed=2, images=9))
+        if where == "joining":
+            engine.bind = small  # type: ignore[method-assign,assignment]
+        else:
+            engine.failpoints["unet"] = Failpoint("memory", over=2)
     assert goes.failed() == "memory"
     assert_drawn(stays.done(), first, Pipeline(FakeEngine()))
+    assert_drawn(submit(batcher, third).done(), third, Pipeline(FakeEngine()))
+    assert batcher.healthy
 
 
 def test_a_failing_engine_fails_what_is_under_way_and_not_what_waits(open_batcher: Open) -> None:
@@ -376,17 +405,19 @@ def test_a_failing_engine_fails_what_is_under_way_and_not_what_waits(open_batche
     batcher, later = open_batcher(engine, max_rows=2), request("c")
     with Held(engine):
         under_way = [submit(batcher, request(seed=i)) for i in range(2)]
-        until(lambda: batcher.running() == 2)
+        until(lambda: len(engine.calls["unet"]) == 1)
         waits = submit(batcher, later)
-        point = engine.failpoints["unet"]
-        point.kind = "raise"
-        bind_calls = len(engine.calls["unet"])
-        engine.failpoints["unet"] = Failpoint("raise", after=bind_calls)
+        engine.failpoints["unet"] = Failpoint("raise", calls=1)
     assert [ear.failed() for ear in under_way] == ["engine", "engine"]
-    engine.failpoints.clear()
-    waits.end()
+    assert_drawn(waits.done(), later, Pipeline(FakeEngine()))
     assert batcher.healthy
-    assert_drawn(submit(batcher, later).done(), later, Pipeline(FakeEngine()))
+
+
+@pytest.mark.parametrize("module", ["text_encoder", "vae_decoder"])
+def test_any_module_that_fails_is_the_engine_failing(open_batcher: Open, module: str) -> None:
+    batcher = open_batcher(FakeEngine(failpoints={module: Failpoint("raise", calls=1)}))
+    assert submit(batcher, request()).failed() == "engine"
+    assert_drawn(submit(batcher, request()).done(), request(), Pipeline(FakeEngine()))
 
 
 def test_an_engine_that_fails_again_and_again_is_not_healthy(open_batcher: Open) -> None:
@@ -414,7 +445,6 @@ def test_a_large_job_does_not_hold_up_the_steps_of_others_for_more_than_a_decode
     """Eight rows end at once; between two of their decodes the row that goes on has a step."""
     engine = FakeEngine(batches=[Span(low=1, high=16)])
     batcher, order = open_batcher(engine, max_rows=8), list[str]()
-    unet, decode = engine.calls["unet"], engine.calls["vae_decoder"]
 
     class Noting(list[int]):
         def __init__(self, name: str) -> None:
@@ -427,7 +457,6 @@ def test_a_large_job_does_not_hold_up_the_steps_of_others_for_more_than_a_decode
 
     with Held(engine):
         engine.calls["unet"], engine.calls["vae_decoder"] = Noting("step"), Noting("decode")
-        del unet, decode
         ears = [submit(batcher, request(images=7)), submit(batcher, request(num_inference_steps=40))]
     for ear in ears:
         ear.done()
