@@ -395,8 +395,8 @@ class Batcher:
         for row in work.running:
             self._room(work).leave(row)
         work.running.clear()
-        work.tell(Failed(kind, message))
         self._forget(work)
+        work.tell(Failed(kind, message))
 
     def _fail_memory(self, work: Work, error: torch.OutOfMemoryError) -> None:
         self._fail(work, "memory", f"the device has too little memory for this job: {first_line(error)}")
@@ -441,6 +441,7 @@ class Batcher:
         return True
 
     def _forget(self, work: Work) -> None:
+        """Its last event is next: it cannot be cancelled any more, and its id is free."""
         with self._changed:
             del self._works[work.job.id]
 
@@ -460,13 +461,12 @@ class Batcher:
         work.tell(Preview(index, file.getvalue()))
 
     def _deliver(self, work: Work) -> None:
+        self._forget(work)
         try:
             work.deliver()
         except (SdfastError, OSError, ValueError) as error:
             log.error("a picture could not be written as PNG", exc_info=error)
             work.tell(Failed("engine", f"a picture could not be written as PNG: {first_line(error)}"))
-        finally:
-            self._forget(work)
 
 
 @contextmanager

@@ -179,6 +179,7 @@ def test_many_jobs_at_once_are_each_as_if_alone(open_batcher: Open) -> None:
             assert_drawn(end, asked, pipe, off=1)
     assert sum(isinstance(end, Done) for end in ends) > 25
     assert batcher.running() == batcher.waiting() == 0
+    assert not any(batcher.cancel(name) for name, _, _ in jobs)  # nothing of them is kept
     assert max(engine.calls["unet"]) > 5
 
 
@@ -428,6 +429,39 @@ def test_an_engine_that_fails_again_and_again_is_not_healthy(open_batcher: Open)
     until(lambda: not batcher.healthy)
     with pytest.raises(BackendError, match="failed too often"):
         submit(batcher, request())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_bug_leaves_nobody_waiting(open_batcher: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = FakeEngine()
+    batcher = open_batcher(engine, max_rows=1)
+
+    def forget_to_import(*_: object) -> None:
+        raise NameError("a bug")
+
+    monkeypatch.setattr(batcher.pipeline, "decode", forget_to_import)
+    with Held(engine):
+        ears = [submit(batcher, request(seed=i)) for i in range(3)]
+    assert [ear.failed() for ear in ears] == ["engine"] * 3
+    until(lambda: not batcher.healthy)
+    with pytest.raises(BackendError):
+        submit(batcher, request())
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_pictures_that_share_a_motion_share_it_at_different_steps(
+    open_batcher: Open, seed: int | None
+) -> None:
+    """With a seed of its own the scheduler draws one Brownian motion for all pictures of a job."""
+    pytest.importorskip("torchsde")
+    engine, stock = FakeEngine(), FakeEngine()
+    for one in (engine, stock):
+        one.scheduler_config["noise_sampler_seed"] = seed
+    asked = request(images=4, scheduler="dpmpp_sde_karras", num_inference_steps=5)
+    batcher = open_batcher(engine, max_rows=3)
+    beside = submit(batcher, request("b", num_inference_steps=2))
+    assert_drawn(submit(batcher, asked).done(), asked, Pipeline(stock), off=1)
+    beside.done()
 
 
 def test_closing_finishes_what_is_there(open_batcher: Open) -> None:
