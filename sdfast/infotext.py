@@ -13,11 +13,15 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
+from sdfast import __version__
 from sdfast.errors import RequestError
+from sdfast.request import Request
+from sdfast.schedulers import Schedule
 
 PNG_KEY = "parameters"
 _NEGATIVE = "Negative prompt:"
@@ -90,6 +94,40 @@ class Infotext:
             "Version": self.version,
         }
         return {name: str(value) for name, value in known.items() if value is not None}
+
+
+def infotext_of(
+    request: Request, plan: Schedule, seed: int, *, model: str, weights: Mapping[str, str]
+) -> Infotext:
+    """How the picture of `request` with this seed is made.
+
+    plan: the request's schedule. model: the checkpoint's or the engine's name. weights: by file name in the
+    checkpoint, their SHA-256 in hex; the U-Net's is told.
+    """
+    digest = next((value for name, value in sorted(weights.items()) if name.startswith("unet/")), None)
+    prompt = (seed - request.seed) // request.num_images_per_prompt
+    return Infotext(
+        prompt=request.prompts[prompt],
+        negative_prompt=request.negative_prompts[prompt] or "",
+        steps=request.num_inference_steps or len(plan),
+        sampler=plan.sampler,
+        schedule_type=plan.schedule_type,
+        cfg_scale=request.guidance_scale,
+        seed=seed,
+        width=request.width,
+        height=request.height,
+        model=model,
+        model_hash=digest[:10] if digest else None,
+        version=f"sdfast {__version__}",
+        extra={} if request.clip_skip is None else {"Clip skip": str(request.clip_skip + 1)},
+    )
+
+
+def png(image: Image.Image, infotext: Infotext) -> bytes:
+    """The picture as a PNG file with its infotext inside."""
+    file = BytesIO()
+    image.save(file, format="PNG", pnginfo=png_info(infotext))
+    return file.getvalue()
 
 
 def parse(text: str) -> Infotext:

@@ -8,7 +8,7 @@ all rows and does the arithmetic around it (`arithmetic/`). On CUDA a tick is on
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,9 +54,9 @@ class Conditioning:
     time_shift: torch.Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
-    """One picture to be denoised.
+    """One picture to be denoised; two rows are the same only if they are one object.
 
     latents: the first ones, [C, h, w] float32, scaled by the schedule's `init_noise_sigma`.
     noise: unit noise for the steps that draw some.
@@ -147,6 +147,11 @@ class Buckets:
                 return bucket
         return make()
 
+    def clear(self) -> None:
+        """Let go of all that wait, for the memory that they hold."""
+        with self._lock:
+            self._free.clear()
+
     def give(self, key: tuple[object, ...], bucket: Bucket) -> None:
         with self._lock:
             self._free.setdefault(key, []).append(bucket)
@@ -158,8 +163,42 @@ class Buckets:
                     del self._free[oldest]
 
 
+class _Drawn:
+    """A row's noise. What was drawn ahead stays until its step is done: a row that moves asks again."""
+
+    def __init__(self, draw: Noise) -> None:
+        self._draw = draw
+        self._waiting: dict[int, torch.Tensor] = {}
+
+    def __call__(self, step: int) -> torch.Tensor:
+        if step not in self._waiting:
+            self._waiting[step] = self._draw(step)
+        return self._waiting[step]
+
+    def done(self, step: int) -> None:
+        self._waiting.pop(step, None)
+
+
+class _Member:
+    """A row among others: where it stands, and while no bucket holds it, its registers [r, C, h, w]."""
+
+    def __init__(self, row: Row) -> None:
+        self.row, self.noise = row, _Drawn(row.noise)
+        self.plan = _plan(row, self.noise)
+        self.step, self.end = 0, len(row.schedule)
+        self.registers = row.latents[None]
+
+    def advance(self) -> None:
+        if self.step < self.end:
+            self.noise.done(self.step)
+            self.step += 1
+
+
 class Rows:
-    """Rows of one picture size, stepping together on one engine.
+    """Rows of one picture size, stepping together on one engine; others may join and leave between ticks.
+
+    Between two changes they have a bucket of just their capacity, and a tick is the bucket's. At a change
+    every row's registers move to the next bucket, where it goes on from its own step with its own noise.
 
     Rows with guidance come first in the registers, so that the U-Net's batch is [negatives; positives] as in
     diffusers; `latents` gives them back in the caller's order.
@@ -175,36 +214,52 @@ class Rows:
         buckets: Buckets | None = None,
     ) -> None:
         """`arithmetic`: by default the faster one on the engine's device. `buckets`: where to take the
-        tensors from, and to leave them with `close`."""
-        guided = [i for i, row in enumerate(rows) if row.negative is not None]
-        plain = [i for i, row in enumerate(rows) if row.negative is None]
-        self.order = guided + plain
-        self.rows = [rows[i] for i in self.order]
-        self.step = [0] * len(rows)
-        self._ends = [len(row.schedule) for row in self.rows]
-        self._caller_order = torch.tensor(np.argsort(self.order), device=engine.device)
-        plans = [*map(_plan, self.rows)]
-        capacity, chosen = Capacity.of(plans), arithmetic or arithmetic_for(engine.device)
-        self._buckets, self._key = buckets or Buckets(), (capacity, height, width, chosen)
-        self._bucket = self._buckets.take(
-            self._key, lambda: Bucket.make(engine, self.rows[0], capacity, height, width, chosen)
-        )
-        self._arithmetic = self._bucket.arithmetic
-        told = [row.negative for row in self.rows if row.negative is not None]
-        for i, conditioning in enumerate([*told, *(row.positive for row in self.rows)]):
-            self._bucket.context[i] = conditioning.context
-        self._arithmetic.place(plans)
-        self._arithmetic.latents.copy_(torch.stack([row.latents for row in self.rows]))
-        self._arithmetic.prepare(self.step)
+        tensors from, and to leave them."""
+        self._engine, self._size = engine, (height, width)
+        self._chosen = arithmetic or arithmetic_for(engine.device)
+        self._buckets = buckets or Buckets()
+        self._bucket: Bucket | None = None
+        self._key: tuple[object, ...] = ()
+        self._members: list[_Member] = []  # in the caller's order
+        self._placed: list[_Member] = []  # in that of the registers
+        self.change(joining=rows)
+
+    def change(
+        self, joining: Sequence[Row] = (), leaving: Collection[Row] = (), *, discard: bool = False
+    ) -> None:
+        """Rows join at their first step, and leave at any.
+
+        discard: do not use the present tensors again, after a tick that failed. When there is no memory for
+        the rows that join, the others are kept, and are placed by the next change without those.
+        """
+        self._rest(discard)
+        self._members = [m for m in self._members if m.row not in leaving] + [*map(_Member, joining)]
+        if self._members:
+            self._place()
 
     def close(self) -> None:
         """Leave the tensors to the next rows; these are not to be used any more."""
-        self._buckets.give(self._key, self._bucket)
+        self.change(leaving=[m.row for m in self._members])
 
     @property
     def active(self) -> bool:
         """Whether some row has steps left."""
-        return self.step != self._ends
+        return any(m.step < m.end for m in self._members)
+
+    @property
+    def rows(self) -> list[Row]:
+        """All rows, in the caller's order."""
+        return [m.row for m in self._members]
+
+    @property
+    def steps(self) -> dict[Row, int]:
+        """How many steps each row has done."""
+        return {m.row: m.step for m in self._members}
+
+    @property
+    def finished(self) -> list[Row]:
+        """The rows that have no steps left."""
+        return [m.row for m in self._members if m.step == m.end]
 
     @property
     def latents(self) -> torch.Tensor:
@@ -213,24 +268,77 @@ class Rows:
 
     @latents.setter
     def latents(self, value: torch.Tensor) -> None:
-        self._arithmetic.latents.copy_(value[self.order])
-        self._arithmetic.prepare(self.step)
+        self._arithmetic.latents.copy_(value[self._order])
+        self._arithmetic.prepare([m.step for m in self._placed])
+
+    def latents_of(self, row: Row) -> torch.Tensor:
+        """A copy of one row's current latents, [C, h, w] float32."""
+        return self._arithmetic.latents[self._index(row)].clone()
+
+    def output_of(self, row: Row) -> torch.Tensor:
+        """A copy of the guided model output of a row's last step, [C, h, w] float32."""
+        return self._arithmetic.output(self._index(row)).clone()
 
     def tick(self) -> None:
         """Advance every row by one step. A row that has no steps left keeps its latents."""
-        self._arithmetic.feed(self.step)
+        if self._bucket is None:
+            return
+        self._bucket.arithmetic.feed([m.step for m in self._placed])
         self._bucket.tick()
-        self.step = [k + (k < end) for k, end in zip(self.step, self._ends, strict=True)]
+        for member in self._placed:
+            member.advance()
 
     def check(self) -> None:
         """Raises `NumericalError` when some latent is not a finite number."""
-        if not math.isfinite(float(self._arithmetic.latents.sum())):  # so when all are, up to some 1e33
-            raise NumericalError(
-                "the latents are not finite numbers: the networks overflowed; "
-                "export the engine in fp32, or lower the guidance scale"
-            )
+        check_finite(self._arithmetic.latents)
+
+    @property
+    def _arithmetic(self) -> Arithmetic:
+        if self._bucket is None:
+            raise RuntimeError("no rows are placed")
+        return self._bucket.arithmetic
+
+    def _index(self, row: Row) -> int:
+        """A row's place in the registers."""
+        return [m.row for m in self._placed].index(row)
+
+    def _rest(self, discard: bool) -> None:
+        """Take every row's registers out of the bucket, and leave that to others."""
+        if self._bucket is None:
+            return
+        for i, member in enumerate(self._placed):
+            member.registers = self._bucket.arithmetic.registers(i)
+        if not discard:
+            self._buckets.give(self._key, self._bucket)
+        self._bucket, self._placed = None, []
+
+    def _place(self) -> None:
+        self._order = sorted(range(len(self._members)), key=lambda i: not self._members[i].plan.guided)
+        self._caller_order = torch.tensor(np.argsort(self._order), device=self._engine.device)
+        placed = [self._members[i] for i in self._order]
+        capacity, first = Capacity.of([m.plan for m in placed]), placed[0].row
+        self._key = (capacity, *self._size, self._chosen)
+        bucket = self._buckets.take(
+            self._key, lambda: Bucket.make(self._engine, first, capacity, *self._size, self._chosen)
+        )
+        steps = [m.step for m in placed]
+        told = [m.row.negative for m in placed if m.row.negative is not None]
+        for i, conditioning in enumerate([*told, *(m.row.positive for m in placed)]):
+            bucket.context[i] = conditioning.context
+        bucket.arithmetic.place([m.plan for m in placed], steps, [m.registers for m in placed])
+        bucket.arithmetic.prepare(steps)
+        self._bucket, self._placed = bucket, placed
 
 
-def _plan(row: Row) -> Plan:
+def check_finite(latents: torch.Tensor) -> None:
+    """Raises `NumericalError` when some of the latents is not a finite number."""
+    if not math.isfinite(float(latents.sum())):  # so when all are, up to some 1e33
+        raise NumericalError(
+            "the latents are not finite numbers: the networks overflowed; "
+            "export the engine in fp32, or lower the guidance scale"
+        )
+
+
+def _plan(row: Row, noise: Noise) -> Plan:
     told = [row.positive] if row.negative is None else [row.negative, row.positive]
-    return Plan(row.schedule, [c.time_shift for c in told], row.guidance, row.guidance_rescale, row.noise)
+    return Plan(row.schedule, [c.time_shift for c in told], row.guidance, row.guidance_rescale, noise)

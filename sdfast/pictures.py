@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from sdfast import __version__
 from sdfast.backends import check_device, parse_device
 from sdfast.engine import DTYPES, Engine
 from sdfast.errors import BackendError, RequestError
-from sdfast.infotext import Infotext, png_info
+from sdfast.infotext import Infotext, infotext_of, png
 from sdfast.manifest import Model
 from sdfast.pipeline import Pipeline, check_text_to_image
 from sdfast.request import Request
-from sdfast.schedulers import Schedule, schedule
+from sdfast.schedulers import schedule
 
 if TYPE_CHECKING:
     from sdfast.backends.attention import Attention
@@ -103,7 +102,8 @@ def draw(job: Job, output: Path | None, overwrite: bool) -> list[tuple[Path, int
     paths = _paths(output or Path("outputs"), request, overwrite)
     images = painter.paint(request)
     for path, seed, image in zip(paths, request.seeds, images, strict=True):
-        _save(image, path, _infotext(request, plan, painter, seed), overwrite)
+        text = infotext_of(request, plan, seed, model=painter.name, weights=painter.weights)
+        _save(image, path, text, overwrite)
     return list(zip(paths, request.seeds, strict=True))
 
 
@@ -260,32 +260,12 @@ def _next_number(folder: Path) -> int:
     return 1 + max((int(m[1]) for m in map(_NUMBERED.fullmatch, names) if m), default=0)
 
 
-def _infotext(request: Request, plan: Schedule, painter: Painter, seed: int) -> Infotext:
-    weights = sorted(painter.weights.items())
-    digest = next((value for name, value in weights if name.startswith("unet/")), None)
-    return Infotext(
-        prompt=request.prompts[0],
-        negative_prompt=request.negative_prompts[0] or "",
-        steps=request.num_inference_steps or len(plan),
-        sampler=plan.sampler,
-        schedule_type=plan.schedule_type,
-        cfg_scale=request.guidance_scale,
-        seed=seed,
-        width=request.width,
-        height=request.height,
-        model=painter.name,
-        model_hash=digest[:10] if digest else None,
-        version=f"sdfast {__version__}",
-        extra={} if request.clip_skip is None else {"Clip skip": str(request.clip_skip + 1)},
-    )
-
-
 def _save(image: Image.Image, path: Path, infotext: Infotext, overwrite: bool) -> None:
     """Write the PNG whole or not at all; a file that appeared meanwhile is not replaced unasked."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(part, format="PNG", pnginfo=png_info(infotext))
+        part.write_bytes(png(image, infotext))
         if not overwrite:
             path.open("x").close()  # nobody else writes there from here on
         part.replace(path)

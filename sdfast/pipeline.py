@@ -77,6 +77,18 @@ class Given:
     negative_pooled_prompt_embeds: torch.Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A request that has everything which its loop needs: a row for each picture, in the request's order.
+
+    truncated: the text that was cut from each prompt, "" for none.
+    """
+
+    rows: Sequence[Row]
+    schedule: Schedule
+    truncated: tuple[str, ...]
+
+
 class Pipeline:
     """Text to image on one engine.
 
@@ -281,18 +293,25 @@ class Pipeline:
         """Draw what `request` asks for: encode, denoise, decode."""
         given = given or Given()
         self.engine.check_size(request.height, request.width)
-        plan = self._schedule_of(request)
         with self.engine.running():
-            positive, negative, truncated = self._encode(request, given)
-            rows = self._rows(request, given, plan, positive, negative)
+            prepared = self.prepare(request, given)
             if output_type != "latent":
-                self._prepare_decoder(request)
-            latents = self._denoise(rows, plan, callback)
-            images = _as(latents if output_type == "latent" else self._decode(latents, request), output_type)
+                self.prepare_decoder(request, request.images)
+            latents = self._denoise(prepared, callback)
+            images = _as(latents if output_type == "latent" else self.decode(latents, request), output_type)
         own_seeds = given.generators is None and given.latents is None
-        return PipelineOutput(images, request.seeds if own_seeds else None, truncated)
+        return PipelineOutput(images, request.seeds if own_seeds else None, prepared.truncated)
 
-    def _schedule_of(self, request: Request) -> Schedule:
+    @torch.no_grad()
+    def prepare(self, request: Request, given: Given | None = None) -> Prepared:
+        """Everything before the loop: the schedule, the prompts' states, the first noise."""
+        given = given or Given()
+        plan = self.schedule_of(request)
+        positive, negative, truncated = self._encode(request, given)
+        return Prepared(self._rows(request, given, plan, positive, negative), plan, truncated)
+
+    def schedule_of(self, request: Request) -> Schedule:
+        """The table of a request's run. Raises `RequestError` for a run that its scheduler cannot do."""
         return self._schedule(
             request.num_inference_steps, request.timesteps, request.sigmas, request.eta, request.scheduler
         )
@@ -396,8 +415,9 @@ class Pipeline:
         check_tensor("latents", given.latents, (request.images, *self._latent_shape(request)))
         return given.latents.to(self.device, torch.float32)
 
-    def _denoise(self, rows: list[Row], plan: Schedule, callback: StepCallback | None) -> torch.Tensor:
+    def _denoise(self, prepared: Prepared, callback: StepCallback | None) -> torch.Tensor:
         """The loop: latents [n, C, h, w] float32."""
+        rows, plan = prepared.rows, prepared.schedule
         _, h, w = rows[0].latents.shape
         factor = self.engine.manifest.model.vae_scale_factor
         running = Rows(self.engine, rows, h * factor, w * factor, buckets=self._buckets)
@@ -418,15 +438,19 @@ class Pipeline:
         running.close()
         return latents
 
-    def _prepare_decoder(self, request: Request) -> None:
-        """What has to be compiled is, before the first step."""
-        shape = (request.images, *self._latent_shape(request))
+    def prepare_decoder(self, request: Request, images: int) -> None:
+        """What has to be compiled to decode so many pictures at a time is, before the first step."""
+        shape = (images, *self._latent_shape(request))
         self.engine.prepare(
             "vae_decoder", {"latents": torch.zeros(shape, device=self.device)}, request.height, request.width
         )
 
-    def _decode(self, latents: torch.Tensor, request: Request) -> torch.Tensor:
-        """latents [n, C, h, w] → pictures [n, 3, H, W] float32 in [0, 1]."""
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor, request: Request) -> torch.Tensor:
+        """latents [n, C, h, w] → pictures [n, 3, H, W] float32 in [0, 1].
+
+        Raises `NumericalError` for pictures that are not finite.
+        """
         images = self.engine.call("vae_decoder", {"latents": latents}, request.height, request.width)["image"]
         if not bool(torch.isfinite(images).all()):
             raise NumericalError("the VAE's picture is not finite: export the engine in fp32")

@@ -1,7 +1,8 @@
 """`FakeEngine`: the seam of the tests. A real `Engine` whose modules are small exact functions.
 
 Each row's result depends on that row alone, bit for bit, so whatever the loop, the pipeline or the server mix
-up shows as a difference. Failpoints make a module slow, raise, give NaN, hang, or end the process.
+up shows as a difference. Failpoints make a module slow, raise, lack memory, give NaN,
+hang, or end the process.
 """
 
 import os
@@ -41,16 +42,26 @@ SCHEDULER_CONFIG = {
 
 @dataclass
 class Failpoint:
-    """What goes wrong in a module: "slow", "raise", "nan", "hang" or "exit", from call `after` on.
+    """What goes wrong in a module: "slow", "raise", "memory", "nan", "hang" or "exit", from call `after` on.
 
-    rows: the rows that "nan" hits (default: all). seconds: how slow. A hang ends when `released` is set.
+    calls: how many calls it hits (default: all that follow). over: it spares calls of so many rows. rows: the
+    rows that "nan" hits (default: all). seconds: how slow. A hang ends when `released` is set.
     """
 
     kind: str
     after: int = 0
+    calls: int | None = None
+    over: int = 0
     rows: Sequence[int] | None = None
     seconds: float = 0.05
     released: threading.Event = field(default_factory=threading.Event)
+
+    def hits(self, call: int, batch: int) -> bool:
+        """Whether the call is one of those, and counts it."""
+        hit = call > self.after and batch > self.over and self.calls != 0
+        if hit and self.calls is not None:
+            self.calls -= 1
+        return hit
 
     def before(self) -> None:
         """What happens in place of the call, or before it."""
@@ -58,6 +69,8 @@ class Failpoint:
             time.sleep(self.seconds)
         elif self.kind == "raise":
             raise BackendError("a failpoint raised")
+        elif self.kind == "memory":
+            raise torch.OutOfMemoryError("a failpoint has no memory")
         elif self.kind == "hang":
             self.released.wait()
         elif self.kind == "exit":
@@ -80,7 +93,7 @@ class FakeModule:
         calls = self._engine.calls[self._name]
         calls.append(len(next(iter(inputs.values()))))
         point = self._engine.failpoints.get(self._name)
-        active = point is not None and len(calls) > point.after
+        active = point is not None and point.hits(len(calls), calls[-1])
         if active:
             point.before()
         outputs = self._function(**inputs)

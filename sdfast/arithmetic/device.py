@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from sdfast.arithmetic.plan import Buffers, Capacity, Plan, step_matrices
+from sdfast.schedulers import Schedule
 
 NOISE = 256 * 2**20  # bytes of noise that lie on the device at a time: that of all steps, unless it is more
 
@@ -31,7 +32,7 @@ class DeviceArithmetic:
         # registers, then the guided model output, then the noise: what a step's matrix is applied to
         self._state = zeros(n, registers + 2, numbers)
         views = self._state.view(n, registers + 2, *shape)
-        self._latents, self._m = views[:, 0], views[:, -2]
+        self._registers, self._latents, self._m = views[:, :-2], views[:, 0], views[:, -2]
         # and what comes out of it: the new registers, then the next sample
         self._product = zeros(n, registers + 1, numbers)
         self._next_sample = self._product[:, -1].view(n, *shape)
@@ -55,11 +56,25 @@ class DeviceArithmetic:
     def latents(self) -> torch.Tensor:
         return self._latents
 
-    def place(self, plans: Sequence[Plan]) -> None:
-        n, each, registers = len(plans), self._lines_a_row, self._capacity.registers
+    def registers(self, i: int) -> torch.Tensor:
+        return self._registers[i, : self._plans[i].schedule.registers].clone()
+
+    def output(self, i: int) -> torch.Tensor:
+        return self._m[i]
+
+    def place(self, plans: Sequence[Plan], steps: Sequence[int], registers: Sequence[torch.Tensor]) -> None:
         self._plans, self._finished = plans, set()
-        drawn = [np.flatnonzero(plan.schedule.draws_noise).tolist() for plan in plans]
-        self._ordinals = [{k: ordinal for ordinal, k in enumerate(steps)} for steps in drawn]
+        self._ordinals = [_draws_from(k, plan.schedule) for k, plan in zip(steps, plans, strict=True)]
+        self._place_tables(plans)
+        self._place_time_shifts(plans, steps)
+        self._place_guidance(plans)
+        self._idle.zero_()
+        self._state.zero_()
+        for i, values in enumerate(registers):
+            self._registers[i, : len(values)].copy_(values)
+
+    def _place_tables(self, plans: Sequence[Plan]) -> None:
+        n, each, registers = len(plans), self._lines_a_row, self._capacity.registers
         matrices = np.zeros(self._matrices.shape, np.float32)
         noise_lines = np.full(n * each, n * self._window)
         for i, plan in enumerate(plans):
@@ -70,10 +85,6 @@ class DeviceArithmetic:
                 noise_lines[i * each + k] = i * self._window + ordinal % self._window
         self._matrices.copy_(torch.from_numpy(matrices))
         self._noise_lines.copy_(torch.from_numpy(noise_lines))
-        self._place_time_shifts(plans)
-        self._place_guidance(plans)
-        self._state.zero_()
-        self._idle.zero_()
 
     def prepare(self, steps: Sequence[int]) -> None:
         scales = [
@@ -139,14 +150,15 @@ class DeviceArithmetic:
                 whole = whole.pin_memory()  # only from there can the copy go on beside the host
             self._noise[i * self._window :][: len(lines)].copy_(whole, non_blocking=True)
 
-    def _place_time_shifts(self, plans: Sequence[Plan]) -> None:
-        n, each = len(plans), self._lines_a_row
+    def _place_time_shifts(self, plans: Sequence[Plan], steps: Sequence[int]) -> None:
+        n, each, guided = len(plans), self._lines_a_row, self._capacity.guided
         told = [plan.time_shifts[0] for plan in plans if plan.guided] + [p.time_shifts[-1] for p in plans]
+        lines = np.zeros(len(self._lines), np.int64)
+        lines[:n] = np.arange(n) * each + steps
+        lines[n : n + len(told)] = np.arange(len(told)) * each + [*steps[:guided], *steps]
         for j, shifts in enumerate(told):
             self._time_shifts[j * each :][: len(shifts)] = shifts
             self._time_shifts[j * each + len(shifts)] = shifts[-1]
-        lines = np.zeros(len(self._lines), np.int64)
-        lines[:n], lines[n : n + len(told)] = np.arange(n) * each, np.arange(len(told)) * each
         self._lines.copy_(torch.from_numpy(lines))
         self._stride[: n + len(told)] = 1
 
@@ -167,6 +179,12 @@ class DeviceArithmetic:
         self._stride[n + guided + i] = 0
         if i < guided:
             self._stride[n + i] = 0
+
+
+def _draws_from(k: int, schedule: Schedule) -> dict[int, int]:
+    """step → which of the draws from step k on that is."""
+    steps = [step for step in np.flatnonzero(schedule.draws_noise).tolist() if step >= k]
+    return {step: ordinal for ordinal, step in enumerate(steps)}
 
 
 def _idle_line(registers: int) -> np.ndarray:

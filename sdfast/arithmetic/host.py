@@ -28,10 +28,19 @@ class HostArithmetic:
     def latents(self) -> torch.Tensor:
         return self._latents
 
-    def place(self, plans: Sequence[Plan]) -> None:
+    def place(self, plans: Sequence[Plan], steps: Sequence[int], registers: Sequence[torch.Tensor]) -> None:
+        self._steps = steps
         self._rows = [
             _HostRow(plan, self._state[i], self._buffers, self._own(i, plan)) for i, plan in enumerate(plans)
         ]
+        for row, values in zip(self._rows, registers, strict=True):
+            row.registers[: len(values)].copy_(values)
+
+    def registers(self, i: int) -> torch.Tensor:
+        return self._rows[i].registers.clone()
+
+    def output(self, i: int) -> torch.Tensor:
+        return self._rows[i].output
 
     def _own(self, i: int, plan: Plan) -> slice:
         """The U-Net's rows that are row i's: one, or the negative and the positive."""
@@ -59,7 +68,10 @@ class _HostRow:
         state = state[: plan.schedule.registers + 2]  # the rest of the registers is another row's need
         state[:] = 0
         self._state, self._registers, self._m = state, state[:-2], state[-2]
-        self._noise = torch.from_numpy(state[-1]).view(buffers.sample.shape[1:])
+        shape = buffers.sample.shape[1:]
+        self.registers = torch.from_numpy(self._registers).view(-1, *shape)
+        self.output = torch.from_numpy(self._m).view(shape)
+        self._noise = torch.from_numpy(state[-1]).view(shape)
         self._draw, self._draws = plan.noise, [*plan.schedule.draws_noise.tolist(), False]
         self._product = np.empty((len(state) - 1, state.shape[1]), np.float32)
         self._matrices = step_matrices(plan.schedule, len(state) - 2).astype(np.float32)

@@ -84,8 +84,20 @@ class Arithmetic(Protocol):
         """Register 0 of every row, a view [n, C, h, w], float32."""
         ...
 
-    def place(self, plans: Sequence[Plan]) -> None:
-        """Take these rows in, from their first step on; their latents and `prepare` are the caller's."""
+    def place(self, plans: Sequence[Plan], steps: Sequence[int], registers: Sequence[torch.Tensor]) -> None:
+        """Take these rows in, each at the step where it stands; the step's sample is then `prepare`'s.
+
+        registers: of each row [r, C, h, w] float32, the first r of its registers; the others are 0. A row
+        that stands in the middle of its run asks its plan's noise for the steps from there on.
+        """
+        ...
+
+    def registers(self, i: int) -> torch.Tensor:
+        """All registers of row i, a copy [R, C, h, w] float32: what `place` takes in to go on from there."""
+        ...
+
+    def output(self, i: int) -> torch.Tensor:
+        """The guided model output of row i's last step, a view [C, h, w] float32."""
         ...
 
     def prepare(self, steps: Sequence[int]) -> None:

@@ -1,0 +1,479 @@
+"""The batcher: jobs come in, their pictures share the loop as rows, events go out.
+
+One thread owns the engine. Each of its turns lets rows come and go, ticks the rows of one size, and decodes
+at most one picture, so that nobody's step waits for more than that. Sizes take turns. PNG files are written
+by a second thread, beside the device's work.
+
+A free place in the loop goes to the job that has the fewest rows there, the earliest of these: a job of many
+pictures leaves a place to each one that comes later, as soon as one of its rows is done, and keeps at least
+one itself.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any, TypeVar
+
+import torch
+from PIL import Image
+
+from sdfast.engine import Engine
+from sdfast.errors import BackendError, EngineError, NumericalError, SdfastError, first_line
+from sdfast.infotext import infotext_of, png
+from sdfast.loop import Buckets, Row, Rows, check_finite
+from sdfast.pipeline import Pipeline, to_uint8
+from sdfast.schedulers.estimate import clean_estimate
+from sdfast.server.jobs import Failed, FailureKind, Job, Preview, Queued, QueueFull
+from sdfast.server.work import Listener, Room, Work
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+FAILURES = 3
+"""After so many failures of the engine with no picture between them it is given up."""
+
+AHEAD = 2
+"""So many ticks the host may be ahead of a CUDA device: one that runs, and one that waits for its end."""
+
+DEVICE_ERRORS = (BackendError, EngineError, RuntimeError)  # torch and its kernels raise RuntimeError
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Latents [C, h, w] float32 on their way to the decoder: of the job's picture or preview `index`."""
+
+    work: Work
+    index: int
+    latents: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Before:
+    """A row before the step after which its estimate is wanted, the preview's index counted from 0.
+
+    latents: [C, h, w] float32. estimate: see `clean_estimate`.
+    """
+
+    work: Work
+    preview: int
+    row: Row
+    latents: torch.Tensor
+    estimate: tuple[float, float]
+
+
+class Batcher:
+    """Runs jobs on one engine.
+
+    >>> batcher = Batcher(Engine.open("engines/landscapes"))
+    >>> batcher.submit(job, print)
+    >>> batcher.close()
+    """
+
+    def __init__(
+        self, engine: Engine, *, max_rows: int = 8, max_queue: int = 64, buckets: int | None = None
+    ) -> None:
+        """max_rows: in the loop at a time, of all sizes. max_queue: jobs that wait, none of whose rows is in.
+        buckets: how many row counts' tensors and CUDA graphs are kept for their return (default: max_rows).
+
+        The thread starts at once.
+        """
+        self.pipeline, self._engine = Pipeline(engine), engine
+        self._max_rows, self._max_queue = max_rows, max_queue
+        self._buckets = Buckets(max_rows if buckets is None else buckets)
+        self._changed = threading.Condition()  # guards the next five
+        self._works: dict[str, Work] = {}  # all that have not had their last event
+        self._queue: list[Work] = []
+        self._arrived = 0
+        self._closing = False
+        self._healthy = True
+        self._begun: list[Work] = []
+        self._rooms: dict[tuple[int, int], Room] = {}  # by height and width; the next one to tick comes first
+        self._estimates: deque[Latents] = deque()  # both wait for the decoder
+        self._finished: deque[Latents] = deque()
+        self._clerk = ThreadPoolExecutor(1, thread_name_prefix="sdfast-png")
+        self._writing: deque[Future[Any]] = deque()
+        self._pace: deque[torch.cuda.Event] = deque()
+        self._run_seconds = 1.0  # that a row takes from its place to its picture, about
+        self._failures = 0
+        self._thread = threading.Thread(target=self._main, name="sdfast-batcher", daemon=True)
+        self._thread.start()
+
+    # For every thread:
+
+    def submit(self, job: Job, listener: Listener) -> None:
+        """Take a job in. Its events go to `listener`, from the batcher's threads: it may not block or raise.
+
+        Raises `QueueFull`; `RequestError` for what the engine cannot draw; `BackendError` when it is closed
+        or not healthy; `ValueError` for the id of a job that is under way.
+        """
+        self._engine.check_size(job.request.height, job.request.width)
+        self.pipeline.schedule_of(job.request)
+        with self._changed:
+            if self._closing or not self._healthy:
+                raise BackendError("the engine takes no more jobs: it is closed, or it failed too often")
+            if job.id in self._works:
+                raise ValueError(f"job {job.id!r} is under way already")
+            if len(self._queue) >= self._max_queue:
+                raise QueueFull(self._retry_after())
+            work = self._works[job.id] = Work(job, listener, self._arrived)
+            self._queue.append(work)
+            self._arrived += 1
+            self._changed.notify()
+
+    def cancel(self, job_id: str) -> bool:
+        """End a job at the next step at the latest; False when none of this id is under way."""
+        with self._changed:
+            work = self._works.get(job_id)
+            if work is None:
+                return False
+            work.cancelled = True
+            self._changed.notify()
+            return True
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the engine can go on; once it is not, it stays so."""
+        return self._healthy and self._thread.is_alive()
+
+    def waiting(self) -> int:
+        """How many jobs wait, none of their rows begun."""
+        with self._changed:
+            return len(self._queue)
+
+    def running(self) -> int:
+        """How many rows are in the loop."""
+        return sum(len(work.running) for work in tuple(self._begun))
+
+    def close(self, *, drain: bool = True, timeout: float | None = None) -> bool:
+        """Take no more jobs and end the thread, after the jobs that are there, or else cancelling them.
+
+        Returns whether that was within `timeout` seconds.
+        """
+        with self._changed:
+            self._closing = True
+            if not drain:
+                for work in self._works.values():
+                    work.cancelled = True
+            self._changed.notify()
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            return False
+        self._clerk.shutdown()
+        return True
+
+    def _retry_after(self) -> float:
+        """Seconds until some job has left the queue, about."""
+        rows = sum(work.job.request.images for work in self._queue)
+        return max(1.0, rows * self._run_seconds / self._max_rows)
+
+    # For its own thread:
+
+    def _main(self) -> None:
+        with torch.no_grad(), _current(self._engine.device):
+            try:
+                while self._wait():
+                    with self._engine.running():
+                        while self._busy():
+                            self._turn()
+            except Exception as error:  # a bug: nobody may wait for this thread
+                self._give_up()
+                self._break_down(error)
+                raise
+
+    def _wait(self) -> bool:
+        """Until there is a job; False when there will be none."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._queue or self._closing)
+            return bool(self._queue)
+
+    def _busy(self) -> bool:
+        with self._changed:
+            return bool(self._queue or self._begun)
+
+    def _turn(self) -> None:
+        try:
+            self._sweep()
+            self._admit()
+            self._settle()
+            self._tick()
+            self._decode()
+        except DEVICE_ERRORS as error:
+            self._break_down(error)
+
+    def _sweep(self) -> None:
+        """End the jobs that were cancelled, and those that waited too long."""
+        with self._changed:
+            queue = list(self._queue)
+        for work in [*queue, *self._begun]:
+            if work.cancelled:
+                self._fail(work, "cancelled", "the job was cancelled")
+        for work in queue:
+            if not work.ended and work.job.deadline is not None and time.monotonic() > work.job.deadline:
+                self._fail(work, "timeout", "the job waited until its deadline and was not begun")
+
+    def _admit(self) -> None:
+        """Fill the free places."""
+        while self.running() < self._max_rows and len(self._finished) < self._max_rows:
+            work = self._next()
+            if work is None:
+                break
+            if work.prepared is not None or self._begin(work):
+                self._room(work).join(work.next_row())
+        self._tell_positions()
+
+    def _next(self) -> Work | None:
+        """Whose picture gets the next place."""
+        with self._changed:
+            works = [work for work in self._begun if work.waiting] + self._queue[:1]
+        return min(works, key=lambda work: (len(work.running), work.number), default=None)
+
+    def _begin(self, work: Work) -> bool:
+        """Take a job out of the queue and encode its prompts; False when that ends it."""
+        with self._changed:
+            self._queue.remove(work)
+            self._begun.append(work)
+        work.begin()
+        request = work.job.request
+        try:
+            self.pipeline.prepare_decoder(request, 1)
+            work.prepare(lambda: self.pipeline.prepare(request))
+        except torch.OutOfMemoryError as error:
+            self._fail_memory(work, error)
+        except (BackendError, EngineError):
+            raise
+        except SdfastError as error:
+            self._fail(work, "request", str(error))
+        return not work.ended
+
+    def _room(self, work: Work) -> Room:
+        size = (work.job.request.height, work.job.request.width)
+        if size not in self._rooms:
+            self._rooms[size] = Room(Rows(self._engine, [], *size, buckets=self._buckets))
+        return self._rooms[size]
+
+    def _tell_positions(self) -> None:
+        with self._changed:
+            queue = list(self._queue)
+        for position, work in enumerate(queue):
+            if work.position != position:
+                work.position = position
+                work.tell(Queued(position))
+
+    def _settle(self) -> None:
+        """Let rows come and go; the last to come of those for whom there is no memory ends its job."""
+        for size, room in list(self._rooms.items()):
+            while True:
+                try:
+                    room.settle()
+                    break
+                except torch.OutOfMemoryError as error:
+                    self._no_memory(room, error)
+            if room.empty:
+                del self._rooms[size]
+
+    def _tick(self) -> None:
+        """A step of the rows of the size whose turn it is."""
+        if not self._rooms:
+            return
+        size = next(iter(self._rooms))
+        room = self._rooms[size] = self._rooms.pop(size)  # the last one now
+        due = self._previews_due(room.rows)
+        try:
+            room.rows.tick()
+        except torch.OutOfMemoryError as error:
+            self._no_memory(room, error)
+            return
+        self._keep_pace()
+        present = set(room.rows.rows)
+        for work in self._begun:
+            if stepped := len(present & work.running.keys()):
+                work.stepped(stepped)
+        self._estimates.extend(self._estimate(before, room.rows) for before in due)
+        for row in room.rows.finished:
+            work = self._owner(row)
+            self._finished.append(Latents(work, work.running.pop(row), room.rows.latents_of(row)))
+            room.leave(row)
+
+    def _previews_due(self, rows: Rows) -> list[Before]:
+        """The rows of which a preview is wanted after their next step, as they are before it."""
+        due, steps = [], rows.steps
+        for work in self._begun:
+            for row in work.running:
+                preview = work.previews.get(steps[row] + 1) if row in steps and work.is_first(row) else None
+                if preview is not None:
+                    due += self._before(work, preview, row, rows)
+        return due
+
+    def _before(self, work: Work, preview: int, row: Row, rows: Rows) -> list[Before]:
+        estimate = clean_estimate(row.schedule, rows.steps[row], self._engine.scheduler_config)
+        return [] if estimate is None else [Before(work, preview, row, rows.latents_of(row), estimate)]
+
+    def _estimate(self, before: Before, rows: Rows) -> Latents:
+        """What the step has told of the clean latents."""
+        a, b = before.estimate
+        return Latents(before.work, before.preview, a * before.latents + b * rows.output_of(before.row))
+
+    def _keep_pace(self) -> None:
+        """On CUDA: wait for the tick before the last, so that who cancels or joins has not long to wait."""
+        if self._engine.device.type != "cuda":
+            return
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        self._pace.append(event)
+        if len(self._pace) > AHEAD:
+            self._pace.popleft().synchronize()
+
+    def _decode(self) -> None:
+        """Decode what has waited for it the longest: a preview, or else a picture."""
+        for waiting, make in ((self._estimates, self._preview), (self._finished, self._picture)):
+            while waiting:
+                done = waiting.popleft()
+                if done.work.ended:
+                    continue
+                try:
+                    make(done)
+                except NumericalError as error:
+                    self._fail(done.work, "numerical", str(error))
+                except torch.OutOfMemoryError as error:
+                    self._fail_memory(done.work, error)
+                return
+
+    def _picture(self, done: Latents) -> None:
+        work, pixels = done.work, self._pixels(done)
+        self._failures = 0
+        work.pngs[done.index] = self._write(self._png, work, done.index, pixels)
+        if work.complete:
+            self._complete(work)
+
+    def _preview(self, done: Latents) -> None:
+        try:
+            self._write(self._tell_preview, done.work, done.index, self._pixels(done))
+        except NumericalError as error:  # an estimate can be far outside what the decoder knows
+            log.info("job %s: no preview %d: %s", done.work.job.id, done.index, error)
+
+    def _pixels(self, done: Latents) -> Image.Image:
+        start = time.monotonic()
+        check_finite(done.latents)
+        image = self.pipeline.decode(done.latents[None], done.work.job.request)
+        pixels = Image.fromarray(to_uint8(image)[0].cpu().numpy())
+        done.work.seconds["decoding"] += time.monotonic() - start
+        return pixels
+
+    def _write(
+        self, write: Callable[[Work, int, Image.Image], T], work: Work, index: int, pixels: Image.Image
+    ) -> Future[T]:
+        """Have the clerk write a PNG; waits when it does not keep up."""
+        while len(self._writing) > self._max_rows:
+            wait([self._writing.popleft()])
+        written = self._clerk.submit(write, work, index, pixels)
+        self._writing.append(written)
+        return written
+
+    def _complete(self, work: Work) -> None:
+        self._begun.remove(work)
+        runs = -(-work.job.request.images // self._max_rows)
+        took = (work.seconds["denoising"] + work.seconds["decoding"]) / runs
+        self._run_seconds += (took - self._run_seconds) / 8
+        self._clerk.submit(self._deliver, work)
+
+    def _owner(self, row: Row) -> Work:
+        return next(work for work in self._begun if row in work.running)
+
+    def _fail(self, work: Work, kind: FailureKind, message: str) -> None:
+        """End one job; its rows leave."""
+        with self._changed:
+            for works in (self._queue, self._begun):
+                if work in works:
+                    works.remove(work)
+        for row in work.running:
+            self._room(work).leave(row)
+        work.running.clear()
+        self._forget(work)
+        work.tell(Failed(kind, message))
+
+    def _fail_memory(self, work: Work, error: torch.OutOfMemoryError) -> None:
+        self._fail(work, "memory", f"the device has too little memory for this job: {first_line(error)}")
+        self._buckets.clear()
+        if self._engine.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _no_memory(self, room: Room, error: torch.OutOfMemoryError) -> None:
+        """The rows of a size have no memory together: the job of the one that came last makes room."""
+        room.discard()
+        self._fail_memory(self._owner(room.last), error)
+
+    def _break_down(self, error: Exception) -> None:
+        """The engine failed, and with it all that is under way."""
+        log.error("the engine failed", exc_info=error)
+        self._failures += 1
+        if self._failures >= FAILURES or not self._answers():
+            self._give_up()
+        with self._changed:
+            failed = self._begun + ([] if self._healthy else self._queue)
+        self._rooms.clear()
+        self._estimates.clear()
+        self._finished.clear()
+        self._pace.clear()
+        self._buckets.clear()
+        for work in failed:
+            work.running.clear()
+            self._fail(work, "engine", f"the engine failed: {first_line(error)}")
+
+    def _give_up(self) -> None:
+        with self._changed:
+            self._healthy = False
+
+    def _answers(self) -> bool:
+        """Whether the device still does: after some errors CUDA refuses everything until the process ends."""
+        if self._engine.device.type == "cuda":
+            try:
+                torch.cuda.synchronize(self._engine.device)
+            except RuntimeError as error:
+                log.error("the device does not answer", exc_info=error)
+                return False
+        return True
+
+    def _forget(self, work: Work) -> None:
+        """Its last event is next: it cannot be cancelled any more, and its id is free."""
+        with self._changed:
+            del self._works[work.job.id]
+
+    # For the clerk's:
+
+    def _png(self, work: Work, picture: int, pixels: Image.Image) -> bytes:
+        request, manifest = work.job.request, self._engine.manifest
+        seed, weights = request.seeds[picture], manifest.checkpoint.weights
+        return png(
+            pixels,
+            infotext_of(request, work.ready.schedule, seed, model=manifest.name, weights=weights),
+        )
+
+    def _tell_preview(self, work: Work, index: int, pixels: Image.Image) -> None:
+        file = BytesIO()
+        pixels.save(file, format="PNG")
+        work.tell(Preview(index, file.getvalue()))
+
+    def _deliver(self, work: Work) -> None:
+        self._forget(work)
+        try:
+            work.deliver()
+        except (SdfastError, OSError, ValueError) as error:
+            log.error("a picture could not be written as PNG", exc_info=error)
+            work.tell(Failed("engine", f"a picture could not be written as PNG: {first_line(error)}"))
+
+
+@contextmanager
+def _current(device: torch.device) -> Iterator[None]:
+    """The device is this thread's current one, if it is a CUDA device."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device):
+        yield

@@ -1,0 +1,140 @@
+"""A job under way: what has become of it so far, and the rows of one size that jobs have in the loop."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from sdfast.loop import Row, Rows
+from sdfast.pipeline import Prepared
+from sdfast.server.jobs import Done, Event, Failed, Job, Step
+
+Listener = Callable[[Event], None]
+
+
+class Work:
+    """A job, from its arrival to its last event.
+
+    The batcher's thread owns everything but `cancelled`, which anyone may set, and `tell`, which any thread
+    may call: after a job's last event nothing more of it is told.
+    """
+
+    def __init__(self, job: Job, listener: Listener, number: int) -> None:
+        """number: how many jobs arrived before it."""
+        self.job, self.number = job, number
+        self.cancelled = False
+        self.position: int | None = None  # in the queue, as it was last told
+        self.prepared: Prepared | None = None
+        self.waiting: deque[int] = deque(range(job.request.images))  # pictures that have no row yet
+        self.running: dict[Row, int] = {}  # rows in the loop, and which picture each is
+        self.previews: dict[int, int] = {}  # after so many steps of the first picture: which preview
+        self.pngs: dict[int, Future[bytes]] = {}  # of each picture that was decoded
+        self.seconds = dict.fromkeys(("waiting", "encoding", "denoising", "decoding"), 0.0)
+        self._listener, self._lock = listener, threading.Lock()
+        self._ended = False
+        self._done_steps = 0
+        self._arrived = self._begun = time.monotonic()
+
+    @property
+    def ended(self) -> bool:
+        return self._ended
+
+    def tell(self, event: Event) -> None:
+        """Give the listener an event, unless it has had the last one."""
+        with self._lock:
+            if self._ended:
+                return
+            self._ended = isinstance(event, Done | Failed)
+            self._listener(event)
+
+    def begin(self) -> None:
+        """It waits no more."""
+        self.seconds["waiting"] = time.monotonic() - self._arrived
+
+    def prepare(self, prepare: Callable[[], Prepared]) -> None:
+        start = time.monotonic()
+        self.prepared = prepare()
+        self._begun = time.monotonic()
+        self.seconds["encoding"] = self._begun - start
+        steps = len(self.prepared.schedule)
+        wanted = min(self.job.previews, steps - 1)  # after the last step comes the picture itself
+        self.previews = {(i + 1) * steps // (wanted + 1): i for i in range(wanted)}
+
+    def next_row(self) -> Row:
+        """The row of the next picture; it runs from now on."""
+        picture = self.waiting.popleft()
+        row = self.ready.rows[picture]
+        self.running[row] = picture
+        return row
+
+    def is_first(self, row: Row) -> bool:
+        """Whether the row is the job's first picture, of which there are previews."""
+        return self.running[row] == 0
+
+    def stepped(self, rows: int) -> None:
+        """So many of its rows have done another step."""
+        self._done_steps += rows
+        total = len(self.ready.schedule) * self.job.request.images
+        self.seconds["denoising"] = time.monotonic() - self._begun
+        self.tell(Step(self._done_steps, total))
+
+    @property
+    def ready(self) -> Prepared:
+        if self.prepared is None:
+            raise RuntimeError(f"job {self.job.id} is not prepared")
+        return self.prepared
+
+    @property
+    def complete(self) -> bool:
+        """Whether all of its pictures were decoded."""
+        return len(self.pngs) == self.job.request.images
+
+    def deliver(self) -> None:
+        """Tell its pictures, once all are complete; waits for PNGs that are still being written."""
+        if self.cancelled:
+            self.tell(Failed("cancelled", "the job was cancelled"))
+            return
+        pngs = tuple(self.pngs[i].result() for i in range(self.job.request.images))
+        self.tell(Done(pngs, self.job.request.seeds, self.ready.truncated, dict(self.seconds)))
+
+
+class Room:
+    """The rows of one size: those in the loop, and who joins and leaves at its next change."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+        self._joining: list[Row] = []
+        self._leaving: set[Row] = set()
+        self._discard = False
+
+    def join(self, row: Row) -> None:
+        self._joining.append(row)
+
+    def leave(self, row: Row) -> None:
+        if row in self._joining:
+            self._joining.remove(row)
+        else:
+            self._leaving.add(row)
+
+    def discard(self) -> None:
+        """Something failed in the tensors that the rows are in: at the next change they get others."""
+        self._discard = True
+
+    def settle(self) -> None:
+        """Let the rows come and go. Raises what the lack of memory raises; then the rows are there, but not
+        placed: some of them must leave, and it is to be settled again."""
+        if not (self._joining or self._leaving or self._discard):
+            return
+        joining, leaving, discard = self._joining, self._leaving, self._discard
+        self._joining, self._leaving, self._discard = [], set(), False
+        self.rows.change(joining, leaving, discard=discard)
+
+    @property
+    def last(self) -> Row:
+        """The row that joined last and stays."""
+        return [row for row in [*self.rows.rows, *self._joining] if row not in self._leaving][-1]
+
+    @property
+    def empty(self) -> bool:
+        return not self._joining and not set(self.rows.rows) - self._leaving
