@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
-from sdfast.request import shown
+from sdfast.request import check_text, shown
 from sdfast.server.problems import Problem
 
 _AT_ONCE = 65_536  # bytes that are parsed before another request would notice
@@ -44,10 +44,18 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object. A name that comes twice would mean one thing here and another to whoever looked before."""
     found: dict[str, Any] = {}
     for name, value in pairs:
+        _check_name(name)
         if name in found:
             raise Problem(422, f"{name:.60}: is there twice; give it once", param=name[:60])
         found[name] = value
     return found
+
+
+def _check_name(name: str) -> None:
+    try:
+        check_text(name)
+    except ValueError as error:
+        raise Problem(422, f"{name:.60}: {error}", param=name[:60]) from None
 
 
 def _reason(error: Exception) -> str:

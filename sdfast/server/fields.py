@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from sdfast.errors import RequestError
-from sdfast.request import MAX_GUIDANCE, MAX_STEPS, SEED_LIMIT, Request, check_text
+from sdfast.request import Request, check_text
 from sdfast.schedulers import resolve
 from sdfast.server.encoding import Format
 from sdfast.server.jobs import EngineInfo
@@ -62,13 +62,13 @@ class Generation(BaseModel):
     frame_count: int | None = None
     frame_duration_ms: int | None = None
     negative_prompt: str | None = None
-    seed: int | None = Field(default=None, ge=0, lt=SEED_LIMIT)
-    num_inference_steps: int | None = Field(default=None, ge=1, le=MAX_STEPS)
-    guidance_scale: float | None = Field(default=None, ge=0.0, le=MAX_GUIDANCE)
-    guidance_rescale: float | None = Field(default=None, ge=0.0, le=1.0)
+    seed: int | None = None  # from here on, `sdfast.request.Request` knows the bounds
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    guidance_rescale: float | None = None
     scheduler: str | None = None
-    eta: float | None = Field(default=None, ge=0.0, le=1.0)
-    clip_skip: int | None = Field(default=None, ge=0, le=64)
+    eta: float | None = None
+    clip_skip: int | None = None
 
     @field_validator("*")
     @classmethod

@@ -43,17 +43,19 @@ class Guard:
         headers = Headers(scope=scope)
         answer = _Answer(send, _id(headers))
         scope.setdefault("state", {})["request_id"] = answer.id
-        token, begun = request_id.set(answer.id), time.perf_counter()
+        request_id.set(answer.id)  # for the task, which is this request's own, and what is logged of its end
+        begun = time.perf_counter()
         try:
             problem = self._refusal(scope["path"], headers)
             app = problem.response() if problem else self.app
             await app(scope, _Body(receive, self.settings.max_body), answer.send)
         except asyncio.CancelledError:
-            answer.status = answer.status or 499
+            if answer.status is None:  # the server is made to stop, and a client should not be left to guess
+                stopped = Problem(503, "the server was stopped before the work was done; try again")
+                await stopped.response()(scope, receive, answer.send)
             raise
         finally:
             self._account(scope, answer.status or 500, time.perf_counter() - begun)
-            request_id.reset(token)
 
     def _refusal(self, path: str, headers: Headers) -> Problem | None:
         """Why the request is not let in, as far as its head tells."""

@@ -21,7 +21,7 @@ from sdfast.server.fields import FIELDS, Generation, engine_of
 from sdfast.server.health import check_open
 from sdfast.server.jobs import Done, Event, Failed, Job, Preview, QueueFull, Studio
 from sdfast.server.metrics import Metrics
-from sdfast.server.problems import Problem, of_failure, of_full_queue, of_request_error
+from sdfast.server.problems import Problem, bug, of_failure, of_full_queue, of_request_error
 from sdfast.server.settings import Settings
 
 _BODY = {"content": {"application/json": {"schema": Generation.model_json_schema()}}, "required": True}
@@ -160,6 +160,9 @@ class EventStream(Response):
                 return
             except Problem as problem:
                 await push(_event("error", problem.envelope()))
+            except Exception:
+                await push(_event("error", bug().envelope()), more=False)
+                raise
         await push(b"", more=False)
 
     async def _push_all(self, push: Callable[[bytes], Awaitable[None]]) -> None:

@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 from sdfast.errors import DependencyError
 
-PACKAGES = ("fastapi", "starlette", "uvicorn", "prometheus_client")
+PACKAGES = ("fastapi", "h11", "prometheus_client", "starlette", "uvicorn")
 
 
 def check_packages() -> None:

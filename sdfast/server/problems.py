@@ -51,7 +51,7 @@ _FIELDS = {
 
 
 class Problem(Exception):
-    """An answer that is no picture. param: the field that is wrong. code: for programs, by default the status'."""
+    """An answer that is no picture. param: the field that is wrong. code: what programs go by."""
 
     def __init__(
         self,
@@ -90,12 +90,18 @@ def of_failure(failed: Failed, fields: Collection[str]) -> Problem:
 
 def of_request_error(error: RequestError, fields: Collection[str], param: str | None = None) -> Problem:
     """What no engine here can do. param: the field that is wrong, if it is known."""
-    return Problem(422, str(error), param=param or _field(str(error), fields))
+    message, param = str(error), param or _field(str(error), fields)
+    told = message if param is None or param in message else f"{param}: {message}"
+    return Problem(422, told, param=param)
 
 
 def of_full_queue(error: QueueFull) -> Problem:
     seconds = max(1, math.ceil(error.retry_after))
     return Problem(429, str(error), code="queue_full", headers={"retry-after": str(seconds)})
+
+
+def bug() -> Problem:
+    return Problem(500, "an error inside the server; its log has more under this answer's x-request-id")
 
 
 async def answer_problem(request: Request, error: Exception) -> Response:
@@ -106,7 +112,7 @@ async def answer_problem(request: Request, error: Exception) -> Response:
 async def answer_unrouted(request: Request, error: Exception) -> Response:
     """For the framework's own errors: no such route, a method that a route does not have."""
     error = cast(HTTPException, error)
-    what = f"{request.method} {request.url.path}"
+    what = f"{request.method} {request.url.path[:200]}"
     messages = {404: f"{what}: there is no such route", 405: f"{what}: the route has other methods"}
     message = messages.get(error.status_code, f"{what}: cannot be served")
     return Problem(error.status_code, message, headers=error.headers).response()
@@ -126,7 +132,7 @@ async def answer_gone(request: Request, error: Exception) -> Response:
 
 async def answer_bug(request: Request, error: Exception) -> Response:
     """For what nobody raised on purpose. The log has the traceback; the client gets the id to ask about."""
-    made = Problem(500, "an error inside the server; its log has more under this answer's x-request-id")
+    made = bug()
     made.headers["x-request-id"] = request.state.request_id
     return made.response()
 

@@ -1,4 +1,4 @@
-"""Settings of `sdfast serve`: from the command line, else `SDFAST_*` variables, else a file, else defaults."""
+"""Settings of `sdfast serve`: the command line over `SDFAST_*` variables over a file over defaults."""
 
 import ipaddress
 import tomllib

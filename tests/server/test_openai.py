@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import json
 from io import BytesIO
 from typing import Any
 
@@ -179,6 +180,15 @@ async def test_a_bug_is_a_500_that_tells_only_its_id(sdk: openai.AsyncOpenAI, st
         await sdk.images.generate(**CALL, extra_headers={"x-request-id": "mine"})
     assert (caught.value.code, caught.value.request_id) == ("internal_error", "mine")
     assert "studio" not in caught.value.response.text
+    assert len(studio.cancelled) == 1
+
+
+async def test_a_bug_within_a_stream_is_its_last_event(post: Any, studio: FakeStudio) -> None:
+    studio.bug = True
+    answer = await post({"prompt": "a", "stream": True})
+    name, _, data = answer.text.rstrip().partition("\n")
+    assert name == "event: error"
+    assert json.loads(data.removeprefix("data: "))["error"]["code"] == "internal_error"
     assert len(studio.cancelled) == 1
 
 
