@@ -37,9 +37,14 @@ class Guard:
         self.app, self.settings, self.metrics = app, settings, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
-            return
+        elif scope["type"] == "http":
+            await self._let_in(scope, receive, send)
+        else:  # there are no websockets here, and none may come to be that ask for no key
+            await send({"type": "websocket.close", "code": 1008})
+
+    async def _let_in(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
         answer = _Answer(send, _id(headers))
         scope.setdefault("state", {})["request_id"] = answer.id

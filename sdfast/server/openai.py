@@ -3,10 +3,11 @@
 import asyncio
 import base64
 import json
+import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -26,6 +27,7 @@ from sdfast.server.settings import Settings
 
 _BODY = {"content": {"application/json": {"schema": Generation.model_json_schema()}}, "required": True}
 Result = TypeVar("Result")
+_log = logging.getLogger("sdfast.server")
 
 
 def routes(studio: Studio, settings: Settings, metrics: Metrics) -> APIRouter:
@@ -117,20 +119,27 @@ class Desk:
 
     async def outcome(self, events: AsyncIterator[Event]) -> Done:
         """The end of a job that is not watched."""
-        async for event in self.watched(events):
-            if isinstance(event, Done):
-                return event
+        async with aclosing(self.watched(events)) as watched:
+            async for event in watched:
+                if isinstance(event, Done):
+                    return event
         raise _without_end()
 
-    async def watched(self, events: AsyncIterator[Event]) -> AsyncIterator[Event]:
+    async def watched(self, events: AsyncIterator[Event]) -> AsyncGenerator[Event]:
         """The events, counted. Raises `Problem` for a job that failed."""
         async for event in events:
             if isinstance(event, Failed):
-                self.metrics.failed(event.kind)
+                self._tell(event)
                 raise of_failure(event, FIELDS)
             if isinstance(event, Done):
                 self.metrics.finished(event.seconds)
             yield event
+
+    def _tell(self, failed: Failed) -> None:
+        """Count a failure, and log one that is not the client's doing."""
+        self.metrics.failed(failed.kind)
+        if failed.kind not in ("request", "cancelled"):
+            _log.warning("a job failed", extra={"fields": {"kind": failed.kind, "error": failed.message}})
 
 
 class EventStream(Response):
@@ -166,17 +175,16 @@ class EventStream(Response):
         await push(b"", more=False)
 
     async def _push_all(self, push: Callable[[bytes], Awaitable[None]]) -> None:
-        done = False
-        async for event in self._desk.watched(self._events):
-            if isinstance(event, Preview):
-                await push(await asyncio.to_thread(_partial, self._order, event))
-            elif isinstance(event, Done):
-                for i in range(len(event.pngs)):
-                    await push(await asyncio.to_thread(_completed, self._order, event, i))
-                done = True
-        if not done:
-            raise _without_end()
-        await push(b"data: [DONE]\n\n")
+        async with aclosing(self._desk.watched(self._events)) as watched:
+            async for event in watched:
+                if isinstance(event, Preview):
+                    await push(await asyncio.to_thread(_partial, self._order, event))
+                elif isinstance(event, Done):
+                    for i in range(len(event.pngs)):
+                        await push(await asyncio.to_thread(_completed, self._order, event, i))
+                    await push(b"data: [DONE]\n\n")
+                    return
+        raise _without_end()
 
 
 class ClientLeft(Problem):

@@ -265,6 +265,20 @@ async def test_a_body_is_not_read_for_who_has_no_key(http: httpx.AsyncClient) ->
     problem(await http.post("/v1/images/generations", content=untouched(), headers=headers), 401)
 
 
+async def test_no_websocket_comes_in(studio: FakeStudio, settings: Settings) -> None:
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        return {"type": "websocket.connect"}
+
+    scope = {"type": "websocket", "path": "/v1/models", "headers": [], "query_string": b""}
+    await create_app(studio, settings)(scope, receive, send)
+    assert sent == [{"type": "websocket.close", "code": 1008}]
+
+
 async def test_a_server_without_a_key_answers_to_local_names_only(studio: FakeStudio) -> None:
     transport = httpx.ASGITransport(create_app(studio, Settings.make()))
     async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as client:

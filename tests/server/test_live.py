@@ -22,6 +22,7 @@ import pytest
 from sdfast.errors import SettingsError
 from sdfast.server import listening, logs
 from sdfast.server.app import create_app
+from sdfast.server.jobs import Failed
 from sdfast.server.listening import Server, configuration, listen
 from sdfast.server.settings import Settings
 from tests.server.conftest import KEY, problem
@@ -201,6 +202,18 @@ def test_the_log_has_the_traceback_of_a_bug_under_the_answers_id(port: int, stud
     assert [line["status"] for line in lines if line["message"] == "answered"] == [500]
     assert KEY not in log.getvalue()
     assert not [line for line in lines if line["logger"] == "uvicorn.access"]  # the guard's line is enough
+
+
+def test_the_log_has_the_reason_of_a_failure(port: int, studio: FakeStudio) -> None:
+    studio.failure = Failed("engine", "the device fell off the bus")
+    log = StringIO()
+    with logging_to(log), sdk(port) as client:
+        with pytest.raises(openai.InternalServerError) as caught:
+            client.images.generate(prompt="a")
+        wait_until(lambda: '"answered"' in log.getvalue())
+    failure, answered = [json.loads(line) for line in log.getvalue().splitlines()]
+    assert (failure["kind"], failure["error"]) == ("engine", "the device fell off the bus")
+    assert failure["request_id"] == answered["request_id"] == caught.value.request_id
 
 
 def test_an_address_that_is_taken_is_told() -> None:
