@@ -20,6 +20,7 @@ from sdfast.server.settings import Settings
 
 HEAD_BYTES = 32_768
 HEAD_SECONDS = 10.0  # from the first byte of a request, or the connection, to the end of its headers
+WRITE_SECONDS = 30.0  # in which a client takes nothing of an answer
 IDLE_SECONDS = 15  # between requests
 CONNECTIONS = 1_024
 BACKLOG = 1_024
@@ -95,9 +96,10 @@ class Server(uvicorn.Server):
 
 
 class Protocol(H11Protocol):
-    """HTTP/1.1 that waits for a head no longer than `HEAD_SECONDS`, and refuses in the API's shape."""
+    """HTTP/1.1 that waits for a head and for a reader only so long, and refuses in the API's shape."""
 
     _head_timer: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -115,8 +117,18 @@ class Protocol(H11Protocol):
         elif self._head_timer is None:
             self._expect_head()
 
+    def pause_writing(self) -> None:
+        """The buffers are full: the client must read on, or loses its connection."""
+        super().pause_writing()
+        self._write_timer = self.loop.call_later(WRITE_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_write_timer()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self._stop_write_timer()
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
@@ -129,6 +141,11 @@ class Protocol(H11Protocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+
+    def _stop_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
 
     def _too_slow(self) -> None:
         self._head_timer = None

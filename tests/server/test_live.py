@@ -21,6 +21,7 @@ import pytest
 
 from sdfast.errors import SettingsError
 from sdfast.server import listening, logs
+from sdfast.server import openai as api
 from sdfast.server.app import create_app
 from sdfast.server.jobs import Failed
 from sdfast.server.listening import Server, configuration, listen
@@ -170,6 +171,28 @@ def test_slow_headers_on_a_connection_that_was_used_are_408(
         time.sleep(0.5)  # idle, which is allowed for longer
         connection.sendall(b"GET /health")
         assert answer_on(connection)[0] == 408
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_never_reads_loses_its_connection(
+    port: int, studio: FakeStudio, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    size = 12_000_000  # more than the socket's own buffers
+    monkeypatch.setattr(listening, "WRITE_SECONDS", 0.3)
+    monkeypatch.setattr(api, "encode", lambda png, format, quality: (b"x" * size, True))
+    body = json.dumps({"prompt": "a", "stream": stream, "partial_images": int(stream)}).encode()
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(head(port, f"Content-Length: {len(body)}") + body)
+        wait_until(lambda: studio.jobs and not studio.live)
+        time.sleep(1.0)
+        with sdk(port) as other:
+            assert other.models.list().data
+        received = 0
+        with pytest.raises(ConnectionResetError):
+            while chunk := connection.recv(2**20):
+                received += len(chunk)
+            raise ConnectionResetError  # an end without a reset is as good
+        assert received < size
 
 
 @pytest.mark.parametrize("sent", [b"\x16\x03\x01 not HTTP\r\n\r\n", b"GET / HTTP/1.1\r\nX: " + b"x" * 40_000])
