@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         NumericalError,
         RequestError,
         SdfastError,
+        SettingsError,
         ValidationFailed,
     )
     from sdfast.export.build import export
@@ -44,6 +45,7 @@ _HOMES = {
     "BackendError": "sdfast.errors",
     "DependencyError": "sdfast.errors",
     "NumericalError": "sdfast.errors",
+    "SettingsError": "sdfast.errors",
     "ValidationFailed": "sdfast.errors",
 }
 
@@ -58,6 +60,7 @@ __all__ = [
     "Pipeline",
     "RequestError",
     "SdfastError",
+    "SettingsError",
     "StableDiffusionPipeline",
     "StableDiffusionXLPipeline",
     "ValidationFailed",

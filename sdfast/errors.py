@@ -33,6 +33,10 @@ class DependencyError(SdfastError, ImportError):
     """A package that an optional feature needs; the message says how to install it."""
 
 
+class SettingsError(SdfastError):
+    """A setting of the server that is unknown, wrong, or unsafe without another."""
+
+
 class NumericalError(SdfastError):
     """A result that is not a number, so that no picture is made of it."""
 

@@ -67,7 +67,7 @@ class Request(BaseModel):
     def _drawable(cls, texts: tuple[str | None, ...]) -> tuple[str | None, ...]:
         for text in texts:
             if text is not None:
-                _check_text(text)
+                check_text(text)
         return texts
 
     @field_validator("height", "width")
@@ -100,7 +100,7 @@ class Request(BaseModel):
         return self
 
 
-def _check_text(text: str) -> None:
+def check_text(text: str) -> None:
     if len(text) > MAX_PROMPT:
         raise ValueError(f"{len(text)} characters; at most {MAX_PROMPT}")
     if "\0" in text:
@@ -133,10 +133,10 @@ def _explain(error: ValidationError) -> str:
         return f"{field}: unknown; the fields are: {', '.join(Request.model_fields)}"
     if isinstance(given, float) and not math.isfinite(given):
         message = "must be a finite number"
-    return f"{field}: {message} (got {_shown(given)})"
+    return f"{field}: {message} (got {shown(given)})"
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value in short, on one line."""
     try:
         text = " ".join(repr(value).split())

@@ -1,0 +1,172 @@
+"""The fields of `POST /v1/images/generations`, and the `sdfast.request.Request` that they ask for."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+from sdfast.errors import RequestError
+from sdfast.request import Request, check_text
+from sdfast.schedulers import resolve
+from sdfast.server.encoding import Format
+from sdfast.server.jobs import EngineInfo
+from sdfast.server.problems import Problem, of_request_error
+
+STEPS, GUIDANCE, SCHEDULER = 20, 7.0, "dpmpp_2m_karras"  # as `sdfast generate`'s own
+_SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
+_ONE_PICTURE = "pictures do not move here; leave it out"
+_NO_SVG = "pictures have pixels; leave it out"
+_NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "response_format": (
+        ("b64_json",),
+        "the server keeps no files that a url could lead to; ask for b64_json",
+    ),
+    "quality": (("auto", "standard"), "give num_inference_steps instead; more steps take longer"),
+    "style": (("vivid",), "say it in the prompt"),  # vivid is what the API means where nothing is said
+    "background": (("auto", "opaque"), "pictures have no transparency here; leave it out"),
+    "moderation": (("auto", "low"), "the server does not moderate; leave it out"),
+    "complexity": ((), _NO_SVG),
+    "svg": ((), _NO_SVG),
+    "frame_count": ((1,), _ONE_PICTURE),
+    "frame_duration_ms": ((), _ONE_PICTURE),
+}
+"""Fields of the API that mean nothing here: the values that ask for nothing, and what to do instead."""
+
+
+class Generation(BaseModel):
+    """A body, checked field by field; null is the same as nothing.
+
+    user, safety_identifier: who asks, for a service that watches its users; checked and forgotten.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    prompt: str
+    model: str | None = None
+    n: int | None = Field(default=None, ge=1, le=10)
+    size: str | None = None
+    quality: str | None = None
+    response_format: str | None = None
+    output_format: Format | None = None
+    output_compression: int | None = Field(default=None, ge=0, le=100)
+    background: str | None = None
+    moderation: str | None = None
+    style: str | None = None
+    stream: bool | None = None
+    partial_images: int | None = Field(default=None, ge=0, le=3)
+    user: str | None = Field(default=None, max_length=512)
+    safety_identifier: str | None = Field(default=None, max_length=512)
+    complexity: str | None = None
+    svg: Any = None
+    frame_count: int | None = None
+    frame_duration_ms: int | None = None
+    negative_prompt: str | None = None
+    seed: int | None = None  # from here on, `sdfast.request.Request` knows the bounds
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    guidance_rescale: float | None = None
+    scheduler: str | None = None
+    eta: float | None = None
+    clip_skip: int | None = None
+
+    @field_validator("*")
+    @classmethod
+    def _text(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            check_text(value)
+        return value
+
+    @field_validator(*_NEUTRAL)
+    @classmethod
+    def _asks_for_nothing(cls, value: Any, info: ValidationInfo) -> Any:
+        allowed, advice = _NEUTRAL[str(info.field_name)]
+        if value is not None and value not in allowed:
+            taken = f"; taken are: {', '.join(map(str, allowed))}" if allowed else ""
+            raise ValueError(f"is not supported: {advice}{taken}")
+        return value
+
+    @field_validator("size")
+    @classmethod
+    def _pixels(cls, size: str | None) -> str | None:
+        if size is not None and size != "auto" and _SIZE.fullmatch(size) is None:
+            raise ValueError('must be "auto", or WIDTHxHEIGHT in pixels, such as "512x512"')
+        return size
+
+    @field_validator("output_compression")
+    @classmethod
+    def _of_lossy(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value not in (None, 100) and info.data.get("output_format") not in ("webp", "jpeg"):
+            raise ValueError("is for output_format webp and jpeg; leave it out, PNG loses nothing")
+        return value
+
+    @field_validator("partial_images")
+    @classmethod
+    def _of_streams(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value and not info.data.get("stream"):
+            raise ValueError("needs stream: true")
+        return value
+
+    @property
+    def format(self) -> Format:
+        return self.output_format or "png"
+
+    @property
+    def compression(self) -> int:
+        """The quality of webp and jpeg, 100 the best, as the API counts it."""
+        return 100 if self.output_compression is None else self.output_compression
+
+    def request(self, engine: EngineInfo) -> Request:
+        """What `engine` is to draw. Raises `Problem` naming the API's field."""
+        try:
+            return self._request(engine)
+        except RequestError as error:
+            raise of_request_error(error, FIELDS) from None
+
+    def _request(self, engine: EngineInfo) -> Request:
+        height, width = self._side(engine)
+        given = self.model_dump(include=_SAME, exclude_none=True)
+        return Request.make(
+            prompts=(self.prompt,),
+            negative_prompts=(self.negative_prompt,),
+            height=height,
+            width=width,
+            num_images_per_prompt=self.n or 1,
+            **{**_DEFAULTS, **given, "scheduler": self._sampler()},
+        )
+
+    def _side(self, engine: EngineInfo) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        if self.size in (None, "auto"):
+            return engine.default_height, engine.default_width
+        width, height = str(self.size).split("x")
+        return int(height), int(width)
+
+    def _sampler(self) -> str:
+        """The scheduler's name, which is a known one."""
+        if self.scheduler is None:
+            return SCHEDULER
+        try:
+            resolve(self.scheduler)
+        except RequestError as error:
+            raise of_request_error(error, FIELDS, "scheduler") from None
+        return self.scheduler
+
+
+FIELDS = frozenset(Generation.model_fields)
+_SAME = {"seed", "num_inference_steps", "guidance_scale", "guidance_rescale", "eta", "clip_skip"}
+_DEFAULTS: Mapping[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
+
+
+def engine_of(name: str | None, engines: Mapping[str, EngineInfo]) -> EngineInfo:
+    """The engine that a request names; the only one when it names none. Raises `Problem`."""
+    there = ", ".join(engines)
+    if name is None and len(engines) == 1:
+        return next(iter(engines.values()))
+    if name is None:
+        raise Problem(422, f"model: is missing; there are: {there}", param="model", code="missing_field")
+    if name not in engines:
+        raise Problem(
+            404, f"model: {name:.60} is not here; there are: {there}", param="model", code="model_not_found"
+        )
+    return engines[name]

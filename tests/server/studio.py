@@ -1,0 +1,87 @@
+"""A `Studio` without engines: it draws one colour a seed, and fails where it is told to."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from io import BytesIO
+
+from PIL import Image
+
+from sdfast.errors import RequestError
+from sdfast.infotext import Infotext, png_info
+from sdfast.server.jobs import Done, EngineInfo, Event, Failed, Job, Preview, Queued, QueueFull, Step
+
+SIZES = {(64, 64), (64, 96)}  # height, width
+
+
+def engine(name: str = "tiny") -> EngineInfo:
+    return EngineInfo(name, "sd", 64, 64, ("64x64", "96x64"), 4, "org/tiny", "0" * 64)
+
+
+@dataclass
+class FakeStudio:
+    """Failpoints: `full`, `failure`, `hang` (until cancelled), `bug`, `silent` (no last event)."""
+
+    engines: dict[str, EngineInfo] = field(default_factory=lambda: {"tiny": engine()})
+    ready: bool = True
+    full: bool = False
+    failure: Failed | None = None
+    hang: bool = False
+    bug: bool = False
+    silent: bool = False
+    seconds: float = 0.0  # of every step
+    truncated: str = ""
+    jobs: list[Job] = field(default_factory=list)
+    cancelled: list[str] = field(default_factory=list)
+    live: dict[str, asyncio.Event] = field(default_factory=dict)
+
+    def submit(self, job: Job) -> AsyncIterator[Event]:
+        if self.full:
+            raise QueueFull(2.5)
+        size = (job.request.height, job.request.width)
+        if size not in SIZES:
+            raise RequestError(f"size {size[1]}x{size[0]} is not one of this engine's (64x64, 96x64)")
+        self.jobs.append(job)
+        self.live[job.id] = asyncio.Event()
+        return self._events(job)
+
+    def cancel(self, job_id: str) -> bool:
+        ended = self.live.pop(job_id, None)
+        if ended is not None:
+            self.cancelled.append(job_id)
+            ended.set()
+        return ended is not None
+
+    def waiting(self) -> int:
+        return 3
+
+    def running(self) -> int:
+        return len(self.live)
+
+    async def _events(self, job: Job) -> AsyncIterator[Event]:
+        yield Queued(0)
+        if self.bug:
+            raise ValueError("a bug in the studio")
+        if self.hang:
+            await self.live[job.id].wait()
+        for index in range(job.previews):
+            await asyncio.sleep(self.seconds)
+            yield Step(index + 1, job.previews)
+            yield Preview(index, png(job, job.request.seed))
+        await asyncio.sleep(self.seconds)
+        self.live.pop(job.id, None)
+        if not self.silent:
+            yield self.failure or self._done(job)
+
+    def _done(self, job: Job) -> Done:
+        seeds = job.request.seeds
+        return Done(tuple(png(job, seed) for seed in seeds), seeds, (self.truncated,), {"denoising": 0.5})
+
+
+def png(job: Job, seed: int) -> bytes:
+    """One colour, with parameters as an engine's picture has them."""
+    request, file = job.request, BytesIO()
+    told = Infotext(request.prompts[0], steps=request.num_inference_steps, seed=seed)
+    colour = (seed % 256, seed // 256 % 256, 99)
+    Image.new("RGB", (request.width, request.height), colour).save(file, "PNG", pnginfo=png_info(told))
+    return file.getvalue()

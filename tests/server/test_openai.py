@@ -1,0 +1,261 @@
+"""OpenAI's own client against the API."""
+
+import asyncio
+import base64
+import json
+from io import BytesIO
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from PIL import Image
+
+from sdfast import infotext
+from sdfast.server.jobs import Failed
+from tests.server.conftest import client_of
+from tests.server.studio import FakeStudio, engine
+
+pytestmark = pytest.mark.anyio
+CALL: dict[str, Any] = {"prompt": "a boat", "model": "tiny"}
+
+
+def opened(b64: str) -> Image.Image:
+    return Image.open(BytesIO(base64.b64decode(b64)))
+
+
+async def test_a_picture_comes_with_its_seed_and_parameters(
+    sdk: openai.AsyncOpenAI, studio: FakeStudio
+) -> None:
+    answer = await sdk.images.generate(**CALL, extra_body={"seed": 7})
+    [picture] = answer.data
+    image = opened(picture.b64_json)
+    assert image.size == (64, 64) and image.getpixel((0, 0)) == (7, 0, 99)
+    assert infotext.parse(image.info["parameters"]).seed == picture.seed == 7
+    assert (answer.size, answer.output_format, answer.background) == ("64x64", "png", "opaque")
+    assert answer.usage.total_tokens == 0 and answer.created > 0
+    assert picture.warnings == []
+    assert studio.cancelled == []
+
+
+async def test_plain_fields_reach_the_engine(sdk: openai.AsyncOpenAI, studio: FakeStudio) -> None:
+    extra = {
+        "negative_prompt": "blurry",
+        "seed": 2**40,
+        "num_inference_steps": 9,
+        "guidance_scale": 3,
+        "guidance_rescale": 0.5,
+        "scheduler": "Euler a",
+        "eta": 0.25,
+        "clip_skip": 1,
+    }
+    await sdk.images.generate(**CALL, size="96x64", n=2, user="someone", extra_body=extra)
+    [job] = studio.jobs
+    request = job.request
+    assert (request.width, request.height, request.images) == (96, 64, 2)
+    assert (request.prompts, request.negative_prompts) == (("a boat",), ("blurry",))
+    told = {name: getattr(request, name) for name in extra if name != "negative_prompt"}
+    assert told == {name: value for name, value in extra.items() if name != "negative_prompt"}
+
+
+async def test_what_is_not_said_is_as_sdfast_generate_has_it(
+    sdk: openai.AsyncOpenAI, studio: FakeStudio
+) -> None:
+    await sdk.images.generate(prompt="")
+    request = studio.jobs[0].request
+    assert (request.num_inference_steps, request.guidance_scale) == (20, 7.0)
+    assert request.scheduler == "dpmpp_2m_karras"
+    assert studio.jobs[0].deadline is not None
+
+
+async def test_several_pictures_have_seeds_that_make_each_again(sdk: openai.AsyncOpenAI) -> None:
+    answer = await sdk.images.generate(**CALL, n=3)
+    seeds = [picture.seed for picture in answer.data]
+    assert seeds == [seeds[0], seeds[0] + 1, seeds[0] + 2]
+    again = await sdk.images.generate(**CALL, extra_body={"seed": seeds[2]})
+    assert again.data[0].b64_json == answer.data[2].b64_json
+
+
+@pytest.mark.parametrize("output_format", ["webp", "jpeg"])
+async def test_other_formats_keep_the_parameters(sdk: openai.AsyncOpenAI, output_format: Any) -> None:
+    answer = await sdk.images.generate(**CALL, output_format=output_format, output_compression=50)
+    image = opened(answer.data[0].b64_json)
+    assert image.format == output_format.upper()
+    comment = image.getexif().get_ifd(0x8769)[0x9286]
+    assert comment.startswith(b"UNICODE\0")
+    assert infotext.parse(comment[8:].decode("utf-16-be")).prompt == "a boat"
+    assert answer.data[0].warnings == []
+
+
+async def test_parameters_that_a_jpeg_has_no_room_for_are_told(sdk: openai.AsyncOpenAI) -> None:
+    answer = await sdk.images.generate(prompt="é" * 32_760, output_format="jpeg")
+    assert opened(answer.data[0].b64_json).format == "JPEG"
+    assert "no room for the parameters" in answer.data[0].warnings[0]
+
+
+async def test_a_truncated_prompt_is_told(sdk: openai.AsyncOpenAI, studio: FakeStudio) -> None:
+    studio.truncated = "and a gull"
+    answer = await sdk.images.generate(**CALL)
+    assert "77 tokens; left out: 'and a gull'" in answer.data[0].warnings[0]
+
+
+async def test_a_stream_is_partial_pictures_then_the_finished_ones(sdk: openai.AsyncOpenAI) -> None:
+    stream = await sdk.images.generate(**CALL, stream=True, partial_images=2, n=2, extra_body={"seed": 5})
+    events = [event async for event in stream]
+    assert [event.type for event in events] == [
+        *["image_generation.partial_image"] * 2,
+        *["image_generation.completed"] * 2,
+    ]
+    assert [event.partial_image_index for event in events[:2]] == [0, 1]
+    assert [event.seed for event in events[2:]] == [5, 6]
+    for event in events:
+        assert opened(event.b64_json).size == (64, 64)
+        assert (event.size, event.output_format, event.quality) == ("64x64", "png", "auto")
+        assert event.background == "opaque" and event.created_at > 0
+    assert events[-1].usage.total_tokens == 0
+
+
+async def test_a_stream_is_server_sent_events_that_end_with_done(post: Any) -> None:
+    answer = await post({"prompt": "a", "stream": True, "partial_images": 1})
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert "content-length" not in answer.headers
+    blocks = answer.text.split("\n\n")
+    assert [block.partition("\n")[0] for block in blocks] == [
+        "event: image_generation.partial_image",
+        "event: image_generation.completed",
+        "data: [DONE]",
+        "",
+    ]
+
+
+async def test_a_stream_that_fails_raises_in_the_client(sdk: openai.AsyncOpenAI, studio: FakeStudio) -> None:
+    studio.failure = Failed("numerical", "the latents are no numbers; try another seed")
+    stream = await sdk.images.generate(**CALL, stream=True, partial_images=1)
+    with pytest.raises(openai.APIError, match="no numbers") as caught:
+        _ = [event async for event in stream]
+    error = caught.value
+    assert (error.code, error.type, error.param) == ("numerical_error", "server_error", None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "code"),
+    [
+        ("request", 422, "invalid_value"),
+        ("numerical", 500, "numerical_error"),
+        ("memory", 503, "out_of_memory"),
+        ("timeout", 504, "timeout"),
+        ("engine", 503, "engine_error"),
+        ("cancelled", 499, "cancelled"),
+    ],
+)
+async def test_a_job_that_fails_has_a_status_of_its_kind(
+    sdk: openai.AsyncOpenAI, studio: FakeStudio, kind: Any, status: int, code: str
+) -> None:
+    studio.failure = Failed(kind, "eta: is for other schedulers")
+    with pytest.raises(openai.APIStatusError) as caught:
+        await sdk.images.generate(**CALL)
+    error = caught.value
+    assert (error.status_code, error.code) == (status, code)
+    assert error.type == ("server_error" if status >= 500 else "invalid_request_error")
+    assert error.param == ("eta" if kind == "request" else None)
+    metrics = (await sdk._client.get("/metrics")).text
+    assert f'sdfast_failures_total{{kind="{kind}"}} 1.0' in metrics
+
+
+async def test_an_engine_that_ends_without_a_word_is_an_error(
+    sdk: openai.AsyncOpenAI, studio: FakeStudio
+) -> None:
+    studio.silent = True
+    with pytest.raises(openai.InternalServerError, match="without a result") as caught:
+        await sdk.images.generate(**CALL)
+    assert caught.value.code == "engine_error"
+    stream = await sdk.images.generate(**CALL, stream=True)
+    with pytest.raises(openai.APIError, match="without a result"):
+        _ = [event async for event in stream]
+
+
+async def test_a_bug_is_a_500_that_tells_only_its_id(sdk: openai.AsyncOpenAI, studio: FakeStudio) -> None:
+    studio.bug = True
+    with pytest.raises(openai.InternalServerError) as caught:
+        await sdk.images.generate(**CALL, extra_headers={"x-request-id": "mine"})
+    assert (caught.value.code, caught.value.request_id) == ("internal_error", "mine")
+    assert "studio" not in caught.value.response.text
+    assert len(studio.cancelled) == 1
+
+
+async def test_a_bug_within_a_stream_is_its_last_event(post: Any, studio: FakeStudio) -> None:
+    studio.bug = True
+    answer = await post({"prompt": "a", "stream": True})
+    name, _, data = answer.text.rstrip().partition("\n")
+    assert name == "event: error"
+    assert json.loads(data.removeprefix("data: "))["error"]["code"] == "internal_error"
+    assert len(studio.cancelled) == 1
+
+
+async def test_a_wrong_key_is_told_as_such(http: httpx.AsyncClient) -> None:
+    http.headers.pop("authorization")
+    with pytest.raises(openai.AuthenticationError) as caught:
+        await client_of(http, "wrong").images.generate(**CALL)
+    assert (caught.value.code, caught.value.type) == ("invalid_api_key", "invalid_request_error")
+
+
+async def test_a_full_queue_says_when_to_come_again(sdk: openai.AsyncOpenAI, studio: FakeStudio) -> None:
+    studio.full = True
+    for stream in (False, True):
+        with pytest.raises(openai.RateLimitError) as caught:
+            await sdk.images.generate(**CALL, stream=stream)
+        assert caught.value.response.headers["retry-after"] == "3"
+        assert (caught.value.code, caught.value.type) == ("queue_full", "rate_limit_error")
+    assert studio.jobs == []
+
+
+async def test_an_unknown_model_is_not_found(sdk: openai.AsyncOpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="there are: tiny") as caught:
+        await sdk.images.generate(prompt="a", model="dall-e-3")
+    assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+
+
+async def test_with_several_engines_the_model_must_be_said(
+    sdk: openai.AsyncOpenAI, studio: FakeStudio
+) -> None:
+    studio.engines["other"] = engine("other")
+    with pytest.raises(openai.UnprocessableEntityError, match="there are: tiny, other"):
+        await sdk.images.generate(prompt="a")
+    await sdk.images.generate(prompt="a", model="other")
+    assert studio.jobs[0].engine == "other"
+    assert [model.id async for model in sdk.models.list()] == ["tiny", "other"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_leaves_ends_its_job(
+    sdk: openai.AsyncOpenAI, studio: FakeStudio, stream: bool
+) -> None:
+    studio.hang = True
+    call = asyncio.create_task(sdk.images.generate(**CALL, stream=stream))
+    while not studio.live:
+        await asyncio.sleep(0.01)
+    call.cancel()
+    await asyncio.gather(call, return_exceptions=True)
+    assert studio.cancelled == [studio.jobs[0].id]
+    assert studio.live == {}
+
+
+async def test_the_loop_is_free_while_pictures_are_encoded(
+    http: httpx.AsyncClient, sdk: openai.AsyncOpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import time
+
+    from sdfast.server import openai as api
+
+    def slow(png: bytes, format: str, quality: int) -> tuple[bytes, bool]:
+        time.sleep(0.5)
+        return png, True
+
+    monkeypatch.setattr(api, "encode", slow)
+    call = asyncio.create_task(sdk.images.generate(**CALL))
+    await asyncio.sleep(0.1)
+    begun = time.perf_counter()
+    assert (await http.get("/health/live")).status_code == 200
+    assert time.perf_counter() - begun < 0.3
+    assert not call.done()
+    await call
