@@ -1,10 +1,11 @@
-"""The command line: `sdfast export | generate | validate | info | schedulers | doctor | demo`.
+"""The command line: `sdfast export | rebuild | generate | serve | validate | info | schedulers | doctor`.
 
 Each command is a thin layer over the package. What sdfast raises on purpose is shown as one line, with exit
 status 1; `--debug` shows the traceback. Heavy imports are inside the commands, so that `--help` is immediate.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,34 @@ def generate(prompt: str, output: Path | None, overwrite: bool, **options: Any) 
     job = Job(prompt=prompt, **options)
     for path, seed in draw(job, output, overwrite):
         click.echo(f"{path}  seed {seed}")
+
+
+@main.command()
+@click.argument("engines", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--config", type=click.Path(path_type=Path), help="A TOML file of these settings.")
+@click.option("--host", help="[default: 127.0.0.1]")
+@click.option("--port", type=int, help="[default: 8000]")
+@click.option(
+    "--api-key-file", type=click.Path(path_type=Path), help="A file with the key clients must show."
+)
+@click.option("--max-rows", type=int, help="The most pictures denoised together. [default: 16]")
+@click.option("--queue", type=int, help="The most jobs that wait. [default: 64]")
+@click.option("--timeout", type=float, help="Seconds that a job may wait. [default: 60]")
+@click.option("--drain", type=float, help="Seconds that running work has after SIGTERM. [default: 120]")
+@click.option("--max-body", type=int, help="Bytes of a request. [default: 16 MiB]")
+@click.option("--allow-public", is_flag=True, default=None, help="Listen beyond this machine without a key.")
+@click.option("--device", help="[default: what the engines are for]")
+def serve(engines: tuple[Path, ...], config: Path | None, device: str | None, **given: Any) -> None:
+    """Serve ENGINES over HTTP: OpenAI's Images API, health and metrics.
+
+    Every setting can also be an environment variable (SDFAST_PORT, SDFAST_API_KEY), or stand in the file.
+    """
+    from sdfast.server.settings import Settings
+    from sdfast.server.start import start
+
+    settings = Settings.load(given, os.environ, config)
+    if not start(engines, settings, device):
+        sys.exit(1)
 
 
 @main.command()
