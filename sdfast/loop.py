@@ -281,10 +281,10 @@ class Rows:
 
     def tick(self) -> None:
         """Advance every row by one step. A row that has no steps left keeps its latents."""
-        if self._bucket is None:
+        if not self._members:
             return
-        self._bucket.arithmetic.feed([m.step for m in self._placed])
-        self._bucket.tick()
+        self._arithmetic.feed([m.step for m in self._placed])
+        self._occupied.tick()
         for member in self._placed:
             member.advance()
 
@@ -293,10 +293,14 @@ class Rows:
         check_finite(self._arithmetic.latents)
 
     @property
-    def _arithmetic(self) -> Arithmetic:
+    def _occupied(self) -> Bucket:
         if self._bucket is None:
-            raise RuntimeError("no rows are placed")
-        return self._bucket.arithmetic
+            raise RuntimeError("no rows are placed: there are none, or the last change failed")
+        return self._bucket
+
+    @property
+    def _arithmetic(self) -> Arithmetic:
+        return self._occupied.arithmetic
 
     def _index(self, row: Row) -> int:
         """A row's place in the registers."""

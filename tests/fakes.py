@@ -227,7 +227,7 @@ def _unet(sample: torch.Tensor, time_shift: torch.Tensor, context: torch.Tensor)
 
 def _vae_decoder(latents: torch.Tensor) -> dict[str, torch.Tensor]:
     wide = latents[:, :3].repeat_interleave(FACTOR, 2).repeat_interleave(FACTOR, 3)
-    return {"image": torch.sigmoid(wide)}
+    return {"image": torch.sigmoid(wide / 16)}  # few latents are so large that they make plain black or white
 
 
 _FUNCTIONS: dict[str, Callable[..., dict[str, torch.Tensor]]] = {

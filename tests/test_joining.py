@@ -114,7 +114,9 @@ def test_without_memory_for_a_row_the_others_go_on(arithmetic: Arithmetics) -> N
 
 def test_after_a_failed_tick_the_rows_go_on_in_other_tensors(arithmetic: Arithmetics) -> None:
     engine, kinds = wide(), {"name": "euler_a", "steps": 6, "seed": 4}
-    running = Rows(engine, [stays := row(**kinds), goes := row()], SIDE, SIDE, arithmetic)
+    buckets, made, make = Buckets(), list[object](), engine.bind
+    engine.bind = lambda *given: made.append(given) or make(*given)  # type: ignore[method-assign]
+    running = Rows(engine, [stays := row(**kinds), goes := row()], SIDE, SIDE, arithmetic, buckets)
     running.tick()
     engine.failpoints["unet"] = Failpoint("memory")
     with pytest.raises(torch.OutOfMemoryError):
@@ -122,6 +124,8 @@ def test_after_a_failed_tick_the_rows_go_on_in_other_tensors(arithmetic: Arithme
     engine.failpoints.clear()
     assert running.steps == {stays: 1, goes: 1}
     running.change(leaving=[goes], discard=True)
+    Rows(engine, [row(), row()], SIDE, SIDE, arithmetic, buckets)
+    assert len(made) == 3  # nobody gets those that failed
     while running.active:
         running.tick()
     torch.testing.assert_close(running.latents_of(stays), alone(arithmetic, **kinds), **EXACT)

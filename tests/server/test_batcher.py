@@ -332,6 +332,22 @@ def test_cancelling_frees_the_rows_at_the_next_step(open_batcher: Open) -> None:
     until(lambda: not batcher.cancel("running"))
 
 
+def test_sizes_take_turns(open_batcher: Open) -> None:
+    sizes = [(Span.exactly(16), Span.exactly(side)) for side in (16, 24, 32)]
+    engine = FakeEngine(sizes=sizes)
+    batcher, order = open_batcher(engine), list[int]()
+
+    def noting(side: int) -> Callable[[Event], None]:
+        return lambda event: order.append(side) if isinstance(event, Step) else None
+
+    with Held(engine):
+        for side in (16, 24, 32):
+            batcher.submit(Job(f"{side}", "fake", request(width=side, num_inference_steps=8)), noting(side))
+    until(lambda: len(order) == 3 * 8)
+    turns = order[3:-3]
+    assert all(len({*turns[i : i + 3]}) == 3 for i in range(len(turns) - 2))
+
+
 def test_a_deadline_that_passes_in_the_queue_costs_no_device_time(open_batcher: Open) -> None:
     engine = FakeEngine()
     batcher = open_batcher(engine, max_rows=1)
@@ -355,6 +371,8 @@ def test_a_job_whose_latents_are_no_numbers_fails_alone(open_batcher: Open) -> N
         engine.failpoints["unet"] = Failpoint("nan", after=2, rows=[0])
     blocker.done()
     assert bad.failed() == "numerical"
+    assert "latents" in bad.events[-1].message  # type: ignore[union-attr]
+    assert not engine.failpoints.get("vae_decoder") and len(engine.calls["vae_decoder"]) <= 2
     assert_drawn(beside.done(), good, Pipeline(FakeEngine()))
     engine.failpoints["vae_decoder"] = Failpoint("nan", after=len(engine.calls["vae_decoder"]))
     engine.failpoints.pop("unet")
