@@ -40,7 +40,8 @@ def free_port() -> int:
 def serving(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The command in a process, and its address. What still runs at the end is killed."""
     port = free_port()
-    command = [sys.executable, "-m", "sdfast.cli", "serve", *map(str, arguments), "--port", str(port)]
+    code = "from sdfast.cli import main; main()"
+    command = [sys.executable, "-c", code, "serve", *map(str, arguments), "--port", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         yield process, f"http://127.0.0.1:{port}"
@@ -96,9 +97,7 @@ def test_an_engine_that_cannot_draw_ends_the_server_with_the_reason(
     with serving(engine) as (process, _):
         _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert (
-        f"Error: {weights}: digest" in stderr if damage == "verified" else "Error: unet.safetensors" in stderr
-    )
+    assert {"verified": f"Error: {weights}: digest", "drawn": "Error: unet.safetensors"}[damage] in stderr
 
 
 def test_no_engine_is_refused_at_once(tmp_path: Path) -> None:
