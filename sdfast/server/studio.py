@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -12,7 +13,10 @@ from sdfast.manifest import Manifest, read_manifest
 from sdfast.pipeline import Pipeline
 from sdfast.request import Request
 from sdfast.server.batcher import Batcher
-from sdfast.server.jobs import Done, EngineInfo, Event, Failed, Job
+from sdfast.server.jobs import Done, EngineInfo, Event, Failed, Job, Step
+
+STEP_SECONDS = 0.1
+"""A job's steps are told so often at most: each wakes the event loop, beside the processor's own work."""
 
 WARM_UP_STEPS = 2  # the first loads kernels, on CUDA the second is captured
 
@@ -65,9 +69,14 @@ class LocalStudio:
 
     def submit(self, job: Job) -> AsyncIterator[Event]:
         batcher = self._batcher(job.engine)
-        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
+        loop, events, told = asyncio.get_running_loop(), asyncio.Queue[Event](), 0.0
 
         def listen(event: Event) -> None:
+            nonlocal told
+            if isinstance(event, Step) and event.done < event.total:
+                if time.monotonic() - told < STEP_SECONDS:
+                    return
+                told = time.monotonic()
             if not loop.is_closed():  # the server has ended before the batcher
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
