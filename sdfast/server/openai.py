@@ -15,7 +15,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from sdfast.errors import RequestError
+from sdfast.errors import BackendError, RequestError
 from sdfast.server.body import read_json
 from sdfast.server.encoding import encode
 from sdfast.server.fields import FIELDS, Generation, engine_of
@@ -106,6 +106,9 @@ class Desk:
         except RequestError as error:
             self.metrics.failed("request")
             raise of_request_error(error, FIELDS) from None
+        except BackendError as error:  # it failed for good since `check_open` looked
+            self.metrics.failed("engine")
+            raise of_failure(Failed("engine", str(error)), FIELDS) from None
 
     @asynccontextmanager
     async def under_way(self, job: Job, events: AsyncIterator[Event]) -> AsyncGenerator[None]:

@@ -7,7 +7,7 @@ from io import BytesIO
 
 from PIL import Image
 
-from sdfast.errors import RequestError
+from sdfast.errors import BackendError, RequestError
 from sdfast.infotext import Infotext, png_info
 from sdfast.server.jobs import Done, EngineInfo, Event, Failed, Job, Preview, Queued, QueueFull, Step
 
@@ -20,11 +20,12 @@ def engine(name: str = "tiny") -> EngineInfo:
 
 @dataclass
 class FakeStudio:
-    """Failpoints: `full`, `failure`, `hang` (until cancelled), `bug`, `silent` (no last event)."""
+    """Failpoints: `full`, `down`, `failure`, `hang` (until cancelled), `bug`, `silent` (no last event)."""
 
     engines: dict[str, EngineInfo] = field(default_factory=lambda: {"tiny": engine()})
     ready: bool = True
     full: bool = False
+    down: bool = False
     failure: Failed | None = None
     hang: bool = False
     bug: bool = False
@@ -38,6 +39,8 @@ class FakeStudio:
     def submit(self, job: Job) -> AsyncIterator[Event]:
         if self.full:
             raise QueueFull(2.5)
+        if self.down:
+            raise BackendError("the engine takes no more jobs: it is closed, or it failed too often")
         size = (job.request.height, job.request.width)
         if size not in SIZES:
             raise RequestError(f"size {size[1]}x{size[0]} is not one of this engine's (64x64, 96x64)")

@@ -209,6 +209,17 @@ async def test_a_full_queue_says_when_to_come_again(sdk: openai.AsyncOpenAI, stu
     assert studio.jobs == []
 
 
+async def test_an_engine_that_failed_for_good_is_unavailable(
+    sdk: openai.AsyncOpenAI, studio: FakeStudio
+) -> None:
+    studio.down = True
+    for stream in (False, True):
+        with pytest.raises(openai.InternalServerError, match="takes no more jobs") as caught:
+            await sdk.images.generate(**CALL, stream=stream)
+        assert caught.value.status_code == 503
+    assert studio.jobs == []
+
+
 async def test_an_unknown_model_is_not_found(sdk: openai.AsyncOpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="there are: tiny") as caught:
         await sdk.images.generate(prompt="a", model="dall-e-3")
