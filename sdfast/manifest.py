@@ -241,8 +241,12 @@ class Manifest(_Part):
 
 
 def _seal(document: dict[str, Any]) -> str:
-    rest = {key: value for key, value in document.items() if key != "seal"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    return json_digest({key: value for key, value in document.items() if key != "seal"})
+
+
+def json_digest(value: Any) -> str:
+    """SHA-256 in hex of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> Manifest:

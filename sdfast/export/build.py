@@ -1,7 +1,6 @@
 """checkpoint → engine: every stage, in order."""
 
 import errno
-import hashlib
 import json
 import platform
 import time
@@ -36,6 +35,7 @@ from sdfast.manifest import (
     Source,
     Target,
     Variant,
+    json_digest,
     read_manifest,
 )
 from sdfast.versions import installed
@@ -276,7 +276,7 @@ class _Build:
             source=made_of.source,
             revision=made_of.revision,
             weights=self.digests,
-            settings=_digest(settings),
+            settings=json_digest(settings),
         )
 
     def _recipe(self) -> dict[str, Any]:
@@ -302,7 +302,7 @@ class _Build:
             "autotune": self.recipe.autotune,
             "versions": {**_versions(), "sdfast": sdfast.__version__},
         }
-        return _digest(depends)
+        return json_digest(depends)
 
     @contextmanager
     def _stage(self, name: str, place: Path) -> Iterator[None]:
@@ -384,10 +384,6 @@ def _code_target(recipe: Recipe) -> Target | None:
             " that will run the engine, or take --device cpu; `sdfast doctor` says what is missing"
         )
     return this_machine(torch.device(device))
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 @cache

@@ -4,13 +4,11 @@ An entry holds what compiling one form gave, under a key that is a digest of eve
 Weights are none of that. Entries appear whole or not at all; one that was changed is thrown away.
 """
 
-import hashlib
 import json
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from sdfast.engine import sha256
 from sdfast.export.cache import cache_folder
@@ -19,16 +17,17 @@ from sdfast.export.sharing import link_or_copy
 _DIGESTS = "digests.json"
 
 
-def code_key(depends: Mapping[str, Any]) -> str:
-    """The key of code that depends on these JSON values."""
-    return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
-
-
 class CodeStore:
     """A directory of entries, by default `code` in the cache of engines (`SDFAST_CACHE`)."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder or cache_folder() / "code"
+
+    def fill(self, key: str, targets: Mapping[str, Path], compile_now: Callable[[], None]) -> None:
+        """Fill `targets` from the entry of that key, or by compiling, which makes the entry."""
+        if not self.take(key, targets):
+            compile_now()
+            self.keep(key, targets)
 
     def take(self, key: str, targets: Mapping[str, Path]) -> bool:
         """Put the entry's files in their places, by name; False when there is no whole entry of that key."""
@@ -64,14 +63,3 @@ class CodeStore:
         return set(digests) == names and all(
             (entry / name).is_file() and sha256(entry / name) == digest for name, digest in digests.items()
         )
-
-
-def compiled_or_kept(
-    store: CodeStore, key: str, targets: Mapping[str, Path], compile_now: Callable[[], None]
-) -> bool:
-    """Fill `targets` from the store, or by compiling; whether it had to be compiled."""
-    if store.take(key, targets):
-        return False
-    compile_now()
-    store.keep(key, targets)
-    return True

@@ -7,9 +7,7 @@ otherwise, they would be laid out anew in every call.
 """
 
 import json
-import logging
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +19,12 @@ from torch import Tensor, nn
 from sdfast.backends.attention import Attention, exportable
 from sdfast.backends.inductor import Axis, Code, Input, Layout, Literal
 from sdfast.errors import ExportError, cause_line
-from sdfast.export.code_store import CodeStore, code_key, compiled_or_kept
+from sdfast.export.code_store import CodeStore
 from sdfast.export.modules import Form, ModuleSpec
+from sdfast.export.quiet import quiet
 from sdfast.export.tracing import Dynamic, dynamic_shapes, example, file_stem, traced_with
 from sdfast.export.weights import save_weights
-from sdfast.manifest import Target, Variant
+from sdfast.manifest import Target, Variant, json_digest
 from sdfast.models import ops
 from sdfast.models.unet import UNet
 
@@ -92,7 +91,7 @@ class Compiler:
         attention = self._choose_attention(network, given, fixed=not dynamic)
         program = _trace(network, given, dynamic)
         described = tuple(_input(name, tensor, dynamic.get(name, {})) for name, tensor in given.items())
-        key = code_key(
+        key = json_digest(
             {
                 "graph": program.graph_module.print_readable(print_output=False),
                 "ranges": sorted(map(str, program.range_constraints.items())),
@@ -119,7 +118,7 @@ class Compiler:
             )
             description.write_text(code.model_dump_json(), encoding="utf-8")
 
-        compiled_or_kept(self.store, key, targets, compile_now)
+        self.store.fill(key, targets, compile_now)
         return Code.model_validate_json(description.read_bytes())
 
     def _choose_attention(
@@ -246,21 +245,13 @@ def _advice(cause: str) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without warnings about what torch does itself, and without tables of every candidate that was timed."""
+    """Without warnings of torch about itself, and without tables of every candidate that was timed."""
     from torch._inductor import select_algorithm
 
-    loggers: Sequence[logging.Logger] = [logging.getLogger(n) for n in ("torch.export", "torch._inductor")]
-    levels = [logger.level for logger in loggers]
     printed = select_algorithm.PRINT_AUTOTUNE
     select_algorithm.PRINT_AUTOTUNE = False
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            for category in (FutureWarning, DeprecationWarning, UserWarning):
-                warnings.simplefilter("ignore", category=category)
+        with quiet("torch.export", "torch._inductor"):
             yield
     finally:
         select_algorithm.PRINT_AUTOTUNE = printed
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

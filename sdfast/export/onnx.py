@@ -5,10 +5,7 @@ replaced there by what a table of lowerings writes for them: one table for each 
 is recognised by pattern; what the table writes is what runs.
 """
 
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from torch import Tensor, nn
 from sdfast.errors import ExportError, cause_line
 from sdfast.export.onnx_cpu import CPU
 from sdfast.export.onnx_graph import Graph, Lowerings, Value
+from sdfast.export.quiet import quiet
 from sdfast.export.tracing import Dynamic, dynamic_shapes, example
 from sdfast.models import ops
 
@@ -84,7 +82,7 @@ def trace(
 ) -> onnx_ir.Model:
     """The graph of `module`, its named operations one node each. Arguments as in `export_module`."""
     try:
-        with torch.no_grad(), _quiet(), ops.as_nodes():
+        with torch.no_grad(), quiet("torch.onnx"), ops.as_nodes():
             program = torch.onnx.export(
                 module.eval(),
                 tuple(example(tensor, dynamic.get(name, {})) for name, tensor in inputs.items()),
@@ -139,18 +137,3 @@ def _as_one_node(target: Any) -> Callable[..., Any]:
         return node(*(given.pop(name) for name in tensors), **given)
 
     return translate
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter warns about torchvision, and about its own use of deprecated functions."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            for category in (FutureWarning, DeprecationWarning, UserWarning):
-                warnings.simplefilter("ignore", category=category)
-            yield
-    finally:
-        logger.setLevel(level)
