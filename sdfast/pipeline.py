@@ -306,6 +306,8 @@ class Pipeline:
     def prepare(self, request: Request, given: Given | None = None) -> Prepared:
         """Everything before the loop: the schedule, the prompts' states, the first noise."""
         given = given or Given()
+        if request.strength is not None:
+            raise RequestError("strength: is for an image to draw over; leave it out")
         plan = self.schedule_of(request)
         positive, negative, truncated = self._encode(request, given)
         return Prepared(self._rows(request, given, plan, positive, negative), plan, truncated)

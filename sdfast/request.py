@@ -24,6 +24,7 @@ class Request(BaseModel):
 
     `seed` gives image i of the request the generator of seed + i; `None` picks one at random when the request
     is made, so that it can always be told. `num_inference_steps`, `timesteps` and `sigmas` are alternatives.
+    `strength`, with an image to draw over: the share of the steps that is done, as in diffusers.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -39,6 +40,7 @@ class Request(BaseModel):
     guidance_scale: float = Field(default=7.5, ge=0.0, le=MAX_GUIDANCE)
     guidance_rescale: float = Field(default=0.0, ge=0.0, le=1.0)
     eta: float = Field(default=0.0, ge=0.0, le=1.0)
+    strength: float | None = Field(default=None, gt=0.0, le=1.0)
     num_images_per_prompt: int = Field(default=1, ge=1, le=MAX_IMAGES)
     clip_skip: int | None = Field(default=None, ge=0, le=64)
     seed: int = Field(default_factory=lambda: secrets.randbelow(2**32), ge=0, lt=SEED_LIMIT)

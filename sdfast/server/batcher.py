@@ -137,6 +137,14 @@ class Batcher:
             self._changed.notify()
             return True
 
+    def preview(self, job_id: str) -> bool:
+        """Ask for a preview after a job's next step; False when none of this id is under way."""
+        with self._changed:
+            work = self._works.get(job_id)
+            if work is not None:
+                work.preview_asked = True
+            return work is not None
+
     @property
     def healthy(self) -> bool:
         """Whether the engine can go on; once it is not, it stays so."""
@@ -305,15 +313,16 @@ class Batcher:
         """The rows of which a preview is wanted after their next step, as they are before it."""
         due, steps = [], rows.steps
         for work in self._begun:
-            for row in work.running:
-                preview = work.previews.get(steps[row] + 1) if row in steps and work.is_first(row) else None
-                if preview is not None:
-                    due += self._before(work, preview, row, rows)
+            row = work.first_running
+            if row in steps and work.preview_due(row, steps[row] + 1):
+                due += self._before(work, row, rows)
         return due
 
-    def _before(self, work: Work, preview: int, row: Row, rows: Rows) -> list[Before]:
+    def _before(self, work: Work, row: Row, rows: Rows) -> list[Before]:
         estimate = clean_estimate(row.schedule, rows.steps[row], self._engine.scheduler_config)
-        return [] if estimate is None else [Before(work, preview, row, rows.latents_of(row), estimate)]
+        if estimate is None:
+            return []
+        return [Before(work, work.next_preview(), row, rows.latents_of(row), estimate)]
 
     def _estimate(self, before: Before, rows: Rows) -> Latents:
         """What the step has told of the clean latents."""

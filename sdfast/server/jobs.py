@@ -17,7 +17,11 @@ class Job:
 
     id: unique among those under way. engine: the name of the engine that runs it. deadline: seconds by
     `time.monotonic()`, after which a job that still waits is not begun. previews: how many pictures of the
-    current estimate are wanted on the way, evenly spread over the steps of the first image.
+    current estimate are wanted on the way, evenly spread over the steps of the first image; `Studio.preview`
+    asks for others.
+    image: what is drawn over, as `request.strength` says: bytes of RGB pixels [height, width, 3] uint8, of
+    the request's size. mask: what of it is drawn anew: bytes [height, width] uint8, 255 there, 0 where the
+    image stays; with an image only. Of files, and of what is inside them, the engine side knows nothing.
     """
 
     id: str
@@ -25,6 +29,8 @@ class Job:
     request: Request
     deadline: float | None = None
     previews: int = 0
+    image: bytes | None = None
+    mask: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Preview:
-    """A picture of the estimate of the clean latents: PNG bytes, of the first image. index counts from 0."""
+    """A picture of the estimate of the clean latents: PNG bytes, of the first image that is still drawn.
+
+    index counts the job's previews from 0.
+    """
 
     index: int
     png: bytes
@@ -95,7 +104,7 @@ class QueueFull(Exception):
 class EngineInfo:
     """What the API must know of an engine. sizes: "WIDTHxHEIGHT" or ranges, for people and messages.
 
-    checkpoint_digest: hex SHA-256 over the digests of its weights.
+    checkpoint_digest: hex SHA-256 over the digests of its weights. edits: whether it takes a job's image.
     """
 
     name: str
@@ -106,6 +115,7 @@ class EngineInfo:
     max_images: int
     checkpoint: str
     checkpoint_digest: str
+    edits: bool = False
 
 
 class Studio(Protocol):
@@ -129,6 +139,11 @@ class Studio(Protocol):
 
     def cancel(self, job_id: str) -> bool:
         """End a job that waits or runs, at the next step at the latest; False when there is none."""
+        ...
+
+    def preview(self, job_id: str) -> bool:
+        """Ask for a `Preview` after a job's next step; False when the job is not there. To ask twice before
+        it came is to ask once."""
         ...
 
     def waiting(self) -> int:

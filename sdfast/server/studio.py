@@ -86,6 +86,9 @@ class LocalStudio:
     def cancel(self, job_id: str) -> bool:
         return any(batcher.cancel(job_id) for batcher in self._batchers.values())
 
+    def preview(self, job_id: str) -> bool:
+        return any(batcher.preview(job_id) for batcher in self._batchers.values())
+
     def waiting(self) -> int:
         return sum(batcher.waiting() for batcher in tuple(self._batchers.values()))
 

@@ -16,8 +16,8 @@ Listener = Callable[[Event], None]
 class Work:
     """A job, from its arrival to its last event.
 
-    The batcher's thread owns everything but `cancelled`, which anyone may set, and `tell`, which any thread
-    may call: after a job's last event nothing more of it is told.
+    The batcher's thread owns everything but `cancelled` and `preview_asked`, which anyone may set, and
+    `tell`, which any thread may call: after a job's last event nothing more of it is told.
     """
 
     def __init__(self, job: Job, listener: Listener, number: int) -> None:
@@ -28,7 +28,9 @@ class Work:
         self.prepared: Prepared | None = None
         self.waiting: deque[int] = deque(range(job.request.images))  # pictures that have no row yet
         self.running: dict[Row, int] = {}  # rows in the loop, and which picture each is
-        self.previews: dict[int, int] = {}  # after so many steps of the first picture: which preview
+        self.preview_asked = False
+        self._planned: set[int] = set()  # a preview is due after so many steps of the first picture
+        self._previews = 0
         self.pngs: dict[int, Future[bytes]] = {}  # of each picture that was decoded
         self.seconds = dict.fromkeys(("waiting", "encoding", "denoising", "decoding"), 0.0)
         self._listener, self._lock = listener, threading.Lock()
@@ -59,7 +61,7 @@ class Work:
         self.seconds["encoding"] = self._begun - start
         steps = len(self.prepared.schedule)
         wanted = min(self.job.previews, steps - 1)  # after the last step comes the picture itself
-        self.previews = {(i + 1) * steps // (wanted + 1): i for i in range(wanted)}
+        self._planned = {(i + 1) * steps // (wanted + 1) for i in range(wanted)}
 
     def next_row(self) -> Row:
         """The row of the next picture; it runs from now on."""
@@ -68,9 +70,23 @@ class Work:
         self.running[row] = picture
         return row
 
-    def is_first(self, row: Row) -> bool:
-        """Whether the row is the job's first picture, of which there are previews."""
-        return self.running[row] == 0
+    @property
+    def first_running(self) -> Row | None:
+        """The row of the first picture that is still in the loop."""
+        return min(self.running, key=lambda row: self.running[row], default=None)
+
+    def preview_due(self, row: Row, step: int) -> bool:
+        """Whether a preview is wanted after this step of the first running row, asked for or planned."""
+        planned = self.running[row] == 0 and step in self._planned
+        due = (planned or self.preview_asked) and step < len(row.schedule)  # the last has the picture itself
+        if due:
+            self.preview_asked = False
+        return due
+
+    def next_preview(self) -> int:
+        """The number of a preview, counted from 0."""
+        self._previews += 1
+        return self._previews - 1
 
     def stepped(self, rows: int) -> None:
         """So many of its rows have done another step."""

@@ -55,6 +55,9 @@ class FakeStudio:
             ended.set()
         return ended is not None
 
+    def preview(self, job_id: str) -> bool:
+        return job_id in self.live
+
     def waiting(self) -> int:
         return 3
 

@@ -246,6 +246,18 @@ def test_previews_come_on_the_way_and_look_like_the_end(open_batcher: Open) -> N
     assert not any(isinstance(event, Preview) for event in none.events)
 
 
+def test_a_preview_comes_when_it_is_asked_for(open_batcher: Open) -> None:
+    engine = FakeEngine()
+    batcher = open_batcher(engine)
+    with Held(engine):
+        ear = submit(batcher, request(num_inference_steps=8), "watched")
+        assert batcher.preview("watched") and batcher.preview("watched")
+        assert not batcher.preview("nobody")
+    ear.done()
+    previews = [event for event in ear.events if isinstance(event, Preview)]
+    assert [preview.index for preview in previews] == [0]
+
+
 def test_a_preview_is_the_estimate_of_the_clean_latents(open_batcher: Open) -> None:
     """After the third of four steps: from the pipeline's own latents there, and what the network says."""
     asked = request(scheduler="euler", guidance_scale=1.0)

@@ -21,10 +21,10 @@ import pytest
 
 from sdfast.errors import SettingsError
 from sdfast.server import listening, logs
-from sdfast.server import openai as api
 from sdfast.server.app import create_app
 from sdfast.server.jobs import Failed
 from sdfast.server.listening import Server, configuration, listen
+from sdfast.server.openai import answers as api
 from sdfast.server.settings import Settings
 from tests.server.conftest import KEY, problem
 from tests.server.studio import FakeStudio

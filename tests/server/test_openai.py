@@ -256,7 +256,7 @@ async def test_the_loop_is_free_while_pictures_are_encoded(
 ) -> None:
     import time
 
-    from sdfast.server import openai as api
+    from sdfast.server.openai import answers as api
 
     def slow(png: bytes, format: str, quality: int) -> tuple[bytes, bool]:
         time.sleep(0.5)

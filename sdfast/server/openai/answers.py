@@ -1,0 +1,141 @@
+"""What the API answers: the whole at once, or server-sent events. Each in its JSON."""
+
+import asyncio
+import base64
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from sdfast.server.desk import ClientLeft, Desk, unless_gone, without_end
+from sdfast.server.encoding import encode
+from sdfast.server.jobs import Done, Event, Job, Preview
+from sdfast.server.openai.fields import Generation
+from sdfast.server.problems import Problem, bug
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a client asked for, the job that it became, and when (seconds since 1970)."""
+
+    asked: Generation
+    job: Job
+    created: int
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What every answer repeats."""
+        request = self.job.request
+        return {
+            "background": "opaque",
+            "output_format": self.asked.format,
+            "quality": "auto",
+            "size": f"{request.width}x{request.height}",
+        }
+
+
+class EventStream(Response):
+    """Server-sent events of a job: partial pictures, then the finished ones, then `[DONE]`.
+
+    The status is sent before anything can go wrong with the job, so a failure is an event of its own.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, order: Order, desk: Desk, events: AsyncIterator[Event]) -> None:
+        super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._order, self._desk, self._events = order, desk, events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def push(chunk: bytes, more: bool = True) -> None:
+            await send({"type": "http.response.body", "body": chunk, "more_body": more})
+
+        async with self._desk.under_way(self._order.job, self._events):
+            await send(
+                {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+            )
+            try:
+                await unless_gone(receive, self._push_all(push))
+            except ClientLeft:
+                return
+            except Problem as problem:
+                await push(_event("error", problem.envelope()))
+            except Exception:
+                await push(_event("error", bug().envelope()), more=False)
+                raise
+        await push(b"", more=False)
+
+    async def _push_all(self, push: Callable[[bytes], Awaitable[None]]) -> None:
+        async with aclosing(self._desk.watched(self._events)) as watched:
+            async for event in watched:
+                if isinstance(event, Preview):
+                    await push(await asyncio.to_thread(_partial, self._order, event))
+                elif isinstance(event, Done):
+                    for i in range(len(event.pngs)):
+                        await push(await asyncio.to_thread(_completed, self._order, event, i))
+                    await push(b"data: [DONE]\n\n")
+                    return
+        raise without_end()
+
+
+async def answer(order: Order, outcome: Awaitable[Done]) -> bytes:
+    """The JSON of the whole."""
+    return await asyncio.to_thread(_whole, order, await outcome)
+
+
+def _whole(order: Order, done: Done) -> bytes:
+    """The answer's JSON. Megabytes of base64: in a thread, like everything that is called there."""
+    made = [encode(png, order.asked.format, order.asked.compression) for png in done.pngs]
+    data = [_picture(order, done, i, *encoded) for i, encoded in enumerate(made)]
+    return json.dumps({"created": order.created, "data": data, **order.told, "usage": _usage()}).encode()
+
+
+def _picture(order: Order, done: Done, i: int, picture: bytes, kept: bool) -> dict[str, Any]:
+    """A picture, the seed that makes it again, and what a client should know of it."""
+    truncated = done.truncated[0] if done.truncated else ""
+    warnings = []
+    if truncated:
+        warnings.append(f"the text encoder reads no more than 77 tokens; left out: {truncated!r}")
+    if not kept:
+        warnings.append(
+            f"{order.asked.format} has no room for the parameters; ask for png to have them inside"
+        )
+    return {"b64_json": base64.b64encode(picture).decode(), "seed": done.seeds[i], "warnings": warnings}
+
+
+def _partial(order: Order, preview: Preview) -> bytes:
+    picture, _ = encode(preview.png, order.asked.format, order.asked.compression)
+    type = "image_generation.partial_image"
+    return _event(
+        type,
+        {
+            "type": type,
+            "b64_json": base64.b64encode(picture).decode(),
+            "created_at": order.created,
+            "partial_image_index": preview.index,
+            **order.told,
+        },
+    )
+
+
+def _completed(order: Order, done: Done, i: int) -> bytes:
+    type = "image_generation.completed"
+    picture = _picture(order, done, i, *encode(done.pngs[i], order.asked.format, order.asked.compression))
+    return _event(
+        type, {"type": type, "created_at": order.created, **picture, **order.told, "usage": _usage()}
+    )
+
+
+def _usage() -> dict[str, Any]:
+    """Nothing is billed. The engine alone counts tokens and does not tell; a picture is not made of any."""
+    details = {"image_tokens": 0, "text_tokens": 0}
+    return {"input_tokens": 0, "input_tokens_details": details, "output_tokens": 0, "total_tokens": 0}
+
+
+def _event(name: str, data: dict[str, Any]) -> bytes:
+    return f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()
