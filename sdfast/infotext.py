@@ -24,6 +24,9 @@ from sdfast.request import Request
 from sdfast.schedulers import Schedule
 
 PNG_KEY = "parameters"
+COMPRESS_LEVEL = 4
+"""zlib's: half the time of its usual 6, for files of some per cent more."""
+
 _NEGATIVE = "Negative prompt:"
 _KEY = r"\w[\w \-/]+"
 _SETTING = re.compile(rf'\s*({_KEY}):\s*("(?:\\.|[^\\"])*"|[^,]*)\s*(?:,|$)')
@@ -126,7 +129,7 @@ def infotext_of(
 def png(image: Image.Image, infotext: Infotext) -> bytes:
     """The picture as a PNG file with its infotext inside."""
     file = BytesIO()
-    image.save(file, format="PNG", pnginfo=png_info(infotext))
+    image.save(file, format="PNG", pnginfo=png_info(infotext), compress_level=COMPRESS_LEVEL)
     return file.getvalue()
 
 

@@ -466,7 +466,7 @@ class Batcher:
 
     def _tell_preview(self, work: Work, index: int, pixels: Image.Image) -> None:
         file = BytesIO()
-        pixels.save(file, format="PNG")
+        pixels.save(file, format="PNG", compress_level=1)  # to be looked at once, and soon
         work.tell(Preview(index, file.getvalue()))
 
     def _deliver(self, work: Work) -> None:
