@@ -212,6 +212,46 @@ async def test_a_body_that_dribbles_in_is_given_up(
     problem(answer, 408)
 
 
+async def test_many_bodies_at_once_are_bounded_together(studio: FakeStudio) -> None:
+    """Ten clients send theirs slowly, and there is memory for four: the others are told to come again."""
+    settings = Settings.make(api_key=KEY, max_body=100_000, max_bodies=400_000)
+    transport = httpx.ASGITransport(create_app(studio, settings))
+    go_on = asyncio.Event()
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield b'{"prompt": "a"'
+        for _ in range(9):
+            yield b" " * 10_000
+            await asyncio.sleep(0)
+        await go_on.wait()
+        yield b"}"
+
+    headers = {"authorization": f"Bearer {KEY}", "content-type": "application/json"}
+    async with httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers) as http:
+        route = "/v1/images/generations"
+        slow_ones = [asyncio.create_task(http.post(route, content=slow())) for _ in range(10)]
+        async with asyncio.timeout(10):
+            while sum(task.done() for task in slow_ones) < 6:
+                await asyncio.sleep(0.01)
+        length = {"content-length": "90000"}  # of which nothing is read
+        refused = [task.result() for task in slow_ones if task.done()]
+        refused.append(await http.post(route, content=_unread(), headers=length))
+        for answer in refused:
+            assert problem(answer, 503)["code"] == "too_many_bodies"
+            assert (answer.headers["retry-after"], answer.headers["connection"]) == ("5", "close")
+        assert (await http.get("/v1/models")).status_code == 200
+        go_on.set()
+        answers = [await task for task in slow_ones]
+        assert sorted(answer.status_code for answer in answers) == [200] * 4 + [503] * 6
+        later = [http.post(route, content=b'{"prompt": "a"' + b" " * 90_000 + b"}") for _ in range(4)]
+        assert [answer.status_code for answer in await asyncio.gather(*later)] == [200] * 4
+
+
+async def _unread() -> AsyncIterator[bytes]:
+    raise AssertionError("the body was read")
+    yield b""
+
+
 @pytest.mark.parametrize(
     "path", ["/", "/docs", "/v1/images", "/v1/images/generations/", "/%00", "/../etc/passwd"]
 )
@@ -260,12 +300,8 @@ async def test_the_key_opens_as_bearer_and_as_basics_password(http: httpx.AsyncC
 
 
 async def test_a_body_is_not_read_for_who_has_no_key(http: httpx.AsyncClient) -> None:
-    async def untouched() -> AsyncIterator[bytes]:
-        raise AssertionError("the body was read")
-        yield b""
-
     headers = {"authorization": "Bearer wrong", "content-type": "application/json"}
-    problem(await http.post("/v1/images/generations", content=untouched(), headers=headers), 401)
+    problem(await http.post("/v1/images/generations", content=_unread(), headers=headers), 401)
 
 
 async def test_no_websocket_comes_in(studio: FakeStudio, settings: Settings) -> None:
