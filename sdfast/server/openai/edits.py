@@ -12,6 +12,7 @@ from sdfast.server.desk import Desk
 from sdfast.server.form import Form, read_form, typed
 from sdfast.server.health import check_open
 from sdfast.server.jobs import EngineInfo
+from sdfast.server.openai import schema
 from sdfast.server.openai.answers import Order, answer
 from sdfast.server.openai.fields import Edit, engine_of
 from sdfast.server.problems import Problem
@@ -24,8 +25,13 @@ _IMAGE, _MASK = ("image", "image[]"), "mask"
 def routes(desk: Desk) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/v1/images/edits")
+    @router.post(
+        "/v1/images/edits",
+        openapi_extra={"requestBody": schema.body(Edit)},
+        responses=schema.answers("image_edit"),
+    )
     async def edits(request: Request) -> Response:
+        """Draw over an image, or draw anew what a mask leaves open of it."""
         check_open(request, desk.studio)
         form = await _form(request)
         asked = checked(typed(form.texts, Edit), Edit)

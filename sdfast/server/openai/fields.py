@@ -18,7 +18,7 @@ STRENGTH, MASKED_STRENGTH = 0.8, 1.0  # as diffusers' pipelines for images, and 
 _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 _ONE_PICTURE = "pictures do not move here; leave it out"
 _NO_SVG = "pictures have pixels; leave it out"
-_NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
+NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "response_format": (
         ("b64_json",),
         "the server keeps no files that a url could lead to; ask for b64_json",
@@ -80,10 +80,10 @@ class Generation(BaseModel):
             check_text(value)
         return value
 
-    @field_validator(*_NEUTRAL)
+    @field_validator(*NEUTRAL)
     @classmethod
     def _asks_for_nothing(cls, value: Any, info: ValidationInfo) -> Any:
-        allowed, advice = _NEUTRAL[str(info.field_name)]
+        allowed, advice = NEUTRAL[str(info.field_name)]
         if value is not None and value not in allowed:
             taken = f"; taken are: {', '.join(map(str, allowed))}" if allowed else ""
             raise ValueError(f"is not supported: {advice}{taken}")

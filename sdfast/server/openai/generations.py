@@ -9,23 +9,28 @@ from starlette.responses import Response
 from sdfast.server.body import read_json
 from sdfast.server.desk import Desk
 from sdfast.server.health import check_open
+from sdfast.server.openai import schema
 from sdfast.server.openai.answers import Order, answer
 from sdfast.server.openai.fields import Generation, engine_of
-
-_BODY = {"content": {"application/json": {"schema": Generation.model_json_schema()}}, "required": True}
 
 
 def routes(desk: Desk) -> APIRouter:
     router, started = APIRouter(), int(time.time())
 
-    @router.post("/v1/images/generations", openapi_extra={"requestBody": _BODY})
+    @router.post(
+        "/v1/images/generations",
+        openapi_extra={"requestBody": schema.body(Generation)},
+        responses=schema.answers("image_generation"),
+    )
     async def generations(request: Request) -> Response:
+        """Draw pictures of a prompt."""
         check_open(request, desk.studio)
         order = _order(await read_json(request, Generation), desk)
         return await answer(request.receive, order, desk)
 
-    @router.get("/v1/models")
+    @router.get("/v1/models", responses={200: {"model": schema.Models}})
     async def models() -> dict[str, Any]:
+        """The engines."""
         listed = [
             {"id": name, "object": "model", "created": started, "owned_by": "sdfast"}
             for name in desk.studio.engines
