@@ -8,7 +8,10 @@ import httpx
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from PIL import Image
 from schemathesis.specs.openapi.checks import ignored_auth, positive_data_acceptance
+from schemathesis.transport.serialization import Binary
 
 from sdfast.server.app import create_app
 from sdfast.server.documentation import page
@@ -16,8 +19,13 @@ from sdfast.server.openai.fields import Edit, Generation
 from sdfast.server.settings import Settings
 from tests.server.conftest import KEY
 from tests.server.studio import FakeStudio
+from tests.server.test_edits import png
 
+PICTURE = png(Image.new("RGBA", (64, 64)))  # of a size that the engine has; as a mask it leaves all open
 EXAMPLES = 30  # of each route
+schemathesis.openapi.format(
+    "binary", st.sampled_from([Binary(data) for data in (PICTURE, PICTURE[:99], b"")])
+)
 SHOWN = {"authorization": f"Bearer {KEY}"}
 schema = schemathesis.openapi.from_asgi(
     "/openapi.json", create_app(FakeStudio(), Settings.make(api_key=KEY)), headers=SHOWN

@@ -31,6 +31,7 @@ NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "svg": ((), _NO_SVG),
     "frame_count": ((1,), _ONE_PICTURE),
     "frame_duration_ms": ((), _ONE_PICTURE),
+    "input_fidelity": (("low",), "a lower strength keeps more of the image"),
 }
 """Fields of the API that mean nothing here: the values that ask for nothing, and what to do instead."""
 
@@ -80,7 +81,7 @@ class Generation(BaseModel):
             check_text(value)
         return value
 
-    @field_validator(*NEUTRAL)
+    @field_validator(*NEUTRAL, check_fields=False)  # some are of edits alone
     @classmethod
     def _asks_for_nothing(cls, value: Any, info: ValidationInfo) -> Any:
         allowed, advice = NEUTRAL[str(info.field_name)]
@@ -153,13 +154,6 @@ class Edit(Generation):
 
     strength: float | None = Field(default=None, gt=0.0, le=1.0)
     input_fidelity: str | None = None
-
-    @field_validator("input_fidelity")
-    @classmethod
-    def _as_strength_says(cls, value: str | None) -> str | None:
-        if value not in (None, "low"):
-            raise ValueError("is not supported: a low strength keeps more of the image; taken are: low")
-        return value
 
     def over(self, masked: bool) -> Self:
         """With a strength, where none is given the one that diffusers' pipelines have."""
