@@ -2,6 +2,8 @@
 
 import asyncio
 import base64
+import gc
+import tracemalloc
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -384,3 +386,36 @@ async def test_every_file_is_closed(send: Any, monkeypatch: pytest.MonkeyPatch) 
     await send({"image": ("a.png", png(NOISE)), "mask": ("m.png", png(half_open()))})
     await send({"image": ("a.png", png(NOISE)), "other": ("m.png", b"a")})
     assert len(made) == 4 and all(file.file.closed for file in made)
+
+
+async def test_nothing_of_one_client_is_in_anothers_picture(send: Any) -> None:
+    """Thirty at once, among them files that are wrong: each gets its own image back."""
+
+    async def own(i: int) -> None:
+        colour = (i, 255 - i, 7 * i)
+        answer = await send({"image": ("a.png", png(Image.new("RGB", (64, 64), colour)))})
+        assert opened(answer.json()["data"][0]["b64_json"]).getcolors() == [(64 * 64, colour)]
+
+    async def wrong(i: int) -> None:
+        problem(await send({"image": ("a.png", png(NOISE)[: 40 * i])}), 422, "image")
+
+    await asyncio.gather(*(own(i) if i % 3 else wrong(i) for i in range(30)))
+
+
+async def test_memory_is_flat_after_many_mixed_requests(send: Any, studio: FakeStudio) -> None:
+    async def mixed(times: int) -> int:
+        for _ in range(times):
+            await send()
+            await send({"image": ("a.png", png(NOISE)), "mask": ("m.png", png(half_open()))}, stream="true")
+            problem(await send({"image": ("a.png", png(NOISE)[:2_000])}), 422, "image")
+            problem(await send({"image": ("a.png", b"x" * 200_000)}), 413)
+        studio.jobs.clear()
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        before = await mixed(10)
+        assert await mixed(40) - before < 150_000  # one upload that stays each time would be 500,000
+    finally:
+        tracemalloc.stop()
