@@ -80,8 +80,10 @@ class FakeStudio:
             yield self.failure or self._done(job)
 
     def _done(self, job: Job) -> Done:
-        seeds = job.request.seeds
-        return Done(tuple(png(job, seed) for seed in seeds), seeds, (self.truncated,), {"denoising": 0.5})
+        seeds, tokens = job.request.seeds, len(job.request.prompts[0].split())
+        return Done(
+            tuple(png(job, seed) for seed in seeds), seeds, (self.truncated,), {"denoising": 0.5}, tokens
+        )
 
 
 def png(job: Job, seed: int) -> bytes:

@@ -280,7 +280,9 @@ async def test_another_method_is_told_in_the_same_shape(http: httpx.AsyncClient)
         "Bearer ключ",
     ],
 )
-@pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/health/ready", "/openapi.json", "/nowhere"])
+@pytest.mark.parametrize(
+    "path", ["/v1/models", "/metrics", "/health/ready", "/openapi.json", "/docs", "/nowhere"]
+)
 async def test_without_the_key_nobody_comes_in(
     http: httpx.AsyncClient, authorization: str, path: str
 ) -> None:

@@ -34,7 +34,8 @@ async def test_a_picture_comes_with_its_seed_and_parameters(
     assert image.size == (64, 64) and image.getpixel((0, 0)) == (7, 0, 99)
     assert infotext.parse(image.info["parameters"]).seed == picture.seed == 7
     assert (answer.size, answer.output_format, answer.background) == ("64x64", "png", "opaque")
-    assert answer.usage.total_tokens == 0 and answer.created > 0
+    assert (answer.usage.input_tokens, answer.usage.output_tokens, answer.usage.total_tokens) == (2, 0, 2)
+    assert answer.usage.input_tokens_details.text_tokens == 2 and answer.created > 0
     assert picture.warnings == []
     assert studio.cancelled == []
 
@@ -113,7 +114,7 @@ async def test_a_stream_is_partial_pictures_then_the_finished_ones(sdk: openai.A
         assert opened(event.b64_json).size == (64, 64)
         assert (event.size, event.output_format, event.quality) == ("64x64", "png", "auto")
         assert event.background == "opaque" and event.created_at > 0
-    assert events[-1].usage.total_tokens == 0
+    assert events[-1].usage.total_tokens == 2
 
 
 async def test_a_stream_tells_its_progress_when_asked(sdk: openai.AsyncOpenAI, post: Any) -> None:

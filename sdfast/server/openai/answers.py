@@ -155,7 +155,7 @@ def _whole(order: Order, done: Done) -> bytes:
     """The answer's JSON. Megabytes of base64: in a thread, like everything that is called there."""
     made = [encode(png, order.asked.format, order.asked.compression) for png in done.pngs]
     data = [_picture(order, done, i, *encoded) for i, encoded in enumerate(made)]
-    return json.dumps({"created": order.created, "data": data, **order.told, "usage": _usage()}).encode()
+    return json.dumps({"created": order.created, "data": data, **order.told, "usage": _usage(done)}).encode()
 
 
 def _picture(order: Order, done: Done, i: int, picture: bytes, kept: bool) -> dict[str, Any]:
@@ -190,7 +190,7 @@ def _completed(order: Order, done: Done, i: int) -> bytes:
     type = f"{order.kind}.completed"
     picture = _picture(order, done, i, *encode(done.pngs[i], order.asked.format, order.asked.compression))
     return _event(
-        type, {"type": type, "created_at": order.created, **picture, **order.told, "usage": _usage()}
+        type, {"type": type, "created_at": order.created, **picture, **order.told, "usage": _usage(done)}
     )
 
 
@@ -203,10 +203,15 @@ def _progress(order: Order, event: Queued | Step) -> bytes:
     return _event(type, told)
 
 
-def _usage() -> dict[str, Any]:
-    """Nothing is billed. The engine alone counts tokens and does not tell; a picture is not made of any."""
-    details = {"image_tokens": 0, "text_tokens": 0}
-    return {"input_tokens": 0, "input_tokens_details": details, "output_tokens": 0, "total_tokens": 0}
+def _usage(done: Done) -> dict[str, Any]:
+    """Tokens of the prompts that were read; no picture is made of any, drawn over or new."""
+    details = {"image_tokens": 0, "text_tokens": done.tokens}
+    return {
+        "input_tokens": done.tokens,
+        "input_tokens_details": details,
+        "output_tokens": 0,
+        "total_tokens": done.tokens,
+    }
 
 
 def _event(name: str, data: dict[str, Any]) -> bytes:

@@ -80,7 +80,7 @@ class TokenDetails(_Shape):
 
 
 class Usage(_Shape):
-    """Nothing is billed, and tokens are not counted: all zero."""
+    """Tokens of the prompts that were read, the negative one's too. Pictures are not made of tokens: 0."""
 
     input_tokens: int
     input_tokens_details: TokenDetails
