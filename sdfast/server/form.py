@@ -53,7 +53,7 @@ async def read_form(request: Request) -> Form:
 
 
 def typed(texts: Mapping[str, str], model: type[BaseModel]) -> dict[str, Any]:
-    """Texts as `model` has their fields: numbers and truth values as JSON writes them, "" for none of these.
+    """Texts as `model` has their fields: numbers and truth values as JSON writes them.
 
     What is no number stays text, and the model refuses it.
     """
@@ -126,8 +126,6 @@ async def _sorted(sent: FormData) -> Form:
 
 def _value(text: str, annotation: Any) -> Any:
     kinds = get_args(annotation) or (annotation,)
-    if text == "" and not {str, Any} & set(kinds):
-        return None
     if bool in kinds:
         return _TRUTH.get(text, text)
     if int in kinds and _WHOLE.fullmatch(text):

@@ -195,6 +195,9 @@ async def test_not_ready_is_503_before_the_form_is_read(send: Any, studio: FakeS
     ("field", "text"),
     [
         ("n", "1.0"),
+        ("n", ""),
+        ("strength", ""),
+        ("stream", ""),
         ("n", "11"),
         ("n", " 1"),
         ("n", "٣"),
@@ -237,10 +240,14 @@ async def test_a_wrong_field_is_named(send: Any, studio: FakeStudio, field: str,
     assert studio.jobs == []
 
 
-async def test_nothing_said_is_nothing_asked(send: Any, studio: FakeStudio) -> None:
-    empty = dict.fromkeys(("n", "seed", "num_inference_steps", "guidance_scale", "strength", "stream"), "")
-    assert (await send(**empty)).status_code == 200
-    assert studio.jobs[0].request.num_inference_steps == 20
+async def test_none_is_nothing_asked(sdk: openai.AsyncOpenAI, studio: FakeStudio) -> None:
+    nothing = {"seed": None, "num_inference_steps": None, "strength": None, "negative_prompt": None}
+    await sdk.images.edit(
+        image=png(NOISE), **CALL, n=None, size=None, quality=None, stream=None, extra_body=nothing
+    )
+    request = studio.jobs[0].request
+    assert (request.num_inference_steps, request.strength) == (20, 0.8)
+    assert request.negative_prompts == (None,)
 
 
 @pytest.mark.parametrize(
