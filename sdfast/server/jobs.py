@@ -64,13 +64,14 @@ class Done:
     """The pictures, in the request's order, each a PNG with its parameters inside.
 
     truncated: the text that was cut from each prompt, "" for none. seconds: by stage: "waiting", "encoding",
-    "denoising", "decoding".
+    "denoising", "decoding". tokens: how many were read of all prompts, negative ones among them.
     """
 
     pngs: tuple[bytes, ...]
     seeds: tuple[int, ...]
     truncated: tuple[str, ...]
     seconds: Mapping[str, float]
+    tokens: int = 0
 
 
 FailureKind = Literal["request", "numerical", "memory", "timeout", "cancelled", "engine"]

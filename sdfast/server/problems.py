@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, cast
 
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -48,6 +49,25 @@ _FIELDS = {
     "num_images_per_prompt": "n",
 }
 """The API's names of a `sdfast.request.Request`'s fields, where they are others."""
+
+
+class Told(BaseModel):
+    """param: the field that is wrong, if it is one. code: what programs go by."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class Envelope(BaseModel):
+    """How every error is told."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    error: Told
 
 
 class Problem(Exception):
