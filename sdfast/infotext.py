@@ -69,11 +69,11 @@ class Infotext:
         lines = [self.prompt] if self.prompt else []
         if self.negative_prompt:
             lines.append(f"{_NEGATIVE} {self.negative_prompt}")
-        settings = ", ".join(f"{name}: {_quote(value)}" for name, value in self._settings().items())
+        settings = ", ".join(f"{name}: {_quote(value)}" for name, value in self.settings().items())
         return "\n".join([*lines, settings] if settings else lines)
 
-    def _settings(self) -> dict[str, str]:
-        """The settings that are known, by printed name, in the customary order."""
+    def settings(self) -> dict[str, str]:
+        """The settings that are known, by printed name, in the customary order. Raises RequestError as above."""
         wrong = [name for name in self.extra if not re.fullmatch(_KEY, name) or name in {*_NAMES, "Size"}]
         if wrong:
             raise RequestError(
@@ -104,7 +104,7 @@ def infotext_of(
     plan: the request's schedule. model: the checkpoint's or the engine's name. weights: by file name in the
     checkpoint, their SHA-256 in hex; the U-Net's is told.
     """
-    digest = next((value for name, value in sorted(weights.items()) if name.startswith("unet/")), None)
+    digest = unet_digest(weights)
     prompt = (seed - request.seed) // request.num_images_per_prompt
     return Infotext(
         prompt=request.prompts[prompt],
@@ -121,6 +121,11 @@ def infotext_of(
         version=f"sdfast {__version__}",
         extra={} if request.clip_skip is None else {"Clip skip": str(request.clip_skip + 1)},
     )
+
+
+def unet_digest(weights: Mapping[str, str]) -> str | None:
+    """The SHA-256 of the U-Net's file, by which a model is known, of those of all files by their names."""
+    return next((value for name, value in sorted(weights.items()) if name.startswith("unet/")), None)
 
 
 def png(image: Image.Image, infotext: Infotext) -> bytes:

@@ -52,12 +52,12 @@ class Guard:
         begun = time.perf_counter()
         try:
             problem = self._refusal(scope["path"], headers)
-            app = problem.response() if problem else self.app
+            app = problem.response(scope["path"]) if problem else self.app
             await app(scope, _Body(receive, self.settings.max_body), answer.send)
         except asyncio.CancelledError:
             if answer.status is None:  # the server is made to stop, and a client should not be left to guess
                 stopped = Problem(503, "the server was stopped before the work was done; try again")
-                await stopped.response()(scope, receive, answer.send)
+                await stopped.response(scope["path"])(scope, receive, answer.send)
             raise
         finally:
             self._account(scope, answer.status or 500, time.perf_counter() - begun)
