@@ -69,11 +69,11 @@ class Infotext:
         lines = [self.prompt] if self.prompt else []
         if self.negative_prompt:
             lines.append(f"{_NEGATIVE} {self.negative_prompt}")
-        settings = ", ".join(f"{name}: {_quote(value)}" for name, value in self.settings().items())
+        settings = ", ".join(f"{name}: {_quote(value)}" for name, value in self._settings().items())
         return "\n".join([*lines, settings] if settings else lines)
 
-    def settings(self) -> dict[str, str]:
-        """The settings that are known, by printed name, in the customary order. Raises RequestError as above."""
+    def _settings(self) -> dict[str, str]:
+        """The settings that are known, by printed name, in the customary order."""
         wrong = [name for name in self.extra if not re.fullmatch(_KEY, name) or name in {*_NAMES, "Size"}]
         if wrong:
             raise RequestError(
@@ -140,14 +140,19 @@ def parse(text: str) -> Infotext:
 
     A known setting whose value is not of its type is kept in `extra` as it stands.
     """
-    prompts, _, last = text.rstrip().rpartition("\n")
-    settings = _parse_settings(last)
+    prompts = text.rstrip().rpartition("\n")[0]
+    settings = settings_in(text)
     lines = (prompts if settings else text).split("\n")
     start = next((i for i, line in enumerate(lines) if line.startswith(_NEGATIVE)), len(lines))
     negative = "\n".join(lines[start:]).removeprefix(_NEGATIVE).removeprefix(" ")
     fields: dict[str, str | int | float] = {}
     extra = {name: value for name, value in settings.items() if not _assign(fields, name, value)}
     return Infotext("\n".join(lines[:start]), negative, extra=extra, **fields)  # type: ignore[arg-type]
+
+
+def settings_in(text: str) -> dict[str, str]:
+    """The settings of an infotext by printed name, as they stand; none in text without a line of them."""
+    return _parse_settings(text.rstrip().rpartition("\n")[2])
 
 
 def png_info(infotext: Infotext) -> PngImagePlugin.PngInfo:

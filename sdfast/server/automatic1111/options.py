@@ -6,7 +6,7 @@ from typing import Any
 from sdfast.server.jobs import EngineInfo, Studio
 from sdfast.server.problems import Problem
 
-CHECKPOINT, CLIP_SKIP = "sd_model_checkpoint", "CLIP_stop_at_last_layers"
+CHECKPOINT, DIGEST, CLIP_SKIP = "sd_model_checkpoint", "sd_checkpoint_hash", "CLIP_stop_at_last_layers"
 MAX_CLIP_SKIP = 12  # AUTOMATIC1111's
 
 _FIXED: Mapping[str, tuple[tuple[Any, ...], str]] = {
@@ -34,7 +34,7 @@ _FIXED: Mapping[str, tuple[tuple[Any, ...], str]] = {
 }
 """Options with the values that are true here, the first of which is told, and why there are no others."""
 
-NAMES = (CHECKPOINT, CLIP_SKIP, *_FIXED)
+NAMES = (CHECKPOINT, DIGEST, CLIP_SKIP, *_FIXED)
 
 
 def short_hash(engine: EngineInfo) -> str:
@@ -77,7 +77,7 @@ class Options:
     def told(self) -> dict[str, Any]:
         """`GET /sdapi/v1/options`."""
         fixed = {name: values[0] for name, (values, _) in _FIXED.items()}
-        checkpoint = {CHECKPOINT: title(self.engine), "sd_checkpoint_hash": self.engine.unet_digest}
+        checkpoint = {CHECKPOINT: title(self.engine), DIGEST: self.engine.unet_digest}
         return {**checkpoint, CLIP_SKIP: 1, **fixed}
 
     def set(self, given: Mapping[str, Any]) -> None:
@@ -98,6 +98,8 @@ class Options:
                 )
             if name in _FIXED and value is not None and not _among(value, _FIXED[name][0]):
                 raise _refused(where + name, value, _FIXED[name][1])
+        if given.get(DIGEST) not in (None, self.engine.unet_digest):
+            raise _refused(where + DIGEST, given[DIGEST], f"it is told, not set; name the {CHECKPOINT}")
         checkpoint = given.get(CHECKPOINT)
         return self.engine if checkpoint is None else self._find(checkpoint, where + CHECKPOINT)
 

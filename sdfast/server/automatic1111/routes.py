@@ -170,8 +170,9 @@ def _png_info(image: str) -> dict[str, Any]:
 
 
 def _settings_of(text: str) -> dict[str, str]:
-    read = infotext.parse(text)
-    settings = read.settings()
-    width, _, height = settings.pop("Size", "").partition("x")
-    size = {"Size-1": width, "Size-2": height} if height else {}
-    return {"Prompt": read.prompt, "Negative prompt": read.negative_prompt, **settings, **size}
+    """An infotext's parts by AUTOMATIC1111's names."""
+    read, settings = infotext.parse(text), infotext.settings_in(text)
+    if read.width is not None and read.height is not None:
+        del settings["Size"]
+        settings |= {"Size-1": str(read.width), "Size-2": str(read.height)}
+    return {"Prompt": read.prompt, "Negative prompt": read.negative_prompt, **settings}

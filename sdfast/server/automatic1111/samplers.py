@@ -19,16 +19,23 @@ def sampler_of(name: str, schedule_type: str | None) -> tuple[str, Sampler]:
     """
     found = _named(name)
     if schedule_type and schedule_type.casefold() != AUTOMATIC.casefold():
-        wanted = schedule_type
+        full = f"{found.sampler} {schedule_type}"
     elif found.schedule_type in PLAIN_TYPES and not name.casefold().endswith("uniform"):
-        wanted = AUTOMATIC
+        full = f"{found.sampler} {_usual_type(found)}"
     else:
-        wanted = found.schedule_type
-    full = f"{found.sampler} {wanted}"
+        full = f"{found.sampler} {found.schedule_type}"
     try:
         return full, resolve(full)
     except RequestError as error:
         raise Problem(422, f"scheduler: {error}", param="scheduler") from None
+
+
+def _usual_type(sampler: Sampler) -> str:
+    """What "Automatic" means to a sampler."""
+    automatic = f"{sampler.sampler} {AUTOMATIC}"
+    return next(
+        (other.schedule_type for other in SAMPLERS if automatic in other.aliases), sampler.schedule_type
+    )
 
 
 def _named(name: str) -> Sampler:
