@@ -375,7 +375,8 @@ async def test_what_is_not_here_is_an_empty_list(api: Client, name: str) -> None
     assert await api.get(name) == []
 
 
-async def test_what_else_is_asked(api: Client) -> None:
+async def test_what_else_is_asked(api: Client, http: httpx.AsyncClient) -> None:
+    assert (await http.get("/internal/ping")).json() == {}
     assert await api.get("scripts") == {"txt2img": [], "img2img": []}
     assert await api.get("embeddings") == {"loaded": {}, "skipped": {}}
     assert (await api.get("cmd-flags"))["api"] is True

@@ -1,5 +1,6 @@
 """The fields of txt2img and img2img, and the `sdfast.request.Request` that they ask for."""
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -111,7 +112,7 @@ class Generation(BaseModel):
     def _asks_for_nothing(cls, value: Any, info: ValidationInfo) -> Any:
         allowed, advice = _NEUTRAL.get(str(info.field_name), ((value,), ""))
         if value is not None and value not in allowed:
-            taken = f"; taken are: {', '.join(map(repr, allowed))}" if allowed else ""
+            taken = f"; taken are: {', '.join(map(json.dumps, allowed))}" if allowed else ""
             raise ValueError(f"is not supported: {advice}{taken}")
         return value
 

@@ -66,7 +66,9 @@ def routes(studio: Studio, settings: Settings, metrics: Metrics) -> APIRouter:
         asked = await read_json(request, ImageToImage)
         engine = options.chosen(asked.override_settings or {})
         if not engine.edits:
-            raise Problem(422, f"init_images: engine {engine.name} takes no images", param="init_images")
+            raise Problem(
+                422, f"init_images: engine {engine.name} takes no images; take txt2img", param="init_images"
+            )
         return await _answer(request, await asyncio.to_thread(_order, asked, engine, settings), desk, calls)
 
     @router.get("/sdapi/v1/progress")
@@ -77,6 +79,10 @@ def routes(studio: Studio, settings: Settings, metrics: Metrics) -> APIRouter:
     async def progress_of(request: Request) -> dict[str, Any]:
         task = await read_json(request, _Task)
         return calls.progress_of(task.id_task, task.id_live_preview)
+
+    @router.get("/internal/ping")
+    async def ping() -> dict[str, Any]:
+        return {}
 
     @router.post("/sdapi/v1/interrupt")
     async def interrupt() -> dict[str, Any]:
