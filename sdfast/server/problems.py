@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, cast
 
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -54,6 +55,15 @@ _AUTOMATIC1111 = ("/sdapi/", "/internal/")
 """Where its clients ask, who read errors of another shape."""
 
 
+class SdapiError(BaseModel):
+    """How AUTOMATIC1111's API tells an error. detail: in short. errors: at length. body: nothing."""
+
+    error: str
+    detail: str
+    body: str
+    errors: str
+
+
 class Problem(Exception):
     """An answer that is no picture.
 
@@ -88,7 +98,7 @@ class Problem(Exception):
         return {"error": {name: _text(value) for name, value in told.items()}}
 
     def sdapi(self) -> dict[str, Any]:
-        """As AUTOMATIC1111's API tells an error."""
+        """An `SdapiError`."""
         told = {"error": self.code, "detail": self.short, "body": "", "errors": self.message}
         return {name: _text(value) for name, value in told.items()}
 

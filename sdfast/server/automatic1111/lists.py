@@ -49,12 +49,13 @@ _REFUSED: Mapping[str, str] = {
 
 
 def add(router: APIRouter) -> None:
+    """They are not in the server's schema, which tells what it does."""
     for name, answer in _NONE.items():
-        router.get(f"/sdapi/v1/{name}")(_teller(answer))
+        router.get(f"/sdapi/v1/{name}", include_in_schema=False)(_teller(answer))
     for name in _NOTHING_NEW:
-        router.post(f"/sdapi/v1/{name}")(_teller(None))
+        router.post(f"/sdapi/v1/{name}", include_in_schema=False)(_teller(None))
     for name, reason in _REFUSED.items():
-        router.post(f"/sdapi/v1/{name}")(_refuser(name, reason))
+        router.post(f"/sdapi/v1/{name}", include_in_schema=False)(_refuser(name, reason))
 
 
 def _teller(answer: Any) -> Any:

@@ -23,11 +23,17 @@ from sdfast.server.encoding import parameters_of
 from sdfast.server.health import check_open
 from sdfast.server.jobs import EngineInfo, Job, Studio
 from sdfast.server.metrics import Metrics
-from sdfast.server.problems import Problem
+from sdfast.server.problems import Problem, SdapiError
 from sdfast.server.settings import Settings
 from sdfast.server.uploads import MAX_PIXELS, of_base64
 
 _FIELDS = frozenset({*TextToImage.model_fields, *ImageToImage.model_fields})
+
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": SdapiError, "description": "The request cannot be served."},
+    "5XX": {"model": SdapiError, "description": "The server failed, or is busy."},
+}
 
 
 class _Settings(BaseModel):
@@ -49,12 +55,13 @@ class _Task(BaseModel):
 
 def routes(studio: Studio, settings: Settings, metrics: Metrics) -> APIRouter:
     """The API's routes, over one studio."""
-    router = APIRouter()
+    router = APIRouter(responses=_ERRORS)
     desk, options, calls = Desk(studio, settings, metrics, _FIELDS), Options(studio), Calls(studio)
     lists.add(router)
 
     @router.post("/sdapi/v1/txt2img", openapi_extra=_body(TextToImage))
     async def txt2img(request: Request) -> Response:
+        """Draw pictures of a prompt, as AUTOMATIC1111 does."""
         check_open(request, studio)
         asked = await read_json(request, TextToImage)
         engine = options.chosen(asked.override_settings or {})
@@ -62,6 +69,7 @@ def routes(studio: Studio, settings: Settings, metrics: Metrics) -> APIRouter:
 
     @router.post("/sdapi/v1/img2img", openapi_extra=_body(ImageToImage))
     async def img2img(request: Request) -> Response:
+        """Draw pictures over an image, as AUTOMATIC1111 does."""
         check_open(request, studio)
         asked = await read_json(request, ImageToImage)
         engine = options.chosen(asked.override_settings or {})
@@ -73,53 +81,65 @@ def routes(studio: Studio, settings: Settings, metrics: Metrics) -> APIRouter:
 
     @router.get("/sdapi/v1/progress")
     async def progress(skip_current_image: bool = False) -> dict[str, Any]:
+        """How far the first call under way is."""
         return calls.progress(skip_current_image)
 
     @router.post("/internal/progress", openapi_extra=_body(_Task))
     async def progress_of(request: Request) -> dict[str, Any]:
+        """How far one task is, by its force_task_id."""
         task = await read_json(request, _Task)
         return calls.progress_of(task.id_task, task.id_live_preview)
 
     @router.get("/internal/ping")
     async def ping() -> dict[str, Any]:
+        """Whether the server answers."""
         return {}
 
     @router.post("/sdapi/v1/interrupt")
     async def interrupt() -> dict[str, Any]:
+        """End all calls of this API; each answers with what it has."""
         calls.interrupt()
         return {}
 
     @router.post("/sdapi/v1/skip")
     async def skip() -> dict[str, Any]:
+        """End the first call of this API; it answers with what it has."""
         calls.skip()
         return {}
 
     @router.get("/sdapi/v1/options")
     async def told_options() -> dict[str, Any]:
+        """The options, of which most are fixed here."""
         return options.told()
 
     @router.post("/sdapi/v1/options", openapi_extra=_body(_Settings))
     async def set_options(request: Request) -> None:
+        """Set the checkpoint for all who name none."""
         options.set((await read_json(request, _Settings)).model_extra or {})
 
     @router.get("/sdapi/v1/sd-models")
     async def models() -> list[dict[str, Any]]:
+        """The engines, as checkpoints."""
         return list_models(studio)
 
     @router.get("/sdapi/v1/samplers")
     async def samplers() -> list[dict[str, Any]]:
+        """The samplers."""
         return list_samplers()
 
     @router.get("/sdapi/v1/schedulers")
     async def schedulers() -> list[dict[str, Any]]:
+        """The schedule types."""
         return list_schedulers()
 
     @router.get("/sdapi/v1/cmd-flags")
     async def flags() -> dict[str, Any]:
+        """How the server was started."""
         return {"api": True, "nowebui": True, "listen": not settings.local, "port": settings.port}
 
     @router.post("/sdapi/v1/png-info", openapi_extra=_body(_Picture))
     async def png_info(request: Request) -> dict[str, Any]:
+        """How a picture was made, as its file tells."""
         picture = await read_json(request, _Picture)
         return await asyncio.to_thread(_png_info, picture.image)
 
