@@ -254,6 +254,12 @@ async def test_the_checkpoint_can_be_set_for_all(api: Client, studio: FakeStudio
     assert "is not supported" in await api.refused("options", 422, tiling=0)
 
 
+async def test_other_methods_are_told_which_there_are(http: httpx.AsyncClient) -> None:
+    answer = await http.put(f"{API}/options")
+    reason(answer, 405)
+    assert answer.headers["allow"] == "GET, POST"
+
+
 async def test_what_is_told_can_be_set(api: Client) -> None:
     assert await api.post("options", **(await api.get("options"))) is None
     assert "told, not set" in await api.refused("options", 422, sd_checkpoint_hash="0" * 64)

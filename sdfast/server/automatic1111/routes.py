@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from sdfast import infotext
@@ -30,6 +31,7 @@ from sdfast.server.uploads import MAX_PIXELS, of_base64
 _FIELDS = frozenset({*TextToImage.model_fields, *ImageToImage.model_fields})
 
 
+_OTHERS = ["DELETE", "HEAD", "OPTIONS", "PATCH", "PUT", "TRACE"]
 _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": SdapiError, "description": "The request cannot be served."},
     "5XX": {"model": SdapiError, "description": "The server failed, or is busy."},
@@ -116,6 +118,10 @@ def routes(studio: Studio, settings: Settings, metrics: Metrics) -> APIRouter:
     async def set_options(request: Request) -> None:
         """Set the checkpoint for all who name none."""
         options.set((await read_json(request, _Settings)).model_extra or {})
+
+    @router.api_route("/sdapi/v1/options", methods=_OTHERS, include_in_schema=False)
+    async def other_methods() -> None:  # the framework would tell of one of the two routes only
+        raise HTTPException(405, headers={"allow": "GET, POST"})
 
     @router.get("/sdapi/v1/sd-models")
     async def models() -> list[dict[str, Any]]:
