@@ -54,12 +54,12 @@ class Guard:
         body = _Body(receive, self.settings.max_body, self._bodies)
         try:
             problem = self._refusal(scope["path"], headers)
-            app = problem.response() if problem else self.app
+            app = problem.response(scope["path"]) if problem else self.app
             await app(scope, body, answer.send)
         except asyncio.CancelledError:
             if answer.status is None:  # the server is made to stop, and a client should not be left to guess
                 stopped = Problem(503, "the server was stopped before the work was done; try again")
-                await stopped.response()(scope, receive, answer.send)
+                await stopped.response(scope["path"])(scope, receive, answer.send)
             raise
         finally:
             body.release()

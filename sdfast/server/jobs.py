@@ -105,7 +105,8 @@ class QueueFull(Exception):
 class EngineInfo:
     """What the API must know of an engine. sizes: "WIDTHxHEIGHT" or ranges, for people and messages.
 
-    checkpoint_digest: hex SHA-256 over the digests of its weights. edits: whether it takes a job's image.
+    checkpoint_digest: hex SHA-256 over the digests of its weights. unet_digest: hex SHA-256 of its U-Net's,
+    by which a picture's parameters name the model. edits: whether it takes a job's image.
     """
 
     name: str
@@ -117,6 +118,7 @@ class EngineInfo:
     checkpoint: str
     checkpoint_digest: str
     edits: bool = False
+    unet_digest: str = ""
 
 
 class Studio(Protocol):

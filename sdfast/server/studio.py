@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sdfast.engine import Engine
 from sdfast.errors import BackendError, EngineError, RequestError, SdfastError
+from sdfast.infotext import unet_digest
 from sdfast.manifest import Manifest, read_manifest
 from sdfast.pipeline import Pipeline
 from sdfast.request import Request
@@ -141,6 +142,7 @@ def warm_up(engine: Engine) -> None:
 
 def _info(manifest: Manifest) -> EngineInfo:
     weights = sorted(manifest.checkpoint.weights.items())
+    digest = hashlib.sha256(repr(weights).encode()).hexdigest()
     forms = manifest.modules["unet"].variants
     return EngineInfo(
         name=manifest.name,
@@ -150,5 +152,6 @@ def _info(manifest: Manifest) -> EngineInfo:
         sizes=tuple(dict.fromkeys(f"{form.width}x{form.height}" for form in forms)),
         max_images=manifest.max_images,
         checkpoint=manifest.checkpoint.source,
-        checkpoint_digest=hashlib.sha256(repr(weights).encode()).hexdigest(),
+        checkpoint_digest=digest,
+        unet_digest=unet_digest(manifest.checkpoint.weights) or digest,
     )

@@ -15,7 +15,10 @@ SIZES = {(64, 64), (64, 96)}  # height, width
 
 
 def engine(name: str = "tiny", edits: bool = True) -> EngineInfo:
-    return EngineInfo(name, "sd", 64, 64, ("64x64", "96x64"), 4, "org/tiny", "0" * 64, edits)
+    digest = name.encode().hex().ljust(64, "0")
+    return EngineInfo(
+        name, "sd", 64, 64, ("64x64", "96x64"), 4, "org/tiny", "0" * 64, edits=edits, unet_digest=digest
+    )
 
 
 @dataclass
@@ -31,6 +34,8 @@ class FakeStudio:
     bug: bool = False
     silent: bool = False
     seconds: float = 0.0  # of every step
+    steps: int = 0  # that are told before the pictures, each with a preview if one was asked for
+    asked: set[str] = field(default_factory=set)
     truncated: str = ""
     jobs: list[Job] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
@@ -56,6 +61,8 @@ class FakeStudio:
         return ended is not None
 
     def preview(self, job_id: str) -> bool:
+        if job_id in self.live:
+            self.asked.add(job_id)
         return job_id in self.live
 
     def waiting(self) -> int:
@@ -74,6 +81,12 @@ class FakeStudio:
             await asyncio.sleep(self.seconds)
             yield Step(index + 1, job.previews)
             yield Preview(index, png(job, job.request.seed))
+        for index in range(self.steps):
+            await asyncio.sleep(self.seconds)
+            yield Step(index + 1, self.steps)
+            if job.id in self.asked:
+                self.asked.discard(job.id)
+                yield Preview(index, png(job, job.request.seed))
         await asyncio.sleep(self.seconds)
         self.live.pop(job.id, None)
         if not self.silent:
