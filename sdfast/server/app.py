@@ -21,7 +21,7 @@ def create_app(studio: Studio, settings: Settings, lifespan: "Lifespan[FastAPI] 
     from fastapi import FastAPI
 
     from sdfast import __version__
-    from sdfast.server import health, openai
+    from sdfast.server import health, openai, page
     from sdfast.server.guard import Guard
     from sdfast.server.metrics import Metrics
 
@@ -37,6 +37,7 @@ def create_app(studio: Studio, settings: Settings, lifespan: "Lifespan[FastAPI] 
     app.state.draining = False
     app.include_router(health.routes(studio, metrics))
     app.include_router(openai.routes(studio, settings, metrics))
+    app.include_router(page.routes(settings))
     app.add_middleware(Guard, settings=settings, metrics=metrics)
     _handle_problems(app)
     return app

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from sdfast.server.body import read_json
 from sdfast.server.desk import Desk, unless_gone
 from sdfast.server.health import check_open
-from sdfast.server.jobs import Job, Studio
+from sdfast.server.jobs import EngineInfo, Job, Studio
 from sdfast.server.metrics import Metrics
 from sdfast.server.openai.answers import EventStream, Order, answer
 from sdfast.server.openai.fields import FIELDS, Generation, engine_of
@@ -37,13 +37,17 @@ def routes(studio: Studio, settings: Settings, metrics: Metrics) -> APIRouter:
 
     @router.get("/v1/models")
     async def models() -> dict[str, Any]:
-        listed = [
-            {"id": name, "object": "model", "created": started, "owned_by": "sdfast"}
-            for name in studio.engines
-        ]
+        fixed = {"object": "model", "created": started, "owned_by": "sdfast"}
+        listed = [{"id": name, **fixed, **_abilities(engine)} for name, engine in studio.engines.items()]
         return {"object": "list", "data": listed}
 
     return router
+
+
+def _abilities(engine: EngineInfo) -> dict[str, Any]:
+    """What a client may ask an engine for, beside what the API tells of a model."""
+    size = f"{engine.default_width}x{engine.default_height}"
+    return {"sizes": engine.sizes, "default_size": size, "edits": engine.edits}
 
 
 def _order(asked: Generation, desk: Desk) -> Order:
