@@ -88,6 +88,8 @@ async def test_a_body_that_is_not_a_json_object(post: Any, studio: FakeStudio, b
         ("partial_images", 4),
         ("partial_images", 1),
         ("stream", "yes"),
+        ("progress", True),
+        ("progress", 1),
         ("user", "u" * 513),
         ("safety_identifier", "\ud800"),
         ("response_format", "url"),

@@ -3,28 +3,37 @@
 import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from sdfast.server.desk import ClientLeft, Desk, unless_gone, without_end
 from sdfast.server.encoding import encode
-from sdfast.server.jobs import Done, Event, Job, Preview
+from sdfast.server.jobs import Done, Event, Job, Preview, Queued, Step
 from sdfast.server.openai.fields import Generation
 from sdfast.server.problems import Problem, bug
+
+KEEP_ALIVE_SECONDS = 5.0
+"""A stream is not silent for longer: proxies and clients would take it for dead."""
+
+Push = Callable[[bytes], Awaitable[None]]
 
 
 @dataclass(frozen=True)
 class Order:
-    """What a client asked for, the job that it became, and when (seconds since 1970)."""
+    """What a client asked for, the job that it became, and when (seconds since 1970).
+
+    kind: what the names of its events begin with.
+    """
 
     asked: Generation
     job: Job
     created: int
+    kind: Literal["image_generation", "image_edit"] = "image_generation"
 
     @property
     def told(self) -> dict[str, Any]:
@@ -39,7 +48,7 @@ class Order:
 
 
 class EventStream(Response):
-    """Server-sent events of a job: partial pictures, then the finished ones, then `[DONE]`.
+    """Server-sent events of a job: its progress and partial pictures, the finished ones, then `[DONE]`.
 
     The status is sent before anything can go wrong with the job, so a failure is an event of its own.
     """
@@ -60,7 +69,8 @@ class EventStream(Response):
                 {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
             )
             try:
-                await unless_gone(receive, self._push_all(push))
+                async with _kept_alive(push):
+                    await unless_gone(receive, self._push_all(push))
             except ClientLeft:
                 return
             except Problem as problem:
@@ -70,7 +80,7 @@ class EventStream(Response):
                 raise
         await push(b"", more=False)
 
-    async def _push_all(self, push: Callable[[bytes], Awaitable[None]]) -> None:
+    async def _push_all(self, push: Push) -> None:
         async with aclosing(self._desk.watched(self._events)) as watched:
             async for event in watched:
                 if isinstance(event, Preview):
@@ -80,7 +90,26 @@ class EventStream(Response):
                         await push(await asyncio.to_thread(_completed, self._order, event, i))
                     await push(b"data: [DONE]\n\n")
                     return
+                elif self._order.asked.progress and isinstance(event, Queued | Step):
+                    await push(_progress(self._order, event))
         raise without_end()
+
+
+@asynccontextmanager
+async def _kept_alive(push: Push) -> AsyncGenerator[None]:
+    """Comments, which every client skips, go out beside the events."""
+
+    async def comment() -> None:
+        while True:
+            await asyncio.sleep(KEEP_ALIVE_SECONDS)
+            await push(b": waiting\n\n")
+
+    commenting = asyncio.create_task(comment())
+    try:
+        yield
+    finally:
+        commenting.cancel()
+        await asyncio.gather(commenting, return_exceptions=True)
 
 
 async def answer(order: Order, outcome: Awaitable[Done]) -> bytes:
@@ -110,7 +139,7 @@ def _picture(order: Order, done: Done, i: int, picture: bytes, kept: bool) -> di
 
 def _partial(order: Order, preview: Preview) -> bytes:
     picture, _ = encode(preview.png, order.asked.format, order.asked.compression)
-    type = "image_generation.partial_image"
+    type = f"{order.kind}.partial_image"
     return _event(
         type,
         {
@@ -124,11 +153,20 @@ def _partial(order: Order, preview: Preview) -> bytes:
 
 
 def _completed(order: Order, done: Done, i: int) -> bytes:
-    type = "image_generation.completed"
+    type = f"{order.kind}.completed"
     picture = _picture(order, done, i, *encode(done.pngs[i], order.asked.format, order.asked.compression))
     return _event(
         type, {"type": type, "created_at": order.created, **picture, **order.told, "usage": _usage()}
     )
+
+
+def _progress(order: Order, event: Queued | Step) -> bytes:
+    """position: the jobs that come before it while it waits, then null. steps: 0 until it is known."""
+    type = f"{order.kind}.progress"
+    position = event.position if isinstance(event, Queued) else None
+    step, steps = (event.done, event.total) if isinstance(event, Step) else (0, 0)
+    told = {"type": type, "created_at": order.created, "position": position, "step": step, "steps": steps}
+    return _event(type, told)
 
 
 def _usage() -> dict[str, Any]:

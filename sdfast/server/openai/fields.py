@@ -37,7 +37,8 @@ _NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
 class Generation(BaseModel):
     """A body, checked field by field; null is the same as nothing.
 
-    user, safety_identifier: who asks, for a service that watches its users; checked and forgotten.
+    user, safety_identifier: who asks, for a service that watches its users; checked and forgotten. progress:
+    of a stream, whether it tells the job's place in the queue and its steps.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -69,6 +70,7 @@ class Generation(BaseModel):
     scheduler: str | None = None
     eta: float | None = None
     clip_skip: int | None = None
+    progress: bool | None = None
 
     @field_validator("*")
     @classmethod
@@ -100,9 +102,9 @@ class Generation(BaseModel):
             raise ValueError("is for output_format webp and jpeg; leave it out, PNG loses nothing")
         return value
 
-    @field_validator("partial_images")
+    @field_validator("partial_images", "progress")
     @classmethod
-    def _of_streams(cls, value: int | None, info: ValidationInfo) -> int | None:
+    def _of_streams(cls, value: Any, info: ValidationInfo) -> Any:
         if value and not info.data.get("stream"):
             raise ValueError("needs stream: true")
         return value
