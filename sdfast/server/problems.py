@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, cast
 
 from fastapi.exceptions import RequestValidationError
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -65,7 +66,7 @@ class Problem(Exception):
         super().__init__(message)
         self.status, self.message, self.param = status, message, param
         self.code = code or _CODES.get(status, "error")
-        self.headers = dict(headers or {})
+        self.headers = MutableHeaders(headers)  # it keeps a name that comes twice
 
     @property
     def type(self) -> str:
