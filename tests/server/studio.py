@@ -30,6 +30,7 @@ class FakeStudio:
     hang: bool = False
     bug: bool = False
     silent: bool = False
+    ahead: int = 0  # jobs, when one comes in
     seconds: float = 0.0  # of every step
     truncated: str = ""
     jobs: list[Job] = field(default_factory=list)
@@ -65,7 +66,7 @@ class FakeStudio:
         return len(self.live)
 
     async def _events(self, job: Job) -> AsyncIterator[Event]:
-        yield Queued(0)
+        yield Queued(self.ahead)
         if self.bug:
             raise ValueError("a bug in the studio")
         if self.hang:

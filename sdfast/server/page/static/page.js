@@ -98,11 +98,11 @@ function work(busy) {
   const bar = element("progress");
   bar.removeAttribute("value");
   element("counted").textContent = "";
-  element("working").hidden = !busy;
-  element("stage").setAttribute("aria-busy", busy);
-  element("draw").setAttribute("aria-disabled", busy);
   if (!busy && document.activeElement === element("cancel")) element("draw").focus();
-  element("cancel").hidden = !busy;
+  element("working").hidden = !busy;
+  if (busy) element("stage").scrollIntoView({ block: "nearest" });
+  element("stage").setAttribute("aria-busy", busy);
+  markDraw();
 }
 
 function explain(error) {
@@ -141,10 +141,14 @@ function countDown(seconds) {
     if (left > 0) return;
     clearInterval(countdown);
     countdown = null;
-    element("draw").setAttribute("aria-disabled", Boolean(drawing));
+    markDraw();
   };
   countdown = seconds > 0 ? setInterval(tick, 200) : null;
   tick();
+}
+
+function markDraw() {
+  element("draw").setAttribute("aria-disabled", Boolean(drawing || countdown));
 }
 
 function hideNotice() {
