@@ -14,8 +14,8 @@ from sdfast.server.jobs import Done, EngineInfo, Event, Failed, Job, Preview, Qu
 SIZES = {(64, 64), (64, 96)}  # height, width
 
 
-def engine(name: str = "tiny") -> EngineInfo:
-    return EngineInfo(name, "sd", 64, 64, ("64x64", "96x64"), 4, "org/tiny", "0" * 64)
+def engine(name: str = "tiny", edits: bool = True) -> EngineInfo:
+    return EngineInfo(name, "sd", 64, 64, ("64x64", "96x64"), 4, "org/tiny", "0" * 64, edits)
 
 
 @dataclass
@@ -86,9 +86,16 @@ class FakeStudio:
 
 
 def png(job: Job, seed: int) -> bytes:
-    """One colour, with parameters as an engine's picture has them."""
+    """One colour, with parameters as an engine's picture has them. Of a job with an image: the colour where
+    the mask opens it, and the image elsewhere."""
     request, file = job.request, BytesIO()
     told = Infotext(request.prompts[0], steps=request.num_inference_steps, seed=seed)
     colour = (seed % 256, seed // 256 % 256, 99)
-    Image.new("RGB", (request.width, request.height), colour).save(file, "PNG", pnginfo=png_info(told))
+    size = request.width, request.height
+    picture = Image.new("RGB", size, colour)
+    if job.image is not None:
+        image = Image.frombytes("RGB", size, job.image)
+        mask = Image.frombytes("L", size, job.mask) if job.mask else Image.new("L", size, 0)
+        picture = Image.composite(picture, image, mask)
+    picture.save(file, "PNG", pnginfo=png_info(told))
     return file.getvalue()

@@ -62,6 +62,7 @@ async def test_a_body_that_is_not_a_json_object(post: Any, studio: FakeStudio, b
         ("size", "-8x8"),
         ("size", "65x64"),
         ("size", "512"),
+        ("size", "٦٤x٦٤"),
         ("size", "99999x64"),
         ("size", "512x512"),
         ("size", 512),

@@ -3,23 +3,28 @@
 import asyncio
 import base64
 import json
+import secrets
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from sdfast.request import Request
 from sdfast.server.desk import ClientLeft, Desk, unless_gone, without_end
 from sdfast.server.encoding import encode
 from sdfast.server.jobs import Done, Event, Job, Preview, Queued, Step
 from sdfast.server.openai.fields import Generation
 from sdfast.server.problems import Problem, bug
+from sdfast.server.settings import Settings
 
 KEEP_ALIVE_SECONDS = 5.0
 """A stream is not silent for longer: proxies and clients would take it for dead."""
 
+Kind = Literal["image_generation", "image_edit"]
 Push = Callable[[bytes], Awaitable[None]]
 
 
@@ -30,10 +35,33 @@ class Order:
     kind: what the names of its events begin with.
     """
 
+    kind: Kind
     asked: Generation
     job: Job
     created: int
-    kind: Literal["image_generation", "image_edit"] = "image_generation"
+
+    @classmethod
+    def make(
+        cls,
+        kind: Kind,
+        asked: Generation,
+        settings: Settings,
+        engine: str,
+        request: Request,
+        image: bytes | None = None,
+        mask: bytes | None = None,
+    ) -> Self:
+        """An order of now, with the job that is to be done for it."""
+        job = Job(
+            id=secrets.token_hex(12),
+            engine=engine,
+            request=request,
+            deadline=time.monotonic() + settings.timeout,
+            previews=asked.partial_images or 0,
+            image=image,
+            mask=mask,
+        )
+        return cls(kind, asked, job, int(time.time()))
 
     @property
     def told(self) -> dict[str, Any]:
@@ -112,9 +140,15 @@ async def _kept_alive(push: Push) -> AsyncGenerator[None]:
         await asyncio.gather(commenting, return_exceptions=True)
 
 
-async def answer(order: Order, outcome: Awaitable[Done]) -> bytes:
-    """The JSON of the whole."""
-    return await asyncio.to_thread(_whole, order, await outcome)
+async def answer(receive: Receive, order: Order, desk: Desk) -> Response:
+    """The pictures: the whole at once, or a stream of events. Raises `Problem`."""
+    events = desk.submit(order.job)
+    if order.asked.stream:
+        return EventStream(order, desk, events)
+    async with desk.under_way(order.job, events):
+        done = await unless_gone(receive, desk.outcome(events))
+        body = await asyncio.to_thread(_whole, order, done)
+    return Response(body, media_type="application/json")
 
 
 def _whole(order: Order, done: Done) -> bytes:
