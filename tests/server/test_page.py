@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from PIL import Image
 
 from sdfast.schedulers import SAMPLERS
 from sdfast.server.jobs import Failed, Job
@@ -80,7 +81,7 @@ def test_no_file_leads_elsewhere(file: Path) -> None:
 
 @pytest.mark.anyio
 async def test_the_models_tell_what_the_page_offers(http: httpx.AsyncClient, studio: FakeStudio) -> None:
-    studio.engines["editor"] = replace(engine("editor"), edits=True)
+    studio.engines = {"tiny": replace(engine(), edits=False), "editor": replace(engine("editor"), edits=True)}
     listed = (await http.get("/v1/models")).json()["data"]
     assert [(model["id"], model["edits"]) for model in listed] == [("tiny", False), ("editor", True)]
     assert (listed[0]["sizes"], listed[0]["default_size"]) == (["64x64", "96x64"], "64x64")
@@ -160,8 +161,15 @@ class Page:
         )
 
     def press(self, *keys: str) -> None:
-        """Keys for whatever has the focus."""
-        self.focused.send_keys(*keys)
+        """Keys held together, for whatever has the focus."""
+        from selenium.webdriver import ActionChains
+
+        chain = ActionChains(self.browser, duration=0)
+        for key in keys:
+            chain.key_down(key)
+        for key in reversed(keys):
+            chain.key_up(key)
+        chain.perform()
 
     @property
     def focused(self) -> Any:
@@ -211,7 +219,7 @@ def test_a_job_that_waits_says_how_long_and_is_cancelled_in_the_studio(
         page["draw"].click()
         wait_until(lambda: page.text("status") == "Waiting: 2 jobs are before this one.")
         assert page.all("progress:indeterminate")
-        page.press("\ue00c") if end == "escape" else page["cancel"].click()
+        page.press(ESCAPE) if end == "escape" else page["cancel"].click()
         wait_until(lambda: page.text("status") == "Cancelled.")
         wait_until(lambda: not studio.live)
     assert studio.cancelled == [job.id for job in studio.jobs]
@@ -277,9 +285,10 @@ def test_a_lost_server_is_told(browser: Any, studio: FakeStudio) -> None:
 
 
 def test_everything_works_by_keyboard(page: Page, studio: FakeStudio) -> None:
-    page["theme"].send_keys("\ue004")
+    page["theme"].send_keys(TAB)
     assert page.focused == page["prompt"]
-    page.press("a boat", "\ue009", "\ue007")
+    page.focused.send_keys("a boat")
+    page.press(CONTROL, ENTER)
     wait_until(lambda: page.all("#gallery li"))
     page.draw(prompt="a lighthouse")
     page.run("document.getElementById('code').open = true; document.getElementById('theme').focus()")
@@ -287,7 +296,7 @@ def test_everything_works_by_keyboard(page: Page, studio: FakeStudio) -> None:
     while page.focused.tag_name != "body" and len(reached) < 40:
         reached.append(page.focused.get_attribute("id") or page.focused.accessible_name)
         outlined.append(page.focused.value_of_css_property("outline-style"))
-        page.press("\ue004")
+        page.press(TAB)
     expected = (
         "theme prompt negative_prompt num_inference_steps guidance_scale scheduler size n reuse-seed draw"
     )
@@ -301,19 +310,20 @@ def test_everything_works_by_keyboard(page: Page, studio: FakeStudio) -> None:
 
 
 def test_the_gallery_is_walked_by_arrow_keys(page: Page) -> None:
-    left, right, escape, enter = "\ue012", "\ue014", "\ue00c", "\ue007"
     page.draw(prompt="first")
     page.draw(prompt="second")
     newest, oldest = page.all("#gallery button")
-    newest.send_keys(right)
+    newest.send_keys(RIGHT)
     assert page.focused == oldest
-    page.press(enter)
+    page.press(ENTER)
     assert page["large"].aria_role == "dialog" and page["large"].accessible_name == "Picture 1 of 2"
-    page.press(right)
+    page.press(RIGHT)
     assert page.all("#parameters dd")[0].text == "second"
-    page.press(escape)
+    page.press(ESCAPE)
     assert not page.seen("large") and page.focused == newest
-    page.press(left, "\ue010")
+    page.press(LEFT)
+    assert page.focused == newest
+    page.press(END)
     assert page.focused == oldest
 
 
@@ -361,6 +371,31 @@ def test_the_code_asks_for_what_the_page_asks_for(
 
 def asked_for(job: Job) -> tuple[str, str]:
     return job.engine, job.request.model_dump_json()
+
+
+def test_an_image_is_drawn_over_where_the_engine_takes_one(
+    browser: Any, studio: FakeStudio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    studio.engines = {"plain": replace(engine("plain"), edits=False), "tiny": replace(engine(), edits=True)}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SDFAST_API_KEY", KEY)
+    Image.new("RGB", (64, 64), "teal").save("image.png")
+    with served(studio) as port:
+        page = Page(browser, port)
+        assert not page.seen("image-field")
+        page.fill(model="tiny")
+        page["image"].send_keys(str(tmp_path / "image.png"))
+        wait_until(lambda: page.seen("image-shown") and page.seen("strength-field"))
+        page.run("document.querySelector('input[value=fixed]').click()")
+        page.draw(prompt="@file; type=x", strength=0.25, seed=3, guidance_scale=6.5)
+        exec(page.text("python"), {})
+        subprocess.run(["sh", "-c", page.text("curl")], check=True, timeout=20, capture_output=True)
+        assert studio.jobs[0].request.strength == 0.25 and len(studio.jobs) == 3
+        assert {job.image for job in studio.jobs} == {bytes((0, 128, 128)) * 64 * 64}
+        assert len({asked_for(job) for job in studio.jobs}) == 1
+        page["image-remove"].click()
+        page.draw()
+        assert studio.jobs[3].image is None and studio.jobs[3].request.strength is None
 
 
 def test_settings_and_theme_outlive_a_reload(page: Page, studio: FakeStudio) -> None:

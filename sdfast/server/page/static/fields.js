@@ -1,12 +1,13 @@
 // The form. What it holds is read as a body of the API, and a body can be put back into it.
 
 import { ApiError } from "./api.js";
+import * as image from "./image.js";
 import { recall, remember } from "./memory.js";
 
 const element = (id) => document.getElementById(id);
 const OTHER = "other";
-const PLAIN = ["prompt", "negative_prompt", "scheduler", "n", "num_inference_steps", "guidance_scale"];
-const NUMBERS = { num_inference_steps: "Steps", guidance_scale: "Guidance", n: "Pictures" };
+const PLAIN = ["prompt", "negative_prompt", "scheduler", "n", "num_inference_steps", "guidance_scale", "strength"];
+const NUMBERS = { num_inference_steps: "Steps", guidance_scale: "Guidance", n: "Pictures", strength: "Strength" };
 
 /** Fill the choices, recall what was chosen last, and keep what is chosen from now on. */
 export function setUp(engines, known) {
@@ -21,8 +22,13 @@ export function setUp(engines, known) {
     follow();
     element("advice").textContent = advice(known);
   };
-  const fit = () => offerSizes(engineOf(engines));
+  const fit = () => {
+    const engine = engines.find(({ id }) => id === element("model").value);
+    offerSizes(engine);
+    image.offer(engine.edits);
+  };
   element("model").addEventListener("change", fit);
+  image.setUp(() => element("form").dispatchEvent(new Event("input")));
   element("form").addEventListener("input", () => {
     update();
     remember("settings", snapshot());
@@ -37,8 +43,6 @@ export function setUp(engines, known) {
   update();
 }
 
-export const engineOf = (engines) => engines.find(({ id }) => id === element("model").value);
-
 /** The body that the form asks for. Throws an `ApiError` of the field that holds no number. */
 export function read() {
   const body = { model: element("model").value, prompt: element("prompt").value };
@@ -48,6 +52,7 @@ export function read() {
   body.size = size();
   for (const name of ["num_inference_steps", "guidance_scale"]) body[name] = number(name);
   body.scheduler = element("scheduler").value;
+  if (image.chosen()) body.strength = number("strength");
   if (seeding() === "fixed") body.seed = seed();
   return body;
 }
@@ -79,13 +84,12 @@ export function reuseSeed(seed) {
   element("form").dispatchEvent(new Event("input"));
 }
 
-/** Show an error next to the field that it is about; false when there is no such field. */
+/** Show an error next to the field that it is about; false when no such field is there to be seen. */
 export function tell(error) {
-  const place = element(`${error.param}-error`);
-  if (!place) return false;
+  const [field, place] = [element(error.param), element(`${error.param}-error`)];
+  if (!place || !field.checkVisibility()) return false;
   place.textContent = error.message;
   place.hidden = false;
-  const field = element(error.param);
   field.setAttribute("aria-invalid", "true");
   const described = field.getAttribute("aria-describedby");
   field.setAttribute("aria-describedby", [place.id, described].filter(Boolean).join(" "));

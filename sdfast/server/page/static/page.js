@@ -3,6 +3,7 @@
 import * as api from "./api.js";
 import * as fields from "./fields.js";
 import * as gallery from "./gallery.js";
+import * as image from "./image.js";
 import { remember } from "./memory.js";
 import { address, decoded } from "./picture.js";
 import { curl, python } from "./snippets.js";
@@ -49,7 +50,7 @@ async function follow(body, signal) {
   const begun = performance.now();
   let count = 0;
   say("Waiting for the server.");
-  for await (const event of api.draw(body, null, signal)) {
+  for await (const event of api.draw(body, image.chosen(), signal)) {
     if (event.type.endsWith(".progress")) showProgress(event);
     else if (event.type.endsWith(".partial_image")) showPicture(address(decoded(event.b64_json)), "A preview of the picture");
     else if (event.type.endsWith(".completed")) finish(event, body, count++);
@@ -163,7 +164,7 @@ function showCode() {
     element("curl").textContent = element("python").textContent = error.message;
     return;
   }
-  const call = { server: api.server, key: known.key, image: false };
+  const call = { server: api.server, key: known.key, image: Boolean(image.chosen()) };
   element("curl").textContent = curl(body, call);
   element("python").textContent = python(body, call);
 }
