@@ -25,6 +25,8 @@ ROOT = Path(__file__).parents[2]
 STATIC = ROOT / "sdfast/server/page/static"
 FILES = sorted(STATIC.iterdir())
 MARKUP = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
+TAB, ENTER, CONTROL, ESCAPE = "\ue004", "\ue007", "\ue009", "\ue00c"  # as WebDriver has them
+END, LEFT, RIGHT = "\ue010", "\ue012", "\ue014"
 HARD = 'it\'s "quoted" $HOME `id` \\n \\ %s !! {x}\nüñí 🎨 \u202eturned'
 """A prompt with something in it for every quoting to stumble over."""
 
@@ -396,6 +398,22 @@ def test_an_image_is_drawn_over_where_the_engine_takes_one(
         page["image-remove"].click()
         page.draw()
         assert studio.jobs[3].image is None and studio.jobs[3].request.strength is None
+
+
+def test_an_engine_of_a_range_of_sizes_takes_any_in_it(page: Page, studio: FakeStudio) -> None:
+    studio.engines["tiny"] = replace(engine(), sizes=("64..96x64",))
+    page.load()
+    assert [option.text for option in page["size"].find_elements("tag name", "option")] == [
+        "64 × 64",
+        "Another, 64–96 × 64",
+    ]
+    assert not page.seen("width")
+    page.fill(size="other", width=1000)
+    page["draw"].click()
+    wait_until(lambda: page.seen("size-error"))
+    assert "1000x64 is not one of this engine's" in page.text("size-error")
+    page.draw(width=96)
+    assert (studio.jobs[0].request.width, studio.jobs[0].request.height) == (96, 64)
 
 
 def test_settings_and_theme_outlive_a_reload(page: Page, studio: FakeStudio) -> None:

@@ -101,7 +101,7 @@ function thumbnail(body) {
   button.setAttribute("aria-label", `Show large: ${body.prompt || "no prompt"}, ${told}`);
   const image = document.createElement("img");
   image.alt = "";
-  const small = made("span", told);
+  const small = made("span", `seed ${body.seed}`);
   small.className = "hint";
   button.append(image, made("span", body.prompt || "no prompt"), small);
   return button;
