@@ -213,7 +213,7 @@ async def test_a_body_that_dribbles_in_is_given_up(
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/docs", "/v1/images", "/v1/images/generations/", "/%00", "/../etc/passwd"]
+    "path", ["/page", "/docs", "/v1/images", "/v1/images/generations/", "/%00", "/../etc/passwd"]
 )
 async def test_there_is_nothing_else(http: httpx.AsyncClient, path: str) -> None:
     assert problem(await http.get(path), 404)["code"] == "not_found"
