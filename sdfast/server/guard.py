@@ -8,11 +8,11 @@ import logging
 import re
 import secrets
 import time
-from contextvars import ContextVar
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from sdfast.server.logs import request_id
 from sdfast.server.metrics import Metrics
 from sdfast.server.problems import Problem
 from sdfast.server.settings import Settings
@@ -23,9 +23,6 @@ OPEN = "/health/live"
 BODY_SECONDS = 60.0  # for a whole body to come in
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _LOCAL_HOST = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?", re.IGNORECASE)
-
-request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
-"""Whose work the current task does; the log puts it into every line."""
 
 _log = logging.getLogger("sdfast.server")
 
