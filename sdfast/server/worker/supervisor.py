@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
@@ -127,6 +127,8 @@ class Supervisor:
 
     def statistics(self) -> Statistics:
         load = self._life.report.load if self._life is not None else Load()
+        if not self._jobs:  # the last report may be older than that
+            load = replace(load, rows=0, waiting_steps=0, running_steps=0)
         return Statistics(self.ready, self._restarts, self.waiting(), load)
 
     def _ask(self, kind: str, job_id: str) -> bool:
