@@ -43,11 +43,11 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def serving(*arguments: object, log: int = subprocess.PIPE) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The command in a process, and its address. What still runs at the end is killed."""
     port = free_port()
     code = "from sdfast.cli import main; main()"
-    with started("-c", code, "serve", *arguments, "--port", port) as process:
+    with started("-c", code, "serve", *arguments, "--port", port, log=log) as process:
         yield process, f"http://127.0.0.1:{port}"
 
 
@@ -60,12 +60,12 @@ def serving_by(engine: Path, worker: str) -> Iterator[tuple[subprocess.Popen[str
 
 
 @contextmanager
-def started(*arguments: object) -> Iterator[subprocess.Popen[str]]:
-    """Python in a session of its own."""
+def started(*arguments: object, log: int = subprocess.PIPE) -> Iterator[subprocess.Popen[str]]:
+    """Python in a session of its own. log: where its stderr goes; a pipe that is not read holds 64 KiB."""
     process = subprocess.Popen(
         [sys.executable, *map(str, arguments)],
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=log,
         text=True,
         start_new_session=True,
     )
