@@ -142,6 +142,7 @@ class Supervisor:
         process, life = await _started(self._command, self._patience, self._begin, self._tell)
         try:
             ended = await life.over()
+            self._life = None
             if ended is None:
                 ended = _Ended(_exit(await _stopped(process)))
             else:
