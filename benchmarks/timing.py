@@ -84,7 +84,11 @@ def _finish() -> None:
 
 def table(rows: list[Comparison]) -> str:
     """The comparisons for a terminal."""
-    lines = [("", "stock", "sdfast", "ratio", "range"), *(row.row() for row in rows)]
+    return columns([("", "stock", "sdfast", "ratio", "range"), *(row.row() for row in rows)])
+
+
+def columns(lines: list[tuple[str, ...]]) -> str:
+    """Lines of cells, aligned."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 

@@ -152,10 +152,11 @@ def generate(prompt: str, output: Path | None, overwrite: bool, **options: Any) 
 @click.option("--step-timeout", type=float, help="Seconds that a network's call may take. [default: 120]")
 @click.option("--drain", type=float, help="Seconds that running work has after SIGTERM. [default: 120]")
 @click.option("--max-body", type=int, help="Bytes of a request. [default: 16 MiB]")
+@click.option("--max-bodies", type=int, help="Bytes of all requests together. [default: 16 x max-body]")
 @click.option("--allow-public", is_flag=True, default=None, help="Listen beyond this machine without a key.")
 @click.option("--device", help="[default: what the engines are for]")
 def serve(engines: tuple[Path, ...], config: Path | None, device: str | None, **given: Any) -> None:
-    """Serve ENGINES over HTTP: OpenAI's Images API, health and metrics.
+    """Serve ENGINES over HTTP: the APIs of OpenAI and AUTOMATIC1111, health, metrics.
 
     Every setting can also be an environment variable (SDFAST_PORT, SDFAST_API_KEY), or stand in the file.
     """

@@ -68,6 +68,10 @@ class Tokenizer:
             truncated.append(prompt[text.offsets[room][0] :] if len(text.ids) > room else "")
         return Tokens(input_ids, tuple(truncated))
 
+    def count(self, prompt: str) -> int:
+        """How many tokens of a prompt are read, without start and end."""
+        return min(len(self._encode(prompt).ids), self.max_length - 2)
+
     def _encode(self, prompt: str) -> tokenizers.Encoding:
         """The tokens of a prompt, without start and end, each with its place in the prompt."""
         try:

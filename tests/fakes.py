@@ -128,6 +128,9 @@ class FakeTokenizer:
             row[: len(prompt)] = [1 + ord(letter) % 50 for letter in prompt[:LENGTH]]
         return Tokens(ids, tuple(prompt[LENGTH:] for prompt in prompts))
 
+    def count(self, prompt: str) -> int:
+        return min(len(prompt), LENGTH)
+
 
 class FakeEngine(Engine):
     """An engine without files.

@@ -97,6 +97,12 @@ def test_what_was_cut_is_said(pair: tuple[Tokenizer, Any]) -> None:
     assert ours(["short", kept, kept + "cut off"]).truncated == ("", "", "cut off")
 
 
+def test_the_tokens_that_are_read_are_counted(pair: tuple[Tokenizer, Any]) -> None:
+    ours, theirs = pair
+    for prompt in PROMPTS:
+        assert ours.count(prompt) == min(len(theirs(prompt, verbose=False).input_ids), 77) - 2
+
+
 def test_padding_is_the_checkpoints(source: Path, pair: tuple[Tokenizer, Any]) -> None:
     ours = pair[0]
     pad = json.loads((source / "tokenizer_config.json").read_text())["pad_token"]

@@ -3,8 +3,9 @@
 `jobs.py` says what the API and the engine tell each other; `batcher.py` runs jobs on an engine, rows joining
 and leaving at every step; `app.py` speaks HTTP.
 
-A request's way: `guard.py` lets it in, an interface (`openai/`) takes it, `body.py` reads it into the
-interface's fields, `desk.py` takes the job to the studio; the studio's pictures are `encoding.py`'s to put
-into the format that was asked for. Whatever goes wrong is a `Problem` of `problems.py`. `settings.py` says
-what the server may do, `listening.py` and `run.py` run it.
+A request's way: `guard.py` lets it in, an interface (`openai/`, `automatic1111/`) takes it, `body.py` or
+`form.py` reads it into the interface's fields, `uploads.py` opens the pictures in it, `desk.py` takes the job
+to the studio; the studio's pictures are `encoding.py`'s to put into the format that was asked for. Whatever
+goes wrong is a `Problem` of `problems.py`. `settings.py` says what the server may do, `listening.py` and
+`run.py` run it, `documentation.py` describes it.
 """

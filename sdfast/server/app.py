@@ -21,7 +21,7 @@ def create_app(studio: Studio, settings: Settings, lifespan: "Lifespan[FastAPI] 
     from fastapi import FastAPI
 
     from sdfast import __version__
-    from sdfast.server import health, openai
+    from sdfast.server import automatic1111, documentation, health, openai
     from sdfast.server.guard import Guard
     from sdfast.server.metrics import Metrics
 
@@ -33,10 +33,13 @@ def create_app(studio: Studio, settings: Settings, lifespan: "Lifespan[FastAPI] 
         docs_url=None,  # these pages load scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,
+        responses=documentation.ERRORS,
     )
     app.state.draining = False
     app.include_router(health.routes(studio, metrics))
     app.include_router(openai.routes(studio, settings, metrics))
+    app.include_router(automatic1111.routes(studio, settings, metrics))
+    documentation.add(app, settings)
     app.add_middleware(Guard, settings=settings, metrics=metrics)
     _handle_problems(app)
     return app

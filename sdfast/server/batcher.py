@@ -29,6 +29,7 @@ from sdfast.errors import BackendError, EngineError, NumericalError, SdfastError
 from sdfast.infotext import infotext_of, png
 from sdfast.loop import Buckets, Row, Rows, check_finite
 from sdfast.pipeline import Pipeline, to_uint8
+from sdfast.request import Request
 from sdfast.schedulers.estimate import clean_estimate
 from sdfast.server.jobs import TICK_SECONDS, Failed, FailureKind, Job, Load, Preview, Queued, QueueFull
 from sdfast.server.memory import memory_of
@@ -502,15 +503,20 @@ class Batcher:
             infotext_of(request, work.ready.schedule, seed, model=manifest.name, weights=weights),
         )
 
+    def _tokens(self, request: Request) -> int:
+        """How many are read of a request's prompts; here, where nobody's step waits for it."""
+        texts = (*request.prompts, *request.negative_prompts)
+        return sum(self._engine.tokenizers[0].count(text) for text in texts if text)
+
     def _tell_preview(self, work: Work, index: int, pixels: Image.Image) -> None:
         file = BytesIO()
-        pixels.save(file, format="PNG")
+        pixels.save(file, format="PNG", compress_level=1)  # to be looked at once, and soon
         work.tell(Preview(index, file.getvalue()))
 
     def _deliver(self, work: Work) -> None:
         self._forget(work)
         try:
-            work.deliver()
+            work.deliver(self._tokens(work.job.request))
         except (SdfastError, OSError, ValueError) as error:
             log.error("a picture could not be written as PNG", exc_info=error)
             work.tell(Failed("engine", f"a picture could not be written as PNG: {first_line(error)}"))

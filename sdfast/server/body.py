@@ -34,6 +34,11 @@ def parse(body: bytes, model: type[Model]) -> Model:
         raise Problem(400, f"the body is not JSON: {_reason(error)}", code="invalid_json") from None
     if not isinstance(given, dict):
         raise Problem(400, f"the body must be a JSON object (got {shown(given)})", code="invalid_json")
+    return checked(given, model)
+
+
+def checked(given: dict[str, Any], model: type[Model]) -> Model:
+    """Raises `Problem` for the first field that is wrong."""
     try:
         return model.model_validate(given)
     except ValidationError as error:

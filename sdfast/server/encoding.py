@@ -28,6 +28,17 @@ def encode(png: bytes, format: Format, quality: int) -> tuple[bytes, bool]:
     return file.getvalue(), kept
 
 
+def parameters_of(image: Image.Image) -> str:
+    """The parameters inside a picture that was opened, where `encode` puts them; "" for none."""
+    text = image.info.get(infotext.PNG_KEY)
+    if isinstance(text, str):
+        return text
+    comment = image.getexif().get_ifd(_EXIF_IFD).get(_USER_COMMENT, b"")
+    if not isinstance(comment, bytes) or not comment.startswith(b"UNICODE\0"):
+        return ""
+    return comment[8:].decode("utf-16-be", "replace")
+
+
 def _exif(text: str) -> bytes:
     exif = Image.Exif()
     exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = b"UNICODE\0" + text.encode("utf-16-be")

@@ -32,6 +32,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
         self.app, self.settings, self.metrics = app, settings, metrics
+        self._bodies = _Bodies(settings.memory_of_bodies)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -47,16 +48,18 @@ class Guard:
         scope.setdefault("state", {})["request_id"] = answer.id
         request_id.set(answer.id)  # for the task, which is this request's own, and what is logged of its end
         begun = time.perf_counter()
+        body = _Body(receive, self.settings.max_body, self._bodies)
         try:
             problem = self._refusal(scope["path"], headers)
-            app = problem.response() if problem else self.app
-            await app(scope, _Body(receive, self.settings.max_body), answer.send)
+            app = problem.response(scope["path"]) if problem else self.app
+            await app(scope, body, answer.send)
         except asyncio.CancelledError:
             if answer.status is None:  # the server is made to stop, and a client should not be left to guess
                 stopped = Problem(503, "the server was stopped before the work was done; try again")
-                await stopped.response()(scope, receive, answer.send)
+                await stopped.response(scope["path"])(scope, receive, answer.send)
             raise
         finally:
+            body.release()
             self._account(scope, answer.status or 500, time.perf_counter() - begun)
 
     def _refusal(self, path: str, headers: Headers) -> Problem | None:
@@ -99,7 +102,9 @@ class Guard:
             )
         length = headers.get("content-length", "0")
         too_long = not length.isdecimal() or len(length) > 18 or int(length) > self.settings.max_body
-        return _too_large(self.settings.max_body) if too_long else None
+        if too_long:
+            return _too_large(self.settings.max_body)
+        return None if self._bodies.have_room(int(length)) else _too_many_bodies()
 
     def _account(self, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "unmatched")  # the template: labels must stay few
@@ -122,11 +127,30 @@ class _Answer:
         await self._send(message)
 
 
-class _Body:
-    """Receives a body, whether its length was told or not, up to a number of bytes and seconds."""
+class _Bodies:
+    """The bytes of all bodies that came in and whose requests are not answered yet."""
 
-    def __init__(self, receive: Receive, limit: int) -> None:
-        self._receive, self._limit = receive, limit
+    def __init__(self, limit: int) -> None:
+        self._limit, self._held = limit, 0
+
+    def have_room(self, size: int) -> bool:
+        return self._held + size <= self._limit
+
+    def take(self, size: int) -> None:
+        self._held += size
+
+    def release(self, size: int) -> None:
+        self._held -= size
+
+
+class _Body:
+    """Receives a body, whether its length was told or not, up to a number of bytes and seconds.
+
+    What it has received counts among all bodies until `release`.
+    """
+
+    def __init__(self, receive: Receive, limit: int, bodies: _Bodies) -> None:
+        self._receive, self._limit, self._bodies = receive, limit, bodies
         self._size, self._complete = 0, False
         self._until = time.monotonic() + BODY_SECONDS
 
@@ -142,17 +166,35 @@ class _Body:
                 f"the body did not come within {BODY_SECONDS:g} s; send it again, faster",
                 headers={"connection": "close"},
             ) from None
-        self._size += len(message.get("body", b""))
-        self._complete = not message.get("more_body", False)
-        if self._size > self._limit:
+        size = len(message.get("body", b""))
+        if self._size + size > self._limit:
             raise _too_large(self._limit)
+        if not self._bodies.have_room(size):
+            raise _too_many_bodies()
+        self._bodies.take(size)
+        self._size += size
+        self._complete = not message.get("more_body", False)
         return message
+
+    def release(self) -> None:
+        self._bodies.release(self._size)
+        self._size = 0
 
 
 def _too_large(limit: int) -> Problem:
     """The connection closes after it, so that nobody reads the rest."""
     return Problem(
         413, f"the body is longer than {limit} bytes, the most taken here", headers={"connection": "close"}
+    )
+
+
+def _too_many_bodies() -> Problem:
+    """Told before a body is read, or within it: others have sent theirs meanwhile."""
+    return Problem(
+        503,
+        "the server holds as many bodies of requests as it has memory for; try again later",
+        code="too_many_bodies",
+        headers={"retry-after": "5", "connection": "close"},
     )
 
 

@@ -1,7 +1,7 @@
 """Whether the server is alive, whether it is ready, and its numbers."""
 
 from fastapi import APIRouter, Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from sdfast.server.guard import OPEN
 from sdfast.server.jobs import Studio
@@ -23,15 +23,18 @@ def routes(studio: Studio, metrics: Metrics) -> APIRouter:
 
     @router.get(OPEN)
     async def live() -> dict[str, str]:
+        """Whether the process answers; asks for no key."""
         return {"status": "alive"}
 
     @router.get("/health/ready")
     async def ready(request: Request) -> dict[str, str]:
+        """Whether every engine is loaded, warmed up and at work."""
         check_open(request, studio)
         return {"status": "ready"}
 
-    @router.get("/metrics")
+    @router.get("/metrics", response_class=PlainTextResponse)
     async def numbers() -> Response:
+        """Numbers for Prometheus."""
         return Response(metrics.text(), headers={"content-type": CONTENT_TYPE})
 
     return router

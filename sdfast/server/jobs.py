@@ -69,13 +69,14 @@ class Done:
     """The pictures, in the request's order, each a PNG with its parameters inside.
 
     truncated: the text that was cut from each prompt, "" for none. seconds: by stage: "waiting", "encoding",
-    "denoising", "decoding".
+    "denoising", "decoding". tokens: how many were read of all prompts, negative ones among them.
     """
 
     pngs: tuple[bytes, ...]
     seeds: tuple[int, ...]
     truncated: tuple[str, ...]
     seconds: Mapping[str, float]
+    tokens: int = 0
 
 
 FailureKind = Literal["request", "numerical", "memory", "timeout", "cancelled", "engine"]
@@ -109,7 +110,8 @@ class QueueFull(Exception):
 class EngineInfo:
     """What the API must know of an engine. sizes: "WIDTHxHEIGHT" or ranges, for people and messages.
 
-    checkpoint_digest: hex SHA-256 over the digests of its weights. edits: whether it takes a job's image.
+    checkpoint_digest: hex SHA-256 over the digests of its weights. unet_digest: hex SHA-256 of its U-Net's,
+    by which a picture's parameters name the model. edits: whether it takes a job's image.
     """
 
     name: str
@@ -121,6 +123,7 @@ class EngineInfo:
     checkpoint: str
     checkpoint_digest: str
     edits: bool = False
+    unet_digest: str = ""
 
 
 TICK_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)

@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 from sdfast.errors import DependencyError
 
-PACKAGES = ("fastapi", "h11", "prometheus_client", "starlette", "uvicorn")
+PACKAGES = ("fastapi", "h11", "prometheus_client", "python_multipart", "starlette", "uvicorn")
 
 
 def check_packages() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, cast
 
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -50,8 +51,44 @@ _FIELDS = {
 """The API's names of a `sdfast.request.Request`'s fields, where they are others."""
 
 
+_AUTOMATIC1111 = ("/sdapi/", "/internal/")
+"""Where its clients ask, who read errors of another shape."""
+
+
+class SdapiError(BaseModel):
+    """How AUTOMATIC1111's API tells an error. detail: in short. errors: at length. body: nothing."""
+
+    error: str
+    detail: str
+    body: str
+    errors: str
+
+
+class Told(BaseModel):
+    """param: the field that is wrong, if it is one. code: what programs go by."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class Envelope(BaseModel):
+    """How every error is told."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    error: Told
+
+
 class Problem(Exception):
-    """An answer that is no picture. param: the field that is wrong. code: what programs go by."""
+    """An answer that is no picture.
+
+    param: the field that is wrong. code: what programs go by. short: what AUTOMATIC1111 says of it, where
+    clients know that.
+    """
 
     def __init__(
         self,
@@ -61,8 +98,10 @@ class Problem(Exception):
         param: str | None = None,
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
+        short: str | None = None,
     ) -> None:
         super().__init__(message)
+        self.short = short or message
         self.status, self.message, self.param = status, message, param
         self.code = code or _CODES.get(status, "error")
         self.headers = dict(headers or {})
@@ -77,8 +116,15 @@ class Problem(Exception):
         told = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
         return {"error": {name: _text(value) for name, value in told.items()}}
 
-    def response(self) -> Response:
-        return Response(json.dumps(self.envelope()), self.status, self.headers, "application/json")
+    def sdapi(self) -> dict[str, Any]:
+        """An `SdapiError`."""
+        told = {"error": self.code, "detail": self.short, "body": "", "errors": self.message}
+        return {name: _text(value) for name, value in told.items()}
+
+    def response(self, path: str) -> Response:
+        """The answer to a request of `path`."""
+        told = self.sdapi() if path.startswith(_AUTOMATIC1111) else self.envelope()
+        return Response(json.dumps(told), self.status, self.headers, "application/json")
 
 
 def of_failure(failed: Failed, fields: Collection[str]) -> Problem:
@@ -106,7 +152,7 @@ def bug() -> Problem:
 
 async def answer_problem(request: Request, error: Exception) -> Response:
     """For `Problem`s raised in a route."""
-    return cast(Problem, error).response()
+    return cast(Problem, error).response(request.url.path)
 
 
 async def answer_unrouted(request: Request, error: Exception) -> Response:
@@ -115,26 +161,26 @@ async def answer_unrouted(request: Request, error: Exception) -> Response:
     what = f"{request.method} {request.url.path[:200]}"
     messages = {404: f"{what}: there is no such route", 405: f"{what}: the route has other methods"}
     message = messages.get(error.status_code, f"{what}: cannot be served")
-    return Problem(error.status_code, message, headers=error.headers).response()
+    return Problem(error.status_code, message, headers=error.headers).response(request.url.path)
 
 
 async def answer_invalid(request: Request, error: Exception) -> Response:
     """For what the framework itself checks, such as a query."""
     first = cast(RequestValidationError, error).errors()[0]
     field = str(first["loc"][-1])[:60]
-    return Problem(422, f"{field}: {first['msg']}", param=field).response()
+    return Problem(422, f"{field}: {first['msg']}", param=field).response(request.url.path)
 
 
 async def answer_gone(request: Request, error: Exception) -> Response:
     """For a client that left while its body was read: nobody reads this, but logs and metrics count it."""
-    return Problem(499, "the client left before its request was read").response()
+    return Problem(499, "the client left before its request was read").response(request.url.path)
 
 
 async def answer_bug(request: Request, error: Exception) -> Response:
     """For what nobody raised on purpose. The log has the traceback; the client gets the id to ask about."""
     made = bug()
     made.headers["x-request-id"] = request.state.request_id
-    return made.response()
+    return made.response(request.url.path)
 
 
 def _field(message: str, fields: Collection[str]) -> str | None:

@@ -29,7 +29,8 @@ class Settings(BaseModel):
     max_rows: the most pictures that are denoised together. queue: how many jobs may wait. timeout: seconds a
     job may wait. step_timeout: seconds that one call of a network may take: after that its process counts as
     hung, and is replaced; a processor may need minutes for large pictures. drain: seconds that running work
-    has to finish after SIGTERM. max_body: bytes of a request's body. allow_public: listen beyond this machine
+    has to finish after SIGTERM. max_body: bytes of a request's body. max_bodies: bytes of all together,
+    until they are answered; 16 times max_body where nothing is said. allow_public: listen beyond this machine
     without a key.
     """
 
@@ -44,6 +45,7 @@ class Settings(BaseModel):
     step_timeout: float = Field(default=120.0, gt=0, le=86_400)
     drain: float = Field(default=120.0, ge=0, le=86_400)
     max_body: int = Field(default=16 * 2**20, ge=1_024, le=2**30)
+    max_bodies: int | None = Field(default=None, ge=1_024)
     allow_public: bool = False
 
     @classmethod
@@ -84,6 +86,10 @@ class Settings(BaseModel):
     def key(self) -> str | None:
         return self.api_key.get_secret_value() if self.api_key is not None else None
 
+    @property
+    def memory_of_bodies(self) -> int:
+        return 16 * self.max_body if self.max_bodies is None else self.max_bodies
+
     @field_validator("api_key")
     @classmethod
     def _sendable(cls, key: SecretStr | None) -> SecretStr | None:
@@ -91,6 +97,14 @@ class Settings(BaseModel):
         if not text or not text.isascii() or not text.isprintable() or " " in text:
             raise ValueError("must be printable ASCII without blanks, and not empty")
         return key
+
+    @model_validator(mode="after")
+    def _each_body_fits(self) -> Self:
+        if self.memory_of_bodies < self.max_body:
+            raise ValueError(
+                f"max_bodies: {self.max_bodies} is less than max_body, {self.max_body}, of a single one"
+            )
+        return self
 
     @model_validator(mode="after")
     def _guarded(self) -> Self:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdfast.errors import EngineError, RequestError
+from sdfast.infotext import unet_digest
 from sdfast.manifest import Manifest, read_manifest
 from sdfast.server.jobs import EngineInfo, Event, Job, Statistics
 from sdfast.server.settings import Settings
@@ -29,7 +30,7 @@ class WorkerStudio:
 
     def __init__(self, posts: Sequence[Post]) -> None:
         self._posts = {post.manifest.name: post for post in posts}
-        self._engines = {name: _info(post.manifest) for name, post in self._posts.items()}
+        self._engines = {name: info_of(post.manifest) for name, post in self._posts.items()}
         self._runs: list[asyncio.Task[None]] = []
 
     @classmethod
@@ -94,8 +95,9 @@ class WorkerStudio:
         return {name: post.supervisor.statistics() for name, post in self._posts.items()}
 
 
-def _info(manifest: Manifest) -> EngineInfo:
+def info_of(manifest: Manifest) -> EngineInfo:
     weights = sorted(manifest.checkpoint.weights.items())
+    digest = hashlib.sha256(repr(weights).encode()).hexdigest()
     forms = manifest.modules["unet"].variants
     return EngineInfo(
         name=manifest.name,
@@ -105,5 +107,6 @@ def _info(manifest: Manifest) -> EngineInfo:
         sizes=tuple(dict.fromkeys(f"{form.width}x{form.height}" for form in forms)),
         max_images=manifest.max_images,
         checkpoint=manifest.checkpoint.source,
-        checkpoint_digest=hashlib.sha256(repr(weights).encode()).hexdigest(),
+        checkpoint_digest=digest,
+        unet_digest=unet_digest(manifest.checkpoint.weights) or digest,
     )

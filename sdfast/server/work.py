@@ -120,13 +120,16 @@ class Work:
         """Whether all of its pictures were decoded."""
         return len(self.pngs) == self.job.request.images
 
-    def deliver(self) -> None:
-        """Tell its pictures, once all are complete; waits for PNGs that are still being written."""
+    def deliver(self, tokens: int) -> None:
+        """Tell its pictures, once all are complete; waits for PNGs that are still being written.
+
+        tokens: that were read of its prompts.
+        """
         if self.cancelled:
             self.tell(Failed("cancelled", "the job was cancelled"))
             return
         pngs = tuple(self.pngs[i].result() for i in range(self.job.request.images))
-        self.tell(Done(pngs, self.job.request.seeds, self.ready.truncated, dict(self.seconds)))
+        self.tell(Done(pngs, self.job.request.seeds, self.ready.truncated, dict(self.seconds), tokens))
 
 
 class Room:

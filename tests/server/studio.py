@@ -27,8 +27,11 @@ from sdfast.server.jobs import (
 SIZES = {(64, 64), (64, 96)}  # height, width
 
 
-def engine(name: str = "tiny") -> EngineInfo:
-    return EngineInfo(name, "sd", 64, 64, ("64x64", "96x64"), 4, "org/tiny", "0" * 64)
+def engine(name: str = "tiny", edits: bool = True) -> EngineInfo:
+    digest = name.encode().hex().ljust(64, "0")
+    return EngineInfo(
+        name, "sd", 64, 64, ("64x64", "96x64"), 4, "org/tiny", "0" * 64, edits=edits, unet_digest=digest
+    )
 
 
 @dataclass
@@ -44,6 +47,8 @@ class FakeStudio:
     bug: bool = False
     silent: bool = False
     seconds: float = 0.0  # of every step
+    steps: int = 0  # that are told before the pictures, each with a preview if one was asked for
+    asked: set[str] = field(default_factory=set)
     truncated: str = ""
     jobs: list[Job] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
@@ -69,6 +74,8 @@ class FakeStudio:
         return ended is not None
 
     def preview(self, job_id: str) -> bool:
+        if job_id in self.live:
+            self.asked.add(job_id)
         return job_id in self.live
 
     def waiting(self) -> int:
@@ -98,20 +105,35 @@ class FakeStudio:
             await asyncio.sleep(self.seconds)
             yield Step(index + 1, job.previews)
             yield Preview(index, png(job, job.request.seed))
+        for index in range(self.steps):
+            await asyncio.sleep(self.seconds)
+            yield Step(index + 1, self.steps)
+            if job.id in self.asked:
+                self.asked.discard(job.id)
+                yield Preview(index, png(job, job.request.seed))
         await asyncio.sleep(self.seconds)
         self.live.pop(job.id, None)
         if not self.silent:
             yield self.failure or self._done(job)
 
     def _done(self, job: Job) -> Done:
-        seeds = job.request.seeds
-        return Done(tuple(png(job, seed) for seed in seeds), seeds, (self.truncated,), {"denoising": 0.5})
+        seeds, tokens = job.request.seeds, len(job.request.prompts[0].split())
+        return Done(
+            tuple(png(job, seed) for seed in seeds), seeds, (self.truncated,), {"denoising": 0.5}, tokens
+        )
 
 
 def png(job: Job, seed: int) -> bytes:
-    """One colour, with parameters as an engine's picture has them."""
+    """One colour, with parameters as an engine's picture has them. Of a job with an image: the colour where
+    the mask opens it, and the image elsewhere."""
     request, file = job.request, BytesIO()
     told = Infotext(request.prompts[0], steps=request.num_inference_steps, seed=seed)
     colour = (seed % 256, seed // 256 % 256, 99)
-    Image.new("RGB", (request.width, request.height), colour).save(file, "PNG", pnginfo=png_info(told))
+    size = request.width, request.height
+    picture = Image.new("RGB", size, colour)
+    if job.image is not None:
+        image = Image.frombytes("RGB", size, job.image)
+        mask = Image.frombytes("L", size, job.mask) if job.mask else Image.new("L", size, 0)
+        picture = Image.composite(picture, image, mask)
+    picture.save(file, "PNG", pnginfo=png_info(told))
     return file.getvalue()

@@ -125,6 +125,18 @@ def test_a_job_alone_is_the_pipelines_pictures(open_batcher: Open) -> None:
     assert all(seconds >= 0 for seconds in ear.done().seconds.values())
 
 
+def test_the_tokens_that_were_read_are_told(open_batcher: Open) -> None:
+    engine = FakeEngine()
+    batcher = open_batcher(engine)
+    most = engine.tokenizers[0].max_length
+    for fields, tokens in (
+        ({"prompt": "the sea"}, 7),
+        ({"prompt": "the sea", "images": 2, "negative_prompts": ("fog",)}, 10),
+        ({"prompt": "a" * (most + 9)}, most),
+    ):
+        assert submit(batcher, request(**fields)).done().tokens == tokens
+
+
 def test_pictures_hold_their_parameters(open_batcher: Open, tmp_path: Path) -> None:
     asked = Request.make(
         prompts=("cats", "a dog"),

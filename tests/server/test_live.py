@@ -1,5 +1,6 @@
 """The server on a real socket: OpenAI's client, clients that misbehave, and signals."""
 
+import base64
 import json
 import logging
 import signal
@@ -11,13 +12,14 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from PIL import Image
 
 from sdfast.errors import SettingsError
 from sdfast.server import listening, logs
@@ -108,6 +110,25 @@ def test_the_real_client_on_a_real_socket(port: int, studio: FakeStudio) -> None
             ]
         with pytest.raises(openai.AuthenticationError):
             sdk(port, "wrong").images.generate(prompt="a")
+
+
+def test_an_image_is_drawn_over_on_a_real_socket(port: int, studio: FakeStudio) -> None:
+    file = BytesIO()
+    Image.new("RGB", (96, 64), (1, 2, 3)).save(file, "PNG")
+    file.seek(0)
+    with sdk(port) as client:
+        answer = client.images.edit(image=file, prompt="a boat", extra_body={"strength": 0.5})
+        drawn = Image.open(BytesIO(base64.b64decode(answer.data[0].b64_json)))
+        assert (drawn.size, drawn.getpixel((9, 9))) == ((96, 64), (1, 2, 3))
+        with client.images.edit(
+            image=file.getvalue(), prompt="a", stream=True, extra_body={"seed": 1}
+        ) as stream:
+            assert [event.type for event in stream] == ["image_edit.completed"]
+        with pytest.raises(openai.UnprocessableEntityError, match="no PNG, JPEG or WebP"):
+            client.images.edit(image=b"%!PS", prompt="a")
+        with pytest.raises(openai.APIStatusError) as caught:
+            client.images.edit(image=b"x" * 200_000, prompt="a")
+    assert caught.value.status_code == 413
 
 
 def test_partial_pictures_come_while_the_job_runs(port: int, studio: FakeStudio) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from sdfast import infotext
 from sdfast.server.jobs import Failed
+from sdfast.server.openai import answers
 from tests.server.conftest import client_of
 from tests.server.studio import FakeStudio, engine
 
@@ -33,7 +34,8 @@ async def test_a_picture_comes_with_its_seed_and_parameters(
     assert image.size == (64, 64) and image.getpixel((0, 0)) == (7, 0, 99)
     assert infotext.parse(image.info["parameters"]).seed == picture.seed == 7
     assert (answer.size, answer.output_format, answer.background) == ("64x64", "png", "opaque")
-    assert answer.usage.total_tokens == 0 and answer.created > 0
+    assert (answer.usage.input_tokens, answer.usage.output_tokens, answer.usage.total_tokens) == (2, 0, 2)
+    assert answer.usage.input_tokens_details.text_tokens == 2 and answer.created > 0
     assert picture.warnings == []
     assert studio.cancelled == []
 
@@ -112,7 +114,34 @@ async def test_a_stream_is_partial_pictures_then_the_finished_ones(sdk: openai.A
         assert opened(event.b64_json).size == (64, 64)
         assert (event.size, event.output_format, event.quality) == ("64x64", "png", "auto")
         assert event.background == "opaque" and event.created_at > 0
-    assert events[-1].usage.total_tokens == 0
+    assert events[-1].usage.total_tokens == 2
+
+
+async def test_a_stream_tells_its_progress_when_asked(sdk: openai.AsyncOpenAI, post: Any) -> None:
+    asked = {"progress": True}
+    stream = await sdk.images.generate(**CALL, stream=True, partial_images=2, extra_body=asked)
+    told = [event for event in [event async for event in stream] if event.type.endswith("progress")]
+    assert {event.type for event in told} == {"image_generation.progress"}
+    assert [(event.position, event.step, event.steps) for event in told] == [
+        (0, 0, 0),
+        (None, 1, 2),
+        (None, 2, 2),
+    ]
+    assert told[0].to_dict().keys() == {"type", "created_at", "position", "step", "steps"}
+    assert "progress" not in (await post({"prompt": "a", "stream": True, "progress": False})).text
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_stream_that_waits_is_kept_alive(
+    sdk: openai.AsyncOpenAI, post: Any, studio: FakeStudio, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    monkeypatch.setattr(answers, "KEEP_ALIVE_SECONDS", 0.02)
+    studio.seconds = 0.1
+    text = (await post({"prompt": "a", "stream": stream})).text
+    assert (text.count(": waiting\n\n") >= 2) == stream
+    if stream:
+        events = [event.type async for event in await sdk.images.generate(**CALL, stream=True)]
+        assert events == ["image_generation.completed"]
 
 
 async def test_a_stream_is_server_sent_events_that_end_with_done(post: Any) -> None:
@@ -256,13 +285,11 @@ async def test_the_loop_is_free_while_pictures_are_encoded(
 ) -> None:
     import time
 
-    from sdfast.server.openai import answers as api
-
     def slow(png: bytes, format: str, quality: int) -> tuple[bytes, bool]:
         time.sleep(0.5)
         return png, True
 
-    monkeypatch.setattr(api, "encode", slow)
+    monkeypatch.setattr(answers, "encode", slow)
     call = asyncio.create_task(sdk.images.generate(**CALL))
     await asyncio.sleep(0.1)
     begun = time.perf_counter()

@@ -15,7 +15,7 @@ from tests.test_imports import loaded_by
 SERVING = {"fastapi", "starlette", "uvicorn", "prometheus_client"}
 
 
-@pytest.mark.parametrize("missing", ["fastapi", "uvicorn", "prometheus_client"])
+@pytest.mark.parametrize("missing", ["fastapi", "uvicorn", "prometheus_client", "python_multipart"])
 def test_a_missing_package_is_told_with_the_command(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     def find(name: str) -> ModuleSpec | None:
         return None if name == missing else importlib.util.find_spec(name)

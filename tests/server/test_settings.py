@@ -59,6 +59,7 @@ def test_a_file_that_is_no_toml_is_named(tmp_path: Path, text: str) -> None:
         ("timeout", "nan"),
         ("drain", -1),
         ("max_body", 1),
+        ("max_bodies", 100_000),
         ("allow_public", "perhaps"),
     ],
 )

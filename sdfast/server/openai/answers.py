@@ -3,28 +3,65 @@
 import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Self
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from sdfast.request import Request
 from sdfast.server.desk import ClientLeft, Desk, unless_gone, without_end
 from sdfast.server.encoding import encode
-from sdfast.server.jobs import Done, Event, Job, Preview
+from sdfast.server.jobs import Done, Event, Job, Preview, Queued, Step
 from sdfast.server.openai.fields import Generation
 from sdfast.server.problems import Problem, bug
+from sdfast.server.settings import Settings
+
+KEEP_ALIVE_SECONDS = 5.0
+"""A stream is not silent for longer: proxies and clients would take it for dead."""
+
+Kind = Literal["image_generation", "image_edit"]
+Push = Callable[[bytes], Awaitable[None]]
 
 
 @dataclass(frozen=True)
 class Order:
-    """What a client asked for, the job that it became, and when (seconds since 1970)."""
+    """What a client asked for, the job that it became, and when (seconds since 1970).
 
+    kind: what the names of its events begin with.
+    """
+
+    kind: Kind
     asked: Generation
     job: Job
     created: int
+
+    @classmethod
+    def make(
+        cls,
+        kind: Kind,
+        asked: Generation,
+        settings: Settings,
+        engine: str,
+        request: Request,
+        image: bytes | None = None,
+        mask: bytes | None = None,
+    ) -> Self:
+        """An order of now, with the job that is to be done for it."""
+        job = Job(
+            id=secrets.token_hex(12),
+            engine=engine,
+            request=request,
+            deadline=time.monotonic() + settings.timeout,
+            previews=asked.partial_images or 0,
+            image=image,
+            mask=mask,
+        )
+        return cls(kind, asked, job, int(time.time()))
 
     @property
     def told(self) -> dict[str, Any]:
@@ -39,7 +76,7 @@ class Order:
 
 
 class EventStream(Response):
-    """Server-sent events of a job: partial pictures, then the finished ones, then `[DONE]`.
+    """Server-sent events of a job: its progress and partial pictures, the finished ones, then `[DONE]`.
 
     The status is sent before anything can go wrong with the job, so a failure is an event of its own.
     """
@@ -60,7 +97,8 @@ class EventStream(Response):
                 {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
             )
             try:
-                await unless_gone(receive, self._push_all(push))
+                async with _kept_alive(push):
+                    await unless_gone(receive, self._push_all(push))
             except ClientLeft:
                 return
             except Problem as problem:
@@ -70,7 +108,7 @@ class EventStream(Response):
                 raise
         await push(b"", more=False)
 
-    async def _push_all(self, push: Callable[[bytes], Awaitable[None]]) -> None:
+    async def _push_all(self, push: Push) -> None:
         async with aclosing(self._desk.watched(self._events)) as watched:
             async for event in watched:
                 if isinstance(event, Preview):
@@ -80,19 +118,44 @@ class EventStream(Response):
                         await push(await asyncio.to_thread(_completed, self._order, event, i))
                     await push(b"data: [DONE]\n\n")
                     return
+                elif self._order.asked.progress and isinstance(event, Queued | Step):
+                    await push(_progress(self._order, event))
         raise without_end()
 
 
-async def answer(order: Order, outcome: Awaitable[Done]) -> bytes:
-    """The JSON of the whole."""
-    return await asyncio.to_thread(_whole, order, await outcome)
+@asynccontextmanager
+async def _kept_alive(push: Push) -> AsyncGenerator[None]:
+    """Comments, which every client skips, go out beside the events."""
+
+    async def comment() -> None:
+        while True:
+            await asyncio.sleep(KEEP_ALIVE_SECONDS)
+            await push(b": waiting\n\n")
+
+    commenting = asyncio.create_task(comment())
+    try:
+        yield
+    finally:
+        commenting.cancel()
+        await asyncio.gather(commenting, return_exceptions=True)
+
+
+async def answer(receive: Receive, order: Order, desk: Desk) -> Response:
+    """The pictures: the whole at once, or a stream of events. Raises `Problem`."""
+    events = desk.submit(order.job)
+    if order.asked.stream:
+        return EventStream(order, desk, events)
+    async with desk.under_way(order.job, events):
+        done = await unless_gone(receive, desk.outcome(events))
+        body = await asyncio.to_thread(_whole, order, done)
+    return Response(body, media_type="application/json")
 
 
 def _whole(order: Order, done: Done) -> bytes:
     """The answer's JSON. Megabytes of base64: in a thread, like everything that is called there."""
     made = [encode(png, order.asked.format, order.asked.compression) for png in done.pngs]
     data = [_picture(order, done, i, *encoded) for i, encoded in enumerate(made)]
-    return json.dumps({"created": order.created, "data": data, **order.told, "usage": _usage()}).encode()
+    return json.dumps({"created": order.created, "data": data, **order.told, "usage": _usage(done)}).encode()
 
 
 def _picture(order: Order, done: Done, i: int, picture: bytes, kept: bool) -> dict[str, Any]:
@@ -110,7 +173,7 @@ def _picture(order: Order, done: Done, i: int, picture: bytes, kept: bool) -> di
 
 def _partial(order: Order, preview: Preview) -> bytes:
     picture, _ = encode(preview.png, order.asked.format, order.asked.compression)
-    type = "image_generation.partial_image"
+    type = f"{order.kind}.partial_image"
     return _event(
         type,
         {
@@ -124,17 +187,31 @@ def _partial(order: Order, preview: Preview) -> bytes:
 
 
 def _completed(order: Order, done: Done, i: int) -> bytes:
-    type = "image_generation.completed"
+    type = f"{order.kind}.completed"
     picture = _picture(order, done, i, *encode(done.pngs[i], order.asked.format, order.asked.compression))
     return _event(
-        type, {"type": type, "created_at": order.created, **picture, **order.told, "usage": _usage()}
+        type, {"type": type, "created_at": order.created, **picture, **order.told, "usage": _usage(done)}
     )
 
 
-def _usage() -> dict[str, Any]:
-    """Nothing is billed. The engine alone counts tokens and does not tell; a picture is not made of any."""
-    details = {"image_tokens": 0, "text_tokens": 0}
-    return {"input_tokens": 0, "input_tokens_details": details, "output_tokens": 0, "total_tokens": 0}
+def _progress(order: Order, event: Queued | Step) -> bytes:
+    """position: the jobs that come before it while it waits, then null. steps: 0 until it is known."""
+    type = f"{order.kind}.progress"
+    position = event.position if isinstance(event, Queued) else None
+    step, steps = (event.done, event.total) if isinstance(event, Step) else (0, 0)
+    told = {"type": type, "created_at": order.created, "position": position, "step": step, "steps": steps}
+    return _event(type, told)
+
+
+def _usage(done: Done) -> dict[str, Any]:
+    """Tokens of the prompts that were read; no picture is made of any, drawn over or new."""
+    details = {"image_tokens": 0, "text_tokens": done.tokens}
+    return {
+        "input_tokens": done.tokens,
+        "input_tokens_details": details,
+        "output_tokens": 0,
+        "total_tokens": done.tokens,
+    }
 
 
 def _event(name: str, data: dict[str, Any]) -> bytes:

@@ -1,8 +1,8 @@
-"""The fields of `POST /v1/images/generations`, and the `sdfast.request.Request` that they ask for."""
+"""The fields of `/v1/images/generations` and `edits`, and the `sdfast.request.Request` that they ask for."""
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
@@ -14,10 +14,11 @@ from sdfast.server.jobs import EngineInfo
 from sdfast.server.problems import Problem, of_request_error
 
 STEPS, GUIDANCE, SCHEDULER = 20, 7.0, "dpmpp_2m_karras"  # as `sdfast generate`'s own
-_SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
+STRENGTH, MASKED_STRENGTH = 0.8, 1.0  # as diffusers' pipelines for images, and for images with masks
+_SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 _ONE_PICTURE = "pictures do not move here; leave it out"
 _NO_SVG = "pictures have pixels; leave it out"
-_NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
+NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "response_format": (
         ("b64_json",),
         "the server keeps no files that a url could lead to; ask for b64_json",
@@ -30,6 +31,7 @@ _NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "svg": ((), _NO_SVG),
     "frame_count": ((1,), _ONE_PICTURE),
     "frame_duration_ms": ((), _ONE_PICTURE),
+    "input_fidelity": (("low",), "a lower strength keeps more of the image"),
 }
 """Fields of the API that mean nothing here: the values that ask for nothing, and what to do instead."""
 
@@ -37,7 +39,8 @@ _NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
 class Generation(BaseModel):
     """A body, checked field by field; null is the same as nothing.
 
-    user, safety_identifier: who asks, for a service that watches its users; checked and forgotten.
+    user, safety_identifier: who asks, for a service that watches its users; checked and forgotten. progress:
+    of a stream, whether it tells the job's place in the queue and its steps.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -69,6 +72,7 @@ class Generation(BaseModel):
     scheduler: str | None = None
     eta: float | None = None
     clip_skip: int | None = None
+    progress: bool | None = None
 
     @field_validator("*")
     @classmethod
@@ -77,10 +81,10 @@ class Generation(BaseModel):
             check_text(value)
         return value
 
-    @field_validator(*_NEUTRAL)
+    @field_validator(*NEUTRAL, check_fields=False)  # some are of edits alone
     @classmethod
     def _asks_for_nothing(cls, value: Any, info: ValidationInfo) -> Any:
-        allowed, advice = _NEUTRAL[str(info.field_name)]
+        allowed, advice = NEUTRAL[str(info.field_name)]
         if value is not None and value not in allowed:
             taken = f"; taken are: {', '.join(map(str, allowed))}" if allowed else ""
             raise ValueError(f"is not supported: {advice}{taken}")
@@ -100,9 +104,9 @@ class Generation(BaseModel):
             raise ValueError("is for output_format webp and jpeg; leave it out, PNG loses nothing")
         return value
 
-    @field_validator("partial_images")
+    @field_validator("partial_images", "progress")
     @classmethod
-    def _of_streams(cls, value: int | None, info: ValidationInfo) -> int | None:
+    def _of_streams(cls, value: Any, info: ValidationInfo) -> Any:
         if value and not info.data.get("stream"):
             raise ValueError("needs stream: true")
         return value
@@ -116,31 +120,23 @@ class Generation(BaseModel):
         """The quality of webp and jpeg, 100 the best, as the API counts it."""
         return 100 if self.output_compression is None else self.output_compression
 
-    def request(self, engine: EngineInfo) -> Request:
-        """What `engine` is to draw. Raises `Problem` naming the API's field."""
+    def request(self, height: int, width: int) -> Request:
+        """What is to be drawn, of this size in pixels where none is asked for. Raises `Problem` naming the
+        API's field."""
+        given = self.model_dump(include=_SAME, exclude_none=True)
+        if self.size not in (None, "auto"):
+            width, height = map(int, str(self.size).split("x"))
         try:
-            return self._request(engine)
+            return Request.make(
+                prompts=(self.prompt,),
+                negative_prompts=(self.negative_prompt,),
+                height=height,
+                width=width,
+                num_images_per_prompt=self.n or 1,
+                **{**_DEFAULTS, **given, "scheduler": self._sampler()},
+            )
         except RequestError as error:
             raise of_request_error(error, FIELDS) from None
-
-    def _request(self, engine: EngineInfo) -> Request:
-        height, width = self._side(engine)
-        given = self.model_dump(include=_SAME, exclude_none=True)
-        return Request.make(
-            prompts=(self.prompt,),
-            negative_prompts=(self.negative_prompt,),
-            height=height,
-            width=width,
-            num_images_per_prompt=self.n or 1,
-            **{**_DEFAULTS, **given, "scheduler": self._sampler()},
-        )
-
-    def _side(self, engine: EngineInfo) -> tuple[int, int]:
-        """(height, width) in pixels."""
-        if self.size in (None, "auto"):
-            return engine.default_height, engine.default_width
-        width, height = str(self.size).split("x")
-        return int(height), int(width)
 
     def _sampler(self) -> str:
         """The scheduler's name, which is a known one."""
@@ -153,8 +149,28 @@ class Generation(BaseModel):
         return self.scheduler
 
 
-FIELDS = frozenset(Generation.model_fields)
-_SAME = {"seed", "num_inference_steps", "guidance_scale", "guidance_rescale", "eta", "clip_skip"}
+class Edit(Generation):
+    """The texts of a form. strength: how much of the image is drawn over, 1.0 all of it."""
+
+    strength: float | None = Field(default=None, gt=0.0, le=1.0)
+    input_fidelity: str | None = None
+
+    def over(self, masked: bool) -> Self:
+        """With a strength, where none is given the one that diffusers' pipelines have."""
+        default = MASKED_STRENGTH if masked else STRENGTH
+        return self.model_copy(update={"strength": self.strength or default})
+
+
+FIELDS = frozenset(Edit.model_fields)
+_SAME = {
+    "seed",
+    "num_inference_steps",
+    "guidance_scale",
+    "guidance_rescale",
+    "eta",
+    "clip_skip",
+    "strength",
+}
 _DEFAULTS: Mapping[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
 
 

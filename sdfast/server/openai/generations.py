@@ -1,6 +1,5 @@
-"""The routes: `POST /v1/images/generations` and `GET /v1/models`."""
+"""The routes `POST /v1/images/generations` and `GET /v1/models`."""
 
-import secrets
 import time
 from typing import Any
 
@@ -8,38 +7,33 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from sdfast.server.body import read_json
-from sdfast.server.desk import Desk, unless_gone
+from sdfast.server.desk import Desk
 from sdfast.server.health import check_open
-from sdfast.server.jobs import Job, Studio
-from sdfast.server.metrics import Metrics
-from sdfast.server.openai.answers import EventStream, Order, answer
-from sdfast.server.openai.fields import FIELDS, Generation, engine_of
-from sdfast.server.settings import Settings
-
-_BODY = {"content": {"application/json": {"schema": Generation.model_json_schema()}}, "required": True}
+from sdfast.server.openai import schema
+from sdfast.server.openai.answers import Order, answer
+from sdfast.server.openai.fields import Generation, engine_of
 
 
-def routes(studio: Studio, settings: Settings, metrics: Metrics) -> APIRouter:
-    """The API's routes, over one studio."""
+def routes(desk: Desk) -> APIRouter:
     router, started = APIRouter(), int(time.time())
-    desk = Desk(studio, settings, metrics, FIELDS)
 
-    @router.post("/v1/images/generations", openapi_extra={"requestBody": _BODY})
+    @router.post(
+        "/v1/images/generations",
+        openapi_extra={"requestBody": schema.body(Generation)},
+        responses=schema.answers("image_generation"),
+    )
     async def generations(request: Request) -> Response:
-        check_open(request, studio)
+        """Draw pictures of a prompt."""
+        check_open(request, desk.studio)
         order = _order(await read_json(request, Generation), desk)
-        events = desk.submit(order.job)
-        if order.asked.stream:
-            return EventStream(order, desk, events)
-        async with desk.under_way(order.job, events):
-            body = await unless_gone(request.receive, answer(order, desk.outcome(events)))
-        return Response(body, media_type="application/json")
+        return await answer(request.receive, order, desk)
 
-    @router.get("/v1/models")
+    @router.get("/v1/models", responses={200: {"model": schema.Models}})
     async def models() -> dict[str, Any]:
+        """The engines."""
         listed = [
             {"id": name, "object": "model", "created": started, "owned_by": "sdfast"}
-            for name in studio.engines
+            for name in desk.studio.engines
         ]
         return {"object": "list", "data": listed}
 
@@ -48,11 +42,5 @@ def routes(studio: Studio, settings: Settings, metrics: Metrics) -> APIRouter:
 
 def _order(asked: Generation, desk: Desk) -> Order:
     engine = engine_of(asked.model, desk.studio.engines)
-    job = Job(
-        id=secrets.token_hex(12),
-        engine=engine.name,
-        request=asked.request(engine),
-        deadline=time.monotonic() + desk.settings.timeout,
-        previews=asked.partial_images or 0,
-    )
-    return Order(asked, job, int(time.time()))
+    request = asked.request(engine.default_height, engine.default_width)
+    return Order.make("image_generation", asked, desk.settings, engine.name, request)

@@ -7,7 +7,7 @@ left, requests as their JSON, pictures as bytes.
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -47,29 +47,11 @@ class _Take:
     previews: int
 
 
-@dataclass(frozen=True)
-class _Done:
-    """`Done` without its pictures."""
-
-    seeds: tuple[int, ...]
-    truncated: tuple[str, ...]
-    seconds: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class _Preview:
-    """`Preview` without its picture."""
-
-    index: int
-
-
-_PLAIN: Mapping[str, type[Queued | Begun | Step | Failed]] = {
-    kind.__name__.lower(): kind for kind in (Queued, Begun, Step, Failed)
+_EVENTS: Mapping[str, type[Event]] = {
+    kind.__name__.lower(): kind for kind in (Queued, Begun, Step, Preview, Done, Failed)
 }
-
-
 _ADAPTERS: Mapping[type, TypeAdapter[Any]] = {
-    kind: TypeAdapter(kind) for kind in (Report, Broken, _Take, _Done, _Preview, *_PLAIN.values())
+    kind: TypeAdapter(kind) for kind in (Report, Broken, _Take, *_EVENTS.values())
 }
 
 
@@ -95,28 +77,25 @@ def job_of(frame: Frame) -> Job:
 
 
 def of_event(job_id: str, event: Event) -> Frame:
+    """An event; its pictures are the frame's parts."""
+    fields, parts = asdict(event), tuple[bytes, ...]()
     if isinstance(event, Done):
-        told = _Done(event.seeds, event.truncated, event.seconds)
-        return Frame("done", job_id, asdict(told), event.pngs)
-    if isinstance(event, Preview):
-        return Frame("shown", job_id, asdict(_Preview(event.index)), (event.png,))
-    return Frame(type(event).__name__.lower(), job_id, asdict(event))
+        parts = fields.pop("pngs")
+    elif isinstance(event, Preview):
+        parts = (fields.pop("png"),)
+    return Frame(type(event).__name__.lower(), job_id, fields, parts)
 
 
 def event_of(frame: Frame) -> Event:
     """A job's event. Raises `FrameError`."""
-    if frame.kind == "done":
-        done = _read(_Done, frame)
-        if len(frame.parts) != len(done.seeds):
-            raise FrameError(f"{len(frame.parts)} pictures of {len(done.seeds)} seeds")
-        return Done(frame.parts, done.seeds, done.truncated, done.seconds)
-    if frame.kind == "shown":
-        if len(frame.parts) != 1:
-            raise FrameError(f"a preview of {len(frame.parts)} pictures")
-        return Preview(_read(_Preview, frame).index, frame.parts[0])
-    if frame.kind not in _PLAIN:
+    kind, fields = _EVENTS.get(frame.kind), dict(frame.fields)
+    if kind is None:
         raise FrameError(f"{frame.kind[:60]!r} is nothing that a worker tells")
-    return _read(_PLAIN[frame.kind], frame)
+    if kind is Done:
+        fields["pngs"] = frame.parts
+    elif kind is Preview and len(frame.parts) == 1:
+        fields["png"] = frame.parts[0]
+    return _read(kind, replace(frame, fields=fields))
 
 
 def of_report(report: Report) -> Frame:

@@ -1,0 +1,26 @@
+"""AUTOMATIC1111's API, for its clients: `/sdapi/v1/txt2img`, `/img2img`, and what they ask beside these.
+
+`fields.py` what the two take, `samplers.py` and `options.py` what samplers and options mean here,
+`pictures.py` what img2img draws over, `calls.py` what is under way, `answers.py` what is given back,
+`routes.py` the routes, `lists.py` those that tell or refuse one fixed thing.
+
+What is asked for is done or refused by name, never ignored. A field that means nothing in a call, such as
+`hr_scale` without `enable_hr`, is taken, since clients send them all. Where this differs from AUTOMATIC1111:
+
+- A prompt's text is the text: `(word:1.2)` and `[word]` are read as they stand (the option `emphasis` is
+  "None"), and `<lora:…>` is refused. Seeds make other pictures than there, which draws its noise on the GPU.
+- img2img does `int(steps * denoising_strength)` steps, as diffusers does; AUTOMATIC1111 does one more.
+- mask_blur is Pillow's Gaussian blur, which is very nearly the one there.
+- A call is one job: all its pictures are drawn beside each other, so `/skip` ends the call that is the first
+  under way. `/interrupt` ends all calls of this interface, whoever made them; those of others go on.
+- A call that was ended is answered with 200, as there, and with one picture of how far it came: the first
+  that was still drawn, without parameters inside; none, if it had not begun.
+- `/progress` is about the first call under way. A picture is decoded for those who ask only: a poll without
+  `skip_current_image` gets the latest one, and asks for one after the next step.
+- An engine's own size, not 512, is drawn where none is given.
+- Nothing is saved on the server, and no image is fetched from a URL.
+"""
+
+from sdfast.server.automatic1111.routes import routes
+
+__all__ = ["routes"]

@@ -1,0 +1,284 @@
+"""The fields of txt2img and img2img, and the `sdfast.request.Request` that they ask for."""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+from sdfast.errors import RequestError
+from sdfast.request import MAX_GUIDANCE, MAX_IMAGES, MAX_STEPS, SEED_LIMIT, Request, check_text
+from sdfast.schedulers import Sampler
+from sdfast.server.automatic1111.options import clip_skip_of
+from sdfast.server.automatic1111.samplers import eta_of, sampler_of
+from sdfast.server.jobs import EngineInfo
+from sdfast.server.problems import of_request_error
+
+SAMPLER, STEPS, GUIDANCE = "Euler", 50, 7.0  # AUTOMATIC1111's, where nothing is said
+DENOISING_STRENGTH, MASK_BLUR = 0.75, 4
+_EXTRA_NETWORK = re.compile(r"<(lora|lyco|hypernet):[^>]*>", re.IGNORECASE)
+
+_NO_SCRIPTS = "there are no scripts here; leave it out"
+_SAVES_NOTHING = "the server saves nothing; save what it answers"
+_NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "styles": (([],), "there are no styles here; put their text into the prompt"),
+    "subseed_strength": ((0,), "pictures are of one seed; leave it out"),
+    "seed_resize_from_h": ((0, -1), "seeds are for the size that is drawn; leave it out"),
+    "seed_resize_from_w": ((0, -1), "seeds are for the size that is drawn; leave it out"),
+    "restore_faces": ((False,), "faces are as the engine draws them; leave it out"),
+    "tiling": ((False,), "pictures are not made to tile; leave it out"),
+    "s_churn": ((0,), "samplers add no noise of their own; take an ancestral sampler such as Euler a"),
+    "s_min_uncond": ((0,), "every step has its negative prompt; leave it out"),
+    "refiner_checkpoint": (("", "None"), "one engine draws a picture from end to end; leave it out"),
+    "firstpass_image": ((), "txt2img starts from noise; take img2img"),
+    "comments": (({},), "it has no meaning in a request; leave it out"),
+    "enable_hr": (
+        (False,),
+        "pictures are drawn once; ask for an engine's larger size, or go on with img2img",
+    ),
+    "script_name": (("", "None"), _NO_SCRIPTS),
+    "script_args": (([],), _NO_SCRIPTS),
+    "save_images": ((False,), _SAVES_NOTHING),
+    "infotext": (("",), "say what it says in the fields themselves"),
+    "initial_noise_multiplier": ((1,), "noise has its scheduler's strength; leave it out"),
+    "latent_mask": ((), "give mask"),
+    "mask_round": ((True,), "a mask is rounded for the latents; leave it out"),
+}
+"""Fields that mean nothing here: besides null, the values that ask for nothing, and what to do instead."""
+
+
+class Generation(BaseModel):
+    """What both calls have. Null is the same as nothing.
+
+    What means something beside another field only has the right type, no more: subseed with subseed_strength,
+    s_tmin, s_tmax and s_noise with s_churn, refiner_switch_at with refiner_checkpoint.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    prompt: str | None = None
+    negative_prompt: str | None = None
+    styles: list[str] | None = None
+    seed: int | None = Field(default=None, ge=-1, lt=SEED_LIMIT)
+    subseed: int | None = None
+    subseed_strength: float | None = None
+    seed_resize_from_h: int | None = None
+    seed_resize_from_w: int | None = None
+    sampler_name: str | None = None
+    sampler_index: str | None = None
+    scheduler: str | None = None
+    batch_size: int | None = Field(default=None, ge=1, le=MAX_IMAGES)
+    n_iter: int | None = Field(default=None, ge=1, le=MAX_IMAGES)
+    steps: int | None = Field(default=None, ge=1, le=MAX_STEPS)
+    cfg_scale: float | None = Field(default=None, ge=0, le=MAX_GUIDANCE)
+    width: int | None = None
+    height: int | None = None
+    restore_faces: bool | None = None
+    tiling: bool | None = None
+    do_not_save_samples: bool | None = None
+    do_not_save_grid: bool | None = None
+    eta: float | None = Field(default=None, ge=0, le=1)
+    denoising_strength: float | None = Field(default=None, ge=0, le=1)
+    s_min_uncond: float | None = None
+    s_churn: float | None = None
+    s_tmax: float | None = None
+    s_tmin: float | None = None
+    s_noise: float | None = None
+    override_settings: dict[str, Any] | None = None
+    override_settings_restore_afterwards: bool | None = None
+    refiner_checkpoint: str | None = None
+    refiner_switch_at: float | None = None
+    disable_extra_networks: bool | None = None
+    firstpass_image: Any = None
+    comments: dict[str, Any] | None = None
+    force_task_id: str | None = Field(default=None, max_length=256)
+    script_name: str | None = None
+    script_args: list[Any] | None = None
+    send_images: bool | None = None
+    save_images: bool | None = None
+    alwayson_scripts: dict[str, Any] | None = None
+    infotext: str | None = None
+
+    @field_validator("*")
+    @classmethod
+    def _text(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, str) and info.field_name != "mask":
+            check_text(value)
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _asks_for_nothing(cls, value: Any, info: ValidationInfo) -> Any:
+        allowed, advice = _NEUTRAL.get(str(info.field_name), ((value,), ""))
+        if value is not None and value not in allowed:
+            taken = f"; taken are: {', '.join(map(json.dumps, allowed))}" if allowed else ""
+            raise ValueError(f"is not supported: {advice}{taken}")
+        return value
+
+    @field_validator("prompt", "negative_prompt")
+    @classmethod
+    def _plain_text(cls, prompt: str | None) -> str | None:
+        found = _EXTRA_NETWORK.search(prompt or "")
+        if found:
+            raise ValueError(
+                f"{found[0]:.60} is not supported: a LoRA is merged into an engine when that is exported; "
+                "leave it out"
+            )
+        return prompt
+
+    @field_validator("alwayson_scripts")
+    @classmethod
+    def _no_scripts(cls, scripts: dict[str, Any] | None) -> dict[str, Any] | None:
+        for name, script in (scripts or {}).items():
+            if not isinstance(script, dict) or script.get("args"):
+                raise ValueError(f"{name:.60} is not supported: {_NO_SCRIPTS}")
+        return scripts
+
+    @field_validator("n_iter")
+    @classmethod
+    def _not_too_many(cls, iterations: int | None, info: ValidationInfo) -> int | None:
+        if (iterations or 1) * (info.data.get("batch_size") or 1) > MAX_IMAGES:
+            raise ValueError(f"times batch_size must be {MAX_IMAGES} pictures at most in one request")
+        return iterations
+
+    @field_validator("override_settings_restore_afterwards")
+    @classmethod
+    def _restored(cls, restored: bool | None, info: ValidationInfo) -> bool | None:
+        if restored is False and info.data.get("override_settings"):
+            raise ValueError(
+                "is not supported: settings are for one request; for all, POST the checkpoint to /options"
+            )
+        return restored
+
+    @property
+    def images(self) -> int:
+        return (self.batch_size or 1) * (self.n_iter or 1)
+
+    def request(self, engine: EngineInfo) -> tuple[Request, Sampler]:
+        """What `engine` is to draw, and the sampler that does. Raises `Problem` naming the API's field."""
+        scheduler, sampler = sampler_of(self.sampler_name or self.sampler_index or SAMPLER, self.scheduler)
+        try:
+            return self._request(engine, scheduler, eta_of(self.eta, sampler)), sampler
+        except RequestError as error:
+            raise of_request_error(error, type(self).model_fields) from None
+
+    def _request(self, engine: EngineInfo, scheduler: str, eta: float) -> Request:
+        return Request.make(
+            prompts=(self.prompt or "",),
+            negative_prompts=(self.negative_prompt,),
+            height=engine.default_height if self.height is None else self.height,
+            width=engine.default_width if self.width is None else self.width,
+            num_inference_steps=self.steps or STEPS,
+            scheduler=scheduler,
+            guidance_scale=GUIDANCE if self.cfg_scale is None else self.cfg_scale,
+            eta=eta,
+            strength=self.strength,
+            num_images_per_prompt=self.images,
+            clip_skip=clip_skip_of(self.override_settings or {}, engine),
+            **({} if self.seed in (None, -1) else {"seed": self.seed}),
+        )
+
+    @property
+    def strength(self) -> float | None:
+        """`Request.strength`; None without an image."""
+        return None
+
+    def echo(self) -> dict[str, Any]:
+        """What the answer repeats."""
+        return self.model_dump()
+
+
+class TextToImage(Generation):
+    """`/txt2img`. denoising_strength, hr_* and firstphase_* mean something with enable_hr only."""
+
+    enable_hr: bool | None = None
+    firstphase_width: int | None = None
+    firstphase_height: int | None = None
+    hr_scale: float | None = None
+    hr_upscaler: str | None = None
+    hr_second_pass_steps: int | None = None
+    hr_resize_x: int | None = None
+    hr_resize_y: int | None = None
+    hr_checkpoint_name: str | None = None
+    hr_sampler_name: str | None = None
+    hr_scheduler: str | None = None
+    hr_prompt: str | None = None
+    hr_negative_prompt: str | None = None
+
+
+class ImageToImage(Generation):
+    """`/img2img`. What is said of a mask means something with one only; image_cfg_scale, with checkpoints
+    that edit by instruction, which are not here."""
+
+    denoising_strength: float | None = Field(default=None, ge=0, le=1, validate_default=True)
+    init_images: list[str]
+    resize_mode: Literal[0, 1, 2, 3] | None = None
+    image_cfg_scale: float | None = None
+    mask_blur: int | None = Field(default=None, ge=0, le=256)
+    mask_blur_x: int | None = Field(default=None, ge=0, le=256)
+    mask_blur_y: int | None = Field(default=None, ge=0, le=256)
+    mask_round: bool | None = None
+    inpainting_fill: int | None = None
+    inpaint_full_res: bool | int | None = None
+    inpaint_full_res_padding: int | None = None
+    inpainting_mask_invert: Literal[0, 1] | bool | None = None
+    mask: str | None = None  # after what its validator looks at
+    initial_noise_multiplier: float | None = None
+    latent_mask: Any = None
+    include_init_images: bool | None = None
+
+    @field_validator("init_images")
+    @classmethod
+    def _one(cls, images: list[str]) -> list[str]:
+        if len(images) != 1:
+            raise ValueError(f"holds {len(images)} images; send one, and each other in a request of its own")
+        return images
+
+    @field_validator("resize_mode")
+    @classmethod
+    def _resized(cls, mode: int | None) -> int | None:
+        if mode in (2, 3):
+            raise ValueError("is not supported: take 0 (just resize) or 1 (crop and resize)")
+        return mode
+
+    @field_validator("denoising_strength")
+    @classmethod
+    def _some_step(cls, strength: float | None, info: ValidationInfo) -> float | None:
+        steps = info.data.get("steps") or STEPS
+        if int(steps * _strength(strength)) < 1:
+            raise ValueError(f"leaves none of {steps} steps to do; raise one of the two")
+        return strength
+
+    @field_validator("mask")
+    @classmethod
+    def _as_here(cls, mask: str | None, info: ValidationInfo) -> str | None:
+        if mask is None:
+            return mask
+        if info.data.get("inpainting_fill") != 1:
+            raise ValueError(
+                "needs inpainting_fill: 1 (original); to fill it with anything else first is not supported"
+            )
+        if info.data.get("inpaint_full_res") in (None, True):
+            raise ValueError(
+                "needs inpaint_full_res: false; to draw a part of the image at full size is not supported"
+            )
+        return mask
+
+    @property
+    def strength(self) -> float:
+        return _strength(self.denoising_strength)
+
+    @property
+    def blur(self) -> tuple[int, int]:
+        """The mask's blur in x and y, as a Gaussian's standard deviation in pixels."""
+        x, y = (self.mask_blur_x, self.mask_blur_y) if self.mask_blur is None else (self.mask_blur,) * 2
+        return (MASK_BLUR if x is None else x), (MASK_BLUR if y is None else y)
+
+    def echo(self) -> dict[str, Any]:
+        hidden = {} if self.include_init_images else {"init_images": None, "mask": None}
+        return {**self.model_dump(), **hidden}
+
+
+def _strength(given: float | None) -> float:
+    return DENOISING_STRENGTH if given is None else given

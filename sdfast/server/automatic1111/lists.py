@@ -1,0 +1,72 @@
+"""Routes that tell or refuse one fixed thing: what AUTOMATIC1111 has and this server has none of."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import APIRouter
+
+from sdfast.server.problems import Problem
+
+_NONE: Mapping[str, Any] = {
+    "loras": [],
+    "upscalers": [],
+    "latent-upscale-modes": [],
+    "sd-vae": [],
+    "sd-modules": [],
+    "embeddings": {"loaded": {}, "skipped": {}},
+    "hypernetworks": [],
+    "face-restorers": [],
+    "realesrgan-models": [],
+    "prompt-styles": [],
+    "scripts": {"txt2img": [], "img2img": []},
+    "script-info": [],
+    "extensions": [],
+    "memory": {"ram": {"error": "is not measured"}, "cuda": {"error": "is not measured"}},
+}
+"""By its name under /sdapi/v1/, what a GET is answered."""
+
+_NOTHING_NEW = ("refresh-checkpoints", "refresh-vae", "refresh-loras", "refresh-embeddings")
+"""To look again for what the server draws with, which is settled when it starts, finds nothing new."""
+
+_NO_UPSCALERS = "there are no upscalers or face restorers here"
+_EXPORT = "engines are exported beforehand, with their LoRAs; see `sdfast export`"
+_STARTED = "engines are loaded when the server starts, and stay"
+_REFUSED: Mapping[str, str] = {
+    "extra-single-image": _NO_UPSCALERS,
+    "extra-batch-images": _NO_UPSCALERS,
+    "interrogate": "there is no model here that describes images",
+    "unload-checkpoint": _STARTED,
+    "reload-checkpoint": _STARTED,
+    "create/embedding": _EXPORT,
+    "create/hypernetwork": _EXPORT,
+    "train/embedding": _EXPORT,
+    "train/hypernetwork": _EXPORT,
+    "server-kill": "stop it where it was started",
+    "server-restart": "stop it where it was started",
+    "server-stop": "stop it where it was started",
+}
+"""By its name under /sdapi/v1/, why a POST is refused."""
+
+
+def add(router: APIRouter) -> None:
+    """They are not in the server's schema, which tells what it does."""
+    for name, answer in _NONE.items():
+        router.get(f"/sdapi/v1/{name}", include_in_schema=False)(_teller(answer))
+    for name in _NOTHING_NEW:
+        router.post(f"/sdapi/v1/{name}", include_in_schema=False)(_teller(None))
+    for name, reason in _REFUSED.items():
+        router.post(f"/sdapi/v1/{name}", include_in_schema=False)(_refuser(name, reason))
+
+
+def _teller(answer: Any) -> Any:
+    async def tell() -> Any:
+        return answer
+
+    return tell
+
+
+def _refuser(name: str, reason: str) -> Any:
+    async def refuse() -> None:
+        raise Problem(501, f"{name} is not supported: {reason}", code="not_supported")
+
+    return refuse

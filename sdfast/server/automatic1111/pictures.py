@@ -1,0 +1,78 @@
+"""What img2img draws over, and what stays of it. All of it takes processor time: call it in a thread."""
+
+from dataclasses import dataclass
+from io import BytesIO
+
+from PIL import Image, ImageFilter, ImageOps, PngImagePlugin
+
+from sdfast.infotext import PNG_KEY
+from sdfast.server.automatic1111.fields import ImageToImage
+from sdfast.server.uploads import of_base64, pixels
+
+_HALF = 128
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """image: RGB, of the size that is drawn. mask: as large, L, white where it is drawn anew, blurred."""
+
+    image: Image.Image
+    mask: Image.Image | None
+
+    @property
+    def job_image(self) -> bytes:
+        return self.image.tobytes()
+
+    @property
+    def job_mask(self) -> bytes | None:
+        """Latents are drawn anew or are not: where the mask is at least half white."""
+        if self.mask is None:
+            return None
+        return self.mask.point(lambda value: 255 if value >= _HALF else 0).tobytes()
+
+    def over(self, png: bytes) -> bytes:
+        """A finished picture, with the image where it was to stay, blended where the mask is blurred.
+
+        As in AUTOMATIC1111, where the mask is half white nothing of the image is left.
+        """
+        if self.mask is None:
+            return png
+        with Image.open(BytesIO(png), formats=["PNG"]) as picture:
+            told, file = PngImagePlugin.PngInfo(), BytesIO()
+            if PNG_KEY in picture.info:
+                told.add_text(PNG_KEY, picture.info[PNG_KEY])
+            drawn = self.mask.point(lambda value: min(2 * value, 255))
+            Image.composite(picture.convert("RGB"), self.image, drawn).save(file, "PNG", pnginfo=told)
+        return file.getvalue()
+
+
+def canvas_of(asked: ImageToImage, height: int, width: int) -> Canvas:
+    """The image and the mask of a request, of the size that is drawn. Raises `Problem`."""
+    image = _flat(of_base64(asked.init_images[0], "init_images"))
+    mask = None if asked.mask is None else _mask(of_base64(asked.mask, "mask"), asked)
+    crop = asked.resize_mode == 1
+    return Canvas(_sized(image, height, width, crop), mask and _sized(mask, height, width, crop))
+
+
+def _flat(image: Image.Image) -> Image.Image:
+    """RGB, on white where the image is transparent."""
+    return Image.frombytes("RGB", image.size, pixels(image, image.height, image.width))
+
+
+def _mask(image: Image.Image, asked: ImageToImage) -> Image.Image:
+    """By its transparency, if it has any; else by how white it is."""
+    alpha = image.getchannel("A") if image.mode == "RGBA" else None
+    if alpha is not None and alpha.getextrema() != (255, 255):
+        mask = alpha.point(lambda value: 255 if value > _HALF else 0)
+    else:
+        mask = image.convert("L")
+    if asked.inpainting_mask_invert:
+        mask = ImageOps.invert(mask)
+    return mask.filter(ImageFilter.GaussianBlur(asked.blur))
+
+
+def _sized(image: Image.Image, height: int, width: int, crop: bool) -> Image.Image:
+    size = (width, height)
+    if crop:
+        return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)

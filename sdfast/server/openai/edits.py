@@ -1,0 +1,125 @@
+"""The route `POST /v1/images/edits`: an image is drawn over, or the part of it that a mask leaves open."""
+
+import asyncio
+
+from fastapi import APIRouter, Request
+from PIL import Image
+from starlette.responses import Response
+
+from sdfast.request import shown
+from sdfast.server.body import checked
+from sdfast.server.desk import Desk
+from sdfast.server.form import Form, read_form, typed
+from sdfast.server.health import check_open
+from sdfast.server.jobs import EngineInfo
+from sdfast.server.openai import schema
+from sdfast.server.openai.answers import Order, answer
+from sdfast.server.openai.fields import Edit, engine_of
+from sdfast.server.problems import Problem
+from sdfast.server.settings import Settings
+from sdfast.server.uploads import MAX_PIXELS, decode, mask_of_alpha, pixels
+
+_IMAGE, _MASK = ("image", "image[]"), "mask"
+
+
+def routes(desk: Desk) -> APIRouter:
+    router = APIRouter()
+
+    @router.post(
+        "/v1/images/edits",
+        openapi_extra={"requestBody": schema.body(Edit)},
+        responses=schema.answers("image_edit"),
+    )
+    async def edits(request: Request) -> Response:
+        """Draw over an image, or draw anew what a mask leaves open of it."""
+        check_open(request, desk.studio)
+        form = await _form(request)
+        asked = checked(typed(form.texts, Edit), Edit)
+        engine = _engine_of(asked, desk)
+        try:
+            order = await asyncio.to_thread(_order, asked, form, engine, desk.settings)
+            return await answer(request.receive, order, desk)
+        except Problem as problem:
+            raise _with_a_way_out(problem, asked) from None
+
+    return router
+
+
+async def _form(request: Request) -> Form:
+    """Raises `Problem`; of JSON, which the API has for images that are elsewhere, with the reason."""
+    if request.headers.get("content-type", "").lower().startswith("application/json"):
+        raise Problem(
+            415,
+            "content-type: must be multipart/form-data, with the file as image; the server fetches nothing, "
+            "so that images cannot be given as addresses in JSON",
+        )
+    form = await read_form(request)
+    for name in (*_IMAGE, _MASK):
+        if name in form.texts:
+            message = "must be a file, with a filename; the server fetches nothing"
+            raise _refused(name, f"{message} (got {shown(form.texts[name][:64])})")
+    return form
+
+
+def _engine_of(asked: Edit, desk: Desk) -> EngineInfo:
+    engines = desk.studio.engines
+    engine = engine_of(asked.model, engines)
+    if not engine.edits:
+        able = ", ".join(name for name, info in engines.items() if info.edits) or "none"
+        raise Problem(
+            422,
+            f"model: {engine.name} cannot draw over images: it was exported without the encoder that reads "
+            f"them; here can: {able}",
+            param="model",
+            code="unsupported_model",
+        )
+    return engine
+
+
+def _order(asked: Edit, form: Form, engine: EngineInfo, settings: Settings) -> Order:
+    """Takes processor time. Raises `Problem`."""
+    image, mask = _opened(form)
+    asked = asked.over(masked=mask is not None)
+    request = asked.request(image.height, image.width)
+    side = request.height, request.width
+    if request.height * request.width > MAX_PIXELS:
+        raise Problem(422, f"size: more than {MAX_PIXELS} pixels, the most taken", param="size")
+    open_parts = None if mask is None else mask_of_alpha(mask, *side)
+    if open_parts is not None and b"\xff" not in open_parts:
+        raise _refused("mask", "nothing of it is transparent; make transparent what is to be drawn anew")
+    return Order.make("image_edit", asked, settings, engine.name, request, pixels(image, *side), open_parts)
+
+
+def _opened(form: Form) -> tuple[Image.Image, Image.Image | None]:
+    """The image and its mask, of one size. Raises `Problem`."""
+    unknown = [name for name in form.files if name not in (*_IMAGE, _MASK)]
+    if unknown:
+        message = f"no such file is taken; the files are: image, {_MASK}"
+        raise _refused(unknown[0][:60], message, "unknown_field")
+    images = [data for name in _IMAGE for data in form.files.get(name, [])]
+    masks = form.files.get(_MASK, [])
+    if not images:
+        raise Problem(422, "image: is missing", param="image", code="missing_field")
+    for field, sent in (("image", images), (_MASK, masks)):
+        if len(sent) > 1:
+            raise _refused(field, f"{len(sent)} were sent; these engines draw over a single one")
+    image = decode(images[0], "image")
+    if not masks:
+        return image, None
+    mask = decode(masks[0], _MASK)
+    if mask.size != image.size:
+        told = f"{mask.width}x{mask.height}, but the image has {image.width}x{image.height}; make them alike"
+        raise _refused(_MASK, told)
+    return image, mask
+
+
+def _refused(field: str, message: str, code: str = "invalid_image") -> Problem:
+    return Problem(422, f"{field}: {message}", param=field, code=code)
+
+
+def _with_a_way_out(problem: Problem, asked: Edit) -> Problem:
+    """A size that nobody asked for is the image's."""
+    if problem.param != "size" or asked.size not in (None, "auto"):
+        return problem
+    advice = "this is the image's own size; give a size, and the image is resampled to it"
+    return Problem(problem.status, f"{problem.message}; {advice}", param="size", code=problem.code)

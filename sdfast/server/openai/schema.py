@@ -1,0 +1,164 @@
+"""What `/openapi.json` says of these routes beyond the types of their fields."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from sdfast.request import MAX_GUIDANCE, MAX_PROMPT, MAX_STEPS, SEED_LIMIT
+from sdfast.server.openai.fields import (
+    GUIDANCE,
+    MASKED_STRENGTH,
+    NEUTRAL,
+    SCHEDULER,
+    STEPS,
+    STRENGTH,
+    Edit,
+    Generation,
+)
+
+_EVENTS = (
+    "Server-sent events, when stream is true: {kind}.progress (when progress is true: position, the jobs "
+    "before this one while it waits; step, of steps), {kind}.partial_image, {kind}.completed for each "
+    "picture, then [DONE]; error when the job fails. Comment lines keep a stream alive that waits."
+)
+
+_SAID: Mapping[str, dict[str, Any]] = {
+    "prompt": {"description": "What to draw.", "maxLength": MAX_PROMPT},
+    "negative_prompt": {"description": "What not to draw.", "maxLength": MAX_PROMPT},
+    "model": {"description": "The engine, one of /v1/models; needed where there are several."},
+    "n": {"description": "How many pictures; picture i has the seed `seed` + i.", "default": 1},
+    "size": {"pattern": "^(auto|[0-9]{1,5}x[0-9]{1,5})$"},
+    "output_compression": {"description": "The quality of webp and jpeg, 100 the best.", "default": 100},
+    "output_format": {"default": "png"},
+    "stream": {"description": "Answer with server-sent events."},
+    "partial_images": {"description": "Of a stream: pictures of the estimate on the way."},
+    "progress": {"description": "Of a stream: tell the place in the queue and the steps."},
+    "seed": {
+        "description": "Picked at random when left out, and told.",
+        "minimum": 0,
+        "maximum": SEED_LIMIT - 1,
+    },
+    "num_inference_steps": {"default": STEPS, "minimum": 1, "maximum": MAX_STEPS},
+    "guidance_scale": {"default": GUIDANCE, "minimum": 0, "maximum": MAX_GUIDANCE},
+    "guidance_rescale": {"minimum": 0, "maximum": 1},
+    "eta": {"minimum": 0, "maximum": 1},
+    "clip_skip": {"minimum": 0, "maximum": 64},
+    "scheduler": {"description": "As `sdfast schedulers` lists them.", "default": SCHEDULER},
+    "strength": {
+        "description": "How much of the image is drawn over, 1 all of it; "
+        f"{STRENGTH} when left out, {MASKED_STRENGTH} with a mask."
+    },
+    "user": {"description": "Checked and forgotten."},
+    "safety_identifier": {"description": "Checked and forgotten."},
+}
+_SIZE = {
+    Generation: "WIDTHxHEIGHT in pixels; the engine's own when left out.",
+    Edit: "WIDTHxHEIGHT in pixels, to which the image is resampled; its own size when left out.",
+}
+_FILES = {
+    "image": "One PNG, JPEG or WebP; image[] is taken too. Transparency is white here; it is no mask.",
+    "mask": "A picture of the image's size: what is transparent there is drawn anew, the rest stays.",
+}
+
+
+class _Shape(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Picture(_Shape):
+    """b64_json: the file, as base64. seed: makes this picture again."""
+
+    b64_json: str
+    seed: int
+    warnings: list[str]
+
+
+class TokenDetails(_Shape):
+    image_tokens: int
+    text_tokens: int
+
+
+class Usage(_Shape):
+    """Tokens of the prompts that were read, the negative one's too. Pictures are not made of tokens: 0."""
+
+    input_tokens: int
+    input_tokens_details: TokenDetails
+    output_tokens: int
+    total_tokens: int
+
+
+class Pictures(_Shape):
+    """created: seconds since 1970."""
+
+    created: int
+    data: list[Picture]
+    background: str
+    output_format: str
+    quality: str
+    size: str
+    usage: Usage
+
+
+class Model(_Shape):
+    id: str
+    object: str
+    created: int
+    owned_by: str
+
+
+class Models(_Shape):
+    object: str
+    data: list[Model]
+
+
+def body(model: type[Generation]) -> dict[str, Any]:
+    """The `requestBody` of a route that takes `model`: JSON, or of edits a form."""
+    schema = model.model_json_schema()
+    for name, field in schema["properties"].items():
+        field.update(_said(name, model))
+    if model is Generation:
+        return {"content": {"application/json": {"schema": schema}}, "required": True}
+    for field in schema["properties"].values():
+        _take_null_out(field)
+    for name, told in _FILES.items():
+        schema["properties"][name] = {"type": "string", "format": "binary", "description": told}
+    schema["required"] = ["image", *schema["required"]]
+    return {"content": {"multipart/form-data": {"schema": schema}}, "required": True}
+
+
+def answers(kind: str) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of a route whose events are `kind`'s."""
+    event = {
+        "type": "object",
+        "description": _EVENTS.format(kind=kind),
+        "properties": {
+            "event": {"type": "string", "description": "The event's type; none with [DONE]."},
+            "data": {"type": "string", "description": "JSON, or [DONE]."},
+        },
+        "required": ["data"],
+        "additionalProperties": False,
+    }
+    stream = {"text/event-stream": {"schema": event}}
+    return {200: {"model": Pictures, "content": stream, "description": "The pictures."}}
+
+
+def _said(name: str, model: type[Generation]) -> dict[str, Any]:
+    said = dict(_SAID.get(name, {}))
+    if name == "size":
+        said["description"] = _SIZE[model]
+    if name in NEUTRAL:
+        allowed, advice = NEUTRAL[name]
+        said |= {"enum": [*allowed, None], "description": f"Asks for nothing here: {advice}."}
+    return said
+
+
+def _take_null_out(field: dict[str, Any]) -> None:
+    """A form has no null."""
+    for kind in field.pop("anyOf", []):
+        if kind != {"type": "null"}:
+            field.update(kind)
+    if field.get("default", "") is None:
+        del field["default"]
+    if "enum" in field:
+        field["enum"] = [value for value in field["enum"] if value is not None]

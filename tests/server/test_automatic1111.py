@@ -1,0 +1,538 @@
+"""AUTOMATIC1111's API: what it takes, what it refuses by name, what it answers."""
+
+import asyncio
+import base64
+import json
+from dataclasses import replace
+from io import BytesIO
+from typing import Any
+
+import httpx
+import pytest
+from PIL import Image, PngImagePlugin
+
+from sdfast import infotext
+from sdfast.schedulers import SAMPLERS, resolve
+from sdfast.server.automatic1111 import calls
+from sdfast.server.automatic1111.fields import ImageToImage, TextToImage
+from sdfast.server.automatic1111.pictures import canvas_of
+from sdfast.server.automatic1111.samplers import list_samplers, list_schedulers, sampler_of
+from sdfast.server.jobs import Failed
+from tests.server.studio import FakeStudio, engine
+
+pytestmark = pytest.mark.anyio
+API = "/sdapi/v1"
+
+
+class Client:
+    def __init__(self, http: httpx.AsyncClient) -> None:
+        self.http = http
+
+    async def get(self, path: str) -> Any:
+        answer = await self.http.get(f"{API}/{path}")
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    async def post(self, path: str, **body: Any) -> Any:
+        answer = await self.http.post(f"{API}/{path}", json=body)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    async def refused(self, path: str, status: int, **body: Any) -> str:
+        """The reason, in AUTOMATIC1111's shape."""
+        return reason(await self.http.post(f"{API}/{path}", json=body), status)["errors"]
+
+
+def reason(answer: httpx.Response, status: int) -> dict[str, str]:
+    assert answer.status_code == status, answer.text
+    assert answer.headers["x-request-id"]
+    told: dict[str, str] = answer.json()
+    assert told.keys() == {"error", "detail", "body", "errors"}
+    assert told["error"] and told["detail"] and told["errors"]
+    return told
+
+
+@pytest.fixture
+def api(http: httpx.AsyncClient) -> Client:
+    return Client(http)
+
+
+def coded(image: Image.Image, **told: Any) -> str:
+    file = BytesIO()
+    image.save(file, "PNG", **told)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def opened(text: str) -> Image.Image:
+    return Image.open(BytesIO(base64.b64decode(text)))
+
+
+RED, BLUE = Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 64), "blue")
+LEFT = Image.new("L", (64, 64))
+LEFT.paste(255, (0, 0, 32, 64))
+INPAINTING = {"inpainting_fill": 1, "inpaint_full_res": False, "mask_blur": 0}
+
+
+async def test_pictures_with_what_made_them(api: Client) -> None:
+    told = await api.post(
+        "txt2img", prompt="a boat", negative_prompt="fog", seed=7, batch_size=2, n_iter=2, steps=9, width=96
+    )
+    assert told.keys() == {"images", "parameters", "info"}
+    assert [opened(image).getpixel((0, 0)) for image in told["images"]] == [(7 + i, 0, 99) for i in range(4)]
+    assert opened(told["images"][0]).size == (96, 64)
+    assert (told["parameters"]["prompt"], told["parameters"]["tiling"]) == ("a boat", None)
+    info = json.loads(told["info"])
+    assert (info["seed"], info["all_seeds"]) == (7, [7, 8, 9, 10])
+    assert info["all_prompts"] == ["a boat"] * 4 and info["all_negative_prompts"] == ["fog"] * 4
+    assert (info["width"], info["height"], info["steps"], info["batch_size"]) == (96, 64, 9, 2)
+    assert (info["sampler_name"], info["cfg_scale"], info["clip_skip"]) == ("Euler", 7.0, 1)
+    assert info["sd_model_name"] == "tiny" and info["sd_model_hash"] == engine().unet_digest[:10]
+    assert [infotext.parse(text).seed for text in info["infotexts"]] == [7, 8, 9, 10]
+    assert opened(told["images"][3]).info["parameters"] == info["infotexts"][3]
+    assert info["denoising_strength"] is None and info["index_of_first_image"] == 0
+
+
+async def test_what_is_not_said_is_as_automatic1111_has_it(api: Client, studio: FakeStudio) -> None:
+    await api.post("txt2img")
+    request = studio.jobs[0].request
+    assert (request.num_inference_steps, request.guidance_scale, request.prompts) == (50, 7.0, ("",))
+    assert resolve(str(request.scheduler)).name == "Euler"
+    assert (request.width, request.height) == (64, 64)  # the engine's own size
+    assert studio.jobs[0].deadline is not None and studio.jobs[0].image is None
+
+
+async def test_null_is_nothing(api: Client, studio: FakeStudio) -> None:
+    await api.post("txt2img", **dict.fromkeys(TextToImage.model_fields))
+    nothing = dict.fromkeys(ImageToImage.model_fields)
+    await api.post("img2img", **nothing | {"init_images": [coded(RED)]})
+    assert len(studio.jobs) == 2
+
+
+async def test_a_random_seed_is_told(api: Client, studio: FakeStudio) -> None:
+    told = await api.post("txt2img", seed=-1)
+    assert json.loads(told["info"])["seed"] == studio.jobs[0].request.seed >= 0
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "advice"),
+    [
+        ("enable_hr", True, "img2img"),
+        ("alwayson_scripts", {"ControlNet": {"args": [{}]}}, "ControlNet"),
+        ("script_name", "x/y/z plot", "no scripts"),
+        ("subseed_strength", 0.1, "one seed"),
+        ("restore_faces", True, "faces"),
+        ("tiling", True, "tile"),
+        ("s_churn", 0.5, "ancestral"),
+        ("styles", ["oil"], "into the prompt"),
+        ("save_images", True, "saves nothing"),
+        ("refiner_checkpoint", "xl-refiner", "one engine"),
+        ("prompt", "a <lora:oil:0.8> boat", "<lora:oil:0.8>"),
+        ("denoizing", 1, "unknown"),
+        ("steps", 0, "greater than or equal to 1"),
+        ("n_iter", 200, "128"),
+        ("seed", -2, "-1"),
+        ("cfg_scale", "high", "number"),
+        ("width", 100, "multiple of 8"),
+        ("eta", 0.5, "Euler"),
+        ("override_settings", {"sd_vae": "other.pt"}, "has its VAE inside"),
+        ("override_settings", {"lora_dir": "/"}, "lora_dir"),
+        ("override_settings", {"CLIP_stop_at_last_layers": 13}, "1 to 12"),
+        ("scheduler", "bogus", "bogus"),
+    ],
+)
+async def test_what_is_not_supported_is_refused_by_name(
+    api: Client, studio: FakeStudio, field: str, value: Any, advice: str
+) -> None:
+    message = await api.refused("txt2img", 422, **{field: value})
+    assert message.startswith(field) and advice in message
+    assert studio.jobs == []
+
+
+async def test_too_many_pictures_are_refused(api: Client, studio: FakeStudio) -> None:
+    message = await api.refused("txt2img", 422, batch_size=64, n_iter=3)
+    assert message.startswith("n_iter: times batch_size") and studio.jobs == []
+
+
+async def test_a_size_that_no_engine_has_is_refused(api: Client) -> None:
+    assert "64x64, 96x64" in await api.refused("txt2img", 422, width=128)
+
+
+async def test_an_unknown_sampler_is_not_found(api: Client, http: httpx.AsyncClient) -> None:
+    told = reason(await http.post(f"{API}/txt2img", json={"sampler_name": "Eulr"}), 404)
+    assert told["detail"] == "Sampler not found" and "did you mean 'Euler'" in told["errors"]
+
+
+@pytest.mark.parametrize(
+    ("given", "scheduler"),
+    [
+        ({"sampler_name": "DPM++ 2M"}, "DPM++ 2M Karras"),
+        ({"sampler_name": "DPM++ 2M", "scheduler": "automatic"}, "DPM++ 2M Karras"),
+        ({"sampler_name": "DPM++ 2M", "scheduler": "uniform"}, "DPM++ 2M"),
+        ({"sampler_name": "DPM++ 2M SDE", "scheduler": "Automatic"}, "DPM++ 2M SDE Exponential"),
+        ({"sampler_name": "DPM++ 2M Karras", "scheduler": "automatic"}, "DPM++ 2M Karras"),
+        ({"sampler_name": "DPM++ 2M Karras", "scheduler": "exponential"}, "DPM++ 2M Exponential"),
+        ({"sampler_name": "Euler", "scheduler": "sgm_uniform"}, "Euler SGM Uniform"),
+        ({"sampler_index": "k_euler_a"}, "Euler a"),
+        ({"sampler_index": "Heun", "sampler_name": "DDIM"}, "DDIM"),
+    ],
+)
+async def test_samplers_have_automatic1111s_names(
+    api: Client, studio: FakeStudio, given: Any, scheduler: str
+) -> None:
+    told = await api.post("txt2img", **given)
+    assert resolve(str(studio.jobs[0].request.scheduler)).name == scheduler
+    info = json.loads(told["info"])
+    sampler = resolve(scheduler)
+    assert info["sampler_name"] == sampler.sampler
+    assert info["extra_generation_params"] == {"Schedule type": sampler.schedule_type}
+
+
+async def test_every_listed_sampler_can_be_asked_for(api: Client) -> None:
+    listed = await api.get("samplers")
+    assert listed == list_samplers() and {"Euler a", "DPM++ 2M", "DDIM"} < {item["name"] for item in listed}
+    for item in listed:
+        for name in (item["name"], *item["aliases"]):
+            assert sampler_of(name, "automatic")[1].sampler == item["name"]
+    assert {sampler.sampler for sampler in SAMPLERS} - {item["name"] for item in listed} == {"DDIM Inverse"}
+    types = await api.get("schedulers")
+    assert types == list_schedulers() and types[0]["name"] == "automatic"
+    for item in types:
+        assert sampler_of("Euler", item["name"]) and sampler_of("Euler", item["label"])
+
+
+async def test_eta_is_ddims(api: Client, studio: FakeStudio) -> None:
+    await api.post("txt2img", sampler_name="DDIM", eta=0.5)
+    await api.post("txt2img", sampler_name="Euler a", eta=1.0)  # its own, and what clients send
+    await api.post("txt2img", sampler_name="Euler", eta=0.0)
+    assert [job.request.eta for job in studio.jobs] == [0.5, 0.0, 0.0]
+    assert "eta: Euler a" in await api.refused("txt2img", 422, sampler_name="Euler a", eta=0.0)
+
+
+async def test_layers_are_counted_from_one(api: Client, studio: FakeStudio) -> None:
+    for layers in (1, 2):
+        told = await api.post("txt2img", override_settings={"CLIP_stop_at_last_layers": layers})
+        assert json.loads(told["info"])["clip_skip"] == layers
+    studio.engines["tiny"] = replace(engine(), family="sdxl")
+    await api.post("txt2img", override_settings={"CLIP_stop_at_last_layers": 2})
+    assert [job.request.clip_skip for job in studio.jobs] == [None, 1, None]
+    message = await api.refused("txt2img", 422, override_settings={"CLIP_stop_at_last_layers": 3})
+    assert "1 to 2" in message
+
+
+async def test_a_request_may_name_its_checkpoint(api: Client, studio: FakeStudio) -> None:
+    studio.engines["other"] = engine("other")
+    listed = await api.get("sd-models")
+    assert [item["model_name"] for item in listed] == ["tiny", "other"]
+    for key in ("title", "model_name", "hash", "sha256"):
+        await api.post("txt2img", override_settings={"sd_model_checkpoint": listed[1][key]})
+    await api.post("txt2img", override_settings={"sd_model_checkpoint": None, "samples_format": "png"})
+    assert [job.engine for job in studio.jobs] == ["other"] * 4 + ["tiny"]
+    message = await api.refused("txt2img", 404, override_settings={"sd_model_checkpoint": "v1-5"})
+    assert "there are: tiny [" in message
+    settings = {"sd_model_checkpoint": "other"}
+    message = await api.refused(
+        "txt2img", 422, override_settings=settings, override_settings_restore_afterwards=False
+    )
+    assert "for one request" in message
+
+
+async def test_the_checkpoint_can_be_set_for_all(api: Client, studio: FakeStudio) -> None:
+    studio.engines["other"] = engine("other")
+    options = await api.get("options")
+    assert options["sd_model_checkpoint"].startswith("tiny [") and options["samples_format"] == "png"
+    assert options["CLIP_stop_at_last_layers"] == 1
+    title = (await api.get("sd-models"))[1]["title"]
+    await api.post("options", sd_model_checkpoint=title)
+    assert (await api.get("options"))["sd_model_checkpoint"] == title
+    await api.post("txt2img")
+    assert studio.jobs[0].engine == "other"
+    assert "not here" in await api.refused("options", 404, sd_model_checkpoint="v1-5")
+    message = await api.refused("options", 422, sd_model_checkpoint="tiny", samples_format="webp")
+    assert message.startswith("samples_format: 'webp' is not supported")
+    assert (await api.get("options"))["sd_model_checkpoint"] == title
+    assert "override_settings" in await api.refused("options", 422, CLIP_stop_at_last_layers=2)
+    assert "is not supported" in await api.refused("options", 422, tiling=0)
+
+
+async def test_other_methods_are_told_which_there_are(http: httpx.AsyncClient) -> None:
+    answer = await http.put(f"{API}/options")
+    reason(answer, 405)
+    assert answer.headers["allow"] == "GET, POST"
+
+
+async def test_what_is_told_can_be_set(api: Client) -> None:
+    assert await api.post("options", **(await api.get("options"))) is None
+    assert "told, not set" in await api.refused("options", 422, sd_checkpoint_hash="0" * 64)
+
+
+async def test_an_image_is_drawn_over(api: Client, studio: FakeStudio) -> None:
+    told = await api.post("img2img", init_images=[f"data:image/png;base64,{coded(RED)}"], seed=3, steps=8)
+    [job] = studio.jobs
+    assert job.image == RED.tobytes() and job.mask is None and job.request.strength == 0.75
+    assert opened(told["images"][0]).size == (64, 64)
+    assert json.loads(told["info"])["denoising_strength"] == 0.75
+    assert told["parameters"]["init_images"] is None
+    told = await api.post("img2img", init_images=[coded(RED)], include_init_images=True, send_images=False)
+    assert told["parameters"]["init_images"] == [coded(RED)] and told["images"] == []
+
+
+async def test_an_image_of_another_size_is_resized_or_cropped(api: Client, studio: FakeStudio) -> None:
+    wide = Image.new("RGB", (256, 64), "red")
+    wide.paste("blue", (96, 0, 160, 64))
+    for mode in (0, 1):
+        await api.post("img2img", init_images=[coded(wide)], resize_mode=mode)
+    whole, middle = (Image.frombytes("RGB", (64, 64), job.image or b"") for job in studio.jobs)
+    assert whole.getpixel((2, 32)) == (255, 0, 0) and whole.getpixel((32, 32)) == (0, 0, 255)
+    assert middle.tobytes() == BLUE.tobytes()
+    assert "just resize" in await api.refused("img2img", 422, init_images=[coded(wide)], resize_mode=3)
+
+
+@pytest.mark.parametrize("invert", [0, 1])
+async def test_outside_the_mask_the_image_stays(api: Client, studio: FakeStudio, invert: int) -> None:
+    told = await api.post(
+        "img2img",
+        init_images=[coded(RED)],
+        mask=coded(LEFT),
+        inpainting_mask_invert=invert,
+        seed=1,
+        **INPAINTING,
+    )
+    mask = Image.frombytes("L", (64, 64), studio.jobs[0].mask or b"")
+    drawn, kept = ((10, 10), (50, 10)) if not invert else ((50, 10), (10, 10))
+    assert (mask.getpixel(drawn), mask.getpixel(kept)) == (255, 0)
+    picture = opened(told["images"][0])
+    assert (picture.getpixel(drawn), picture.getpixel(kept)) == ((1, 0, 99), (255, 0, 0))
+    assert infotext.parse(picture.info["parameters"]).seed == 1
+
+
+def test_a_blurred_mask_blends() -> None:
+    asked = ImageToImage(init_images=[coded(RED)], mask=coded(LEFT), **INPAINTING | {"mask_blur": 8})
+    canvas = canvas_of(asked, 64, 64)
+    picture = opened(base64.b64encode(canvas.over(base64.b64decode(coded(BLUE)))).decode())
+    reds = [picture.getpixel((x, 32))[0] for x in range(64)]
+    assert reds[0] == 0 and reds[63] == 255 and reds == sorted(reds)
+    assert 0 < reds[40] < 255 and reds[30] == 0  # where it is half white nothing is left of the image
+    assert set(canvas.job_mask or b"") == {0, 255}
+
+
+async def test_a_mask_may_be_transparency(api: Client, studio: FakeStudio) -> None:
+    seen = RED.copy()
+    seen.putalpha(LEFT)
+    await api.post("img2img", init_images=[coded(RED)], mask=coded(seen), **INPAINTING)
+    assert studio.jobs[0].mask == LEFT.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "advice"),
+    [
+        ({"init_images": None}, "init_images"),
+        ({"init_images": []}, "init_images: holds 0 images"),
+        ({"init_images": [coded(RED)] * 2}, "send one"),
+        ({"init_images": ["https://example.com/a.png"]}, "fetches nothing"),
+        ({"init_images": ["AAAA"]}, "init_images"),
+        ({"mask": "AAAA"}, "mask"),
+        ({"inpainting_fill": 0}, "inpainting_fill: 1"),
+        ({"inpainting_fill": None}, "inpainting_fill: 1"),
+        ({"inpaint_full_res": True}, "inpaint_full_res: false"),
+        ({"inpaint_full_res": None}, "inpaint_full_res: false"),
+        ({"inpainting_mask_invert": 2}, "inpainting_mask_invert"),
+        ({"denoising_strength": 0}, "denoising_strength: leaves none of 50 steps"),
+        ({"steps": 1}, "denoising_strength: leaves none of 1 steps"),
+        ({"width": 8192, "height": 8192}, "width: times height"),
+        ({"initial_noise_multiplier": 0.5}, "initial_noise_multiplier"),
+    ],
+)
+async def test_an_image_that_cannot_be_drawn_over_is_refused(
+    api: Client, studio: FakeStudio, change: Any, advice: str
+) -> None:
+    asked = {"init_images": [coded(RED)], "mask": coded(LEFT), **INPAINTING} | change
+    assert advice in await api.refused("img2img", 422, **asked)
+    assert studio.jobs == []
+
+
+async def test_an_engine_without_an_encoder_takes_no_images(api: Client, studio: FakeStudio) -> None:
+    studio.engines["tiny"] = replace(engine(), edits=False)
+    assert "takes no images" in await api.refused("img2img", 422, init_images=[coded(RED)])
+
+
+async def test_errors_have_automatic1111s_shape(http: httpx.AsyncClient, studio: FakeStudio) -> None:
+    url = f"{API}/txt2img"
+    assert "not JSON" in reason(await http.post(url, content=b"{", headers=JSON), 400)["detail"]
+    assert "content-type" in reason(await http.post(url, content=b"{}"), 415)["detail"]
+    assert "longer than" in reason(await http.post(url, content=b" " * 100_001, headers=JSON), 413)["detail"]
+    assert "no such route" in reason(await http.get(f"{API}/nothing"), 404)["detail"]
+    reason(await http.get(url), 405)
+    studio.full = True
+    answer = await http.post(url, json={})
+    assert reason(answer, 429)["error"] == "queue_full" and answer.headers["retry-after"] == "3"
+    studio.full, studio.failure = False, Failed("numerical", "the latents are no numbers")
+    assert reason(await http.post(url, json={}), 500)["error"] == "numerical_error"
+    studio.bug = True
+    assert reason(await http.post(url, json={}), 500)["error"] == "internal_error"
+    studio.bug, studio.ready = False, False
+    assert reason(await http.post(url, json={}), 503)["error"] == "not_ready"
+    wrong = await http.get(f"{API}/samplers", headers={"authorization": "Basic eDp5"})
+    assert reason(wrong, 401)["error"] == "invalid_api_key" and "Basic" in wrong.headers["www-authenticate"]
+
+
+JSON = {"content-type": "application/json"}
+
+
+@pytest.mark.parametrize("name", ["loras", "upscalers", "latent-upscale-modes", "sd-vae", "hypernetworks"])
+async def test_what_is_not_here_is_an_empty_list(api: Client, name: str) -> None:
+    assert await api.get(name) == []
+
+
+async def test_what_else_is_asked(api: Client, http: httpx.AsyncClient) -> None:
+    assert (await http.get("/internal/ping")).json() == {}
+    assert await api.get("scripts") == {"txt2img": [], "img2img": []}
+    assert await api.get("embeddings") == {"loaded": {}, "skipped": {}}
+    assert (await api.get("cmd-flags"))["api"] is True
+    assert (await api.get("memory")).keys() == {"ram", "cuda"}
+    assert await api.post("refresh-checkpoints") is None
+    assert "unload-checkpoint is not supported" in await api.refused("unload-checkpoint", 501)
+    assert "no upscalers" in await api.refused("extra-single-image", 501)
+
+
+async def test_a_picture_tells_how_it_was_made(api: Client) -> None:
+    text = (
+        "a boat\nNegative prompt: fog\nSteps: 20, Sampler: Euler, CFG scale: 7, Seed: 5, Size: 64x96, Odd: 1"
+    )
+    info = PngImagePlugin.PngInfo()
+    info.add_text("parameters", text)
+    info.add_text("Software", "a painter")
+    told = await api.post("png-info", image=coded(RED, pnginfo=info))
+    assert told["info"] == text and told["items"] == {"Software": "a painter"}
+    read = told["parameters"]
+    assert (read["Prompt"], read["Negative prompt"], read["Seed"]) == ("a boat", "fog", "5")
+    assert (read["Size-1"], read["Size-2"], read["Odd"]) == ("64", "96", "1")
+    odd = PngImagePlugin.PngInfo()
+    odd.add_text("parameters", "a boat\nSteps: many, Size: large, Seed: 5")
+    read = (await api.post("png-info", image=coded(RED, pnginfo=odd)))["parameters"]
+    assert (read["Prompt"], read["Steps"], read["Size"]) == ("a boat", "many", "large")
+    assert await api.post("png-info", image=coded(RED)) == {"info": "", "items": {}, "parameters": {}}
+
+
+async def test_a_jpeg_tells_too(api: Client, http: httpx.AsyncClient) -> None:
+    body = {"prompt": "a boat", "seed": 5, "output_format": "jpeg"}
+    [picture] = (await http.post("/v1/images/generations", json=body)).json()["data"]
+    told = await api.post("png-info", image=picture["b64_json"])
+    assert told["parameters"]["Prompt"] == "a boat" and told["parameters"]["Seed"] == "5"
+
+
+async def begun(api: Client, studio: FakeStudio) -> dict[str, Any]:
+    """The progress, once a step was done."""
+    for _ in range(500):
+        told: dict[str, Any] = await api.get("progress?skip_current_image=true")
+        if told["state"]["sampling_step"]:
+            return told
+        await asyncio.sleep(0.005)
+    raise AssertionError("no step was done")
+
+
+async def test_progress_while_nothing_is_under_way(api: Client) -> None:
+    told = await api.get("progress")
+    assert told.keys() == {"progress", "eta_relative", "state", "current_image", "textinfo"}
+    assert told["progress"] == 0 and told["state"]["job_count"] == 0
+    await api.post("txt2img")
+    again = await api.get("progress")
+    assert again["progress"] == 0 and again["state"].keys() == told["state"].keys()
+    assert (again["state"]["job_count"], again["state"]["job"]) == (0, "")
+
+
+async def test_progress_of_a_call(api: Client, http: httpx.AsyncClient, studio: FakeStudio) -> None:
+    studio.steps, studio.seconds = 20, 0.02
+    call = asyncio.create_task(api.post("txt2img", steps=40, seed=9, force_task_id="mine"))
+    told = await begun(api, studio)
+    assert studio.asked == set() and told["current_image"] is None  # whoever does not look costs nothing
+    state = told["state"]
+    assert (state["job_count"], state["job"], state["sampling_steps"]) == (1, "scripts_txt2img", 40)
+    assert 0 < told["progress"] < 1 and told["eta_relative"] > 0
+    assert state["sampling_step"] == pytest.approx(40 * told["progress"])
+    images = [(await api.get("progress"))["current_image"]]
+    while images[-1] is None:
+        await asyncio.sleep(0.01)
+        images.append((await api.get("progress"))["current_image"])
+    assert opened(images[-1]).getpixel((0, 0)) == (9, 0, 99)
+    mine, other = [await _task(http, task) for task in ("mine", "theirs")]
+    assert (mine["active"], mine["completed"]) == (True, False) and mine["live_preview"].startswith("data:")
+    assert (other["active"], other["queued"], other["completed"]) == (False, False, False)
+    await call
+    assert (await _task(http, "mine"))["completed"] is True
+
+
+async def _task(http: httpx.AsyncClient, task: str) -> dict[str, Any]:
+    answer = await http.post("/internal/progress", json={"id_task": task, "live_preview": True})
+    told: dict[str, Any] = answer.json()
+    return told
+
+
+async def test_an_interrupted_call_gives_what_it_has(api: Client, studio: FakeStudio) -> None:
+    studio.steps, studio.seconds = 500, 0.02
+    running = [asyncio.create_task(api.post("txt2img", seed=seed)) for seed in (1, 2)]
+    await begun(api, studio)
+    assert await api.post("interrupt") == {}
+    told = await asyncio.wait_for(asyncio.gather(*running), 5)
+    assert [opened(answer["images"][0]).getpixel((0, 0))[0] for answer in told] == [1, 2]
+    assert json.loads(told[0]["info"])["infotexts"] == [""]
+    assert sorted(studio.cancelled) == sorted(job.id for job in studio.jobs)
+    idle = await api.get("progress")
+    assert idle["state"]["interrupted"] is True and idle["state"]["job_count"] == 0
+    assert idle["progress"] == 0
+
+
+async def test_an_interrupted_call_that_waits_gives_nothing(api: Client, studio: FakeStudio) -> None:
+    studio.hang = True
+    call = asyncio.create_task(api.post("txt2img"))
+    while not studio.live:
+        await asyncio.sleep(0.005)
+    assert (await api.get("progress"))["state"]["job_count"] == 1
+    await api.post("interrupt")
+    told = await asyncio.wait_for(call, 5)
+    assert told["images"] == [] and json.loads(told["info"])["infotexts"] == []
+    assert studio.live == {}
+
+
+async def test_an_interrupted_call_does_not_wait_for_a_picture_forever(
+    api: Client, studio: FakeStudio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calls, "PATIENCE", 0.05)
+    monkeypatch.setattr(studio, "preview", lambda job_id: True)  # and never sends one
+    studio.steps, studio.seconds = 500, 0.02
+    call = asyncio.create_task(api.post("txt2img"))
+    await begun(api, studio)
+    await api.post("interrupt")
+    assert (await asyncio.wait_for(call, 5))["images"] == []
+
+
+async def test_to_skip_is_to_end_the_first_call(api: Client, studio: FakeStudio) -> None:
+    studio.steps, studio.seconds = 30, 0.02
+    first = asyncio.create_task(api.post("txt2img", seed=1))
+    await begun(api, studio)
+    second = asyncio.create_task(api.post("txt2img", seed=2))
+    await api.post("skip")
+    assert json.loads((await first)["info"])["infotexts"] == [""]
+    assert json.loads((await second)["info"])["infotexts"] != [""]
+    assert studio.cancelled == [studio.jobs[0].id]
+
+
+async def test_a_client_that_leaves_ends_its_call(api: Client, studio: FakeStudio) -> None:
+    studio.hang = True
+    call = asyncio.create_task(api.post("txt2img"))
+    while not studio.live:
+        await asyncio.sleep(0.005)
+    call.cancel()
+    await asyncio.gather(call, return_exceptions=True)
+    assert studio.live == {} and (await api.get("progress"))["state"]["job_count"] == 0
+
+
+async def test_calls_of_other_interfaces_are_not_ended(
+    api: Client, http: httpx.AsyncClient, studio: FakeStudio
+) -> None:
+    studio.steps, studio.seconds = 10, 0.02
+    other = asyncio.create_task(http.post("/v1/images/generations", json={"prompt": "a"}))
+    while not studio.live:
+        await asyncio.sleep(0.005)
+    assert (await api.get("progress"))["state"]["job_count"] == 0
+    await api.post("interrupt")
+    assert (await other).status_code == 200
