@@ -24,7 +24,7 @@ from sdfast.backends import (
     parse_device,
 )
 from sdfast.backends.target import check_target
-from sdfast.errors import EngineError, RequestError
+from sdfast.errors import EngineError
 from sdfast.manifest import File, Manifest, Module, Span, Variant, read_manifest
 from sdfast.tokenizer import Tokenizer
 
@@ -44,6 +44,8 @@ class Engine:
 
     compile = False
     attention: "Attention | None" = None
+    on_call: Callable[[], object] | None = None
+    """Called before each of the calls that a larger batch takes, so that a watcher sees it go on."""
 
     def __init__(
         self,
@@ -142,16 +144,7 @@ class Engine:
 
     def check_size(self, height: int, width: int) -> None:
         """Raises `RequestError` listing the engine's sizes when `height` × `width` pixels is none of them."""
-        variants, factor = self.manifest.modules["unet"].variants, self.manifest.model.vae_scale_factor
-        if any(variant.fits(height, width) for variant in variants):
-            if height % factor or width % factor:
-                raise RequestError(f"size {width}x{height}: sides of this engine are multiples of {factor}")
-            return
-        sizes = sorted({f"{variant.width}x{variant.height}" for variant in variants})
-        raise RequestError(
-            f"size {width}x{height} is not one of this engine's (width x height: {', '.join(sizes)}); "
-            "ask for one of these, or export an engine with that size"
-        )
+        self.manifest.check_size(height, width)
 
     def load(self, height: int | None = None, width: int | None = None) -> None:
         """Load every module that a picture of this size needs (all sizes when not given)."""
@@ -198,6 +191,7 @@ class Engine:
         parts, start = [], 0
         for size, variant in self._cover(name, batch, height, width):
             part = {key: _padded(value[start : start + size], size) for key, value in inputs.items()}
+            self._tell()
             parts.append(self._module(variant)(part))
             start += size
         if len(parts) == 1:
@@ -242,9 +236,14 @@ class Engine:
 
         def run_all() -> None:
             for call in calls:
+                self._tell()
                 call()
 
         return run_all
+
+    def _tell(self) -> None:
+        if self.on_call is not None:
+            self.on_call()
 
     def _cover(
         self, name: str, batch: int, height: int | None, width: int | None

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from sdfast.errors import EngineError
+from sdfast.errors import EngineError, RequestError
 from sdfast.tokenizer import SETTINGS_FILE, VOCABULARY_FILE
 
 SCHEMA_VERSION = 1
@@ -198,6 +198,19 @@ class Manifest(_Part):
     def provider(self) -> str | None:
         """The execution provider that an ONNX engine was exported for; older ones were all for the CPU."""
         return str(self.recipe.get("provider", "cpu")) if self.backend == "onnx" else None
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raises `RequestError` listing the engine's sizes when `height` × `width` pixels is none of them."""
+        variants, factor = self.modules["unet"].variants, self.model.vae_scale_factor
+        if any(variant.fits(height, width) for variant in variants):
+            if height % factor or width % factor:
+                raise RequestError(f"size {width}x{height}: sides of this engine are multiples of {factor}")
+            return
+        sizes = sorted({f"{variant.width}x{variant.height}" for variant in variants})
+        raise RequestError(
+            f"size {width}x{height} is not one of this engine's (width x height: {', '.join(sizes)}); "
+            "ask for one of these, or export an engine with that size"
+        )
 
     def sealed(self) -> "Manifest":
         """The same manifest with its seal set."""

@@ -5,6 +5,7 @@ up shows as a difference. Failpoints make a module slow, raise, lack memory, giv
 hang, or end the process.
 """
 
+import ctypes
 import os
 import threading
 import time
@@ -42,10 +43,12 @@ SCHEDULER_CONFIG = {
 
 @dataclass
 class Failpoint:
-    """What goes wrong in a module: "slow", "raise", "memory", "nan", "hang" or "exit", from call `after` on.
+    """What goes wrong in a module: "slow", "raise", "memory", "nan", "hang", "grip" or "exit", from call
+    `after` on.
 
     calls: how many calls it hits (default: all that follow). over: it spares calls of so many rows. rows: the
-    rows that "nan" hits (default: all). seconds: how slow. A hang ends when `released` is set.
+    rows that "nan" hits (default: all). seconds: how slow. A hang ends when `released` is set; a grip is one
+    that holds Python's lock, and does not end.
     """
 
     kind: str
@@ -73,6 +76,8 @@ class Failpoint:
             raise torch.OutOfMemoryError("a failpoint has no memory")
         elif self.kind == "hang":
             self.released.wait()
+        elif self.kind == "grip":
+            ctypes.PyDLL(None).pause()
         elif self.kind == "exit":
             os._exit(9)
 

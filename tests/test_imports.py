@@ -51,3 +51,10 @@ def test_every_public_name_is_there() -> None:
         assert getattr(sdfast, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'pipeline_that_is_not'"):
         _ = sdfast.pipeline_that_is_not
+
+
+def test_the_server_loads_no_torch_its_workers_do() -> None:
+    code = "import sdfast.server.start, sdfast.server.listening, sdfast.server.worker.__main__"
+    code += "\nfrom sdfast.server.app import create_app\nfrom sdfast.server.settings import Settings"
+    code += "\nfrom sdfast.server.studio import WorkerStudio\ncreate_app(WorkerStudio([]), Settings.make())"
+    assert not loaded_by(code) & {"torch", "onnxruntime", "scipy"}

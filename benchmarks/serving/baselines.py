@@ -18,8 +18,8 @@ from sdfast.engine import Engine
 from sdfast.infotext import infotext_of, png
 from sdfast.loop import Buckets, Row, Rows
 from sdfast.pipeline import Pipeline, to_uint8
-from sdfast.server.jobs import Done, EngineInfo, Event, Job
-from sdfast.server.studio import warm_up
+from sdfast.server.jobs import Done, EngineInfo, Event, Job, Load, Statistics
+from sdfast.server.worker.opening import warm_up
 
 Draw = Callable[[Sequence[Job]], Sequence[Image.Image]]
 Fits = Callable[[Job, Job], bool]
@@ -60,6 +60,10 @@ class Batches:
 
     def running(self) -> int:
         return self._running
+
+    def statistics(self) -> Mapping[str, Statistics]:
+        numbers = Statistics(True, 0, self.waiting(), Load(rows=self._running))
+        return dict.fromkeys(self.engines, numbers)
 
     def _main(self) -> None:
         with torch.no_grad():

@@ -10,7 +10,7 @@ from sdfast.server.jobs import EngineInfo
 from sdfast.server.run import serve
 from sdfast.server.settings import Settings
 from sdfast.server.start import start
-from sdfast.server.studio import _info as info_of
+from sdfast.server.studio import info_of
 
 BASELINES: Mapping[str, Callable[[Path, EngineInfo, str, int], Batches]] = {
     "stock": one_at_a_time,

@@ -12,6 +12,7 @@ one itself.
 import logging
 import threading
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -30,7 +31,8 @@ from sdfast.loop import Buckets, Row, Rows, check_finite
 from sdfast.pipeline import Pipeline, to_uint8
 from sdfast.request import Request
 from sdfast.schedulers.estimate import clean_estimate
-from sdfast.server.jobs import Failed, FailureKind, Job, Preview, Queued, QueueFull
+from sdfast.server.jobs import TICK_SECONDS, Failed, FailureKind, Job, Load, Preview, Queued, QueueFull
+from sdfast.server.memory import memory_of
 from sdfast.server.work import Listener, Room, Work
 
 T = TypeVar("T")
@@ -103,6 +105,11 @@ class Batcher:
         self._pace: deque[torch.cuda.Event] = deque()
         self._run_seconds = 1.0  # that a row takes from its place to its picture, about
         self._failures = 0
+        self._ticks, self._tick_seconds = [0] * (len(TICK_SECONDS) + 1), 0.0
+        self._moved: float | None = None  # when it last went on with its work; None while there is none
+        self.fault = ""
+        """What the engine last failed of."""
+        engine.on_call = self._go_on
         self._thread = threading.Thread(target=self._main, name="sdfast-batcher", daemon=True)
         self._thread.start()
 
@@ -115,15 +122,15 @@ class Batcher:
         or not healthy; `ValueError` for the id of a job that is under way.
         """
         self._engine.check_size(job.request.height, job.request.width)
-        self.pipeline.schedule_of(job.request)
+        steps = len(self.pipeline.schedule_of(job.request))
         with self._changed:
             if self._closing or not self._healthy:
                 raise BackendError("the engine takes no more jobs: it is closed, or it failed too often")
             if job.id in self._works:
                 raise ValueError(f"job {job.id!r} is under way already")
             if len(self._queue) >= self._max_queue:
-                raise QueueFull(self._retry_after())
-            work = self._works[job.id] = Work(job, listener, self._arrived)
+                raise QueueFull(self.retry_after())
+            work = self._works[job.id] = Work(job, listener, self._arrived, steps)
             self._queue.append(work)
             self._arrived += 1
             self._changed.notify()
@@ -177,10 +184,33 @@ class Batcher:
         self._clerk.shutdown()
         return True
 
-    def _retry_after(self) -> float:
+    def retry_after(self) -> float:
         """Seconds until some job has left the queue, about."""
-        rows = sum(work.job.request.images for work in self._queue)
+        rows = sum(work.job.request.images for work in tuple(self._queue))
         return max(1.0, rows * self._run_seconds / self._max_rows)
+
+    def stalled(self) -> float:
+        """Seconds since the thread last went on with its work; 0 while it has none.
+
+        It goes on when the next part of a turn begins (letting in a job, placing rows, a tick, a decode), and
+        when the next call of a network does. So what is looked for here must be longer than any one call: the
+        first of a size, in which kernels are loaded, is made by a warm-up, before there is a batcher.
+        """
+        moved = self._moved
+        return 0.0 if moved is None else time.monotonic() - moved
+
+    def load(self) -> Load:
+        """What there is to do, and what was done."""
+        with self._changed:
+            works = list(self._works.values())
+        return Load(
+            rows=self.running(),
+            waiting_steps=sum(work.waiting_steps for work in works),
+            running_steps=sum(work.running_steps for work in works),
+            ticks=tuple(self._ticks),
+            tick_seconds=self._tick_seconds,
+            memory=memory_of(self._engine.device),
+        )
 
     # For its own thread:
 
@@ -192,15 +222,18 @@ class Batcher:
                         while self._busy():
                             self._turn()
             except Exception as error:  # a bug: nobody may wait for this thread
-                self._give_up()
-                self._break_down(error)
+                self._break_down(error, final=True)
                 raise
 
     def _wait(self) -> bool:
         """Until there is a job; False when there will be none."""
+        self._moved = None
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._closing)
             return bool(self._queue)
+
+    def _go_on(self) -> None:
+        self._moved = time.monotonic()
 
     def _busy(self) -> bool:
         with self._changed:
@@ -208,11 +241,9 @@ class Batcher:
 
     def _turn(self) -> None:
         try:
-            self._sweep()
-            self._admit()
-            self._settle()
-            self._tick()
-            self._decode()
+            for part in (self._sweep, self._admit, self._settle, self._tick, self._decode):
+                self._go_on()
+                part()
         except DEVICE_ERRORS as error:
             self._break_down(error)
 
@@ -249,6 +280,7 @@ class Batcher:
             self._queue.remove(work)
             self._begun.append(work)
         work.begin()
+        self._go_on()
         request = work.job.request
         try:
             self.pipeline.prepare_decoder(request, 1)
@@ -293,13 +325,14 @@ class Batcher:
             return
         size = next(iter(self._rooms))
         room = self._rooms[size] = self._rooms.pop(size)  # the last one now
-        due = self._previews_due(room.rows)
+        due, start = self._previews_due(room.rows), time.monotonic()
         try:
             room.rows.tick()
         except torch.OutOfMemoryError as error:
             self._no_memory(room, error)
             return
         self._keep_pace()
+        self._count_tick(time.monotonic() - start)
         present = set(room.rows.rows)
         for work in self._begun:
             if stepped := len(present & work.running.keys()):
@@ -309,6 +342,10 @@ class Batcher:
             work = self._owner(row)
             self._finished.append(Latents(work, work.running.pop(row), room.rows.latents_of(row)))
             room.leave(row)
+
+    def _count_tick(self, seconds: float) -> None:
+        self._ticks[bisect_left(TICK_SECONDS, seconds)] += 1
+        self._tick_seconds += seconds
 
     def _previews_due(self, rows: Rows) -> list[Before]:
         """The rows of which a preview is wanted after their next step, as they are before it."""
@@ -419,11 +456,12 @@ class Batcher:
         room.discard()
         self._fail_memory(self._owner(room.last), error)
 
-    def _break_down(self, error: Exception) -> None:
+    def _break_down(self, error: Exception, *, final: bool = False) -> None:
         """The engine failed, and with it all that is under way."""
         log.error("the engine failed", exc_info=error)
+        self.fault = first_line(error)
         self._failures += 1
-        if self._failures >= FAILURES or not self._answers():
+        if final or self._failures >= FAILURES or not self._answers():
             self._give_up()
         with self._changed:
             failed = self._begun + ([] if self._healthy else self._queue)

@@ -8,11 +8,11 @@ import logging
 import re
 import secrets
 import time
-from contextvars import ContextVar
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from sdfast.server.logs import request_id
 from sdfast.server.metrics import Metrics
 from sdfast.server.problems import Problem
 from sdfast.server.settings import Settings
@@ -31,9 +31,6 @@ _CHALLENGES = Headers(
         (b"connection", b"close"),
     ]
 )
-
-request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
-"""Whose work the current task does; the log puts it into every line."""
 
 _log = logging.getLogger("sdfast.server")
 

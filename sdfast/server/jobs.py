@@ -5,7 +5,7 @@ last is `Done` or `Failed`. Nothing else crosses between the two, so that they m
 """
 
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from sdfast.request import Request
@@ -38,6 +38,11 @@ class Queued:
     """The job waits. position: how many jobs come before it."""
 
     position: int
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The job waits no more: its prompts are being encoded."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ class Failed:
     message: str
 
 
-Event = Queued | Step | Preview | Done | Failed
+Event = Queued | Begun | Step | Preview | Done | Failed
 
 
 class QueueFull(Exception):
@@ -119,6 +124,38 @@ class EngineInfo:
     checkpoint_digest: str
     edits: bool = False
     unet_digest: str = ""
+
+
+TICK_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+"""The bounds by which ticks are counted."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What an engine has to do, and what it has done since its process began.
+
+    rows: that are being denoised. waiting_steps, running_steps: network evaluations that pictures without
+    and with a row still need. ticks: how many took up to each of `TICK_SECONDS`, and how many longer;
+    tick_seconds: all of them together. memory: bytes by kind: "allocated" and "reserved" of a CUDA device,
+    or "resident" of the process.
+    """
+
+    rows: int = 0
+    waiting_steps: int = 0
+    running_steps: int = 0
+    ticks: tuple[int, ...] = (0,) * (len(TICK_SECONDS) + 1)
+    tick_seconds: float = 0.0
+    memory: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """An engine's numbers. up: whether it is at work. restarts: of its process. waiting: jobs."""
+
+    up: bool
+    restarts: int
+    waiting: int
+    load: Load
 
 
 class Studio(Protocol):
@@ -155,4 +192,8 @@ class Studio(Protocol):
 
     def running(self) -> int:
         """How many rows are being denoised."""
+        ...
+
+    def statistics(self) -> Mapping[str, Statistics]:
+        """The numbers of every engine, by its name."""
         ...

@@ -3,10 +3,12 @@
 import json
 import logging
 import sys
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
-from sdfast.server.guard import request_id
+request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
+"""Whose work the current task does; the log puts it into every line."""
 
 
 class JsonLines(logging.Formatter):

@@ -27,9 +27,11 @@ class Settings(BaseModel):
 
     host: an address or a name; only this machine by default. api_key: what clients must show; never printed.
     max_rows: the most pictures that are denoised together. queue: how many jobs may wait. timeout: seconds a
-    job may wait. drain: seconds that running work has to finish after SIGTERM. max_body: bytes of a request's
-    body. max_bodies: bytes of all requests' bodies together, until they are answered; 16 times max_body where
-    nothing is said. allow_public: listen beyond this machine without a key.
+    job may wait. step_timeout: seconds that one call of a network may take: after that its process counts as
+    hung, and is replaced; a processor may need minutes for large pictures. drain: seconds that running work
+    has to finish after SIGTERM. max_body: bytes of a request's body. max_bodies: bytes of all together,
+    until they are answered; 16 times max_body where nothing is said. allow_public: listen beyond this machine
+    without a key.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
@@ -40,6 +42,7 @@ class Settings(BaseModel):
     max_rows: int = Field(default=16, ge=1, le=256)
     queue: int = Field(default=64, ge=0, le=10_000)
     timeout: float = Field(default=60.0, gt=0, le=86_400)
+    step_timeout: float = Field(default=120.0, gt=0, le=86_400)
     drain: float = Field(default=120.0, ge=0, le=86_400)
     max_body: int = Field(default=16 * 2**20, ge=1_024, le=2**30)
     max_bodies: int | None = Field(default=None, ge=1_024)

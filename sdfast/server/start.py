@@ -1,9 +1,9 @@
 """`sdfast serve`: engines opened while the server already answers that it is alive."""
 
 import asyncio
+import logging
 import os
 import signal
-import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,37 +12,42 @@ from fastapi import FastAPI
 
 from sdfast.server.run import serve
 from sdfast.server.settings import Settings
-from sdfast.server.studio import LocalStudio
+from sdfast.server.studio import WorkerStudio
+
+log = logging.getLogger(__name__)
 
 
 def start(folders: Sequence[Path], settings: Settings, device: str | None = None) -> bool:
     """Serve the engines until a signal; whether all work that was under way was finished.
 
-    Raises what opening or warming up an engine raises: the server ends then.
+    Raises what opening or warming up an engine raises, and `BackendError` for one that was given up: the
+    server finishes what else runs, and ends then.
     """
-    studio = LocalStudio(folders, device, max_rows=settings.max_rows, max_queue=settings.queue)
+    return serve_from(WorkerStudio.of(folders, settings, device), settings)
+
+
+def serve_from(studio: WorkerStudio, settings: Settings) -> bool:
+    """As `start`, from a studio that was not run yet."""
     failures: list[BaseException] = []
+
+    def end(run: asyncio.Task[None]) -> None:
+        """What ends the studio ends the server, and is raised then."""
+        if error := run.exception():
+            log.error("the server ends: %s", error)
+            failures.append(error)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        stop = threading.Event()
-        opening = asyncio.create_task(_open(studio, stop, failures))
+        running = asyncio.create_task(studio.run())
+        running.add_done_callback(end)
         try:
             yield
         finally:
-            stop.set()
-            await opening
-            await asyncio.to_thread(studio.close)
+            running.remove_done_callback(end)
+            await studio.close()
 
     finished = serve(studio, settings, lifespan)
     if failures:
         raise failures[0]
     return finished
-
-
-async def _open(studio: LocalStudio, stop: threading.Event, failures: list[BaseException]) -> None:
-    try:
-        await asyncio.to_thread(studio.open, stop)
-    except Exception as error:  # whatever keeps an engine from drawing ends the server, and is raised then
-        failures.append(error)
-        os.kill(os.getpid(), signal.SIGTERM)

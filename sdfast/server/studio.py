@@ -1,46 +1,67 @@
-"""Engines of this process as a `Studio`: a batcher for each, its events brought to the event loop."""
+"""Engines as a `Studio`: for each a worker process, and its supervisor here.
+
+Nothing of this imports torch: the server starts at once, and stays small beside its workers.
+"""
 
 import asyncio
 import hashlib
-import threading
-import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from sdfast.engine import Engine
-from sdfast.errors import BackendError, EngineError, RequestError, SdfastError
+from sdfast.errors import EngineError, RequestError
 from sdfast.infotext import unet_digest
 from sdfast.manifest import Manifest, read_manifest
-from sdfast.pipeline import Pipeline
-from sdfast.request import Request
-from sdfast.server.batcher import Batcher
-from sdfast.server.jobs import Done, EngineInfo, Event, Failed, Job, Step
-
-STEP_SECONDS = 0.1
-"""A job's steps are told so often at most: each wakes the event loop, beside the processor's own work."""
-
-WARM_UP_STEPS = 2  # the first loads kernels, on CUDA the second is captured
+from sdfast.server.jobs import EngineInfo, Event, Job, Statistics
+from sdfast.server.settings import Settings
+from sdfast.server.worker.supervisor import Patience, Supervisor, command
 
 
-class LocalStudio:
-    """The engines in some directories, opened, warmed up and run in this process."""
+@dataclass(frozen=True)
+class Post:
+    """An engine, and who keeps it at work."""
 
-    def __init__(
-        self, folders: Sequence[Path], device: str | None = None, *, max_rows: int = 16, max_queue: int = 64
-    ) -> None:
-        """Reads the manifests; `open` does the rest. Raises `EngineError` for what is no engine, and for two
-        of one name."""
-        self._folders: dict[str, Path] = {}
-        self._engines: dict[str, EngineInfo] = {}
+    manifest: Manifest
+    supervisor: Supervisor
+
+
+class WorkerStudio:
+    """Engines in worker processes, which are at work from `run` to `close`."""
+
+    def __init__(self, posts: Sequence[Post]) -> None:
+        self._posts = {post.manifest.name: post for post in posts}
+        self._engines = {name: info_of(post.manifest) for name, post in self._posts.items()}
+        self._runs: list[asyncio.Task[None]] = []
+
+    @classmethod
+    def of(cls, folders: Sequence[Path], settings: Settings, device: str | None = None) -> "WorkerStudio":
+        """The engines in some directories. Reads their manifests; raises `EngineError` for what is no engine,
+        and for two of one name."""
+        found: dict[str, Path] = {}
+        posts = []
         for folder in folders:
-            info = _info(read_manifest(folder))
-            if info.name in self._engines:
+            manifest = read_manifest(folder)
+            if manifest.name in found:
                 raise EngineError(
-                    f"{folder}: {self._folders[info.name]} has the name {info.name!r} too; rename one of them"
+                    f"{folder}: {found[manifest.name]} has the name {manifest.name!r} too; rename one of them"
                 )
-            self._folders[info.name], self._engines[info.name] = folder, info
-        self._device, self._max_rows, self._max_queue = device, max_rows, max_queue
-        self._batchers: dict[str, Batcher] = {}
+            found[manifest.name] = folder
+            start = command(folder, device, max_rows=settings.max_rows, max_queue=settings.queue)
+            patience = Patience(step_timeout=settings.step_timeout)
+            supervisor = Supervisor(manifest.name, start, max_queue=settings.queue, patience=patience)
+            posts.append(Post(manifest, supervisor))
+        return cls(posts)
+
+    async def run(self) -> None:
+        """Have every engine at work. Raises why one of them cannot be; the others go on."""
+        self._runs = [asyncio.create_task(post.supervisor.run()) for post in self._posts.values()]
+        await asyncio.gather(*self._runs)
+
+    async def close(self) -> None:
+        """End the workers, with whatever still runs there."""
+        for run in self._runs:
+            run.cancel()
+        await asyncio.gather(*self._runs, return_exceptions=True)
 
     @property
     def engines(self) -> Mapping[str, EngineInfo]:
@@ -48,99 +69,33 @@ class LocalStudio:
 
     @property
     def ready(self) -> bool:
-        opened = len(self._batchers) == len(self._engines)
-        return opened and all(batcher.healthy for batcher in tuple(self._batchers.values()))
-
-    def open(self, stop: threading.Event | None = None) -> None:
-        """Open, verify, load and warm up every engine, one after the other, until `stop` is set.
-
-        Raises what opening an engine and drawing with it raise.
-        """
-        for name, folder in self._folders.items():
-            if stop is not None and stop.is_set():
-                return
-            engine = Engine.open(folder, self._device, load=True)
-            warm_up(engine)
-            self._batchers[name] = Batcher(engine, max_rows=self._max_rows, max_queue=self._max_queue)
-
-    def close(self) -> None:
-        """End what still runs, and the engines' threads."""
-        for batcher in self._batchers.values():
-            batcher.close(drain=False)
+        return all(post.supervisor.ready for post in self._posts.values())
 
     def submit(self, job: Job) -> AsyncIterator[Event]:
-        batcher = self._batcher(job.engine)
-        loop, events, told = asyncio.get_running_loop(), asyncio.Queue[Event](), 0.0
-
-        def listen(event: Event) -> None:
-            nonlocal told
-            if isinstance(event, Step) and event.done < event.total:
-                if time.monotonic() - told < STEP_SECONDS:
-                    return
-                told = time.monotonic()
-            if not loop.is_closed():  # the server has ended before the batcher
-                loop.call_soon_threadsafe(events.put_nowait, event)
-
-        batcher.submit(job, listen)
-        return _until_the_last(events, lambda: batcher.cancel(job.id))
+        """As `Studio.submit`. That its scheduler cannot do the run, the worker tells in the first event."""
+        post = self._posts.get(job.engine)
+        if post is None:
+            raise RequestError(f"engine {job.engine!r} is not here; there are: {', '.join(self._posts)}")
+        post.manifest.check_size(job.request.height, job.request.width)
+        return post.supervisor.submit(job)
 
     def cancel(self, job_id: str) -> bool:
-        return any(batcher.cancel(job_id) for batcher in self._batchers.values())
+        return any(post.supervisor.cancel(job_id) for post in self._posts.values())
 
     def preview(self, job_id: str) -> bool:
-        return any(batcher.preview(job_id) for batcher in self._batchers.values())
+        return any(post.supervisor.preview(job_id) for post in self._posts.values())
 
     def waiting(self) -> int:
-        return sum(batcher.waiting() for batcher in tuple(self._batchers.values()))
+        return sum(numbers.waiting for numbers in self.statistics().values())
 
     def running(self) -> int:
-        return sum(batcher.running() for batcher in tuple(self._batchers.values()))
+        return sum(numbers.load.rows for numbers in self.statistics().values())
 
-    def _batcher(self, name: str) -> Batcher:
-        if name not in self._engines:
-            raise RequestError(f"engine {name!r} is not here; there are: {', '.join(self._engines)}")
-        if name not in self._batchers:
-            raise BackendError(f"engine {name!r} is not ready yet")
-        return self._batchers[name]
+    def statistics(self) -> Mapping[str, Statistics]:
+        return {name: post.supervisor.statistics() for name, post in self._posts.items()}
 
 
-async def _until_the_last(events: asyncio.Queue[Event], cancel: Callable[[], object]) -> AsyncIterator[Event]:
-    ended = False
-    try:
-        while not ended:
-            event = await events.get()
-            ended = isinstance(event, (Done, Failed))
-            yield event
-    finally:
-        if not ended:
-            cancel()
-
-
-def warm_up(engine: Engine) -> None:
-    """Draw a picture of each size that the engine was exported for, the smallest of a range.
-
-    So the first request meets nothing that is done only once, and what cannot draw is not served.
-    """
-    pipe = Pipeline(engine)
-    pipe.set_progress_bar_config(disable=True)
-    model = engine.manifest.model
-    sizes = [(form.height, form.width) for form in engine.manifest.modules["unet"].variants]
-    for height, width in dict.fromkeys(sizes):
-        request = Request.make(
-            prompts=("",),
-            negative_prompts=(None,),
-            height=height.low if height else model.default_height,
-            width=width.low if width else model.default_width,
-            num_inference_steps=WARM_UP_STEPS,
-            seed=0,
-        )
-        try:
-            pipe.generate(request)
-        except SdfastError as error:
-            raise type(error)(f"engine {engine.manifest.name!r} cannot draw: {error}") from error
-
-
-def _info(manifest: Manifest) -> EngineInfo:
+def info_of(manifest: Manifest) -> EngineInfo:
     weights = sorted(manifest.checkpoint.weights.items())
     digest = hashlib.sha256(repr(weights).encode()).hexdigest()
     forms = manifest.modules["unet"].variants

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 
 from sdfast.loop import Row, Rows
 from sdfast.pipeline import Prepared
-from sdfast.server.jobs import Done, Event, Failed, Job, Step
+from sdfast.server.jobs import Begun, Done, Event, Failed, Job, Step
 
 Listener = Callable[[Event], None]
 
@@ -20,9 +20,9 @@ class Work:
     `tell`, which any thread may call: after a job's last event nothing more of it is told.
     """
 
-    def __init__(self, job: Job, listener: Listener, number: int) -> None:
-        """number: how many jobs arrived before it."""
-        self.job, self.number = job, number
+    def __init__(self, job: Job, listener: Listener, number: int, steps: int) -> None:
+        """number: how many jobs arrived before it. steps: network evaluations of each picture."""
+        self.job, self.number, self._steps = job, number, steps
         self.cancelled = False
         self.position: int | None = None  # in the queue, as it was last told
         self.prepared: Prepared | None = None
@@ -53,6 +53,7 @@ class Work:
     def begin(self) -> None:
         """It waits no more."""
         self.seconds["waiting"] = time.monotonic() - self._arrived
+        self.tell(Begun())
 
     def prepare(self, prepare: Callable[[], Prepared]) -> None:
         start = time.monotonic()
@@ -91,9 +92,22 @@ class Work:
     def stepped(self, rows: int) -> None:
         """So many of its rows have done another step."""
         self._done_steps += rows
-        total = len(self.ready.schedule) * self.job.request.images
         self.seconds["denoising"] = time.monotonic() - self._begun
-        self.tell(Step(self._done_steps, total))
+        self.tell(Step(self._done_steps, self._total_steps))
+
+    @property
+    def _total_steps(self) -> int:
+        return self._steps * self.job.request.images
+
+    @property
+    def waiting_steps(self) -> int:
+        """Of its pictures that have no row yet."""
+        return self._steps * len(self.waiting)
+
+    @property
+    def running_steps(self) -> int:
+        """Those that its rows still have to do."""
+        return self._total_steps - self._done_steps - self.waiting_steps
 
     @property
     def ready(self) -> Prepared:

@@ -9,7 +9,20 @@ from PIL import Image
 
 from sdfast.errors import BackendError, RequestError
 from sdfast.infotext import Infotext, png_info
-from sdfast.server.jobs import Done, EngineInfo, Event, Failed, Job, Preview, Queued, QueueFull, Step
+from sdfast.server.jobs import (
+    TICK_SECONDS,
+    Done,
+    EngineInfo,
+    Event,
+    Failed,
+    Job,
+    Load,
+    Preview,
+    Queued,
+    QueueFull,
+    Statistics,
+    Step,
+)
 
 SIZES = {(64, 64), (64, 96)}  # height, width
 
@@ -71,6 +84,17 @@ class FakeStudio:
 
     def running(self) -> int:
         return len(self.live)
+
+    def statistics(self) -> dict[str, Statistics]:
+        load = Load(
+            rows=len(self.live),
+            waiting_steps=5,
+            running_steps=7,
+            ticks=(2, 1) + (0,) * (len(TICK_SECONDS) - 2) + (1,),
+            tick_seconds=99.5,
+            memory={"allocated": 1_000},
+        )
+        return {name: Statistics(self.ready, 2, self.waiting(), load) for name in self.engines}
 
     async def _events(self, job: Job) -> AsyncIterator[Event]:
         yield Queued(self.ahead)

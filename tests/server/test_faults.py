@@ -371,8 +371,19 @@ async def test_metrics_count_what_happened(http: httpx.AsyncClient, post: Any, s
         f"sdfast_request_seconds_count{{{route}}} 3.0",
         'sdfast_stage_seconds_count{stage="denoising"} 1.0',
         'sdfast_failures_total{kind="queue_full"} 1.0',
-        "sdfast_queue_length 3.0",
-        "sdfast_running_rows 0.0",
+        'sdfast_worker_up{engine="tiny"} 1.0',
+        'sdfast_worker_restarts_total{engine="tiny"} 2.0',
+        'sdfast_queue_length{engine="tiny"} 3.0',
+        'sdfast_running_rows{engine="tiny"} 0.0',
+        'sdfast_steps{engine="tiny",state="waiting"} 5.0',
+        'sdfast_steps{engine="tiny",state="running"} 7.0',
+        'sdfast_tick_seconds_bucket{engine="tiny",le="0.001"} 2.0',
+        'sdfast_tick_seconds_bucket{engine="tiny",le="0.0025"} 3.0',
+        'sdfast_tick_seconds_bucket{engine="tiny",le="60.0"} 3.0',
+        'sdfast_tick_seconds_bucket{engine="tiny",le="+Inf"} 4.0',
+        'sdfast_tick_seconds_count{engine="tiny"} 4.0',
+        'sdfast_tick_seconds_sum{engine="tiny"} 99.5',
+        'sdfast_device_memory_bytes{engine="tiny",kind="allocated"} 1000.0',
     ):
         assert line in lines
 

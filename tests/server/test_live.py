@@ -316,7 +316,7 @@ class Process:
         return self.http.post("/v1/images/generations", json={"prompt": "a"})
 
     def busy(self) -> bool:
-        return "sdfast_running_rows 1.0" in self.http.get("/metrics").text
+        return 'sdfast_running_rows{engine="tiny"} 1.0' in self.http.get("/metrics").text
 
     def terminate(self) -> None:
         self._process.send_signal(signal.SIGTERM)

@@ -1,6 +1,8 @@
 """`sdfast serve` from the engine's directory to the picture: the whole way, in a process of its own."""
 
 import base64
+import os
+import re
 import shutil
 import signal
 import socket
@@ -8,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -19,13 +22,16 @@ import openai
 import pytest
 from PIL import Image
 
-from sdfast.errors import BackendError, EngineError, NumericalError, RequestError
+from sdfast.errors import EngineError, NumericalError
+from sdfast.manifest import Span
 from sdfast.pipeline import Pipeline
-from sdfast.request import Request
-from sdfast.server import studio as studio_module
-from sdfast.server.jobs import Done, Job
-from sdfast.server.studio import LocalStudio, warm_up
+from sdfast.server.settings import Settings
+from sdfast.server.studio import WorkerStudio
+from sdfast.server.worker import opening
+from sdfast.server.worker.opening import warm_up
 from tests.fakes import Failpoint, FakeEngine
+from tests.sealing import reseal
+from tests.server.house import alive, children_of, until
 
 CALL: dict[str, Any] = {"num_inference_steps": 3, "scheduler": "Euler a", "guidance_scale": 7.0}
 
@@ -37,14 +43,34 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def serving(*arguments: object, log: int = subprocess.PIPE) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The command in a process, and its address. What still runs at the end is killed."""
     port = free_port()
     code = "from sdfast.cli import main; main()"
-    command = [sys.executable, "-c", code, "serve", *map(str, arguments), "--port", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
+    with started("-c", code, "serve", *arguments, "--port", port, log=log) as process:
         yield process, f"http://127.0.0.1:{port}"
+
+
+@contextmanager
+def serving_by(engine: Path, worker: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server whose workers are a line of Python, and its address."""
+    port = free_port()
+    with started("-m", "tests.server.serving_worker", engine, port, sys.executable, "-c", worker) as process:
+        yield process, f"http://127.0.0.1:{port}"
+
+
+@contextmanager
+def started(*arguments: object, log: int = subprocess.PIPE) -> Iterator[subprocess.Popen[str]]:
+    """Python in a session of its own. log: where its stderr goes; a pipe that is not read holds 64 KiB."""
+    process = subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
     finally:
         process.kill()
         process.communicate()
@@ -90,8 +116,6 @@ def test_an_engine_that_cannot_draw_ends_the_server_with_the_reason(
     content[-1] ^= 1
     weights.write_bytes(content)
     if damage == "drawn":
-        from tests.sealing import reseal
-
         weights.write_bytes(b"nothing")
         reseal(engine, lambda document: None)
     with serving(engine) as (process, _):
@@ -107,53 +131,87 @@ def test_no_engine_is_refused_at_once(tmp_path: Path) -> None:
     assert stderr.startswith(f"Error: {tmp_path / 'none'}: no such engine")
 
 
-def job(engine: str, **fields: Any) -> Job:
-    asked: dict[str, Any] = {"prompts": ("the sea",), "negative_prompts": (None,), "height": 64, "width": 64}
-    return Job("1", engine, Request.make(**{**asked, **CALL, "seed": 3, **fields}))
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.mark.anyio
-async def test_a_studio_runs_several_engines(sd_engine: Path, tmp_path: Path) -> None:
+def test_two_engines_are_served_at_once_survive_a_fault_and_finish_what_runs(
+    sd_engine: Path, tmp_path: Path
+) -> None:
     other = Path(shutil.copytree(sd_engine, tmp_path / "other"))
-    from tests.sealing import reseal
-
     reseal(other, lambda document: document.update(name="other"))
-    studio = LocalStudio([sd_engine, other], max_rows=2, max_queue=2)
-    assert not studio.ready
-    with pytest.raises(BackendError, match="'other' is not ready yet"):
-        studio.submit(job("other"))
-    studio.open()
-    try:
-        assert studio.ready and set(studio.engines) == {"sd", "other"}
-        assert studio.engines["sd"].sizes == ("64..128x64..128",)
-        for name in studio.engines:
-            events = [event async for event in studio.submit(job(name))]
-            assert isinstance(events[-1], Done) and len(events[-1].pngs) == 1
-        with pytest.raises(RequestError, match="'third' is not here; there are: sd, other"):
-            studio.submit(job("third"))
-        with pytest.raises(RequestError, match="is not one of this engine's"):
-            studio.submit(job("sd", height=256, width=256))
-        assert not studio.cancel("of another time")
-        assert (studio.waiting(), studio.running()) == (0, 0)
-    finally:
-        studio.close()
-    assert not studio.ready
+    with serving(sd_engine, other) as (process, url), ThreadPoolExecutor() as pool:
+        wait_for(f"{url}/health/ready", 200)
+
+        def draw(model: str, steps: int) -> httpx.Response:
+            body = {"prompt": "a", "model": model, "size": "64x64", **CALL, "num_inference_steps": steps}
+            return httpx.post(f"{url}/v1/images/generations", json=body, timeout=30)
+
+        failing, untouched = pool.submit(draw, "sd", 900), pool.submit(draw, "other", 100)
+        until(lambda: running_rows(url) == {"sd": 1, "other": 1})
+        killed = time.monotonic()
+        os.kill(worker_of(process.pid, sd_engine), signal.SIGKILL)
+        failed = failing.result()
+        assert time.monotonic() - killed < 1
+        assert (failed.status_code, failed.json()["error"]["code"]) == (503, "engine_error")
+        assert "signal 9" in failed.json()["error"]["message"]
+        refused = draw("sd", 3)
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
+        assert httpx.get(f"{url}/health/live").status_code == 200
+        assert untouched.result().status_code == 200
+        wait_for(f"{url}/health/ready", 200)
+        numbers = httpx.get(f"{url}/metrics").text
+        assert 'sdfast_worker_restarts_total{engine="sd"} 1.0' in numbers
+        assert 'sdfast_worker_restarts_total{engine="other"} 0.0' in numbers
+
+        running = [pool.submit(draw, name, 60) for name in ("sd", "other")]
+        until(lambda: running_rows(url) == {"sd": 1, "other": 1})
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        wait_for(f"{url}/health/ready", 503)
+        assert [one.result().status_code for one in running] == [200, 200]
+        assert process.wait(30) == 0
+
+
+def worker_of(server: int, engine: Path) -> int:
+    [pid] = [
+        pid
+        for pid in children_of(server)
+        if str(engine) in Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    ]
+    return pid
+
+
+def running_rows(url: str) -> dict[str, float]:
+    found = re.findall(r'^sdfast_running_rows{engine="(.*)"} (.*)$', httpx.get(f"{url}/metrics").text, re.M)
+    return {name: float(rows) for name, rows in found}
+
+
+def test_a_server_whose_workers_only_fail_says_why_and_ends(sd_engine: Path) -> None:
+    with serving_by(sd_engine, "import os; os._exit(9)") as (process, url):
+        wait_for(f"{url}/health/live", 200)
+        assert httpx.get(f"{url}/health/ready").status_code == 503
+        _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "Error: engine 'sd' was given up: 3 of its processes" in stderr
+    assert "exit status 9" in stderr
+
+
+def test_a_worker_that_hangs_goes_with_its_server(sd_engine: Path, tmp_path: Path) -> None:
+    hangs = tmp_path / "hangs"
+    worker = (
+        "import ctypes, pathlib; from sdfast.server.worker import leash; leash.put_on(); "
+        f"pathlib.Path({str(hangs)!r}).touch(); ctypes.PyDLL(None).pause()"  # which holds Python's lock
+    )
+    with serving_by(sd_engine, worker) as (process, _):
+        until(hangs.exists)
+        [pid] = children_of(process.pid)
+        process.kill()
+        until(lambda: not alive(pid), 1)
 
 
 def test_two_engines_of_one_name_are_refused(sd_engine: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(sd_engine, tmp_path / "elsewhere"))
     with pytest.raises(EngineError, match=r"has the name 'sd' too; rename one"):
-        LocalStudio([sd_engine, other])
+        WorkerStudio.of([sd_engine, other], Settings.make())
 
 
 def test_warming_up_draws_every_size_and_tells_what_cannot_be_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sdfast.manifest import Span
-
     sizes = [(Span.exactly(16), Span.exactly(16)), (Span.exactly(24), Span.exactly(16))]
     engine = FakeEngine(sizes=sizes)
     warm_up(engine)
@@ -161,4 +219,4 @@ def test_warming_up_draws_every_size_and_tells_what_cannot_be_drawn(monkeypatch:
     engine.failpoints["unet"] = Failpoint("nan")
     with pytest.raises(NumericalError, match="engine 'fake' cannot draw: the latents are not finite"):
         warm_up(engine)
-    assert studio_module.WARM_UP_STEPS >= 2  # on CUDA the second step is the first of a graph
+    assert opening.WARM_UP_STEPS >= 2  # on CUDA the second step is the first of a graph

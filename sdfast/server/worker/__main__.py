@@ -1,0 +1,31 @@
+"""`python -m sdfast.server.worker ENGINE`: the process that `sdfast serve` starts for each engine."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from sdfast.server.worker.process import run
+
+if TYPE_CHECKING:
+    from sdfast.engine import Engine
+
+
+@click.command()
+@click.argument("engine", type=click.Path(path_type=Path))
+@click.option("--device", help="[default: what the engine is for]")
+@click.option("--max-rows", type=int, required=True)
+@click.option("--max-queue", type=int, required=True)
+def main(engine: Path, device: str | None, max_rows: int, max_queue: int) -> None:
+    """Run ENGINE for the server at the other end of standard input, which is a socket."""
+
+    def opened() -> "Engine":
+        from sdfast.server.worker.opening import open_engine  # imports torch
+
+        return open_engine(engine, device)
+
+    run(opened, max_rows=max_rows, max_queue=max_queue)
+
+
+if __name__ == "__main__":
+    main()

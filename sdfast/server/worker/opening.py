@@ -1,0 +1,41 @@
+"""What a worker does before it is ready: open its engine, and draw once of everything."""
+
+from pathlib import Path
+
+from sdfast.engine import Engine
+from sdfast.errors import SdfastError
+from sdfast.pipeline import Pipeline
+from sdfast.request import Request
+
+WARM_UP_STEPS = 2  # the first loads kernels, on CUDA the second is captured
+
+
+def open_engine(folder: Path, device: str | None) -> Engine:
+    """Open, verify and load an engine, and warm it up."""
+    engine = Engine.open(folder, device, load=True)
+    warm_up(engine)
+    return engine
+
+
+def warm_up(engine: Engine) -> None:
+    """Draw a picture of each size that the engine was exported for, the smallest of a range.
+
+    So the first request meets nothing that is done only once, and what cannot draw is not served.
+    """
+    pipe = Pipeline(engine)
+    pipe.set_progress_bar_config(disable=True)
+    model = engine.manifest.model
+    sizes = [(form.height, form.width) for form in engine.manifest.modules["unet"].variants]
+    for height, width in dict.fromkeys(sizes):
+        request = Request.make(
+            prompts=("",),
+            negative_prompts=(None,),
+            height=height.low if height else model.default_height,
+            width=width.low if width else model.default_width,
+            num_inference_steps=WARM_UP_STEPS,
+            seed=0,
+        )
+        try:
+            pipe.generate(request)
+        except SdfastError as error:
+            raise type(error)(f"engine {engine.manifest.name!r} cannot draw: {error}") from error
