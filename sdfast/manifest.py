@@ -199,6 +199,11 @@ class Manifest(_Part):
         """The execution provider that an ONNX engine was exported for; older ones were all for the CPU."""
         return str(self.recipe.get("provider", "cpu")) if self.backend == "onnx" else None
 
+    @property
+    def edits(self) -> bool:
+        """Whether the engine takes images to draw over; older ones have no encoder for them."""
+        return "vae_encoder" in self.modules
+
     def sealed(self) -> "Manifest":
         """The same manifest with its seal set."""
         return self.model_copy(update={"seal": _seal(self.model_dump(mode="json"))})
