@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from sdfast.arithmetic import Arithmetic, Buffers, Capacity, Noise, Plan, arithmetic_for
+from sdfast.arithmetic import Arithmetic, Buffers, Capacity, Keep, Noise, Plan, arithmetic_for
 from sdfast.errors import NumericalError
 from sdfast.graph import Graph
 from sdfast.schedulers import Schedule
@@ -59,7 +59,7 @@ class Row:
     """One picture to be denoised; two rows are the same only if they are one object.
 
     latents: the first ones, [C, h, w] float32, scaled by the schedule's `init_noise_sigma`.
-    noise: unit noise for the steps that draw some.
+    noise: unit noise for the steps that draw some. keep: what it keeps of an image that it is drawn over.
     """
 
     schedule: Schedule
@@ -69,6 +69,7 @@ class Row:
     guidance: float
     noise: Noise
     guidance_rescale: float = 0.0
+    keep: Keep | None = None
 
 
 @dataclass(frozen=True)
@@ -345,4 +346,4 @@ def check_finite(latents: torch.Tensor) -> None:
 
 def _plan(row: Row, noise: Noise) -> Plan:
     told = [row.positive] if row.negative is None else [row.negative, row.positive]
-    return Plan(row.schedule, [c.time_shift for c in told], row.guidance, row.guidance_rescale, noise)
+    return Plan(row.schedule, [c.time_shift for c in told], row.guidance, row.guidance_rescale, noise, row.keep)
