@@ -46,7 +46,9 @@ def start_over(
     the caller's, and are drawn from as by diffusers.
     """
     if plan.noising is None:
-        raise RequestError(f"{plan.scheduler} has no add_noise, so nothing is drawn over by it; choose another")
+        raise RequestError(
+            f"{plan.scheduler} has no add_noise, so nothing is drawn over by it; choose another"
+        )
     check_over(engine, request, over)
     n = request.images
     # diffusers has each generator draw for its picture; in inpainting, though, for each image.
@@ -56,7 +58,8 @@ def start_over(
     a, b = map(float, plan.noising[0])
     if over.mask is None:
         return Start(a * clean + b * unit, [None] * n)
-    noise.initial(n if seeded else max(len(over.image), len(over.mask)))  # for the latents of a masked image, which only other U-Nets are given
+    # diffusers draws for the latents of the masked image, too, which only other U-Nets are given
+    noise.initial(n if seeded else max(len(over.image), len(over.mask)))
     pure = request.strength == 1.0
     latents = unit * plan.init_noise_sigma if pure else a * clean + b * unit
     anew = _in_turn(_mask_of_latents(engine, over.mask), n)
@@ -75,8 +78,8 @@ def check_over(engine: Engine, request: Request, over: Over) -> None:
         factor = 1 if name == "mask_image" or shape[1] == 3 else engine.manifest.model.vae_scale_factor
         if (shape[2] * factor, shape[3] * factor) != (height, width):
             raise RequestError(
-                f"{name}: {shape[3] * factor}x{shape[2] * factor}, but the picture is {width}x{height} (width x "
-                "height); scale the one, or ask for the other"
+                f"{name}: {shape[3] * factor}x{shape[2] * factor}, but the picture is {width}x{height} "
+                "(width x height); scale the one, or ask for the other"
             )
         if request.images % shape[0]:
             raise RequestError(
@@ -108,9 +111,7 @@ def encoded(engine: Engine, image: Tensor) -> tuple[Tensor, Tensor]:
     return mean, std
 
 
-def _image_latents(
-    engine: Engine, request: Request, noise: NoiseSource, image: Tensor, count: int
-) -> Tensor:
+def _image_latents(engine: Engine, request: Request, noise: NoiseSource, image: Tensor, count: int) -> Tensor:
     """Latents of so many draws, [count, C, h, w] float32, the images in turn; latents as they are."""
     if image.shape[1] != 3:
         return image.to(engine.device)

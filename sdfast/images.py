@@ -5,6 +5,7 @@ They are read as diffusers' image processors read them: PIL images, numpy arrays
 unasked: an image of another size than that of the picture is refused, not resized.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,13 @@ def read_masks(given: Any) -> Tensor:
     return (read >= DRAWN_ANEW).float()
 
 
+def check_bytes(name: str, given: bytes, shape: tuple[int, ...]) -> None:
+    """Raises `RequestError` unless the bytes are as many as uint8 pixels of that shape."""
+    due = math.prod(shape)
+    if len(given) != due:
+        raise RequestError(f"{name}: {len(given)} bytes, but {'x'.join(map(str, shape))} uint8 are {due}")
+
+
 def from_bytes(image: bytes, height: int, width: int) -> Tensor:
     """[1, 3, H, W] float32 in [0, 1] of the bytes of RGB pixels [H, W, 3] uint8."""
     return _of_uint8(_pixels("image", image, (height, width, 3)))
@@ -61,7 +69,8 @@ def open_image(path: Path) -> Image.Image:
         with Image.open(path, formats=FORMATS) as file:
             if max(file.size) > MAX_SIDE:
                 raise RequestError(
-                    f"{path}: {file.width}x{file.height}, but sides are at most {MAX_SIDE} pixels; scale it down"
+                    f"{path}: {file.width}x{file.height}, but sides are at most {MAX_SIDE} pixels; "
+                    "scale it down"
                 )
             file.load()
             return ImageOps.exif_transpose(file)
@@ -129,10 +138,7 @@ def _of_uint8(pixels: np.ndarray) -> Tensor:
 
 
 def _pixels(name: str, given: bytes, shape: tuple[int, ...]) -> np.ndarray:
-    if len(given) != np.prod(shape):
-        raise RequestError(
-            f"{name}: {len(given)} bytes, but {'x'.join(map(str, shape))} uint8 are {np.prod(shape)}"
-        )
+    check_bytes(name, given, shape)
     return np.frombuffer(given, np.uint8).reshape(shape)
 
 

@@ -119,8 +119,17 @@ def infotext_of(
         model=model,
         model_hash=digest[:10] if digest else None,
         version=f"sdfast {__version__}",
-        extra={} if request.clip_skip is None else {"Clip skip": str(request.clip_skip + 1)},
+        extra=_extra(request),
     )
+
+
+def _extra(request: Request) -> dict[str, str]:
+    """What is told only of requests that ask for it."""
+    strength, clip_skip = request.strength, request.clip_skip
+    return {
+        **({} if strength is None else {"Denoising strength": _number(strength)}),
+        **({} if clip_skip is None else {"Clip skip": str(clip_skip + 1)}),
+    }
 
 
 def png(image: Image.Image, infotext: Infotext) -> bytes:

@@ -346,4 +346,6 @@ def check_finite(latents: torch.Tensor) -> None:
 
 def _plan(row: Row, noise: Noise) -> Plan:
     told = [row.positive] if row.negative is None else [row.negative, row.positive]
-    return Plan(row.schedule, [c.time_shift for c in told], row.guidance, row.guidance_rescale, noise, row.keep)
+    return Plan(
+        row.schedule, [c.time_shift for c in told], row.guidance, row.guidance_rescale, noise, row.keep
+    )

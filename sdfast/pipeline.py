@@ -244,11 +244,12 @@ class Pipeline:
         seed: image i gets its own generator, seeded with seed + i (default: a random seed, told in the
             output). `scheduler`: for this call only, by diffusers, AUTOMATIC1111 or short name.
         guidance_scale: 7.5 by default, 5 for SDXL, as in diffusers.
-        image: what is drawn over, of the picture's size; mask_image: white where it is drawn anew. See
-            `sdfast.images`. strength: the share of the steps that is done, as in diffusers, with its defaults:
-            0.8, or 1 with a mask; 0.3 and 0.9999 for SDXL.
+        image: what is drawn over, of the picture's size; mask_image: white where it is drawn anew; see
+            `sdfast.images`. strength: the share of the steps that is done, as in diffusers, and by default
+            what it is there: 0.8, or 1 with a mask; for SDXL 0.3 and 0.9999.
 
-        Sizes are in pixels; by default the image's, or else the engine's own. Returns a `PipelineOutput`, or (images, None) with `return_dict=False`.
+        Sizes are in pixels; by default the image's, or else the engine's own. Returns a `PipelineOutput`, or
+        (images, None) with `return_dict=False`.
         """
         _refuse(refused, "the call")
         if output_type not in ("pil", "np", "pt", "latent"):

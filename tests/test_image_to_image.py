@@ -1,4 +1,4 @@
-"""Drawing over images, beside stock diffusers' image-to-image and inpainting pipelines, on tiny checkpoints."""
+"""Drawing over images, beside stock diffusers' pipelines for that, on tiny checkpoints."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -101,5 +101,3 @@ def test_over_an_image_equals_stock_diffusers(pairs: dict[Any, Any], name: str) 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_with_a_mask_equals_stock_diffusers(pairs: dict[Any, Any], name: str) -> None:
     assert_same(*both(pairs["sd", True], *SCHEDULERS[name], strength=0.6, mask_image=mask()))
-
-

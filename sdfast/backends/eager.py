@@ -27,8 +27,8 @@ _OUTPUTS = {
     "text_encoder": ("hidden_states", "text_embeds"),
     "text_encoder_2": ("hidden_states", "text_embeds"),
 }
-# What torch.compile is for. The rest runs once a prompt or an image, or for any number of timesteps at once: compiling
-# it takes longer than it ever saves.
+# What torch.compile is for. The rest runs once a prompt or an image, or for any number of timesteps at once:
+# compiling it takes longer than it ever saves.
 _WORTH_COMPILING = ("unet", "vae_decoder")
 _COMPILER = "inductor"
 _ALL_SHAPES = 10_000  # in place of Dynamo's limit of 8, beyond which a network is not compiled any more

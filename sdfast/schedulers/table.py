@@ -53,8 +53,8 @@ class Schedule:
             draws but weighs its noise with zero still has to draw, so that later rows see the same numbers.
         init_noise_sigma: the latents start as unit noise times this.
         noising: [K + 1, 2] float64, (a, b) before each row: a · x0 + b · noise are a picture's latents x0 at
-            its noise level, as diffusers' `add_noise` makes them. A run with `strength` starts from the first;
-            the last is x0 itself. None for a scheduler object that has no `add_noise`.
+            its noise level, as diffusers' `add_noise` makes them. A run with `strength` starts from the
+            first; the last is x0 itself. None for a scheduler object that has no `add_noise`.
         scheduler: diffusers class name, "DPMSolverMultistepScheduler".
         sampler: AUTOMATIC1111's name for it, "DPM++ 2M".
         schedule_type: AUTOMATIC1111's name for its noise levels, "Karras".

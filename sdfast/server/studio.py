@@ -7,8 +7,11 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 
+import torch
+
 from sdfast.engine import Engine
 from sdfast.errors import BackendError, EngineError, RequestError, SdfastError
+from sdfast.first_latents import encoded
 from sdfast.manifest import Manifest, read_manifest
 from sdfast.pipeline import Pipeline
 from sdfast.request import Request
@@ -134,6 +137,8 @@ def warm_up(engine: Engine) -> None:
             seed=0,
         )
         try:
+            if engine.manifest.edits:
+                encoded(engine, torch.zeros(1, 3, request.height, request.width))
             pipe.generate(request)
         except SdfastError as error:
             raise type(error)(f"engine {engine.manifest.name!r} cannot draw: {error}") from error
@@ -151,4 +156,5 @@ def _info(manifest: Manifest) -> EngineInfo:
         max_images=manifest.max_images,
         checkpoint=manifest.checkpoint.source,
         checkpoint_digest=hashlib.sha256(repr(weights).encode()).hexdigest(),
+        edits=manifest.edits,
     )
