@@ -30,6 +30,14 @@ DEFAULT_GUIDANCE = {"sd": 7.5, "sdxl": 5.0}  # as in diffusers
 # As in diffusers: over a whole image, and with a mask.
 DEFAULT_STRENGTH = {"sd": (0.8, 1.0), "sdxl": (0.3, 0.9999)}
 
+# Arguments of diffusers' that are not supported, at the values at which they ask for nothing.
+NEUTRAL = {
+    "crops_coords_top_left": (0, 0),
+    "negative_crops_coords_top_left": (0, 0),
+    "aesthetic_score": 6.0,
+    "negative_aesthetic_score": 2.5,
+}
+
 StepCallback = Callable[[Any, int, float, dict[str, torch.Tensor]], Mapping[str, torch.Tensor] | None]
 
 
@@ -251,7 +259,7 @@ class Pipeline:
         Sizes are in pixels; by default the image's, or else the engine's own. Returns a `PipelineOutput`, or
         (images, None) with `return_dict=False`.
         """
-        _refuse(refused, "the call")
+        _refuse(refused, "the call", NEUTRAL)
         if output_type not in ("pil", "np", "pt", "latent"):
             raise RequestError(f"output_type: {output_type!r} is not one of 'pil', 'np', 'pt', 'latent'")
         if list(callback_on_step_end_tensor_inputs or ["latents"]) != ["latents"]:
@@ -539,7 +547,12 @@ def _texts(
 def _refuse(given: Mapping[str, Any], where: str, neutral: Mapping[str, Any] | None = None) -> None:
     """Raises `RequestError` for arguments that ask for something: `None` and neutral values pass."""
     neutral = neutral or {}
-    asked = [n for n, value in given.items() if value is not None and neutral.get(n) is not value]
+
+    def asks(name: str, value: Any) -> bool:
+        unasked = neutral.get(name)
+        return value is not None and not (type(value) is type(unasked) and value == unasked)
+
+    asked = [name for name, value in given.items() if asks(name, value)]
     if asked:
         raise RequestError(
             f"{', '.join(asked)}: not supported by {where} of sdfast; leave it out, or use diffusers"
