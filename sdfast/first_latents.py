@@ -49,7 +49,8 @@ def start_over(
         raise RequestError(
             f"{plan.scheduler} has no add_noise, so nothing is drawn over by it; choose another"
         )
-    check_over(engine, request, over)
+    check_edits(engine)
+    check_fit(request, over, engine.manifest.model.vae_scale_factor)
     n = request.images
     # diffusers has each generator draw for its picture; in inpainting, though, for each image.
     count = n if noise.apart and (over.mask is None or seeded) else len(over.image)
@@ -66,16 +67,17 @@ def start_over(
     return Start(latents, [Keep(*each) for each in zip(anew, clean, unit, strict=True)])
 
 
-def check_over(engine: Engine, request: Request, over: Over) -> None:
-    """Raises `RequestError` for images or masks of another size or number than the request's, and for an
-    engine that takes none."""
-    check_edits(engine)
+def check_fit(request: Request, over: Over, latent: int) -> None:
+    """Raises `RequestError` for images or masks of another size or number than the request's.
+
+    latent: pixels of one, in each direction.
+    """
     height, width = request.height, request.width
     sizes = {"image": over.image.shape, "mask_image": over.mask.shape if over.mask is not None else None}
     for name, shape in sizes.items():
         if shape is None:
             continue
-        factor = 1 if name == "mask_image" or shape[1] == 3 else engine.manifest.model.vae_scale_factor
+        factor = 1 if name == "mask_image" or shape[1] == 3 else latent
         if (shape[2] * factor, shape[3] * factor) != (height, width):
             raise RequestError(
                 f"{name}: {shape[3] * factor}x{shape[2] * factor}, but the picture is {width}x{height} "
