@@ -31,10 +31,14 @@ class Over:
 
 @dataclass(frozen=True)
 class Start:
-    """latents [n, C, h, w] float32, and of each picture what it keeps."""
+    """latents [n, C, h, w] float32, and of each picture what it keeps, or what its U-Net is told beside them.
+
+    beside: [n, 1 + C, h, w] float32, the mask and the latents of the masked image.
+    """
 
     latents: Tensor
     keeps: list[Keep | None]
+    beside: Tensor | None = None
 
 
 def start_over(
@@ -51,19 +55,23 @@ def start_over(
         )
     check_edits(engine)
     check_fit(request, over, engine.manifest.model.vae_scale_factor)
-    n = request.images
+    n, inpaints = request.images, engine.manifest.model.inpaints
+    pure = over.mask is not None and request.strength == 1.0  # it starts from noise alone
     # diffusers has each generator draw for its picture; in inpainting, though, for each image.
     count = n if noise.apart and (over.mask is None or seeded) else len(over.image)
-    clean = _in_turn(_image_latents(engine, request, noise, over.image, count), n)
+    clean = None if pure and inpaints else _in_turn(_image_latents(engine, noise, over.image, count), n)
     unit = noise.initial().to(engine.device)
     a, b = map(float, plan.noising[0])
+    latents = unit * plan.init_noise_sigma if pure or clean is None else a * clean + b * unit
     if over.mask is None:
-        return Start(a * clean + b * unit, [None] * n)
-    # diffusers draws for the latents of the masked image, too, which only other U-Nets are given
-    noise.initial(n if seeded else max(len(over.image), len(over.mask)))
-    pure = request.strength == 1.0
-    latents = unit * plan.init_noise_sigma if pure else a * clean + b * unit
+        return Start(latents, [None] * n)
     anew = _in_turn(_mask_of_latents(engine, over.mask), n)
+    masked = torch.where(over.mask > 0, 0.5, over.image)  # grey, which the encoder takes as 0
+    count = n if seeded else len(masked)
+    if clean is None or inpaints:
+        hidden = _in_turn(_image_latents(engine, noise, masked, count), n)
+        return Start(latents, [None] * n, torch.cat([anew.float(), hidden], dim=1))
+    noise.initial(count)  # diffusers draws for the masked image, too, of which this U-Net is not told
     return Start(latents, [Keep(*each) for each in zip(anew, clean, unit, strict=True)])
 
 
@@ -113,7 +121,7 @@ def encoded(engine: Engine, image: Tensor) -> tuple[Tensor, Tensor]:
     return mean, std
 
 
-def _image_latents(engine: Engine, request: Request, noise: NoiseSource, image: Tensor, count: int) -> Tensor:
+def _image_latents(engine: Engine, noise: NoiseSource, image: Tensor, count: int) -> Tensor:
     """Latents of so many draws, [count, C, h, w] float32, the images in turn; latents as they are."""
     if image.shape[1] != 3:
         return image.to(engine.device)

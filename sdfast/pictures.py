@@ -18,7 +18,7 @@ from sdfast.first_latents import Over, check_fit
 from sdfast.images import open_image, read_images, read_masks
 from sdfast.infotext import Infotext, infotext_of, png
 from sdfast.manifest import Model
-from sdfast.pipeline import DEFAULT_STRENGTH, Given, Pipeline, check_text_to_image
+from sdfast.pipeline import DEFAULT_STRENGTH, Given, Pipeline, check_channels
 from sdfast.request import Request
 from sdfast.schedulers import schedule
 
@@ -117,8 +117,8 @@ def draw(job: Job, output: Path | None, overwrite: bool) -> list[tuple[Path, int
     output: a `.png` file (numbered when there are several pictures) or a directory; default `outputs/`.
     """
     painter = _painter(job)
-    check_text_to_image(painter.model)
     over = job.over(painter.model)
+    check_channels(painter.model, masked=over is not None and over.mask is not None)
     request = job.request(painter.model, over)
     painter.check_size(request.height, request.width)
     if over is not None:

@@ -111,7 +111,6 @@ class Pipeline:
     """
 
     def __init__(self, engine: Engine) -> None:
-        check_text_to_image(engine.manifest.model)
         self.engine = engine
         self.prompts = Prompts(engine)
         name = str(engine.scheduler_config.get("_class_name", "DDIMScheduler"))
@@ -334,6 +333,8 @@ class Pipeline:
         given = given or Given()
         if (request.strength is None) != (given.over is None):
             raise RequestError("strength and an image to draw over go together; give both, or neither")
+        masked = given.over is not None and given.over.mask is not None
+        check_channels(self.engine.manifest.model, masked)
         plan = self.schedule_of(request)
         positive, negative, truncated = self._encode(request, given)
         return Prepared(self._rows(request, given, plan, positive, negative), plan, truncated)
@@ -422,6 +423,7 @@ class Pipeline:
                 noise=noise.of_row(i),
                 guidance_rescale=request.guidance_rescale,
                 keep=start.keeps[i],
+                beside=None if start.beside is None else start.beside[i],
             )
             for i in range(request.images)
         ]
@@ -510,13 +512,19 @@ class StableDiffusionXLPipeline(Pipeline):
     """The drop-in for diffusers' class of this name."""
 
 
-def check_text_to_image(model: Model) -> None:
-    """Raises `RequestError` for networks that need more than noise and a prompt."""
-    if model.in_channels != model.latent_channels:
+def check_channels(model: Model, masked: bool) -> None:
+    """Raises `RequestError` for a U-Net that needs more than there is: noise, a prompt, perhaps a mask."""
+    if model.in_channels == model.latent_channels or (masked and model.inpaints):
+        return
+    if model.inpaints:
         raise RequestError(
-            f"this U-Net takes {model.in_channels} channels (inpainting); text to image needs one that takes "
-            "the latents alone"
+            f"this U-Net takes {model.in_channels} channels (inpainting): give it an image and a mask; "
+            "without, take one that takes the latents alone"
         )
+    raise RequestError(
+        f"this U-Net takes {model.in_channels} channels, {model.latent_channels} of latents and others that "
+        "sdfast does not know; take a checkpoint for text to image or for inpainting"
+    )
 
 
 def _texts(

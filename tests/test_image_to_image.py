@@ -1,6 +1,8 @@
 """Drawing over images, beside stock diffusers' pipelines for that, on tiny checkpoints."""
 
 import inspect
+import io
+import queue
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,19 @@ import torch
 from PIL import Image
 
 from sdfast import drop_in
+from sdfast.arithmetic import DeviceArithmetic
 from sdfast.errors import NumericalError, RequestError
-from sdfast.first_latents import encoded
+from sdfast.export.build import export
+from sdfast.export.recipe import Recipe
+from sdfast.first_latents import Over, encoded
 from sdfast.images import read_images, read_masks
-from sdfast.pipeline import Pipeline
+from sdfast.loop import Rows
+from sdfast.pipeline import Given, Pipeline
+from sdfast.request import Request
+from sdfast.server.batcher import Batcher
+from sdfast.server.jobs import Job
+from sdfast.server.studio import warm_up
+from tests import checkpoints
 from tests.fakes import Failpoint, FakeEngine
 from tests.test_pipeline import PROMPT, assert_same, ours, seeded
 
@@ -318,3 +329,61 @@ def test_a_drop_in_draws_what_diffusers_class_draws(pairs: dict[Any, Any], famil
         own(*args, prompt="again")
     with pytest.raises(RequestError, match=f"image: is missing; {KINDS[family, masked]}"):
         own(PROMPT)
+
+
+@pytest.fixture(scope="module")
+def inpainting(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Pipeline]:
+    """A U-Net of nine channels."""
+    kind, folder = "StableDiffusionInpaintPipeline", tmp_path_factory.mktemp("inpainting")
+    checkpoint = checkpoints.build_sd(folder / "checkpoint", in_channels=9, pipeline=kind)
+    return stock(checkpoint, kind), ours(export(checkpoint, folder / "engine", Recipe(backend="eager")))
+
+
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+@pytest.mark.parametrize("scheduler", ["EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler"])
+@pytest.mark.parametrize("call", ["no guidance", "several pictures of one generator", "a generator each"])
+def test_a_u_net_for_inpainting_equals_stock_diffusers(
+    inpainting: tuple[Any, Pipeline], scheduler: str, strength: float, call: str
+) -> None:
+    fields = {"mask_image": mask(), "scheduler": scheduler, **CALLS[call], "strength": strength}
+    assert_same(*both(inpainting, **fields))
+
+
+def test_rows_of_an_inpainting_u_net_on_a_device(inpainting: tuple[Any, Pipeline]) -> None:
+    pipe, call = inpainting[1], {"scheduler": "euler", "num_inference_steps": 3, "seed": 1}
+    prepared = pipe.prepare(
+        Request.make(
+            **{"prompts": (PROMPT,), "negative_prompts": (None,), "height": SIDE, "width": SIDE},
+            **{**call, "strength": 1.0, "num_images_per_prompt": 2},
+        ),
+        Given(over=Over(read_images(image(), 4), read_masks(mask()))),
+    )
+    expected = pipe(PROMPT, image=image(), mask_image=mask(), output_type="latent", **call).images
+    rows = Rows(pipe.engine, prepared.rows, SIDE, SIDE, DeviceArithmetic)
+    while rows.active:
+        rows.tick()
+    assert_same(expected[0], rows.latents[0])
+
+
+def test_a_u_net_for_inpainting_is_served(inpainting: tuple[Any, Pipeline]) -> None:
+    """It is warmed up, and refuses jobs without a mask at once."""
+    engine, told = inpainting[1].engine, queue.Queue[Any]()
+    warm_up(engine)
+    fields = {"prompts": (PROMPT,), "negative_prompts": (None,), "height": SIDE, "width": SIDE, "seed": 1}
+    asked = Request.make(**fields, num_inference_steps=3, strength=0.7, scheduler="euler")
+    batcher, drawn = Batcher(engine), {"image": image().tobytes(), "mask": mask().tobytes()}
+    batcher.submit(Job("1", "engine", asked, **drawn), told.put)
+    with pytest.raises(RequestError, match="9 channels"):
+        batcher.submit(Job("2", "engine", asked, image=drawn["image"]), told.put)
+    assert batcher.close(timeout=20)
+    *_, last = told.queue
+    given = Given(over=Over(read_images(image(), 4), read_masks(mask())))
+    [expected] = inpainting[1].generate(asked, given).images
+    [png] = last.pngs
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(png))), np.asarray(expected))
+
+
+def test_a_u_net_for_inpainting_needs_a_mask(inpainting: tuple[Any, Pipeline]) -> None:
+    for given in ({}, {"image": image()}):
+        with pytest.raises(RequestError, match=r"9 channels \(inpainting\): give it an image and a mask"):
+            inpainting[1](PROMPT, **given)

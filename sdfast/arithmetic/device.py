@@ -21,7 +21,7 @@ class DeviceArithmetic:
     which keeps the registers; a row's place in them is a number on the device."""
 
     def __init__(self, buffers: Buffers, capacity: Capacity) -> None:
-        _, *shape = buffers.sample.shape
+        _, *shape = buffers.output.shape
         device, n, registers = buffers.sample.device, capacity.rows, capacity.registers
         numbers, self._lines_a_row = int(np.prod(shape)), capacity.steps + 1
         self._buffers, self._capacity = buffers, capacity
@@ -124,8 +124,9 @@ class DeviceArithmetic:
 
     def _fill(self) -> None:
         n, guided, buffers = self._capacity.rows, self._capacity.guided, self._buffers
-        buffers.sample[:guided] = self._next_sample[:guided]
-        buffers.sample[guided : guided + n] = self._next_sample
+        sample = buffers.sample[:, : buffers.output.shape[1]]
+        sample[:guided] = self._next_sample[:guided]
+        sample[guided : guided + n] = self._next_sample
         torch.index_select(self._time_shifts, 0, self._shift_line, out=buffers.time_shift)
 
     def _put_back(self) -> None:

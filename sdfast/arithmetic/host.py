@@ -18,7 +18,7 @@ class HostArithmetic:
     """On the processor: numpy, row by row, on the memory of the tensors."""
 
     def __init__(self, buffers: Buffers, capacity: Capacity) -> None:
-        _, *shape = buffers.sample.shape
+        _, *shape = buffers.output.shape
         self._state = np.zeros((capacity.rows, capacity.registers + 2, int(np.prod(shape))), np.float32)
         self._latents = torch.from_numpy(self._state[:, 0]).view(-1, *shape)
         self._buffers, self._guided = buffers, capacity.guided
@@ -69,7 +69,7 @@ class _HostRow:
         state = state[: plan.schedule.registers + 2]  # the rest of the registers is another row's need
         state[:] = 0
         self._state, self._registers, self._m = state, state[:-2], state[-2]
-        shape = buffers.sample.shape[1:]
+        shape = buffers.output.shape[1:]
         self.registers = torch.from_numpy(self._registers).view(-1, *shape)
         self.output = torch.from_numpy(self._m).view(shape)
         self._noise = torch.from_numpy(state[-1]).view(shape)
@@ -79,7 +79,7 @@ class _HostRow:
         self._scales = np.append(plan.schedule.input_scale, 1.0).astype(np.float32)
         self._kept = _Kept(plan.keep, plan.schedule) if plan.keep else None
         self._guidance, self._rescale = np.float32(plan.guidance), plan.guidance_rescale
-        self._sample = buffers.sample.flatten(1).numpy()[own]
+        self._sample = buffers.sample.flatten(1).numpy()[own, : state.shape[1]]
         output = buffers.output.flatten(1).numpy()[own]
         self._negative, self._positive = (output[0] if plan.guided else None), output[-1]
         self._time_shift = buffers.time_shift.numpy()[own]

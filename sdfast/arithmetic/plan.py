@@ -51,8 +51,9 @@ class Plan:
 class Buffers:
     """The tensors between the arithmetic and the U-Net.
 
-    [B, …] for the U-Net's B rows: the guided rows' negatives, then all rows in order, then padding. `sample`
-    and `output` are [B, C, h, w] in the engine's dtype, `time_shift` is [B, T].
+    [B, …] for the U-Net's B rows: the guided rows' negatives, then all rows in order, then padding. `output`
+    is [B, C, h, w] in the engine's dtype, and `sample` too; it may have more channels, which are not the
+    arithmetic's. `time_shift` is [B, T].
     """
 
     sample: torch.Tensor

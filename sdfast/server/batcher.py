@@ -29,7 +29,7 @@ from sdfast.first_latents import Over, check_edits
 from sdfast.images import check_bytes, from_bytes, mask_from_bytes
 from sdfast.infotext import infotext_of, png
 from sdfast.loop import Buckets, Row, Rows, check_finite
-from sdfast.pipeline import Given, Pipeline, to_uint8
+from sdfast.pipeline import Given, Pipeline, check_channels, to_uint8
 from sdfast.schedulers.estimate import clean_estimate
 from sdfast.server.jobs import Failed, FailureKind, Job, Preview, Queued, QueueFull
 from sdfast.server.work import Listener, Room, Work
@@ -486,6 +486,7 @@ class Batcher:
 def check_image(engine: Engine, job: Job) -> None:
     """Raises `RequestError` for an image or a mask that the engine cannot take, or not with this request."""
     height, width = job.request.height, job.request.width
+    check_channels(engine.manifest.model, masked=job.mask is not None)
     if (job.request.strength is None) != (job.image is None):
         raise RequestError("strength and an image to draw over go together; give both, or neither")
     if job.mask is not None:

@@ -11,9 +11,9 @@ import torch
 
 from sdfast.engine import Engine
 from sdfast.errors import BackendError, EngineError, RequestError, SdfastError
-from sdfast.first_latents import encoded
+from sdfast.first_latents import Over, encoded
 from sdfast.manifest import Manifest, read_manifest
-from sdfast.pipeline import Pipeline
+from sdfast.pipeline import Given, Pipeline
 from sdfast.request import Request
 from sdfast.server.batcher import Batcher
 from sdfast.server.jobs import Done, EngineInfo, Event, Failed, Job, Step
@@ -137,11 +137,20 @@ def warm_up(engine: Engine) -> None:
             seed=0,
         )
         try:
+            if model.inpaints:
+                pipe.generate(request.model_copy(update={"strength": 1.0}), Given(over=_nothing(request)))
+                continue
             if engine.manifest.edits:
-                encoded(engine, torch.zeros(1, 3, request.height, request.width))
+                encoded(engine, _nothing(request).image)
             pipe.generate(request)
         except SdfastError as error:
             raise type(error)(f"engine {engine.manifest.name!r} cannot draw: {error}") from error
+
+
+def _nothing(request: Request) -> Over:
+    """A black image of the request's size, all of it to be drawn anew."""
+    black = torch.zeros(1, 3, request.height, request.width)
+    return Over(black, torch.ones_like(black[:, :1]))
 
 
 def _info(manifest: Manifest) -> EngineInfo:

@@ -17,7 +17,7 @@ from sdfast.errors import CheckpointError, EngineError, RequestError
 from sdfast.export.checkpoint import Checkpoint
 from sdfast.export.checkpoint import resolve as resolve_checkpoint
 from sdfast.first_latents import Over
-from sdfast.pipeline import Pipeline
+from sdfast.pipeline import Pipeline, check_channels
 from sdfast.request import Request
 from sdfast.schedulers import Schedule, resolve, schedule
 from sdfast.validation import rule
@@ -78,6 +78,7 @@ def validate(
     start, tell = time.perf_counter(), progress or _silent
     stock()
     engine = _opened(engine, device)
+    check_channels(engine.manifest.model, masked=False)
     tell("checkpoint")
     reference, notes = _checkpoint(engine, checkpoint)
     tell("stock pipelines")
