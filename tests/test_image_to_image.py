@@ -105,6 +105,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "Heun": ("HeunDiscreteScheduler", {}),
     "DPM2": ("KDPM2DiscreteScheduler", {}),
     "DPM2 a": ("KDPM2AncestralDiscreteScheduler", {}),
+    "DPM++ SDE": ("DPMSolverSDEScheduler", {"noise_sampler_seed": 3}),
     "LCM": ("LCMScheduler", {}),
     "TCD": ("TCDScheduler", {}),
 }
