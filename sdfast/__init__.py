@@ -9,6 +9,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from sdfast.drop_in import (
+        StableDiffusionImg2ImgPipeline,
+        StableDiffusionInpaintPipeline,
+        StableDiffusionXLImg2ImgPipeline,
+        StableDiffusionXLInpaintPipeline,
+    )
     from sdfast.engine import Engine
     from sdfast.errors import (
         BackendError,
@@ -35,6 +41,10 @@ _HOMES = {
     "Pipeline": "sdfast.pipeline",
     "StableDiffusionPipeline": "sdfast.pipeline",
     "StableDiffusionXLPipeline": "sdfast.pipeline",
+    "StableDiffusionImg2ImgPipeline": "sdfast.drop_in",
+    "StableDiffusionInpaintPipeline": "sdfast.drop_in",
+    "StableDiffusionXLImg2ImgPipeline": "sdfast.drop_in",
+    "StableDiffusionXLInpaintPipeline": "sdfast.drop_in",
     "export": "sdfast.export.build",
     "validate": "sdfast.validation",
     "SdfastError": "sdfast.errors",
@@ -61,7 +71,11 @@ __all__ = [
     "RequestError",
     "SdfastError",
     "SettingsError",
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionInpaintPipeline",
     "StableDiffusionPipeline",
+    "StableDiffusionXLImg2ImgPipeline",
+    "StableDiffusionXLInpaintPipeline",
     "StableDiffusionXLPipeline",
     "ValidationFailed",
     "export",

@@ -122,13 +122,22 @@ def infotext_of(
         model=model,
         model_hash=digest[:10] if digest else None,
         version=f"sdfast {__version__}",
-        extra={} if request.clip_skip is None else {"Clip skip": str(request.clip_skip + 1)},
+        extra=_extra(request),
     )
 
 
 def unet_digest(weights: Mapping[str, str]) -> str | None:
     """The SHA-256 of the U-Net's file, by which a model is known, of those of all files by their names."""
     return next((value for name, value in sorted(weights.items()) if name.startswith("unet/")), None)
+
+
+def _extra(request: Request) -> dict[str, str]:
+    """What is told only of requests that ask for it."""
+    strength, clip_skip = request.strength, request.clip_skip
+    return {
+        **({} if strength is None else {"Denoising strength": _number(strength)}),
+        **({} if clip_skip is None else {"Clip skip": str(clip_skip + 1)}),
+    }
 
 
 def png(image: Image.Image, infotext: Infotext) -> bytes:

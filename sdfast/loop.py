@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from sdfast.arithmetic import Arithmetic, Buffers, Capacity, Noise, Plan, arithmetic_for
+from sdfast.arithmetic import Arithmetic, Buffers, Capacity, Keep, Noise, Plan, arithmetic_for
 from sdfast.errors import NumericalError
 from sdfast.graph import Graph
 from sdfast.schedulers import Schedule
@@ -59,7 +59,8 @@ class Row:
     """One picture to be denoised; two rows are the same only if they are one object.
 
     latents: the first ones, [C, h, w] float32, scaled by the schedule's `init_noise_sigma`.
-    noise: unit noise for the steps that draw some.
+    noise: unit noise for the steps that draw some. keep: what it keeps of an image that it is drawn over.
+    beside: what an inpainting U-Net is told beside the latents, [E, h, w].
     """
 
     schedule: Schedule
@@ -69,6 +70,8 @@ class Row:
     guidance: float
     noise: Noise
     guidance_rescale: float = 0.0
+    keep: Keep | None = None
+    beside: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,10 @@ class Bucket:
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(rows, *shape, device=engine.device, dtype=engine.dtype)
 
-        latents, told = like.latents.shape, like.positive
-        buffers = Buffers(zeros(*latents), zeros(*latents), zeros(told.time_shift.shape[1]))
+        (channels, *size), told = like.latents.shape, like.positive
+        more = 0 if like.beside is None else len(like.beside)
+        sample, output = zeros(channels + more, *size), zeros(channels, *size)
+        buffers = Buffers(sample, output, zeros(told.time_shift.shape[1]))
         context = zeros(*told.context.shape)
         inputs = {"sample": buffers.sample, "time_shift": buffers.time_shift, "context": context}
         run_unet = engine.bind("unet", inputs, {"output": buffers.output}, height, width)
@@ -329,6 +334,9 @@ class Rows:
         told = [m.row.negative for m in placed if m.row.negative is not None]
         for i, conditioning in enumerate([*told, *(m.row.positive for m in placed)]):
             bucket.context[i] = conditioning.context
+        for i, row in enumerate([*(m.row for m in placed if m.plan.guided), *(m.row for m in placed)]):
+            if row.beside is not None:
+                bucket.buffers.sample[i, -len(row.beside) :] = row.beside
         bucket.arithmetic.place([m.plan for m in placed], steps, [m.registers for m in placed])
         bucket.arithmetic.prepare(steps)
         self._bucket, self._placed = bucket, placed
@@ -345,4 +353,6 @@ def check_finite(latents: torch.Tensor) -> None:
 
 def _plan(row: Row, noise: Noise) -> Plan:
     told = [row.positive] if row.negative is None else [row.negative, row.positive]
-    return Plan(row.schedule, [c.time_shift for c in told], row.guidance, row.guidance_rescale, noise)
+    return Plan(
+        row.schedule, [c.time_shift for c in told], row.guidance, row.guidance_rescale, noise, row.keep
+    )

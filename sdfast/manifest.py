@@ -115,6 +115,11 @@ class Model(_Part):
     guidance_embedding: int | None = None  # W of an LCM's guidance embedding
     zero_empty_negative: bool = False  # SDXL: a missing negative prompt is a context of zeros, not of ""
 
+    @property
+    def inpaints(self) -> bool:
+        """Whether the U-Net is told, beside the latents, of a mask and of the latents of the masked image."""
+        return self.in_channels == 2 * self.latent_channels + 1
+
 
 class Source(_Part):
     """The checkpoint the engine was made from."""
@@ -211,6 +216,11 @@ class Manifest(_Part):
             f"size {width}x{height} is not one of this engine's (width x height: {', '.join(sizes)}); "
             "ask for one of these, or export an engine with that size"
         )
+
+    @property
+    def edits(self) -> bool:
+        """Whether the engine takes images to draw over; older ones have no encoder for them."""
+        return "vae_encoder" in self.modules
 
     def sealed(self) -> "Manifest":
         """The same manifest with its seal set."""

@@ -37,6 +37,8 @@ class OwnNoise:
     diffusers draws [1, C, h, w] from each generator of a list, in turn.
     """
 
+    apart = True
+
     def __init__(self, generators: Sequence[torch.Generator], shape: Sequence[int], ahead: int = 0) -> None:
         """shape: (C, h, w). ahead: how many draws will follow the first latents'; if that is known, several
         are made at once, with the same numbers, and a run that is broken off leaves generators that are ahead
@@ -45,9 +47,9 @@ class OwnNoise:
         self._shape = tuple(shape)
         self._ahead = ahead
 
-    def initial(self) -> torch.Tensor:
-        """Unit noise for the first latents, [n, C, h, w]."""
-        return torch.stack([_draw(self._shape, g) for g in self._generators])
+    def initial(self, count: int | None = None) -> torch.Tensor:
+        """Unit noise before the first step, for the first `count` pictures (default: all), [n, C, h, w]."""
+        return torch.stack([_draw(self._shape, g) for g in self._generators[:count]])
 
     def seeds(self) -> list[int]:
         """What each picture's generator was seeded with."""
@@ -73,15 +75,18 @@ class OwnNoise:
 class SharedNoise:
     """One generator for several pictures: every draw is for all of them at once, as diffusers does it."""
 
+    apart = False
+
     def __init__(self, source: torch.Generator, rows: int, shape: Sequence[int]) -> None:
         self._source = source
         self._shape = (rows, *shape)  # (n, C, h, w)
         self._step = -1
         self._drawn = torch.empty(0)
 
-    def initial(self) -> torch.Tensor:
-        """Unit noise for the first latents, [n, C, h, w]."""
-        return _draw(self._shape, self._source)
+    def initial(self, count: int | None = None) -> torch.Tensor:
+        """Unit noise before the first step, for `count` pictures (default: all), [n, C, h, w]."""
+        rows, *shape = self._shape
+        return _draw((rows if count is None else count, *shape), self._source)
 
     def seeds(self) -> list[int]:
         """What the generator was seeded with: one seed for all pictures."""
@@ -135,9 +140,14 @@ class BrownianNoise:
         self._step = -1
         self._drawn = torch.empty(0)
 
-    def initial(self) -> torch.Tensor:
-        """Unit noise for the first latents, [n, C, h, w]."""
-        return self._first.initial()
+    @property
+    def apart(self) -> bool:
+        """Whether each picture has a generator of its own."""
+        return self._first.apart
+
+    def initial(self, count: int | None = None) -> torch.Tensor:
+        """Unit noise before the first step, [n, C, h, w]: the generators'."""
+        return self._first.initial(count)
 
     def of_row(self, row: int) -> Noise:
         """The noise of one picture; the first row to reach a step draws for all."""

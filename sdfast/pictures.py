@@ -14,9 +14,11 @@ from PIL import Image
 from sdfast.backends import check_device, parse_device
 from sdfast.engine import DTYPES, Engine
 from sdfast.errors import BackendError, RequestError
+from sdfast.first_latents import Over, check_fit
+from sdfast.images import open_image, read_images, read_masks
 from sdfast.infotext import Infotext, infotext_of, png
 from sdfast.manifest import Model
-from sdfast.pipeline import Pipeline, check_text_to_image
+from sdfast.pipeline import DEFAULT_STRENGTH, Given, Pipeline, check_channels
 from sdfast.request import Request
 from sdfast.schedulers import schedule
 
@@ -37,6 +39,7 @@ class Job:
         dtype ("fp32" or "fp16").
     backend: "engine" for whatever the engine is, "onnx", "inductor" or "eager" for one that must be that, or
         "diffusers" for the stock pipeline of its checkpoint.
+    image, mask: files of what is drawn over, and of what of it is drawn anew (white).
     """
 
     prompt: str
@@ -55,13 +58,31 @@ class Job:
     backend: str = "engine"
     compile: bool = False
     attention: str | None = None
+    image: Path | None = None
+    mask: Path | None = None
+    strength: float | None = None
 
-    def request(self, model: Model) -> Request:
-        """The checked request. Raises `RequestError`."""
+    def over(self, model: Model) -> Over | None:
+        """What is drawn over. Raises `RequestError` for files that are no images."""
+        if self.image is None:
+            if self.mask is not None or self.strength is not None:
+                raise RequestError("mask and strength are for an image to draw over; give --image too")
+            return None
+        mask = None if self.mask is None else read_masks(open_image(self.mask))
+        return Over(read_images(open_image(self.image), model.latent_channels), mask)
+
+    def request(self, model: Model, over: Over | None = None) -> Request:
+        """The checked request, of the size of what it is drawn over. Raises `RequestError`."""
         match = _SIZE.fullmatch(self.size) if self.size else None
         if self.size and match is None:
             raise RequestError(f"size: {self.size!r} is not WIDTHxHEIGHT in pixels, such as 512x512")
-        width, height = map(int, match.groups()) if match else (model.default_width, model.default_height)
+        width, height = model.default_width, model.default_height
+        strength = self.strength
+        if over is not None:
+            height, width = over.image.shape[2:]
+            strength = DEFAULT_STRENGTH[model.family][over.mask is not None] if strength is None else strength
+        if match:
+            width, height = map(int, match.groups())
         seed = {} if self.seed is None else {"seed": self.seed}
         return Request.make(
             prompts=(self.prompt,),
@@ -73,6 +94,7 @@ class Job:
             guidance_scale=self.guidance,
             num_images_per_prompt=self.count,
             clip_skip=self.clip_skip,
+            strength=strength,
             **seed,
         )
 
@@ -86,7 +108,7 @@ class Painter:
     scheduler_config: Mapping[str, Any]
     weights: Mapping[str, str]  # file name in the checkpoint → sha256
     check_size: Callable[[int, int], None]  # height, width
-    paint: Callable[[Request], list[Image.Image]]
+    paint: Callable[[Request, Over | None], list[Image.Image]]
 
 
 def draw(job: Job, output: Path | None, overwrite: bool) -> list[tuple[Path, int]]:
@@ -95,12 +117,20 @@ def draw(job: Job, output: Path | None, overwrite: bool) -> list[tuple[Path, int
     output: a `.png` file (numbered when there are several pictures) or a directory; default `outputs/`.
     """
     painter = _painter(job)
-    check_text_to_image(painter.model)
-    request = job.request(painter.model)
+    over = job.over(painter.model)
+    check_channels(painter.model, masked=over is not None and over.mask is not None)
+    request = job.request(painter.model, over)
     painter.check_size(request.height, request.width)
-    plan = schedule(job.scheduler, painter.scheduler_config, num_inference_steps=request.num_inference_steps)
+    if over is not None:
+        check_fit(request, over, painter.model.vae_scale_factor)
+    plan = schedule(
+        job.scheduler,
+        painter.scheduler_config,
+        num_inference_steps=request.num_inference_steps,
+        strength=1.0 if request.strength is None else request.strength,
+    )
     paths = _paths(output or Path("outputs"), request, overwrite)
-    images = painter.paint(request)
+    images = painter.paint(request, over)
     for path, seed, image in zip(paths, request.seeds, images, strict=True):
         text = infotext_of(request, plan, seed, model=painter.name, weights=painter.weights)
         _save(image, path, text, overwrite)
@@ -135,14 +165,16 @@ class Stock:
         check_device(device)
         return cls(device, Attention(job.attention, device) if job.attention else None)
 
-    def paint(self, checkpoint: "Checkpoint", dtype: str, request: Request) -> list[Image.Image]:
+    def paint(
+        self, checkpoint: "Checkpoint", dtype: str, request: Request, over: Over | None
+    ) -> list[Image.Image]:
         from sdfast.validation.reference import generate, reference_pipeline
 
         pipe = reference_pipeline(
             checkpoint, dtype=DTYPES[dtype], device=self.device, attention=self.attention
         )
         pipe.set_progress_bar_config(disable=None)
-        images: list[Image.Image] = generate(pipe, request)
+        images: list[Image.Image] = generate(pipe, request, over=over)
         _tell_cut(_cut(pipe.tokenizer, request.prompts[0]))
         _tell_measured(self.attention)
         return images
@@ -155,7 +187,7 @@ def _engine_painter(job: Job, folder: Path) -> Painter:
             f"{folder}: --backend {job.backend}, but the engine is {engine.manifest.backend}; leave "
             f"--backend out, or make another with `sdfast export SOURCE --backend {job.backend}`"
         )
-    return _painter_of(engine, lambda request: _images(engine, request))
+    return _painter_of(engine, lambda request, over: _images(engine, request, over))
 
 
 def _stock_painter(job: Job, folder: Path) -> Painter:
@@ -166,9 +198,9 @@ def _stock_painter(job: Job, folder: Path) -> Painter:
     made_of, dtype = engine.manifest.checkpoint, engine.manifest.dtype
     variant = engine.manifest.recipe.get("variant")
 
-    def paint(request: Request) -> list[Image.Image]:
+    def paint(request: Request, over: Over | None) -> list[Image.Image]:
         checkpoint = resolve(made_of.source, revision=made_of.revision, variant=variant, progress=_say)
-        return stock.paint(checkpoint, dtype, request)
+        return stock.paint(checkpoint, dtype, request, over)
 
     return _painter_of(engine, paint)
 
@@ -185,18 +217,18 @@ def _checkpoint_painter(job: Job, source: str) -> Painter:
         scheduler_config=checkpoint.scheduler_config,
         weights=checkpoint.digests(),
         check_size=lambda height, width: None,  # the stock pipeline takes every size that a request may have
-        paint=lambda request: stock.paint(checkpoint, job.dtype or "fp32", request),
+        paint=lambda request, over: stock.paint(checkpoint, job.dtype or "fp32", request, over),
     )
 
 
-def _painter_of(engine: Engine, paint: Callable[[Request], list[Image.Image]]) -> Painter:
+def _painter_of(engine: Engine, paint: Callable[[Request, Over | None], list[Image.Image]]) -> Painter:
     manifest, config = engine.manifest, engine.scheduler_config
     weights = manifest.checkpoint.weights
     return Painter(manifest.name, manifest.model, config, weights, engine.check_size, paint)
 
 
-def _images(engine: Engine, request: Request) -> list[Image.Image]:
-    output = Pipeline(engine).generate(request)
+def _images(engine: Engine, request: Request, over: Over | None) -> list[Image.Image]:
+    output = Pipeline(engine).generate(request, Given(over=over))
     _tell_cut(output.truncated[0])
     _tell_measured(engine.attention)
     images: list[Image.Image] = output.images

@@ -16,6 +16,8 @@ from tqdm import tqdm
 from sdfast.backends import check_options, parse_device
 from sdfast.engine import Engine
 from sdfast.errors import NumericalError, RequestError
+from sdfast.first_latents import Over, Start, start_over
+from sdfast.images import read_images, read_masks
 from sdfast.loop import Buckets, Row, Rows
 from sdfast.manifest import Model
 from sdfast.noise import BrownianNoise, NoiseSource, OwnNoise, SharedNoise, generator
@@ -25,6 +27,16 @@ from sdfast.schedulers import SOLVERS, Schedule, own_config, schedule
 
 DEFAULT_STEPS = 50  # as in diffusers
 DEFAULT_GUIDANCE = {"sd": 7.5, "sdxl": 5.0}  # as in diffusers
+# As in diffusers: over a whole image, and with a mask.
+DEFAULT_STRENGTH = {"sd": (0.8, 1.0), "sdxl": (0.3, 0.9999)}
+
+# Arguments of diffusers' that are not supported, at the values at which they ask for nothing.
+NEUTRAL = {
+    "crops_coords_top_left": (0, 0),
+    "negative_crops_coords_top_left": (0, 0),
+    "aesthetic_score": 6.0,
+    "negative_aesthetic_score": 2.5,
+}
 
 StepCallback = Callable[[Any, int, float, dict[str, torch.Tensor]], Mapping[str, torch.Tensor] | None]
 
@@ -67,7 +79,7 @@ class PipelineOutput:
 
 @dataclass(frozen=True)
 class Given:
-    """Tensors that a caller may give in place of what the pipeline would make."""
+    """Tensors that a caller may give in place of what the pipeline would make; and what is drawn over."""
 
     generators: torch.Generator | Sequence[torch.Generator] | None = None
     latents: torch.Tensor | None = None
@@ -75,6 +87,7 @@ class Given:
     negative_prompt_embeds: torch.Tensor | None = None
     pooled_prompt_embeds: torch.Tensor | None = None
     negative_pooled_prompt_embeds: torch.Tensor | None = None
+    over: Over | None = None
 
 
 @dataclass(frozen=True)
@@ -90,14 +103,14 @@ class Prepared:
 
 
 class Pipeline:
-    """Text to image on one engine.
+    """Text to image on one engine, or over an image.
 
     >>> pipe = Pipeline.from_engine("engines/landscapes")
     >>> image = pipe("a cabin in misty mountains, watercolor style", seed=42).images[0]
+    >>> again = pipe("a cabin in snowy mountains, watercolor style", image=image, strength=0.6).images[0]
     """
 
     def __init__(self, engine: Engine) -> None:
-        check_text_to_image(engine.manifest.model)
         self.engine = engine
         self.prompts = Prompts(engine)
         name = str(engine.scheduler_config.get("_class_name", "DDIMScheduler"))
@@ -226,6 +239,9 @@ class Pipeline:
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
         *,
+        image: Any = None,
+        mask_image: Any = None,
+        strength: float | None = None,
         seed: int | None = None,
         scheduler: str | None = None,
         **refused: Any,
@@ -235,10 +251,14 @@ class Pipeline:
         seed: image i gets its own generator, seeded with seed + i (default: a random seed, told in the
             output). `scheduler`: for this call only, by diffusers, AUTOMATIC1111 or short name.
         guidance_scale: 7.5 by default, 5 for SDXL, as in diffusers.
+        image: what is drawn over, of the picture's size; mask_image: white where it is drawn anew; see
+            `sdfast.images`. strength: the share of the steps that is done, as in diffusers, and by default
+            what it is there: 0.8, or 1 with a mask; for SDXL 0.3 and 0.9999.
 
-        Sizes are in pixels. Returns a `PipelineOutput`, or (images, None) with `return_dict=False`.
+        Sizes are in pixels; by default the image's, or else the engine's own. Returns a `PipelineOutput`, or
+        (images, None) with `return_dict=False`.
         """
-        _refuse(refused, "the call")
+        _refuse(refused, "the call", NEUTRAL)
         if output_type not in ("pil", "np", "pt", "latent"):
             raise RequestError(f"output_type: {output_type!r} is not one of 'pil', 'np', 'pt', 'latent'")
         if list(callback_on_step_end_tensor_inputs or ["latents"]) != ["latents"]:
@@ -257,16 +277,20 @@ class Pipeline:
             negative_prompt_embeds,
             pooled_prompt_embeds,
             negative_pooled_prompt_embeds,
+            self._over(image, mask_image, strength, latents),
         )
         if timesteps is not None or sigmas is not None:
             num_inference_steps = None  # their length is the number of steps, as in diffusers
         elif num_inference_steps is None:
             num_inference_steps = DEFAULT_STEPS
         model = self.engine.manifest.model
+        own_height, own_width = self._size_of(given.over)
+        if given.over is not None and strength is None:
+            strength = DEFAULT_STRENGTH[model.family][given.over.mask is not None]
         fields = {
             **_texts(prompt, negative_prompt, prompt_embeds),
-            "height": model.default_height if height is None else height,
-            "width": model.default_width if width is None else width,
+            "height": own_height if height is None else height,
+            "width": own_width if width is None else width,
             "num_inference_steps": num_inference_steps,
             "timesteps": timesteps,
             "sigmas": sigmas,
@@ -274,6 +298,7 @@ class Pipeline:
             "guidance_scale": DEFAULT_GUIDANCE[model.family] if guidance_scale is None else guidance_scale,
             "guidance_rescale": guidance_rescale,
             "eta": eta,
+            "strength": strength,
             "num_images_per_prompt": num_images_per_prompt,
             "clip_skip": clip_skip,
         }
@@ -306,31 +331,46 @@ class Pipeline:
     def prepare(self, request: Request, given: Given | None = None) -> Prepared:
         """Everything before the loop: the schedule, the prompts' states, the first noise."""
         given = given or Given()
-        if request.strength is not None:
-            raise RequestError("strength: is for an image to draw over; leave it out")
+        if (request.strength is None) != (given.over is None):
+            raise RequestError("strength and an image to draw over go together; give both, or neither")
+        masked = given.over is not None and given.over.mask is not None
+        check_channels(self.engine.manifest.model, masked)
         plan = self.schedule_of(request)
         positive, negative, truncated = self._encode(request, given)
         return Prepared(self._rows(request, given, plan, positive, negative), plan, truncated)
 
     def schedule_of(self, request: Request) -> Schedule:
         """The table of a request's run. Raises `RequestError` for a run that its scheduler cannot do."""
-        return self._schedule(
-            request.num_inference_steps, request.timesteps, request.sigmas, request.eta, request.scheduler
+        name = request.scheduler
+        chosen = Scheduler(name, self.engine.scheduler_config) if name else self._scheduler
+        return chosen.schedule(
+            num_inference_steps=request.num_inference_steps,
+            timesteps=request.timesteps,
+            sigmas=request.sigmas,
+            eta=request.eta,
+            strength=1.0 if request.strength is None else request.strength,
+            family=self.engine.manifest.model.family,
         )
 
-    def _schedule(
-        self,
-        steps: int | None,
-        timesteps: Sequence[float] | None = None,
-        sigmas: Sequence[float] | None = None,
-        eta: float = 0.0,
-        name: str | None = None,
-    ) -> Schedule:
-        chosen = Scheduler(name, self.engine.scheduler_config) if name else self._scheduler
-        family = self.engine.manifest.model.family
-        return chosen.schedule(
-            num_inference_steps=steps, timesteps=timesteps, sigmas=sigmas, eta=eta, family=family
-        )
+    def _over(self, image: Any, mask: Any, strength: float | None, latents: Any) -> Over | None:
+        """What a call is to draw over."""
+        if image is None:
+            if mask is not None or strength is not None:
+                raise RequestError("mask_image and strength are for an image to draw over; give image too")
+            return None
+        if latents is not None:
+            raise RequestError("latents: with an image the first latents come from it; leave them out")
+        channels = self.engine.manifest.model.latent_channels
+        return Over(read_images(image, channels), None if mask is None else read_masks(mask))
+
+    def _size_of(self, over: Over | None) -> tuple[int, int]:
+        """Height and width in pixels of a picture of which nobody says more."""
+        model = self.engine.manifest.model
+        if over is None:
+            return model.default_height, model.default_width
+        _, channels, height, width = over.image.shape
+        factor = 1 if channels == 3 else model.vae_scale_factor
+        return height * factor, width * factor
 
     def _encode(
         self, request: Request, given: Given
@@ -370,18 +410,20 @@ class Pipeline:
         negative: PromptState | None,
     ) -> list[Row]:
         noise = self._noise(request, given, plan)
-        latents = self._first_latents(request, given, noise) * plan.init_noise_sigma
+        start = self._start(request, given, plan, noise)
         told = self.prompts.conditionings(positive, plan, request)
         told_negative = self.prompts.conditionings(negative, plan, request) if negative else None
         return [
             Row(
                 schedule=plan,
-                latents=latents[i],
+                latents=start.latents[i],
                 positive=told[i],
                 negative=told_negative[i] if told_negative else None,
                 guidance=request.guidance_scale,
                 noise=noise.of_row(i),
                 guidance_rescale=request.guidance_rescale,
+                keep=start.keeps[i],
+                beside=None if start.beside is None else start.beside[i],
             )
             for i in range(request.images)
         ]
@@ -410,12 +452,15 @@ class Pipeline:
             raise RequestError(f"{len(source)} generators for {request.images} pictures; give one for each")
         return OwnNoise(source, shape) if len(source) > 1 else SharedNoise(source[0], 1, shape)
 
-    def _first_latents(self, request: Request, given: Given, noise: NoiseSource) -> torch.Tensor:
-        """Unit noise [n, C, h, w] float32: drawn, or the caller's."""
-        if given.latents is None:
-            return noise.initial().to(self.device)
-        check_tensor("latents", given.latents, (request.images, *self._latent_shape(request)))
-        return given.latents.to(self.device, torch.float32)
+    def _start(self, request: Request, given: Given, plan: Schedule, noise: NoiseSource) -> Start:
+        if given.over is not None:
+            seeded = given.generators is None
+            return start_over(self.engine, request, plan, noise, given.over, seeded=seeded)
+        if given.latents is not None:
+            check_tensor("latents", given.latents, (request.images, *self._latent_shape(request)))
+        unit = noise.initial() if given.latents is None else given.latents
+        unit = unit.to(self.device, torch.float32)
+        return Start(unit * plan.init_noise_sigma, [None] * request.images)
 
     def _denoise(self, prepared: Prepared, callback: StepCallback | None) -> torch.Tensor:
         """The loop: latents [n, C, h, w] float32."""
@@ -467,13 +512,19 @@ class StableDiffusionXLPipeline(Pipeline):
     """The drop-in for diffusers' class of this name."""
 
 
-def check_text_to_image(model: Model) -> None:
-    """Raises `RequestError` for networks that need more than noise and a prompt."""
-    if model.in_channels != model.latent_channels:
+def check_channels(model: Model, masked: bool) -> None:
+    """Raises `RequestError` for a U-Net that needs more than there is: noise, a prompt, perhaps a mask."""
+    if model.in_channels == model.latent_channels or (masked and model.inpaints):
+        return
+    if model.inpaints:
         raise RequestError(
-            f"this U-Net takes {model.in_channels} channels (inpainting); text to image needs one that takes "
-            "the latents alone"
+            f"this U-Net takes {model.in_channels} channels (inpainting): give it an image and a mask; "
+            "without, take one that takes the latents alone"
         )
+    raise RequestError(
+        f"this U-Net takes {model.in_channels} channels, {model.latent_channels} of latents and others that "
+        "sdfast does not know; take a checkpoint for text to image or for inpainting"
+    )
 
 
 def _texts(
@@ -504,7 +555,12 @@ def _texts(
 def _refuse(given: Mapping[str, Any], where: str, neutral: Mapping[str, Any] | None = None) -> None:
     """Raises `RequestError` for arguments that ask for something: `None` and neutral values pass."""
     neutral = neutral or {}
-    asked = [n for n, value in given.items() if value is not None and neutral.get(n) is not value]
+
+    def asks(name: str, value: Any) -> bool:
+        unasked = neutral.get(name)
+        return value is not None and not (type(value) is type(unasked) and value == unasked)
+
+    asked = [name for name, value in given.items() if asks(name, value)]
     if asked:
         raise RequestError(
             f"{', '.join(asked)}: not supported by {where} of sdfast; leave it out, or use diffusers"

@@ -136,7 +136,8 @@ class FakeEngine(Engine):
     """An engine without files.
 
     batches: the batch forms of the U-Net. sizes: its (height, width) forms in pixels. failpoints: by module
-    name; may be changed at any time. calls: the batch of every call, by module name.
+    name; may be changed at any time. calls: the batch of every call, by module name. edits: whether it takes
+    images.
     """
 
     def __init__(
@@ -146,9 +147,12 @@ class FakeEngine(Engine):
         failpoints: Mapping[str, Failpoint] | None = None,
         guidance_embedding: int | None = None,
         dtype: torch.dtype = torch.float32,
+        edits: bool = True,
     ) -> None:
         self.folder = Path("fake")
         self.manifest = _manifest(batches, sizes, guidance_embedding)
+        if not edits:
+            del self.manifest.modules["vae_encoder"]
         self.device = torch.device("cpu")
         self.dtype = dtype
         self.failpoints = dict(failpoints or {})
@@ -167,9 +171,8 @@ def _manifest(
     }
     forms["time_shift"] = [Variant(file="time_shift", batch=Span(low=1, high=1000))]
     forms["unet"] = [Variant(file="unet", batch=b, height=h, width=w) for h, w in sizes for b in batches]
-    forms["vae_decoder"] = [
-        Variant(file="vae_decoder", batch=Span.exactly(1), height=h, width=w) for h, w in sizes
-    ]
+    for name in ("vae_decoder", "vae_encoder"):
+        forms[name] = [Variant(file=name, batch=Span.exactly(1), height=h, width=w) for h, w in sizes]
     modules = {
         name: Module(
             inputs=(),
@@ -238,10 +241,17 @@ def _vae_decoder(latents: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"image": torch.sigmoid(wide / 16)}  # few latents are so large that they make plain black or white
 
 
+def _vae_encoder(image: torch.Tensor) -> dict[str, torch.Tensor]:
+    small = torch.nn.functional.avg_pool2d(image, FACTOR)
+    mean = torch.cat([small, small.sum(1, keepdim=True)], dim=1)
+    return {"mean": mean, "std": 0.1 + 0.05 * mean.abs()}
+
+
 _FUNCTIONS: dict[str, Callable[..., dict[str, torch.Tensor]]] = {
     "text_encoder": _text_encoder,
     "context": _context,
     "time_shift": _time_shift,
     "unet": _unet,
     "vae_decoder": _vae_decoder,
+    "vae_encoder": _vae_encoder,
 }

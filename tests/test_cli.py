@@ -15,10 +15,13 @@ from PIL import Image
 
 from sdfast import infotext
 from sdfast.cli import _engine_name, main
+from sdfast.export.build import export
+from sdfast.export.recipe import Recipe
 from sdfast.manifest import read_manifest
 from sdfast.schedulers import SAMPLERS, resolve
 from tests import checkpoints
 from tests.backends import xformers
+from tests.test_image_to_image import image, mask
 
 
 def sdfast(*arguments: Any) -> Result:
@@ -109,6 +112,64 @@ def test_the_stock_pipeline_draws_the_same_request(sd_engine: Path, here: Path) 
     ours, stock = (np.asarray(Image.open(here / name), dtype=int) for name in ("ours.png", "stock.png"))
     assert np.abs(ours - stock).max() <= 1
     assert infotext.read(here / "stock.png").seed == 3
+
+
+@pytest.fixture
+def files(here: Path) -> Path:
+    """An image and a mask, and what is none."""
+    image().save(here / "image.png")
+    image().save(here / "image.webp", lossless=True)
+    mask().save(here / "mask.png")
+    mask(72).save(here / "wide.png")
+    image().save(here / "image.gif")
+    (here / "cut.png").write_bytes((here / "image.png").read_bytes()[:200])
+    return here
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_picture_over_an_image_is_the_stock_pipelines(sd_engine: Path, files: Path, masked: bool) -> None:
+    given = ["--image", "image.webp", "--strength", 0.6, *(["--mask", "mask.png"] if masked else [])]
+    for name, backend in (("ours.png", "engine"), ("stock.png", "diffusers")):
+        options = ["--seed", 3, "--steps", 5, "--scheduler", "Euler a", "--count", 2, "--backend", backend]
+        result = draw(sd_engine, *given, *options, "-o", name)
+        assert result.exit_code == 0, result.output
+    for number in (1, 2):
+        pair = [files / f"{name}-{number}.png" for name in ("ours", "stock")]
+        ours, stock = (np.asarray(Image.open(path), dtype=int) for path in pair)
+        assert np.abs(ours - stock).max() <= 1
+    told = infotext.read(files / "ours-1.png")
+    assert told == infotext.read(files / "stock-1.png")
+    assert (told.steps, told.extra) == (5, {"Denoising strength": "0.6"})
+
+
+OVER: dict[str, tuple[list[Any], str]] = {
+    "a mask alone": (["--mask", "mask.png"], "give --image too"),
+    "a strength alone": (["--strength", 0.5], "give --image too"),
+    "no file": (["--image", "nowhere.png"], "nowhere.png: cannot be read"),
+    "another kind": (["--image", "image.gif"], "image.gif: is not a PNG, JPEG or WebP image"),
+    "half a file": (["--image", "cut.png"], "cut.png: cannot be read"),
+    "another size": (["--image", "image.png", "--size", "72x64"], "image: 64x64, but the picture is 72x64"),
+    "another mask": (["--image", "image.png", "--mask", "wide.png"], "mask_image: 72x64, but the picture"),
+    "too little": (["--image", "image.png", "--strength", 0.1], "strength=0.1 of 2 steps leaves no step"),
+    "too much": (["--image", "image.png", "--strength", 2], "strength: must be less than or equal to 1"),
+}
+
+
+@pytest.mark.parametrize("case", OVER)
+def test_a_bad_image_is_one_line_and_writes_nothing(sd_engine: Path, files: Path, case: str) -> None:
+    options, message = OVER[case]
+    assert message in refused("generate", "a", "--engine", sd_engine, "--steps", 2, *options, "-o", "a.png")
+    assert not (files / "a.png").exists()
+
+
+def test_an_images_size_is_looked_at_before_it_is_decoded(
+    sd_engine: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("L", (8200, 8)).save(here / "long.png")
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda _: pytest.fail("it was decoded"))
+    assert "long.png: 8200x8, but sides are at most 8192" in refused(
+        "generate", "a", "--engine", sd_engine, "--image", "long.png"
+    )
 
 
 def test_a_checkpoint_without_an_engine_is_drawn_by_the_stock_pipeline(
@@ -220,10 +281,23 @@ def test_what_was_cut_from_the_prompt_is_told_on_stderr(sd_engine: Path, here: P
     assert "left out" not in sdfast("generate", "sea " * 75, *options, "--overwrite").stderr
 
 
-def test_a_checkpoint_for_inpainting_is_refused(here: Path) -> None:
+def test_a_checkpoint_for_inpainting_draws_with_a_mask_only(here: Path) -> None:
     folder = checkpoints.build_sd(here / "in", in_channels=9, pipeline="StableDiffusionInpaintPipeline")
     message = refused("generate", "a", "--backend", "diffusers", "--checkpoint", folder)
     assert message.startswith("this U-Net takes 9 channels (inpainting)")
+    image().save(here / "image.png")
+    mask().save(here / "mask.png")
+    engine = export(folder, here / "engine", Recipe(backend="eager"))
+    over = ["--image", "image.png", "--mask", "mask.png", "--strength", 0.7, "--seed", 1, "--steps", 3]
+    for name, source in (
+        ("ours.png", ["--engine", engine]),
+        ("stock.png", ["--checkpoint", folder, "--backend", "diffusers"]),
+    ):
+        result = sdfast("generate", "a", *source, *over, "-o", name)
+        assert result.exit_code == 0, result.output
+    ours, stock = (np.asarray(Image.open(here / name), dtype=int) for name in ("ours.png", "stock.png"))
+    assert np.abs(ours - stock).max() <= 1
+    assert "9 channels (inpainting)" in refused("validate", engine)
 
 
 BAD: dict[str, tuple[list[Any], str]] = {

@@ -16,7 +16,8 @@ from sdfast.loop import Buckets, Rows
 from sdfast.manifest import Span
 from sdfast.pipeline import Pipeline
 from tests.fakes import FakeEngine
-from tests.test_loop import MIXED, SIDE, alone, row
+from tests.test_image_to_image import image, mask
+from tests.test_loop import KEEPING, MIXED, SIDE, alone, row
 from tests.test_pipeline import assert_same
 
 pytestmark = [
@@ -45,12 +46,13 @@ def test_between_joining_and_leaving_nothing_waits() -> None:
     """From the second rows of a bucket on: capturing the graph of the first ones takes a moment's quiet."""
     engine, buckets = CudaEngine(Span(low=1, high=16)), Buckets()
     for strict in (False, True):
-        running = Rows(engine, [row(**kinds) for kinds in MIXED], SIDE, SIDE, buckets=buckets)
+        kinds_of_rows = [*MIXED, *KEEPING]
+        running = Rows(engine, [row(**kinds) for kinds in kinds_of_rows], SIDE, SIDE, buckets=buckets)
         torch.cuda.set_sync_debug_mode("error" if strict else "default")
         while running.active:
             running.tick()
         torch.cuda.set_sync_debug_mode("default")
-        for kinds, latents in zip(MIXED, running.latents, strict=True):
+        for kinds, latents in zip(kinds_of_rows, running.latents, strict=True):
             torch.testing.assert_close(latents.cpu(), alone(DeviceArithmetic, **kinds), rtol=1e-4, atol=1e-4)
         running.close()
 
@@ -83,6 +85,26 @@ def test_the_picture_is_the_processors(engine: Path, sd_engine: Path, scheduler:
     }
     pipe = Pipeline.from_engine(engine, "cuda")
     for _ in range(2):  # the second time, the graph is there from the first step on
+        ours = pipe("the sea", **call).images
+        assert_same(ours.cpu(), Pipeline.from_engine(sd_engine)("the sea", **call).images)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("scheduler", ["DPM++ 2M Karras", "Heun"])
+def test_the_picture_over_an_image_is_the_processors(
+    engine: Path, sd_engine: Path, scheduler: str, masked: bool
+) -> None:
+    call: dict[str, Any] = {
+        "num_inference_steps": 8,
+        "output_type": "pt",
+        "seed": 5,
+        "scheduler": scheduler,
+        "image": image(),
+        "mask_image": mask() if masked else None,
+        "strength": 0.6,
+    }
+    pipe = Pipeline.from_engine(engine, "cuda")
+    for _ in range(2):
         ours = pipe("the sea", **call).images
         assert_same(ours.cpu(), Pipeline.from_engine(sd_engine)("the sea", **call).images)
 

@@ -9,13 +9,14 @@ from sdfast.arithmetic import HostArithmetic, device
 from sdfast.loop import Buckets, Row, Rows
 from sdfast.manifest import Span
 from tests.fakes import Failpoint, FakeEngine
-from tests.test_loop import MIXED, SIDE, Arithmetics, alone, arithmetic, row
+from tests.test_loop import KEEPING, MIXED, SIDE, Arithmetics, alone, arithmetic, row
 
 __all__ = ["arithmetic"]  # the fixture
 
 EXACT = {"rtol": 1e-5, "atol": 1e-5}
 KINDS = [
     *MIXED,
+    *KEEPING,
     {"name": "euler_a", "steps": 9, "seed": 11, "rescale": 0.4},
     {"name": "unipc", "steps": 8, "seed": 12, "negative": None},
     {"name": "dpmpp_2s", "steps": 5, "seed": 13},

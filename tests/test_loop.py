@@ -5,7 +5,15 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from sdfast.arithmetic import DeviceArithmetic, HostArithmetic, device, rescale_guidance
+from sdfast.arithmetic import (
+    Capacity,
+    DeviceArithmetic,
+    HostArithmetic,
+    Keep,
+    Plan,
+    device,
+    rescale_guidance,
+)
 from sdfast.errors import BackendError, NumericalError
 from sdfast.loop import Buckets, Conditioning, Row, Rows
 from sdfast.manifest import Span
@@ -60,9 +68,13 @@ def row(
     negative: float | None = -5.0,
     guidance: float = 7.0,
     rescale: float = 0.0,
+    keeps: bool = False,
 ) -> Row:
     chosen = plan(name, steps)
-    noise = OwnNoise([generator(seed)], SHAPE)
+    noise, keep = OwnNoise([generator(seed)], SHAPE), None
+    if keeps:
+        image, unit = torch.randn(2, *SHAPE, generator=generator(seed + 100))
+        keep = Keep(torch.tensor([[[True, False], [False, True]]]), image, unit)
     return Row(
         schedule=chosen,
         latents=noise.initial()[0] * chosen.init_noise_sigma,
@@ -71,6 +83,7 @@ def row(
         guidance=guidance,
         noise=noise.of_row(0),
         guidance_rescale=rescale,
+        keep=keep,
     )
 
 
@@ -81,6 +94,11 @@ MIXED: list[dict[str, object]] = [
     {"name": "ddpm", "steps": 2, "seed": 4, "guidance": 3.0, "rescale": 0.7},
     {"name": "euler", "steps": 6, "seed": 5, "negative": None, "prompt": -2.0},
     {"name": "dpmpp_2m", "steps": 1, "seed": 6, "rescale": 0.2},
+]
+# Rows that keep a part of an image.
+KEEPING: list[dict[str, object]] = [
+    {"name": "heun", "steps": 4, "seed": 7, "keeps": True},
+    {"name": "euler_a", "steps": 5, "seed": 8, "negative": None, "keeps": True},
 ]
 
 
@@ -119,10 +137,13 @@ def by_hand(told_row: Row) -> torch.Tensor:
         registers = torch.einsum(
             "rs,schw->rchw", torch.tensor(table.matrix[k].tolist(), dtype=torch.float64), state
         )
+        if (keep := told_row.keep) is not None and table.noising is not None:
+            a, b = table.noising[k + 1]
+            registers[0] = torch.where(keep.anew, registers[0], a * keep.latents + b * keep.noise)
     return registers[0]
 
 
-@pytest.mark.parametrize("kinds", MIXED, ids=lambda kinds: str(kinds["name"]))
+@pytest.mark.parametrize("kinds", [*MIXED, *KEEPING], ids=lambda kinds: str(kinds["name"]))
 def test_a_row_is_its_schedule_applied_by_hand(arithmetic: Arithmetics, kinds: dict[str, object]) -> None:
     torch.testing.assert_close(
         alone(arithmetic, **kinds).double(), by_hand(row(**kinds)), rtol=1e-4, atol=1e-4
@@ -132,9 +153,22 @@ def test_a_row_is_its_schedule_applied_by_hand(arithmetic: Arithmetics, kinds: d
 def test_rows_that_differ_in_everything_equal_each_run_alone(
     arithmetic,
 ) -> None:
-    together = run(FakeEngine([Span(low=1, high=16)]), [row(**kinds) for kinds in MIXED], arithmetic)
-    for kinds, latents in zip(MIXED, together, strict=True):
+    all_kinds = [*MIXED, *KEEPING]
+    together = run(FakeEngine([Span(low=1, high=16)]), [row(**kinds) for kinds in all_kinds], arithmetic)
+    for kinds, latents in zip(all_kinds, together, strict=True):
         torch.testing.assert_close(latents, alone(arithmetic, **kinds), rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_kept_ends_as_the_image_and_costs_the_others_nothing(arithmetic: Arithmetics) -> None:
+    keeps = row(**KEEPING[0])
+    latents, keep = run(FakeEngine(), [keeps], arithmetic)[0], keeps.keep
+    assert keep is not None
+    stays = ~keep.anew.expand(SHAPE)
+    assert torch.equal(latents[stays], keep.latents[stays])
+    assert not torch.isclose(latents[~stays], keep.latents[~stays]).any()
+    for one in (keeps, row()):
+        plan_of_row = Plan(one.schedule, [], 1.0, 0.0, one.noise, one.keep)
+        assert Capacity.of([plan_of_row]).keeps == (one is keeps)
 
 
 @pytest.mark.parametrize(

@@ -486,7 +486,7 @@ def test_an_inpainting_engine_draws_no_text_to_image(tmp_path: Path) -> None:
     folder = checkpoints.build_sd(tmp_path / "sd", in_channels=9, pipeline="StableDiffusionInpaintPipeline")
     engine = export(folder, tmp_path / "engine", Recipe(backend="eager"))
     with pytest.raises(RequestError, match="inpainting"):
-        Pipeline.from_engine(engine)
+        ours(engine)("a boat")
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])

@@ -4,6 +4,10 @@
     registers = matrix[k] @ [registers; m; z]                   register 0 is the latents
     sample    = latents · input_scale[k + 1]
 
+A row that keeps a part of an image has that put back between the two:
+
+    latents   = drawn anew ? latents : a · image + b · noise    a, b = noising[k + 1]
+
 Two ways to the same numbers. `device.py` keeps everything on the device, step indices and noise included:
 rows of different schedules and lengths are one batch of tensor operations, the host waits for nothing, and a
 CUDA graph holds them. `host.py` is for the processor. There the operations around a small network cost by
@@ -15,7 +19,7 @@ import torch
 
 from sdfast.arithmetic.device import DeviceArithmetic, rescale_guidance
 from sdfast.arithmetic.host import HostArithmetic
-from sdfast.arithmetic.plan import Arithmetic, Buffers, Capacity, Noise, Plan
+from sdfast.arithmetic.plan import Arithmetic, Buffers, Capacity, Keep, Noise, Plan
 
 __all__ = [
     "Arithmetic",
@@ -23,6 +27,7 @@ __all__ = [
     "Capacity",
     "DeviceArithmetic",
     "HostArithmetic",
+    "Keep",
     "Noise",
     "Plan",
     "arithmetic_for",

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from sdfast.arithmetic.plan import Buffers, Capacity, Plan, step_matrices
+from sdfast.arithmetic.plan import Buffers, Capacity, Plan, step_matrices, step_noising
 from sdfast.schedulers import Schedule
 
 NOISE = 256 * 2**20  # bytes of noise that lie on the device at a time: that of all steps, unless it is more
@@ -21,7 +21,7 @@ class DeviceArithmetic:
     which keeps the registers; a row's place in them is a number on the device."""
 
     def __init__(self, buffers: Buffers, capacity: Capacity) -> None:
-        _, *shape = buffers.sample.shape
+        _, *shape = buffers.output.shape
         device, n, registers = buffers.sample.device, capacity.rows, capacity.registers
         numbers, self._lines_a_row = int(np.prod(shape)), capacity.steps + 1
         self._buffers, self._capacity = buffers, capacity
@@ -48,6 +48,11 @@ class DeviceArithmetic:
         self._window = max(1, min(capacity.steps, NOISE // (4 * n * numbers))) if capacity.draws else 0
         self._noise = zeros(n * self._window + 1, numbers)  # the last line is no noise
         self._noise_lines = zeros(n * self._lines_a_row, dtype=torch.int64)
+        kept = n if capacity.keeps else 0
+        self._kept = zeros(kept, numbers, dtype=torch.bool)
+        self._image, self._image_noise = zeros(kept, numbers), zeros(kept, numbers)
+        # after each step: what the image and its noise weigh, and the scale of the next sample
+        self._keeping = zeros(kept * self._lines_a_row, 3)
         self._plans: Sequence[Plan] = ()
         self._finished: set[int] = set()
         self._ordinals: list[dict[int, int]] = []  # of each row: step → which of its draws that is
@@ -68,6 +73,8 @@ class DeviceArithmetic:
         self._place_tables(plans)
         self._place_time_shifts(plans, steps)
         self._place_guidance(plans)
+        if self._capacity.keeps:
+            self._place_kept(plans)
         self._idle.zero_()
         self._state.zero_()
         for i, values in enumerate(registers):
@@ -110,14 +117,24 @@ class DeviceArithmetic:
         self._state[:, -2:].masked_fill_(self._idle, 0)
         torch.bmm(self._matrices.index_select(0, self._table_line), self._state, out=self._product)
         self._state[:, :-2] = self._product[:, :-1]
+        if self._capacity.keeps:
+            self._put_back()
         self._lines.add_(self._stride)
         self._fill()
 
     def _fill(self) -> None:
         n, guided, buffers = self._capacity.rows, self._capacity.guided, self._buffers
-        buffers.sample[:guided] = self._next_sample[:guided]
-        buffers.sample[guided : guided + n] = self._next_sample
+        sample = buffers.sample[:, : buffers.output.shape[1]]
+        sample[:guided] = self._next_sample[:guided]
+        sample[guided : guided + n] = self._next_sample
         torch.index_select(self._time_shifts, 0, self._shift_line, out=buffers.time_shift)
+
+    def _put_back(self) -> None:
+        a, b, next_scale = self._keeping.index_select(0, self._table_line).unsqueeze(-1).unbind(1)
+        image = a * self._image + b * self._image_noise
+        latents = torch.where(self._kept, image, self._state[:, 0])
+        self._state[:, 0] = latents
+        self._product[:, -1] = latents * next_scale
 
     def _guide(self) -> None:
         n, guided, output = self._capacity.rows, self._capacity.guided, self._buffers.output
@@ -169,6 +186,20 @@ class DeviceArithmetic:
             (self._rescale, [plan.guidance_rescale for plan in guided]),
         ):
             target.copy_(torch.tensor(values, dtype=torch.float32).view(-1, 1, 1, 1))
+
+    def _place_kept(self, plans: Sequence[Plan]) -> None:
+        keeping = np.ones((len(plans), self._lines_a_row, 3), np.float32)
+        self._kept.zero_()
+        for i, plan in enumerate(plans):
+            steps = len(plan.schedule)
+            keeping[i, :steps, 2] = np.append(plan.schedule.input_scale[1:], 1.0)
+            if plan.keep is None:
+                continue
+            keeping[i, :steps, :2] = step_noising(plan.schedule)
+            keeping[i, steps, :2] = 1, 0  # the idle line
+            self._kept[i] = ~plan.keep.anew.expand(plan.keep.latents.shape).flatten()
+            self._image[i], self._image_noise[i] = plan.keep.latents.flatten(), plan.keep.noise.flatten()
+        self._keeping.copy_(torch.from_numpy(keeping.reshape(self._keeping.shape)))
 
     def _finish(self, i: int) -> None:
         """Row i is on its idle line now, and stays there."""

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sdfast.arithmetic.plan import Buffers, Capacity, Plan, step_matrices
+from sdfast.arithmetic.plan import Buffers, Capacity, Keep, Plan, step_matrices, step_noising
+from sdfast.schedulers import Schedule
 
 Float32s = NDArray[np.float32]
 
@@ -17,7 +18,7 @@ class HostArithmetic:
     """On the processor: numpy, row by row, on the memory of the tensors."""
 
     def __init__(self, buffers: Buffers, capacity: Capacity) -> None:
-        _, *shape = buffers.sample.shape
+        _, *shape = buffers.output.shape
         self._state = np.zeros((capacity.rows, capacity.registers + 2, int(np.prod(shape))), np.float32)
         self._latents = torch.from_numpy(self._state[:, 0]).view(-1, *shape)
         self._buffers, self._guided = buffers, capacity.guided
@@ -68,7 +69,7 @@ class _HostRow:
         state = state[: plan.schedule.registers + 2]  # the rest of the registers is another row's need
         state[:] = 0
         self._state, self._registers, self._m = state, state[:-2], state[-2]
-        shape = buffers.sample.shape[1:]
+        shape = buffers.output.shape[1:]
         self.registers = torch.from_numpy(self._registers).view(-1, *shape)
         self.output = torch.from_numpy(self._m).view(shape)
         self._noise = torch.from_numpy(state[-1]).view(shape)
@@ -76,8 +77,9 @@ class _HostRow:
         self._product = np.empty((len(state) - 1, state.shape[1]), np.float32)
         self._matrices = step_matrices(plan.schedule, len(state) - 2).astype(np.float32)
         self._scales = np.append(plan.schedule.input_scale, 1.0).astype(np.float32)
+        self._kept = _Kept(plan.keep, plan.schedule) if plan.keep else None
         self._guidance, self._rescale = np.float32(plan.guidance), plan.guidance_rescale
-        self._sample = buffers.sample.flatten(1).numpy()[own]
+        self._sample = buffers.sample.flatten(1).numpy()[own, : state.shape[1]]
         output = buffers.output.flatten(1).numpy()[own]
         self._negative, self._positive = (output[0] if plan.guided else None), output[-1]
         self._time_shift = buffers.time_shift.numpy()[own]
@@ -96,7 +98,11 @@ class _HostRow:
         self._guide()
         np.matmul(self._matrices[k], self._state, out=self._product)
         self._registers[:] = self._product[:-1]
-        self._write(self._product[-1], k + 1)
+        if self._kept is None:
+            self._write(self._product[-1], k + 1)
+        else:
+            self._kept.put_back(self._registers[0], k)
+            self.prepare(k + 1)
 
     def _guide(self) -> None:
         m, negative, positive = self._m, self._negative, self._positive
@@ -114,3 +120,17 @@ class _HostRow:
         self._sample[:] = sample
         if k < len(self._time_shifts):
             self._time_shift[:] = self._time_shifts[k]
+
+
+class _Kept:
+    """What a row keeps of an image, [C·h·w] each."""
+
+    def __init__(self, keep: Keep, schedule: Schedule) -> None:
+        self._where = ~keep.anew.expand(keep.latents.shape).flatten().numpy()
+        self._image, self._noise = keep.latents.flatten().numpy(), keep.noise.flatten().numpy()
+        self._noising = step_noising(schedule).astype(np.float32)
+
+    def put_back(self, latents: Float32s, k: int) -> None:
+        """Into the latents after step k."""
+        a, b = self._noising[k]
+        np.copyto(latents, a * self._image + b * self._noise, where=self._where)

@@ -13,13 +13,26 @@ from sdfast.schedulers import Schedule
 Noise = Callable[[int], torch.Tensor]  # step → unit noise [C, h, w], drawn in the order of the steps
 
 
+@dataclass(frozen=True, eq=False)
+class Keep:
+    """What a row keeps of an image: after each step it is put back, at the noise level of the step after.
+
+    anew: [1, h, w] bool, where the row is drawn instead. latents: the image's, noise: what noises them, both
+    [C, h, w] float32.
+    """
+
+    anew: torch.Tensor
+    latents: torch.Tensor
+    noise: torch.Tensor
+
+
 @dataclass(frozen=True)
 class Plan:
     """What the arithmetic needs to know of a row.
 
     time_shifts: [K, T] for each of its U-Net rows: the negative's, if it has guidance, then the positive's.
     guidance, guidance_rescale: the latter in [0, 1]; without a negative neither is used.
-    noise: for the steps that draw some.
+    noise: for the steps that draw some. keep: what it keeps of an image; the schedule then has `noising`.
     """
 
     schedule: Schedule
@@ -27,6 +40,7 @@ class Plan:
     guidance: float
     guidance_rescale: float
     noise: Noise
+    keep: Keep | None = None
 
     @property
     def guided(self) -> bool:
@@ -37,8 +51,9 @@ class Plan:
 class Buffers:
     """The tensors between the arithmetic and the U-Net.
 
-    [B, …] for the U-Net's B rows: the guided rows' negatives, then all rows in order, then padding. `sample`
-    and `output` are [B, C, h, w] in the engine's dtype, `time_shift` is [B, T].
+    [B, …] for the U-Net's B rows: the guided rows' negatives, then all rows in order, then padding. `output`
+    is [B, C, h, w] in the engine's dtype, and `sample` too; it may have more channels, which are not the
+    arithmetic's. `time_shift` is [B, T].
     """
 
     sample: torch.Tensor
@@ -50,8 +65,8 @@ class Buffers:
 class Capacity:
     """Which rows fit the tensors of an arithmetic: those of the same capacity can follow one another in it.
 
-    steps, registers: the most that a row may have. draws, rescales: whether some row draws noise, or rescales
-    its guidance.
+    steps, registers: the most that a row may have. draws, rescales, keeps: whether some row draws noise,
+    rescales its guidance, or keeps a part of an image.
     """
 
     rows: int
@@ -60,6 +75,7 @@ class Capacity:
     registers: int
     draws: bool
     rescales: bool
+    keeps: bool
 
     @classmethod
     def of(cls, plans: Sequence[Plan]) -> Self:
@@ -73,6 +89,7 @@ class Capacity:
             registers=-(-registers // 4) * 4,
             draws=any(plan.schedule.draws_noise.any() for plan in plans),
             rescales=any(plan.guided and plan.guidance_rescale for plan in plans),
+            keeps=any(plan.keep is not None for plan in plans),
         )
 
 
@@ -111,6 +128,13 @@ class Arithmetic(Protocol):
     def advance(self) -> None:
         """Take each row from its step to the next and prepare that. A row at its end stays as it is."""
         ...
+
+
+def step_noising(schedule: Schedule) -> NDArray[np.float64]:
+    """[K, 2]: what a kept image and its noise weigh after each step."""
+    if schedule.noising is None:
+        raise ValueError(f"a row keeps a part of an image, but {schedule.scheduler} has no noising")
+    return schedule.noising[1:]
 
 
 def step_matrices(schedule: Schedule, registers: int) -> NDArray[np.float64]:

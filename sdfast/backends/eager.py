@@ -15,7 +15,7 @@ from torch import nn
 from sdfast.errors import BackendError, DependencyError, EngineError, first_line
 from sdfast.models import ops
 from sdfast.models.unet import Context, TimeShift, UNet, UNetConfig, context_parts, shift_parts
-from sdfast.models.vae import VAEConfig, VAEDecoder
+from sdfast.models.vae import VAEConfig, VAEDecoder, VAEEncoder
 
 HEADER = "sdfast"  # the key in a file's metadata that says in JSON which network it holds
 _OUTPUTS = {
@@ -23,11 +23,12 @@ _OUTPUTS = {
     "context": ("context",),
     "time_shift": ("time_shift",),
     "vae_decoder": ("image",),
+    "vae_encoder": ("mean", "std"),
     "text_encoder": ("hidden_states", "text_embeds"),
     "text_encoder_2": ("hidden_states", "text_embeds"),
 }
-# What torch.compile is for. The rest runs once a prompt, or for any number of timesteps at once: compiling
-# it takes longer than it ever saves.
+# What torch.compile is for. The rest runs once a prompt or an image, or for any number of timesteps at once:
+# compiling it takes longer than it ever saves.
 _WORTH_COMPILING = ("unet", "vae_decoder")
 _COMPILER = "inductor"
 _ALL_SHAPES = 10_000  # in place of Dynamo's limit of 8, beyond which a network is not compiled any more
@@ -165,6 +166,8 @@ def _network(name: str, header: Mapping[str, Any]) -> nn.Module:
     with torch.device("meta"):
         if name == "vae_decoder":
             return VAEDecoder(VAEConfig.from_diffusers(config))
+        if name == "vae_encoder":
+            return VAEEncoder(VAEConfig.from_diffusers(config))
         unet_config = UNetConfig.from_diffusers(config)
         unet = UNet(unet_config)
         if name == "time_shift":

@@ -149,6 +149,10 @@ class _Build:
             return self.target
         if self.old is not None:
             _check_foreign_files(self.target, self.old)
+        if "vae_encoder" not in self.fingerprints:
+            self.progress.say(
+                "no vae_encoder: the checkpoint's VAE is stored without; the engine will take no images"
+            )
         check_space(self.target, self._space())
         with workplace(self.target) as place:
             modules = {spec.name: self._module(spec, place) for spec in self.specs}

@@ -91,6 +91,10 @@ def check_index(index: Mapping[str, Any], source: str) -> Family:
         raise CheckpointError(
             f"{source}: {name} is not supported; sdfast runs the U-Net family: {', '.join(PIPELINES)}"
         )
+    if index.get("requires_aesthetics_score"):
+        raise CheckpointError(
+            f"{source}: requires_aesthetics_score: SDXL's refiner, which is told a score, is not supported"
+        )
     family = PIPELINES[name]
     for component in (*COMPONENTS[family], *TOKENIZERS[family], "scheduler"):
         _check_component(index, component, source)

@@ -15,7 +15,7 @@ from sdfast.export.recipe import Recipe
 from sdfast.manifest import Model, Span
 from sdfast.models.text import TextEncoder
 from sdfast.models.unet import Context, TimeShift, UNet, UNetConfig, load_unet
-from sdfast.models.vae import VAEConfig, VAEDecoder, load_vae
+from sdfast.models.vae import VAEConfig, VAEDecoder, VAEEncoder, has_encoder, load_vae
 from sdfast.request import MAX_STEPS
 
 ONE = Span.exactly(1)
@@ -112,6 +112,7 @@ def module_specs(networks: Networks, recipe: Recipe) -> list[ModuleSpec]:
         _context(model, load, dtype),
         _time_shift(networks.unet, model, load, dtype),
         _vae_decoder(networks, model, dtype, sizes),
+        *_vae_encoder(networks, dtype, sizes),
         *(_text_encoder(networks, name, dtype) for name in networks.text),
     ]
 
@@ -190,9 +191,7 @@ def _time_shift(config: UNetConfig, model: Model, load: _UNetParts, dtype: torch
 def _vae_decoder(
     networks: Networks, model: Model, dtype: torch.dtype, sizes: list[tuple[Span, Span]]
 ) -> ModuleSpec:
-    # diffusers too decodes SDXL in float32: its VAE overflows in float16. The others' do not.
-    if networks.checkpoint.family == "sdxl" and networks.vae.force_upcast:
-        dtype = torch.float32
+    dtype = _vae_dtype(networks, dtype)
 
     def load() -> VAEDecoder:
         return load_vae(networks.vae, networks.checkpoint.state_dict("vae"), dtype)[0]
@@ -206,6 +205,33 @@ def _vae_decoder(
     # One picture at a time: a batch of them takes more memory and no less time.
     forms = tuple(Form(ONE, height, width) for height, width in sizes)
     return ModuleSpec("vae_decoder", load, inputs, free, ("image",), ("vae",), forms)
+
+
+def _vae_encoder(
+    networks: Networks, dtype: torch.dtype, sizes: list[tuple[Span, Span]]
+) -> Iterator[ModuleSpec]:
+    """One, or none where the checkpoint's VAE is stored without its encoder."""
+    if not has_encoder(networks.checkpoint.state_dict("vae")):
+        return
+    dtype = _vae_dtype(networks, dtype)
+
+    def load() -> VAEEncoder:
+        encoder = load_vae(networks.vae, networks.checkpoint.state_dict("vae"), dtype)[1]
+        if encoder is None:
+            raise CheckpointError(f"{networks.checkpoint.source}: its VAE's encoder is not there any more")
+        return encoder
+
+    def inputs(batch: int, height: int, width: int) -> dict[str, Tensor]:
+        return {"image": torch.rand(batch, networks.vae.in_channels, height, width) * 2 - 1}
+
+    free = {"image": {2: "height", 3: "width"}}
+    forms = tuple(Form(ONE, height, width) for height, width in sizes)
+    yield ModuleSpec("vae_encoder", load, inputs, free, ("mean", "std"), ("vae",), forms)
+
+
+def _vae_dtype(networks: Networks, dtype: torch.dtype) -> torch.dtype:
+    """diffusers too runs SDXL's VAE in float32: it overflows in float16. The others' do not."""
+    return torch.float32 if networks.checkpoint.family == "sdxl" and networks.vae.force_upcast else dtype
 
 
 def _text_encoder(networks: Networks, name: str, dtype: torch.dtype) -> ModuleSpec:

@@ -1,6 +1,6 @@
 """The autoencoder between pictures and latents (Rombach et al. 2022)."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from sdfast.models.layers import (
 from sdfast.models.weights import load_weights
 
 EPS = 1e-6
+LOG_VARIANCE = (-30.0, 20.0)  # what the encoder's log variances are clamped to, as in diffusers
 # What the attention's layers were called before diffusers 0.15; old checkpoints still have it.
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -226,25 +227,42 @@ class VAEEncoder(nn.Module):
         self.encoder = Encoder(config)
         self.quant_conv = Conv1x1(channels, channels) if config.use_quant_conv else None
 
-    def forward(self, image: Tensor) -> Tensor:
-        """image [B, 3, H, W] in [-1, 1] -> moments [B, 2 c, h, w]: means, then log variances, unscaled."""
-        moments: Tensor = self.encoder(image)
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """image [B, 3, H, W] in [-1, 1] -> mean and standard deviation of its latents, [B, c, h, w] each.
+
+        Of the latents as the loop has them: a sample is mean + std · unit noise. All are float32, whatever
+        the dtype of the weights.
+        """
+        moments: Tensor = self.encoder(image.to(self.encoder.conv_in.weight.dtype))
         if self.quant_conv is not None:
             moments = self.quant_conv(moments)
-        return moments
+        mean, log_variance = moments.float().chunk(2, dim=1)
+        std = (log_variance.clamp(*LOG_VARIANCE) / 2).exp()
+        scale, shift = self.config.scaling_factor, self.config.shift_factor
+        return (mean - shift) * scale, std * scale
 
 
 def load_vae(
     config: VAEConfig, state_dict: Mapping[str, Tensor], dtype: torch.dtype | None = None
-) -> tuple[VAEDecoder, VAEEncoder]:
+) -> tuple[VAEDecoder, VAEEncoder | None]:
     """Build both halves on the weights of diffusers' AutoencoderKL, cast to `dtype` if given.
 
-    As with `load_unet`, what needs no change is not copied, and CheckpointError names what does not fit.
+    As with `load_unet`, what needs no change is not copied, and CheckpointError names what does not fit. Of
+    weights without an encoder's there is none.
     """
     with torch.device("meta"):
-        decoder, encoder = VAEDecoder(config), VAEEncoder(config)
-    load_weights("vae", [decoder, encoder], {_current_name(n): t for n, t in state_dict.items()}, dtype)
-    return decoder.eval(), encoder.eval()
+        decoder = VAEDecoder(config)
+        encoder = VAEEncoder(config) if has_encoder(state_dict) else None
+    halves = [half for half in (decoder, encoder) if half is not None]
+    load_weights("vae", halves, {_current_name(n): t for n, t in state_dict.items()}, dtype)
+    for half in halves:
+        half.eval()
+    return decoder, encoder
+
+
+def has_encoder(names: Iterable[str]) -> bool:
+    """Whether some of a VAE's tensors are an encoder's: some checkpoints are stored without."""
+    return any(name.startswith("encoder.") for name in names)
 
 
 def _current_name(name: str) -> str:

@@ -77,7 +77,7 @@ def from_diffusers(scheduler: Any, eta: float = 0.0, start: int | None = None) -
         matrix=_matrices(name, coefficients),
         draws_noise=draws,
         init_noise_sigma=float(getattr(scheduler, "init_noise_sigma", 1.0)),
-        noising=_noising(own, begin),
+        noising=probe.noising(begin),
         scheduler=name,
         sampler=name.removesuffix("Scheduler"),
         schedule_type="Automatic",
@@ -200,6 +200,25 @@ class _Probe:
                 if not off <= TOLERANCE * max(reference * scale, TINY):
                     raise RequestError(self._not_linear(k, scale))
 
+    def noising(self, begin: int) -> Floats | None:
+        """`Schedule.noising`: what `add_noise` makes of a picture and of noise before each step."""
+        own, name, rows = copy.deepcopy(self.scheduler), type(self.scheduler).__name__, []
+        if not hasattr(own, "add_noise"):
+            if begin:
+                raise RequestError(f"{name} has no add_noise, so no run starts in its middle")
+            return None
+        picture, noise = torch.eye(2, dtype=torch.float64).view(2, 2, 1, 1, 1)  # pictures of one number
+        with torch.no_grad(), _Followed() as followed:
+            followed.noise = torch.zeros_like(picture)
+            for t in self.timesteps:
+                try:
+                    noisy = own.add_noise(picture, noise, torch.stack([torch.as_tensor(t)] * 2))
+                except _REFUSALS as error:
+                    raise RequestError(f"{name}.add_noise refuses: {_story(error)}") from error
+                rows.append([float(noisy[0]), float(noisy[1])])
+                self._step(own, t, torch.zeros_like(picture), torch.zeros_like(picture))
+        return np.array([*rows, [1.0, 0.0]])
+
     def _not_linear(self, k: int, scale: float) -> str:
         where = f"{type(self.scheduler).__name__} in step {k + 1} of {len(self.timesteps)}"
         if not scale:
@@ -313,21 +332,6 @@ def _options(scheduler: Any, eta: float) -> dict[str, Any]:
     if eta:
         raise RequestError(f"eta={eta:g}, but {type(scheduler).__name__}.step takes none; leave it at 0")
     return {}
-
-
-def _noising(scheduler: Any, begin: int) -> tuple[float, float]:
-    """`Schedule.noising`: what `add_noise` makes of a picture and of noise at the first timestep of a run."""
-    if not hasattr(scheduler, "add_noise"):
-        if begin:
-            raise RequestError(f"{type(scheduler).__name__} has no add_noise, so no run starts in its middle")
-        return 0.0, float(getattr(scheduler, "init_noise_sigma", 1.0))
-    picture, noise = torch.eye(2, dtype=torch.float64).view(2, 2, 1, 1, 1)  # two pictures of one number each
-    first = torch.as_tensor(scheduler.timesteps[begin])
-    try:
-        noisy = copy.deepcopy(scheduler).add_noise(picture, noise, torch.stack([first, first]))
-    except _REFUSALS as error:
-        raise RequestError(f"{type(scheduler).__name__}.add_noise refuses: {_story(error)}") from error
-    return float(noisy[0]), float(noisy[1])
 
 
 def _parameters(scheduler: Any, method: str) -> tuple[str, ...]:

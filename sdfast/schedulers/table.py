@@ -52,8 +52,9 @@ class Schedule:
         draws_noise: [K] bool, whether diffusers draws noise from the generator in this row. A row that
             draws but weighs its noise with zero still has to draw, so that later rows see the same numbers.
         init_noise_sigma: the latents start as unit noise times this.
-        noising: (a, b): a run with `strength` starts from a · x0 + b · noise, where x0 are a picture's
-            latents; diffusers' `add_noise`.
+        noising: [K + 1, 2] float64, (a, b) before each row: a · x0 + b · noise are a picture's latents x0 at
+            its noise level, as diffusers' `add_noise` makes them. A run with `strength` starts from the
+            first; the last is x0 itself. None for a scheduler object that has no `add_noise`.
         scheduler: diffusers class name, "DPMSolverMultistepScheduler".
         sampler: AUTOMATIC1111's name for it, "DPM++ 2M".
         schedule_type: AUTOMATIC1111's name for its noise levels, "Karras".
@@ -65,7 +66,7 @@ class Schedule:
     matrix: Floats
     draws_noise: NDArray[np.bool_]
     init_noise_sigma: float
-    noising: tuple[float, float]
+    noising: Floats | None
     scheduler: str
     sampler: str
     schedule_type: str
@@ -91,7 +92,9 @@ class Schedule:
                 f" {self.timesteps[k]:g}. An epsilon model cannot start from zero terminal SNR: check"
                 " prediction_type, rescale_betas_zero_snr and the betas in the scheduler config"
             )
-        for name in ("timesteps", "input_scale", "matrix", "draws_noise"):
+        for name in ("timesteps", "input_scale", "matrix", "draws_noise", "noising"):
+            if getattr(self, name) is None:
+                continue
             array = np.ascontiguousarray(getattr(self, name))  # a reversed view is one that torch refuses
             array.setflags(write=False)
             object.__setattr__(self, name, array)
@@ -116,31 +119,36 @@ def table(
     *,
     exploding: bool = False,
     start: int | None = None,
+    noised: Floats | None = None,
 ) -> Schedule:
     """The schedule whose registers become `rows`, [K, R + 2] each, from its first step on.
 
     t: [K] timesteps. levels: the noise level σ/α of the latents before each of the K steps; more are ignored.
     exploding: the latents are x0 + σ ε, and the network's input is scaled; else α x0 + σ ε with α² + σ² = 1.
-    start: the first row that is run, where that is not `run.start`.
+    start: the first row that is run, where that is not `run.start`. noised: the levels that diffusers adds
+        noise for, where those are not `levels`.
     """
     start = run.start if start is None else start
     levels = levels[: len(t)]
     scale = 1 / np.sqrt(levels**2 + 1)
-    if exploding:
-        noising = (1.0, float(levels[start]))
-    else:  # α, and σ from it: the level itself may be infinite
-        noising = (float(scale[start]), float(np.sqrt(1 - scale[start] ** 2)))
     return Schedule(
         timesteps=t[start:],
         input_scale=(scale if exploding else np.ones(len(t)))[start:],
         matrix=np.stack(rows, axis=1)[start:],
         draws_noise=np.broadcast_to(draws_noise, len(t))[start:],
         init_noise_sigma=_init_noise_sigma(config, levels) if exploding else 1.0,
-        noising=noising,
+        noising=_noising(levels if noised is None else noised, exploding)[start:],
         scheduler=config.scheduler,
         sampler=config.sampler,
         schedule_type=config.schedule_type,
     )
+
+
+def _noising(levels: Floats, exploding: bool) -> Floats:
+    """[K + 1, 2]: what a picture and noise weigh at levels [K], and at the end."""
+    alpha = np.ones(len(levels)) if exploding else 1 / np.sqrt(levels**2 + 1)
+    sigma = levels if exploding else np.sqrt(1 - alpha**2)  # from α: the level itself may be infinite
+    return np.vstack([np.stack([alpha, sigma], axis=1), [1.0, 0.0]])
 
 
 def interleaved(first: Floats, second: Floats) -> Floats:

@@ -25,10 +25,12 @@ import torch
 from PIL import Image
 
 from sdfast.engine import Engine
-from sdfast.errors import BackendError, EngineError, NumericalError, SdfastError, first_line
+from sdfast.errors import BackendError, EngineError, NumericalError, RequestError, SdfastError, first_line
+from sdfast.first_latents import Over, check_edits
+from sdfast.images import check_bytes, from_bytes, mask_from_bytes
 from sdfast.infotext import infotext_of, png
 from sdfast.loop import Buckets, Row, Rows, check_finite
-from sdfast.pipeline import Pipeline, to_uint8
+from sdfast.pipeline import Given, Pipeline, check_channels, to_uint8
 from sdfast.request import Request
 from sdfast.schedulers.estimate import clean_estimate
 from sdfast.server.jobs import TICK_SECONDS, Failed, FailureKind, Job, Load, Preview, Queued, QueueFull
@@ -123,6 +125,7 @@ class Batcher:
         """
         self._engine.check_size(job.request.height, job.request.width)
         steps = len(self.pipeline.schedule_of(job.request))
+        check_image(self._engine, job)
         with self._changed:
             if self._closing or not self._healthy:
                 raise BackendError("the engine takes no more jobs: it is closed, or it failed too often")
@@ -275,7 +278,7 @@ class Batcher:
         return min(works, key=lambda work: (len(work.running), work.number), default=None)
 
     def _begin(self, work: Work) -> bool:
-        """Take a job out of the queue and encode its prompts; False when that ends it."""
+        """Take a job out of the queue and encode its prompts and its image; False when that ends it."""
         with self._changed:
             self._queue.remove(work)
             self._begun.append(work)
@@ -284,9 +287,11 @@ class Batcher:
         request = work.job.request
         try:
             self.pipeline.prepare_decoder(request, 1)
-            work.prepare(lambda: self.pipeline.prepare(request))
+            work.prepare(lambda: self.pipeline.prepare(request, Given(over=over_of(work.job))))
         except torch.OutOfMemoryError as error:
             self._fail_memory(work, error)
+        except NumericalError as error:
+            self._fail(work, "numerical", str(error))
         except (BackendError, EngineError):
             raise
         except SdfastError as error:
@@ -520,6 +525,30 @@ class Batcher:
         except (SdfastError, OSError, ValueError) as error:
             log.error("a picture could not be written as PNG", exc_info=error)
             work.tell(Failed("engine", f"a picture could not be written as PNG: {first_line(error)}"))
+
+
+def check_image(engine: Engine, job: Job) -> None:
+    """Raises `RequestError` for an image or a mask that the engine cannot take, or not with this request."""
+    height, width = job.request.height, job.request.width
+    check_channels(engine.manifest.model, masked=job.mask is not None)
+    if (job.request.strength is None) != (job.image is None):
+        raise RequestError("strength and an image to draw over go together; give both, or neither")
+    if job.mask is not None:
+        if job.image is None:
+            raise RequestError("mask: is for an image to draw over; give image too")
+        check_bytes("mask", job.mask, (height, width))
+    if job.image is not None:
+        check_edits(engine)
+        check_bytes("image", job.image, (height, width, 3))
+
+
+def over_of(job: Job) -> Over | None:
+    """What a job is drawn over."""
+    if job.image is None:
+        return None
+    height, width = job.request.height, job.request.width
+    mask = None if job.mask is None else mask_from_bytes(job.mask, height, width)
+    return Over(from_bytes(job.image, height, width), mask)
 
 
 @contextmanager

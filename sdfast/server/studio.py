@@ -109,4 +109,5 @@ def info_of(manifest: Manifest) -> EngineInfo:
         checkpoint=manifest.checkpoint.source,
         checkpoint_digest=digest,
         unet_digest=unet_digest(manifest.checkpoint.weights) or digest,
+        edits=manifest.edits,
     )

@@ -16,7 +16,8 @@ from sdfast.engine import Engine
 from sdfast.errors import CheckpointError, EngineError, RequestError
 from sdfast.export.checkpoint import Checkpoint
 from sdfast.export.checkpoint import resolve as resolve_checkpoint
-from sdfast.pipeline import Pipeline
+from sdfast.first_latents import Over
+from sdfast.pipeline import Pipeline, check_channels
 from sdfast.request import Request
 from sdfast.schedulers import Schedule, resolve, schedule
 from sdfast.validation import rule
@@ -33,6 +34,7 @@ PROMPTS = (
 )
 STOCHASTIC = "Euler a"  # draws noise at every step: its pictures prove the order of the draws
 KNOWN = "DPM++ 2M Karras"  # in place of a checkpoint's own scheduler, where sdfast does not have that
+STRENGTH = 0.6  # of the picture that is drawn over another
 OBSERVED_STEPS = 5  # of each picture, at which the U-Net is compared: the first, the last, and between
 PACKAGES = ("torch", "diffusers", "transformers", "onnxruntime", "onnxruntime-gpu", "numpy", "scikit-image")
 
@@ -76,6 +78,7 @@ def validate(
     start, tell = time.perf_counter(), progress or _silent
     stock()
     engine = _opened(engine, device)
+    check_channels(engine.manifest.model, masked=False)
     tell("checkpoint")
     reference, notes = _checkpoint(engine, checkpoint)
     tell("stock pipelines")
@@ -87,8 +90,9 @@ def validate(
     )
     requests, more = _requests(engine, reference, prompts, steps, guidance_scale, scheduler, seed)
     trials = [_trial(engine, sides, own, tell) for own in requests]
+    over = _over_trial(engine, sides, trials[0], tell) if engine.manifest.edits else []
     tell("modules")
-    judged, figures, checks = _judge(engine, reference, sides, trials)
+    judged, figures, checks = _judge(engine, reference, sides, trials, over)
     report = Report(
         setting=_setting(engine, reference, requests[0][0], start),
         modules=tuple(judged),
@@ -98,7 +102,7 @@ def validate(
         notes=(*notes, *more),
     )
     tell("report")
-    publish_proof(engine, report, [picture for trial in trials for picture in trial.pictures])
+    publish_proof(engine, report, [picture for trial in [*trials, *over] for picture in trial.pictures])
     return report
 
 
@@ -235,26 +239,42 @@ def _trial(engine: Engine, sides: Stock, requests: Sequence[Request], tell: Prog
     return _Trial(name, plan, pictures)
 
 
+def _over_trial(engine: Engine, sides: Stock, trial: _Trial, tell: Progress) -> list[_Trial]:
+    """The first prompt over the picture of the last one; none where that would leave no step to do."""
+    steps = trial.pictures[0].request.num_inference_steps
+    if steps is None or int(steps * STRENGTH) < 1:
+        return []
+    name = f"{trial.name}, over a picture"
+    tell(name)
+    pipe = Pipeline(engine)
+    pipe.set_progress_bar_config(disable=True)
+    request = trial.pictures[0].request.model_copy(update={"strength": STRENGTH})
+    drawn_over = Over(trial.pictures[-1].truth.image[None])
+    picture = compare_picture(pipe, sides.exact, sides.same, request, over=drawn_over)
+    return [_Trial(name, trial.plan, [picture])]
+
+
 def _observed(steps: int) -> list[int]:
     return sorted({int(k) for k in np.linspace(0, steps - 1, min(steps, OBSERVED_STEPS)).round()})
 
 
 def _judge(
-    engine: Engine, reference: Checkpoint, sides: Stock, trials: Sequence[_Trial]
+    engine: Engine, reference: Checkpoint, sides: Stock, trials: Sequence[_Trial], over: Sequence[_Trial]
 ) -> tuple[list[ModuleFigures], list[PictureFigures], list[Check]]:
-    """Every figure with its verdict."""
+    """Every figure with its verdict. over: the trials over pictures, of which only those are judged."""
     prompts = [picture.request.prompts[0] for picture in trials[0].pictures]
     runs = [picture.truth for trial in trials for picture in trial.pictures]
     steps = [step for picture in trials[0].pictures for step in picture.truth.steps]
     measured = measure(engine, sides, ["", *prompts], runs, steps)
     checks = [_same_tokens(engine, sides.exact, ["", *prompts]), _same_scheduler(engine, reference)]
-    whole = rule.measured_pictures([picture for trial in trials for picture in trial.pictures])
+    whole = rule.measured_pictures([picture for trial in [*trials, *over] for picture in trial.pictures])
     figures = []
     for trial in trials:
         truths = [picture.truth for picture in trial.pictures]
         measured.append(scheduler_error(f"scheduler {trial.name}", trial.plan, truths))
         figures += [rule.judge_picture(picture, trial.name) for picture in trial.pictures]
         checks += rule.judge_repetition(_repetition(engine, trial), whole, trial.name)
+    figures += [rule.judge_picture(picture, trial.name) for trial in over for picture in trial.pictures]
     return [rule.judge_module(one) for one in (*measured, *whole)], figures, checks
 
 

@@ -6,6 +6,7 @@ pictures, so that the error of one module is not the drift of another.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,13 +51,15 @@ def measure(
 ) -> list[Measured]:
     """The networks of `engine`, each alone, and a U-Net step as a whole.
 
-    runs: of `stock.exact`; their last latents are the VAE's inputs. steps: the U-Net's.
+    runs: of `stock.exact`; their last latents are the VAE decoder's inputs, and their pictures the encoder's.
+    steps: the U-Net's.
     """
     size = runs[0].image.shape[1:]
     return [
         *_text_encoders(engine, stock, prompts),
         *_unet(engine, stock, steps, size[0], size[1]),
         _vae_decoder(engine, stock, runs),
+        *([_vae_encoder(engine, stock, runs)] if engine.manifest.edits else []),
     ]
 
 
@@ -193,15 +196,50 @@ def _vae_decoder(engine: Engine, stock: Stock, runs: Sequence[Run]) -> Measured:
 @as_reference()
 def _decoded(pipe: Any, latents: Tensor) -> Tensor:
     """latents [1, C, h, w] → picture [3, H, W] float32, with the stock VAE, upcast where SDXL does that."""
+    with _stock_vae(pipe) as vae:
+        scaled = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
+        image = vae.decode(scaled, return_dict=False)[0]
+    picture: Tensor = pipe.image_processor.postprocess(image, output_type="pt")[0]
+    return picture.float()
+
+
+def _vae_encoder(engine: Engine, stock: Stock, runs: Sequence[Run]) -> Measured:
+    images = [run.image for run in runs]
+    truths = [_encoded(stock.exact, image) for image in images]
+    values = [_moments(engine, image) for image in images]
+    error = compare((_shaped("vae_encoder", v, t), t) for v, t in zip(values, truths, strict=True))
+    own = None
+    if stock.same is not None:
+        own = compare(zip((_encoded(stock.same, image) for image in images), truths, strict=True))
+    return Measured("vae_encoder", "mean and spread of the reference's pictures", error, own)
+
+
+def _moments(engine: Engine, image: Tensor) -> Tensor:
+    """Picture [3, H, W] in [0, 1] → mean and deviation of its latents [2, 1, C, h, w], the engine's."""
+    inputs = {"image": (2 * image[None] - 1).to(engine.device)}
+    moments = engine.call("vae_encoder", inputs, *image.shape[1:])
+    return torch.stack([moments["mean"], moments["std"]])
+
+
+@as_reference()
+def _encoded(pipe: Any, image: Tensor) -> Tensor:
+    """The same, the stock VAE's, float32."""
+    with _stock_vae(pipe) as vae:
+        moments = vae.encode((2 * image[None] - 1).to(vae.device, vae.dtype)).latent_dist
+        stacked = torch.stack([moments.mean, moments.std]).float()
+    return stacked * float(vae.config.scaling_factor)
+
+
+@contextmanager
+def _stock_vae(pipe: Any) -> Iterator[Any]:
+    """The stock VAE as the pipeline runs it: SDXL's in float32 where it says that it overflows."""
     vae = pipe.vae
     upcast = hasattr(pipe, "text_encoder_2") and vae.config.force_upcast and vae.dtype == torch.float16
     if upcast:
         vae.to(dtype=torch.float32)
-    image = vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+    yield vae
     if upcast:
         vae.to(dtype=torch.float16)
-    picture: Tensor = pipe.image_processor.postprocess(image, output_type="pt")[0]
-    return picture.float()
 
 
 # ---------------------------------------------------------------- scheduler

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdfast.first_latents import Over
 from sdfast.request import Request
 from sdfast.validation.reference import as_reference, generate, stock_scheduler
 
@@ -55,12 +56,15 @@ class Run:
 
 
 @as_reference()
-def observed_run(pipe: Any, request: Request, wanted: Collection[int] = ()) -> Run:
-    """The first picture of `request` by the stock pipeline, with the U-Net's inputs at the `wanted` steps."""
+def observed_run(pipe: Any, request: Request, wanted: Collection[int] = (), over: Over | None = None) -> Run:
+    """The first picture of `request` by the stock pipeline, with the U-Net's inputs at the `wanted` steps.
+
+    over: what it is drawn over.
+    """
     run = Run(request.seed)
     scheduler = _watched_scheduler(stock_scheduler(pipe, request.scheduler), run)
     with _watched_unet(pipe.unet, run, wanted):
-        run.image = generate(pipe, request, scheduler=scheduler, output_type="pt")[0].cpu()
+        run.image = generate(pipe, request, scheduler=scheduler, output_type="pt", over=over)[0].cpu()
     return run
 
 

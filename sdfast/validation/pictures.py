@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from sdfast.errors import BackendError, NumericalError
-from sdfast.pipeline import Pipeline
+from sdfast.first_latents import Over
+from sdfast.pipeline import Given, Pipeline
 from sdfast.request import Request
 from sdfast.validation.metrics import relative_l2
 from sdfast.validation.observe import Run, observed_run
@@ -59,7 +60,7 @@ class Repetition:
     batched: list[tuple[Tensor, Tensor]]
 
 
-def draw(pipe: Pipeline, request: Request) -> Drawn:
+def draw(pipe: Pipeline, request: Request, over: Over | None = None) -> Drawn:
     """Run the engine. A picture that it refuses to make, being no number, is a picture of NaN."""
     latents: list[Tensor] = []
 
@@ -67,25 +68,33 @@ def draw(pipe: Pipeline, request: Request) -> Drawn:
         latents.append(tensors["latents"].float().cpu().clone())
 
     try:
-        images = pipe.generate(request, output_type="pt", callback=keep).images.cpu()
+        images = pipe.generate(request, Given(over=over), "pt", keep).images.cpu()
     except NumericalError:
         images = torch.full((request.images, 3, request.height, request.width), torch.nan)
     return Drawn(images, latents)
 
 
 def compare_picture(
-    pipe: Pipeline, exact: Any, same: Any | None, request: Request, wanted: Sequence[int]
+    pipe: Pipeline,
+    exact: Any,
+    same: Any | None,
+    request: Request,
+    wanted: Sequence[int] = (),
+    over: Over | None = None,
 ) -> Picture:
-    """One picture on all sides. wanted: steps whose U-Net inputs the float32 run keeps."""
-    truth = observed_run(exact, request, wanted)
-    return Picture(request, truth, _reduced_run(same, request), draw(pipe, request))
+    """One picture on all sides, if `over` is given over that.
+
+    wanted: steps whose U-Net inputs the float32 run keeps.
+    """
+    truth = observed_run(exact, request, wanted, over)
+    return Picture(request, truth, _reduced_run(same, request, over), draw(pipe, request, over))
 
 
-def _reduced_run(same: Any | None, request: Request) -> Run | None:
+def _reduced_run(same: Any | None, request: Request, over: Over | None) -> Run | None:
     if same is None:
         return None
     try:
-        return observed_run(same, request)
+        return observed_run(same, request, over=over)
     except RuntimeError as error:  # torch has no type for an operation that a device lacks in float16
         raise BackendError(
             f"stock diffusers does not run in float16 on {same.device} ({str(error).splitlines()[0]}), so an "

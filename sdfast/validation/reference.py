@@ -3,6 +3,7 @@
 Nothing of sdfast's networks, schedulers or loop takes part here; that is what makes it a reference.
 """
 
+import inspect
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -13,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from sdfast.errors import BackendError, DependencyError
+from sdfast.errors import BackendError, DependencyError, RequestError
 from sdfast.export.checkpoint import Checkpoint
+from sdfast.first_latents import Over
 from sdfast.noise import generator
 from sdfast.request import Request
 from sdfast.schedulers import resolve
@@ -23,6 +25,12 @@ if TYPE_CHECKING:
     from sdfast.backends.attention import Attention
 
 PIPELINES = {"sd": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
+# Over an image, and with a mask.
+OVER = {
+    False: ("StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),
+    True: ("StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"),
+}
+INPAINTED_CHANNELS = (4, 9)  # of the U-Nets that diffusers' inpainting pipelines take
 _VARIANT = re.compile(r"\.(\w+?)(?:-\d+-of-\d+)?\.safetensors$")
 
 
@@ -170,29 +178,75 @@ def stock_scheduler(pipe: Any, name: str | None) -> Any:
     return getattr(stock(), sampler.scheduler).from_config(config, **sampler.overrides)
 
 
-def generate(pipe: Any, request: Request, *, scheduler: Any = None, output_type: str = "pil") -> Any:
+def generate(
+    pipe: Any,
+    request: Request,
+    *,
+    scheduler: Any = None,
+    output_type: str = "pil",
+    over: Over | None = None,
+) -> Any:
     """The pictures of `request` by the stock pipeline, the way sdfast's `Pipeline.generate` draws them.
 
     Image i has the generator of seed + i. scheduler: a diffusers scheduler in place of the one that the
-    request names. Returns a list of PIL images, or for `output_type="pt"` a tensor [n, 3, H, W] float32 in
-    [0, 1].
+    request names. over: what a request with `strength` is drawn over, by the stock pipeline for that, on the
+    networks of `pipe`. Returns a list of PIL images, or for `output_type="pt"` a tensor [n, 3, H, W] float32
+    in [0, 1].
+
+    Raises `RequestError` and `BackendError` for what that pipeline cannot do.
     """
-    own = pipe.scheduler
-    pipe.scheduler = scheduler or stock_scheduler(pipe, request.scheduler)
+    drawing = pipe if over is None else _pipeline_over(pipe, request, over)
+    own = drawing.scheduler
+    drawing.scheduler = scheduler or stock_scheduler(pipe, request.scheduler)
     try:
         with quiet():
-            parts = [_generate_one(pipe, request, i, output_type) for i in range(len(request.prompts))]
+            parts = [
+                _generate_one(drawing, request, i, output_type, over) for i in range(len(request.prompts))
+            ]
     finally:
-        pipe.scheduler = own
+        drawing.scheduler = own
     if output_type == "pt":
         return torch.cat(parts).float()
     return [image for part in parts for image in part]
 
 
-def _generate_one(pipe: Any, request: Request, index: int, output_type: str) -> Any:
+def _pipeline_over(pipe: Any, request: Request, over: Over) -> Any:
+    """diffusers' own image-to-image or inpainting pipeline, on the networks of `pipe`."""
+    channels = pipe.unet.config.in_channels
+    if over.mask is not None and channels not in INPAINTED_CHANNELS:
+        raise BackendError(
+            f"diffusers' inpainting takes U-Nets of 4 or 9 channels, and this one has {channels}; leave the "
+            "mask out, or draw with an engine"
+        )
+    sdxl = hasattr(pipe, "text_encoder_2")
+    if request.guidance_rescale and not sdxl:
+        raise RequestError("guidance_rescale: diffusers takes none over an image; leave it at 0")
+    without = {"add_watermarker": False} if sdxl else {"requires_safety_checker": False}
+    with quiet():
+        made = getattr(stock(), OVER[sdxl][over.mask is not None]).from_pipe(
+            pipe, torch_dtype=pipe.unet.dtype, **without
+        )
+    made.set_progress_bar_config(**pipe._progress_bar_config)
+    return made
+
+
+def _over_arguments(request: Request, rows: range, over: Over) -> dict[str, Any]:
+    """What the stock pipeline is told of an image: one for each picture, which its own generator samples."""
+    run: dict[str, Any] = {
+        "strength": request.strength,
+        "image": over.image[[i % len(over.image) for i in rows]],
+    }
+    if over.mask is not None:
+        run |= {"mask_image": over.mask[[i % len(over.mask) for i in rows]]}
+        run |= {"height": request.height, "width": request.width}
+    return run
+
+
+def _generate_one(pipe: Any, request: Request, index: int, output_type: str, over: Over | None = None) -> Any:
     """The pictures of one prompt: diffusers takes a missing negative prompt for all prompts or for none."""
     count = request.num_images_per_prompt
-    rows = slice(index * count, (index + 1) * count)
+    rows = range(index * count, (index + 1) * count)
+    seeds = [request.seeds[i] for i in rows]
     run: dict[str, Any] = {"num_inference_steps": request.num_inference_steps}
     if request.timesteps is not None:
         run = {"timesteps": [_whole(t) for t in request.timesteps]}
@@ -200,18 +254,21 @@ def _generate_one(pipe: Any, request: Request, index: int, output_type: str) -> 
         run = {"sigmas": list(request.sigmas)}
     if pipe.scheduler.config.get("noise_sampler_seed", 0) is None:
         # DPM++ SDE would seed its Brownian motion at random; sdfast gives each picture its own
-        pipe.scheduler.noise_sampler_seed = list(request.seeds[rows])
+        pipe.scheduler.noise_sampler_seed = seeds
+    if over is None:
+        run |= {"height": request.height, "width": request.width}
+    else:
+        run |= _over_arguments(request, rows, over)
+    if "guidance_rescale" in inspect.signature(pipe.__call__).parameters:
+        run["guidance_rescale"] = request.guidance_rescale
     return pipe(
         prompt=request.prompts[index],
         negative_prompt=request.negative_prompts[index],
-        height=request.height,
-        width=request.width,
         guidance_scale=request.guidance_scale,
-        guidance_rescale=request.guidance_rescale,
         num_images_per_prompt=count,
         eta=request.eta,
         clip_skip=request.clip_skip,
-        generator=[generator(seed) for seed in request.seeds[rows]],
+        generator=[generator(seed) for seed in seeds],
         output_type=output_type,
         **run,
     ).images

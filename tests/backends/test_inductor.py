@@ -103,6 +103,7 @@ def test_every_module_is_the_eager_one(engine: Path, sd_engine: Path) -> None:
             "context": random(2, 77, model.context_width),
         },
         "vae_decoder": {"latents": random(1, 4, 8, 8)},
+        "vae_encoder": {"image": random(1, 3, 64, 64)},
     }
     for name, inputs in given.items():
         ours, truth = (opened.call(name, inputs, 64, 64) for opened in (compiled, eager))
@@ -148,7 +149,7 @@ def test_a_further_form_compiles_that_alone(tiny_sd: Path, own: Path, compiled: 
 def test_a_second_size_compiles_that_alone(tiny_sd: Path, own: Path, compiled: list[str]) -> None:
     recipe = Recipe.make(backend="inductor", sizes=["64x64", "96x64"], batch=[1])
     export(tiny_sd, own, recipe)
-    assert sorted(compiled) == ["unet-96x64-b1", "unet-96x64-b2", "vae_decoder-96x64"]
+    assert sorted(compiled) == ["unet-96x64-b1", "unet-96x64-b2", "vae_decoder-96x64", "vae_encoder-96x64"]
     wide = picture(own, width=96, height=64)
     assert wide.shape == (1, 4, 8, 12)
     assert_same(picture(own, width=64, height=64), picture(own))

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import sdfast
 from sdfast.engine import Engine
@@ -25,7 +26,7 @@ from sdfast.pipeline import Pipeline
 from tests import checkpoints
 
 EAGER = Recipe(backend="eager")
-MODULES = {"unet", "context", "time_shift", "vae_decoder", "text_encoder"}
+MODULES = {"unet", "context", "time_shift", "vae_decoder", "vae_encoder", "text_encoder"}
 
 
 class Log(Silent):
@@ -95,7 +96,7 @@ def test_an_export_that_would_change_nothing_does_nothing(engine: Path, checkpoi
 def test_another_size_builds_only_what_depends_on_it(engine: Path, checkpoint: Path) -> None:
     before = inodes(engine)
     log = again(checkpoint, engine, Recipe.make(backend="eager", sizes=["64x96"]))
-    assert log.built == {"unet", "vae_decoder"}
+    assert log.built == {"unet", "vae_decoder", "vae_encoder"}
     assert log.kept == MODULES - log.built
     after = inodes(engine)
     for name in ("context", "time_shift", "text_encoder"):
@@ -110,7 +111,20 @@ def test_another_dtype_builds_all(engine: Path, checkpoint: Path) -> None:
 def test_other_weights_of_one_network_build_that_alone(engine: Path, checkpoint: Path) -> None:
     other = checkpoints.build_sd(checkpoint.parent / "other", seed=7)
     shutil.copytree(other / "vae", checkpoint / "vae", dirs_exist_ok=True)
-    assert again(checkpoint, engine).built == {"vae_decoder"}
+    assert again(checkpoint, engine).built == {"vae_decoder", "vae_encoder"}
+
+
+def test_a_vae_without_an_encoder_makes_an_engine_that_takes_no_images(
+    engine: Path, checkpoint: Path
+) -> None:
+    path = checkpoint / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    save_file({n: w for n, w in weights.items() if not n.startswith(("encoder.", "quant_conv."))}, path)
+    assert Engine.open(engine).manifest.edits
+    log = again(checkpoint, engine)
+    assert log.built == {"vae_decoder"}
+    assert any("no vae_encoder" in message for message in log.said)
+    assert not Engine.open(engine).manifest.edits
 
 
 def test_another_scheduler_config_is_taken_over(engine: Path, checkpoint: Path) -> None:
@@ -386,7 +400,7 @@ def test_several_static_sizes_and_batches_share_their_weights(
     tiny_sd: Path, onnx_engine: Path, sd_engine: Path
 ) -> None:
     log = again(tiny_sd, onnx_engine, Recipe.make(sizes=["64x64", "64x96"], batch=[1]))
-    assert log.built == {"unet", "vae_decoder"}
+    assert log.built == {"unet", "vae_decoder", "vae_encoder"}
     unets = list(onnx_engine.glob("unet*.data"))
     assert len(unets) == 4  # two sizes, in batches of one and two rows
     assert len({path.stat().st_ino for path in unets}) == 1

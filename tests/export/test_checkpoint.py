@@ -359,6 +359,9 @@ def test_an_sdxl_refiner(tiny_sdxl: Path, tmp_path: Path) -> None:
     refiner = Path(shutil.copytree(tiny_sdxl, tmp_path / "refiner"))
     edit(refiner / "model_index.json", text_encoder=[None, None], tokenizer=[None, None])
     assert "a refiner" in refused(refiner)
+    whole = Path(shutil.copytree(tiny_sdxl, tmp_path / "whole"))
+    edit(whole / "model_index.json", requires_aesthetics_score=True)
+    assert "requires_aesthetics_score" in refused(whole)
 
 
 def test_a_mixed_up_folder(folder: Path) -> None:

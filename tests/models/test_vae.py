@@ -34,7 +34,25 @@ def test_encoder_equals_diffusers(name):
     theirs = reference(VAES[name])
     _, encoder = load_vae(VAEConfig.from_diffusers(VAES[name]), theirs.state_dict())
     image = torch.rand(2, 3, 40, 56) * 2 - 1
-    assert relative(encoder(image), theirs.encode(image).latent_dist.parameters) < 2e-6
+    moments = theirs.encode(image).latent_dist
+    mean, std = encoder(image)
+    assert mean.shape == std.shape == (2, encoder.config.latent_channels, *moments.mean.shape[2:])
+    scale, shift = theirs.config.scaling_factor, VAES[name].get("shift_factor", 0.0)
+    assert relative(mean, (moments.mean - shift) * scale) < 2e-6
+    assert relative(std, moments.std * scale) < 2e-6
+
+
+def test_weights_without_an_encoder_make_a_decoder_alone():
+    theirs = reference(VAES["sd"]).state_dict()
+    decoding = {n: t for n, t in theirs.items() if n.startswith(("decoder.", "post_quant_conv."))}
+    config = VAEConfig.from_diffusers(VAES["sd"])
+    decoder, encoder = load_vae(config, decoding)
+    assert encoder is None
+    latents = torch.randn(1, 4, 8, 8)
+    assert torch.equal(decoder(latents), load_vae(config, theirs)[0](latents))
+    del theirs["encoder.conv_in.bias"]
+    with pytest.raises(CheckpointError, match=r"missing: encoder\.conv_in\.bias"):
+        load_vae(config, theirs)
 
 
 def test_names_from_before_diffusers_0_15_are_understood():

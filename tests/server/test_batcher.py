@@ -137,6 +137,60 @@ def test_the_tokens_that_were_read_are_told(open_batcher: Open) -> None:
         assert submit(batcher, request(**fields)).done().tokens == tokens
 
 
+def over(masked: bool = False, seed: int = 0) -> dict[str, bytes]:
+    """A job's image, and its mask: the right half is drawn anew."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (16, 16, 3), np.uint8)
+    half = np.repeat(np.array([[0, 255]], np.uint8), 16, axis=0).repeat(8, axis=1)
+    return {"image": pixels.tobytes(), **({"mask": half.tobytes()} if masked else {})}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_jobs_over_images_are_the_pipelines_pictures_beside_others(open_batcher: Open, masked: bool) -> None:
+    asked = request("the sea", images=3, seed=7, strength=0.6, scheduler="euler_a", num_inference_steps=5)
+    given, plain, batcher = over(masked), request("a boat", images=2), open_batcher(FakeEngine(), max_rows=4)
+    others, ear = submit(batcher, plain), submit(batcher, asked, **given)
+    pipe, last = Pipeline(FakeEngine()), ear.done()
+    mask = np.frombuffer(given["mask"], np.uint8).reshape(16, 16) if masked else None
+    call = {
+        "image": Image.frombytes("RGB", (16, 16), given["image"]),
+        "mask_image": None if mask is None else Image.fromarray(mask),
+        "strength": 0.6,
+        "scheduler": "euler_a",
+        "num_inference_steps": 5,
+    }
+    for png, seed in zip(last.pngs, last.seeds, strict=True):  # each as if it were alone
+        [image] = pipe("the sea", seed=seed, **call).images
+        assert np.abs(pixels(png) - np.asarray(image, np.int16)).max() == 0
+    assert_drawn(others.done(), plain, pipe)
+    text = infotext.parse(Image.open(io.BytesIO(last.pngs[0])).info["parameters"])
+    assert text.extra["Denoising strength"] == "0.6"
+
+
+@pytest.mark.parametrize(
+    ("given", "strength", "engine", "message"),
+    [
+        ({"mask": b"\0" * 256}, None, {}, "mask: is for an image"),
+        ({}, 0.5, {}, "strength and an image"),
+        (over(), None, {}, "strength and an image"),
+        ({"image": b"\0" * 767}, 0.5, {}, "image: 767 bytes, but 16x16x3 uint8 are 768"),
+        ({**over(), "mask": b"\0" * 768}, 0.5, {}, "mask: 768 bytes, but 16x16 uint8 are 256"),
+        (over(), 0.5, {"edits": False}, "no VAE encoder.*export it again"),
+    ],
+)
+def test_an_image_that_does_not_fit_is_refused_at_once(
+    open_batcher: Open, given: dict[str, bytes], strength: float | None, engine: dict[str, bool], message: str
+) -> None:
+    with pytest.raises(RequestError, match=message):
+        submit(open_batcher(FakeEngine(**engine)), request(strength=strength), **given)
+
+
+def test_an_image_whose_latents_are_no_numbers_fails_alone(open_batcher: Open) -> None:
+    engine = FakeEngine(failpoints={"vae_encoder": Failpoint("nan", calls=1)})
+    batcher = open_batcher(engine)
+    assert submit(batcher, request(strength=0.5), **over()).failed() == "numerical"
+    submit(batcher, request(strength=0.5), **over()).done()
+
+
 def test_pictures_hold_their_parameters(open_batcher: Open, tmp_path: Path) -> None:
     asked = Request.make(
         prompts=("cats", "a dog"),

@@ -40,7 +40,7 @@ def test_the_report_can_be_read_back(validated: tuple[Path, Report, list[str]]) 
     folder, report, _ = validated
     assert Report.model_validate_json((folder / "validation" / "report.json").read_text("utf-8")) == report
     seeds = [(picture.prompt, picture.seed, len(picture.drift)) for picture in report.pictures]
-    assert seeds == [(PROMPTS[0], 5, 3), (PROMPTS[1], 6, 3)] * 2
+    assert seeds == [*[(PROMPTS[0], 5, 3), (PROMPTS[1], 6, 3)] * 2, (PROMPTS[0], 5, 1)]
 
 
 def test_the_page_needs_nothing_else(validated: tuple[Path, Report, list[str]]) -> None:
@@ -62,6 +62,8 @@ def test_the_table_is_aligned_and_complete(validated: tuple[Path, Report, list[s
     table = validated[1].table()
     for part in ("text_encoder", "context", "unet", "vae_decoder", "scheduler Euler a", "SSIM", "passed in"):
         assert part in table
+    assert "vae_encoder" in table
+    assert ", over a picture" in table
     heads = [line for line in table.splitlines() if line.startswith("unet ")]
     assert heads[0].endswith("ok")
 
@@ -126,7 +128,8 @@ def test_half_precision_is_measured_against_stock_in_half_precision(checkpoint: 
     folder = engines.build(checkpoint, tmp_path / "half", dtype="fp16")
     report = validate(folder, prompts=["boat", "cabin"], steps=2, scheduler="DDIM")
     modules = {module.name: module for module in report.modules}
-    for name in ("text_encoder.hidden_states", "context", "time_shift", "unet", "vae_decoder", "pictures"):
+    networks = ("text_encoder.hidden_states", "context", "time_shift", "unet", "vae_decoder", "vae_encoder")
+    for name in (*networks, "pictures"):
         module = modules[name]
         assert module.stock_relative_l2 is not None
         assert module.bar == pytest.approx(max(1e-4, 1.1 * module.stock_relative_l2))

@@ -85,4 +85,5 @@ def _midpoint(
         second & draws_noise,
         exploding=True,
         start=2 * run.start,
+        noised=interleaved(sigmas[:-1], sigmas[1:-1]),  # diffusers knows no level half way there
     )

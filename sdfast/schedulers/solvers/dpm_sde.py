@@ -65,6 +65,7 @@ def dpmpp_sde(config: DPMSDEConfig, run: Run) -> Schedule:
         row < len(row) - 1,
         exploding=True,
         start=2 * run.start,
+        noised=interleaved(sigmas[:-1], sigmas[1:-1]),  # diffusers knows no level half way there
     )
     run_rows = row[2 * run.start :]
     motion = Brownian(

@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
+import torch
+
 from sdfast.engine import Engine
 from sdfast.errors import SdfastError
-from sdfast.pipeline import Pipeline
+from sdfast.first_latents import Over, encoded
+from sdfast.pipeline import Given, Pipeline
 from sdfast.request import Request
 
 WARM_UP_STEPS = 2  # the first loads kernels, on CUDA the second is captured
@@ -36,6 +39,17 @@ def warm_up(engine: Engine) -> None:
             seed=0,
         )
         try:
+            if model.inpaints:
+                pipe.generate(request.model_copy(update={"strength": 1.0}), Given(over=_nothing(request)))
+                continue
+            if engine.manifest.edits:
+                encoded(engine, _nothing(request).image)
             pipe.generate(request)
         except SdfastError as error:
             raise type(error)(f"engine {engine.manifest.name!r} cannot draw: {error}") from error
+
+
+def _nothing(request: Request) -> Over:
+    """A black image of the request's size, all of it to be drawn anew."""
+    black = torch.zeros(1, 3, request.height, request.width)
+    return Over(black, torch.ones_like(black[:, :1]))

@@ -1,0 +1,119 @@
+"""The drop-ins for diffusers' image-to-image and inpainting classes: their arguments, in their order.
+
+They are `Pipeline`'s otherwise, and documented there.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from sdfast.errors import RequestError
+from sdfast.first_latents import Over
+from sdfast.pipeline import Pipeline
+
+_STEPS = ("num_inference_steps", "timesteps", "sigmas")
+_CALLBACK = ("clip_skip", "callback_on_step_end", "callback_on_step_end_tensor_inputs")
+_ADAPTER = ("ip_adapter_image", "ip_adapter_image_embeds")
+_OUTPUT = ("output_type", "return_dict", "cross_attention_kwargs")
+_IMAGE_SIZES = (
+    "original_size",
+    "crops_coords_top_left",
+    "target_size",
+    "negative_original_size",
+    "negative_crops_coords_top_left",
+    "negative_target_size",
+    "aesthetic_score",
+    "negative_aesthetic_score",
+)
+_EMBEDS = ("prompt_embeds", "negative_prompt_embeds")
+_EMBEDS_XL = (*_EMBEDS, "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+_DRAWN = ("num_images_per_prompt", "eta", "generator")
+_MASKED = ("image", "mask_image", "masked_image_latents", "height", "width", "padding_mask_crop", "strength")
+_GUIDED = ("guidance_scale", "negative_prompt")
+_ENDS = ("denoising_start", "denoising_end")
+
+
+class _InOrder(Pipeline):
+    """order: of the positional arguments. defaults: where they are others than `Pipeline`'s. needs: what has
+    to be given."""
+
+    order: ClassVar[tuple[str, ...]]
+    defaults: ClassVar[Mapping[str, Any]]
+    needs: ClassVar[tuple[str, ...]] = ("image",)
+
+    def __call__(self, *args: Any, **given: Any) -> Any:
+        if len(args) > len(self.order):
+            raise RequestError(f"{len(args)} positional arguments; there are {len(self.order)}")
+        placed = dict(zip(self.order, args, strict=False))
+        if twice := sorted(placed.keys() & given.keys()):
+            raise RequestError(f"{twice[0]}: given twice, by its place and by its name")
+        call = {**self.defaults, **placed, **given}
+        for name in self.needs:
+            if call.get(name) is None:
+                raise RequestError(f"{name}: is missing; {type(self).__name__} draws over an image")
+        return super().__call__(**call)
+
+
+class _Inpainting(_InOrder):
+    needs = ("image", "mask_image")
+
+    def _size_of(self, over: Over | None) -> tuple[int, int]:
+        """The engine's own, as in diffusers: there the size of the image says nothing."""
+        return super()._size_of(None)
+
+
+class StableDiffusionImg2ImgPipeline(_InOrder):
+    """The drop-in for diffusers' class of this name."""
+
+    order = (
+        *("prompt", "image", "strength", *_STEPS, *_GUIDED, *_DRAWN, *_EMBEDS),
+        *(*_ADAPTER, *_OUTPUT, *_CALLBACK),
+    )
+    defaults: ClassVar[Mapping[str, Any]] = {"strength": 0.8, "guidance_scale": 7.5}
+
+
+class StableDiffusionInpaintPipeline(_Inpainting):
+    """The drop-in for diffusers' class of this name."""
+
+    order = (
+        *("prompt", *_MASKED, *_STEPS, *_GUIDED, *_DRAWN, "latents", *_EMBEDS),
+        *(*_ADAPTER, *_OUTPUT, *_CALLBACK),
+    )
+    defaults: ClassVar[Mapping[str, Any]] = {"strength": 1.0, "guidance_scale": 7.5}
+
+
+class StableDiffusionXLImg2ImgPipeline(_InOrder):
+    """The drop-in for diffusers' class of this name."""
+
+    order = (
+        *("prompt", "prompt_2", "image", "strength", *_STEPS, *_ENDS, *_GUIDED, "negative_prompt_2"),
+        *(
+            *_DRAWN,
+            "latents",
+            *_EMBEDS_XL,
+            *_ADAPTER,
+            *_OUTPUT,
+            "guidance_rescale",
+            *_IMAGE_SIZES,
+            *_CALLBACK,
+        ),
+    )
+    defaults: ClassVar[Mapping[str, Any]] = {"strength": 0.3, "guidance_scale": 5.0}
+
+
+class StableDiffusionXLInpaintPipeline(_Inpainting):
+    """The drop-in for diffusers' class of this name."""
+
+    order = (
+        *("prompt", "prompt_2", *_MASKED, *_STEPS, *_ENDS, *_GUIDED, "negative_prompt_2"),
+        *(
+            *_DRAWN,
+            "latents",
+            *_EMBEDS_XL,
+            *_ADAPTER,
+            *_OUTPUT,
+            "guidance_rescale",
+            *_IMAGE_SIZES,
+            *_CALLBACK,
+        ),
+    )
+    defaults: ClassVar[Mapping[str, Any]] = {"strength": 0.9999, "guidance_scale": 7.5}

@@ -1,0 +1,141 @@
+"""The latents that a run starts from: noise, or those of an image that is drawn over.
+
+As in diffusers' image-to-image and inpainting pipelines, which draw from the generator first for the latents
+of the image, then for the noise, and for inpainting once more, for an image without what the mask covers.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sdfast.arithmetic import Keep
+from sdfast.engine import Engine
+from sdfast.errors import NumericalError, RequestError
+from sdfast.noise import NoiseSource
+from sdfast.request import Request
+from sdfast.schedulers import Schedule
+
+
+@dataclass(frozen=True)
+class Over:
+    """What is drawn over: images [m, 3, H, W] float32 in [0, 1], or their latents [m, C, h, w].
+
+    mask: [k, 1, H, W] float32, 1 where they are drawn anew; None: everywhere. m and k divide the number of
+    pictures, which take them in turn.
+    """
+
+    image: Tensor
+    mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Start:
+    """latents [n, C, h, w] float32, and of each picture what it keeps, or what its U-Net is told beside them.
+
+    beside: [n, 1 + C, h, w] float32, the mask and the latents of the masked image.
+    """
+
+    latents: Tensor
+    keeps: list[Keep | None]
+    beside: Tensor | None = None
+
+
+def start_over(
+    engine: Engine, request: Request, plan: Schedule, noise: NoiseSource, over: Over, *, seeded: bool
+) -> Start:
+    """Where a run over images starts. Raises `RequestError` for what does not fit the request or the engine.
+
+    seeded: the pictures have the request's seeds, and are what they would be alone; else the generators are
+    the caller's, and are drawn from as by diffusers.
+    """
+    if plan.noising is None:
+        raise RequestError(
+            f"{plan.scheduler} has no add_noise, so nothing is drawn over by it; choose another"
+        )
+    check_edits(engine)
+    check_fit(request, over, engine.manifest.model.vae_scale_factor)
+    n, inpaints = request.images, engine.manifest.model.inpaints
+    pure = over.mask is not None and request.strength == 1.0  # it starts from noise alone
+    # diffusers has each generator draw for its picture; in inpainting, though, for each image.
+    count = n if noise.apart and (over.mask is None or seeded) else len(over.image)
+    clean = None if pure and inpaints else _in_turn(_image_latents(engine, noise, over.image, count), n)
+    unit = noise.initial().to(engine.device)
+    a, b = map(float, plan.noising[0])
+    latents = unit * plan.init_noise_sigma if pure or clean is None else a * clean + b * unit
+    if over.mask is None:
+        return Start(latents, [None] * n)
+    anew = _in_turn(_mask_of_latents(engine, over.mask), n)
+    masked = torch.where(over.mask > 0, 0.5, over.image)  # grey, which the encoder takes as 0
+    count = n if seeded else len(masked)
+    if clean is None or inpaints:
+        hidden = _in_turn(_image_latents(engine, noise, masked, count), n)
+        return Start(latents, [None] * n, torch.cat([anew.float(), hidden], dim=1))
+    noise.initial(count)  # diffusers draws for the masked image, too, of which this U-Net is not told
+    return Start(latents, [Keep(*each) for each in zip(anew, clean, unit, strict=True)])
+
+
+def check_fit(request: Request, over: Over, latent: int) -> None:
+    """Raises `RequestError` for images or masks of another size or number than the request's.
+
+    latent: pixels of one, in each direction.
+    """
+    height, width = request.height, request.width
+    sizes = {"image": over.image.shape, "mask_image": over.mask.shape if over.mask is not None else None}
+    for name, shape in sizes.items():
+        if shape is None:
+            continue
+        factor = 1 if name == "mask_image" or shape[1] == 3 else latent
+        if (shape[2] * factor, shape[3] * factor) != (height, width):
+            raise RequestError(
+                f"{name}: {shape[3] * factor}x{shape[2] * factor}, but the picture is {width}x{height} "
+                "(width x height); scale the one, or ask for the other"
+            )
+        if request.images % shape[0]:
+            raise RequestError(
+                f"{name}: {shape[0]} for {request.images} pictures; give one for all, or one for each"
+            )
+    if over.mask is not None and over.image.shape[1] != 3:
+        raise RequestError("image: latents cannot be masked; give the image itself")
+
+
+def check_edits(engine: Engine) -> None:
+    """Raises `RequestError` unless the engine takes images."""
+    if not engine.manifest.edits:
+        raise RequestError(
+            f"engine {engine.manifest.name!r} has no VAE encoder, so it takes no images; export it again "
+            "from a checkpoint whose VAE has one"
+        )
+
+
+def encoded(engine: Engine, image: Tensor) -> tuple[Tensor, Tensor]:
+    """image [m, 3, H, W] in [0, 1] -> mean and standard deviation of its latents, [m, C, h, w] float32.
+
+    Raises `NumericalError` when they are not finite.
+    """
+    inputs = {"image": (image * 2 - 1).to(engine.device)}
+    moments = engine.call("vae_encoder", inputs, *image.shape[2:])
+    mean, std = moments["mean"], moments["std"]
+    if not bool(torch.isfinite(mean).all() and torch.isfinite(std).all()):
+        raise NumericalError("the image's latents are not finite: export the engine in fp32")
+    return mean, std
+
+
+def _image_latents(engine: Engine, noise: NoiseSource, image: Tensor, count: int) -> Tensor:
+    """Latents of so many draws, [count, C, h, w] float32, the images in turn; latents as they are."""
+    if image.shape[1] != 3:
+        return image.to(engine.device)
+    mean, std = encoded(engine, image)
+    drawn = noise.initial(count).to(engine.device)
+    return _in_turn(mean, count) + _in_turn(std, count) * drawn
+
+
+def _mask_of_latents(engine: Engine, mask: Tensor) -> Tensor:
+    """[k, 1, H, W] -> [k, 1, h, w] bool: of each latent the pixel at its corner says whether it is drawn."""
+    factor = engine.manifest.model.vae_scale_factor
+    return mask[:, :, ::factor, ::factor].bool().to(engine.device)
+
+
+def _in_turn(values: Tensor, count: int) -> Tensor:
+    """The first `count` of the values repeated over and over."""
+    return values if len(values) == count else values.repeat(-(-count // len(values)), 1, 1, 1)[:count]
