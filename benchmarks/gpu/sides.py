@@ -51,7 +51,7 @@ class SideSpec:
             return f"needs {', '.join(missing)}" if missing else None
         if self.backend not in known_backends():
             return f"this sdfast has no {self.backend!r} backend"
-        if self.fp8 and (reason := _without_fp8(device)):
+        if self.fp8 and (reason := _without_fp8(device, self.backend)):
             return reason
         return _without_cuda_provider(device) if self.backend == "onnx" else None
 
@@ -90,9 +90,9 @@ def known_backends() -> tuple[str, ...]:
     return get_args(Recipe.model_fields["backend"].annotation)
 
 
-def _without_fp8(device: torch.device) -> str | None:
+def _without_fp8(device: torch.device, backend: str) -> str | None:
     if device.type != "cuda":
-        return "FP8 is compiled for GPUs alone"
+        return "FP8 is compiled for GPUs alone" if backend == "inductor" else None
     try:
         check_fp8(device, "another GPU is needed")
     except BackendError as error:
