@@ -252,18 +252,12 @@ def test_fp8_layers_take_their_weights_and_scales_from_the_engine(
     """Compiled for a processor, which has their product too; other weights need no compile."""
     compiler = Compiler(this_machine(CPU), autotune=False, store=CodeStore(tmp_path / "store"))
     sample = torch.randn(2, 32, 4, 4).half()
+    one = {"sample": sample}
     for seed in (0, 1):
         place, network = tmp_path / str(seed), FP8Layers(seed)
         place.mkdir()
-        spec = ModuleSpec(
-            "layers",
-            lambda n=network: n,
-            lambda *_: {"sample": sample},
-            {},
-            ("y",),
-            (),
-            (Form(Span.exactly(1)),),
-        )
+        forms = (Form(Span.exactly(1)),)
+        spec = ModuleSpec("layers", lambda n=network: n, lambda *_: one, {}, ("y",), (), forms)
         compiler.compile(spec, place)
         ours = Inductor(CPU).load(place / "layers.pt2")(one)["y"].float()
         truth = network(sample).float()
