@@ -23,7 +23,7 @@ from sdfast.backends import (
     loader,
     parse_device,
 )
-from sdfast.backends.target import check_target
+from sdfast.backends.target import check_fp8, check_target
 from sdfast.errors import EngineError
 from sdfast.manifest import File, Manifest, Module, Span, Variant, read_manifest
 from sdfast.tokenizer import Tokenizer
@@ -75,6 +75,8 @@ class Engine:
             compile=compile,
             attention=self.attention,
         )
+        if manifest.fp8:
+            check_fp8(device, f"make an engine without: `sdfast export {manifest.checkpoint.source} -o DIR`")
         if manifest.builder.target is not None:
             check_target(manifest.builder.target, device, rebuild=f"sdfast rebuild {folder}")
         self._loaded: dict[str, CompiledModule] = {}

@@ -7,6 +7,8 @@ itself. It proves integrity, not origin.
 
 import hashlib
 import json
+import re
+from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -90,13 +92,17 @@ class Variant(_Part):
 
 
 class Module(_Part):
-    """One compiled function of the engine: its inputs and outputs by name, in order."""
+    """One compiled function of the engine: its inputs and outputs by name, in order.
+
+    fp8: names of its layers that are in FP8.
+    """
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     variants: tuple[Variant, ...] = Field(min_length=1)
     files: tuple[RelativePath, ...]
     fingerprint: Digest  # of everything the files depend on: a rebuild keeps what has not changed
+    fp8: tuple[str, ...] = ()
 
 
 class Model(_Part):
@@ -222,6 +228,11 @@ class Manifest(_Part):
         """Whether the engine takes images to draw over; older ones have no encoder for them."""
         return "vae_encoder" in self.modules
 
+    @property
+    def fp8(self) -> tuple[str, ...]:
+        """The layers of the U-Net that are in FP8; none where that was not asked for."""
+        return self.modules["unet"].fp8
+
     def sealed(self) -> "Manifest":
         """The same manifest with its seal set."""
         return self.model_copy(update={"seal": _seal(self.model_dump(mode="json"))})
@@ -237,6 +248,7 @@ class Manifest(_Part):
             "checkpoint": " ".join(filter(None, [self.checkpoint.source, self.checkpoint.revision])),
             "family": self.model.family,
             "backend": " ".join(filter(None, [self.backend, self.dtype, self.provider])),
+            **self._approximated(),
             "sizes": ", ".join(sizes),
             "pictures": f"up to {self.max_images} a call",
             "files": f"{len(self.files)}, {sum(file.size for file in self.files) / 1e6:,.1f} MB, verified",
@@ -253,6 +265,14 @@ class Manifest(_Part):
         versions = f"torch {target.torch}" + (f", CUDA {target.cuda}" if target.cuda else "")
         return {"compiled for": f"{target.architecture.split()[0]} ({target.device}), {versions}"}
 
+    def _approximated(self) -> dict[str, str]:
+        """The layers in FP8 by their own names, without where they are; `to_json` has each."""
+        if not self.fp8:
+            return {}
+        kinds = Counter(_layer_kind(name) for name in self.fp8)
+        told = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        return {"in FP8": f"{len(self.fp8)} layers of the U-Net: {told}"}
+
     def _verdict(self) -> str:
         if self.validation is None:
             return "never validated; run `sdfast validate`"
@@ -261,6 +281,11 @@ class Manifest(_Part):
 
     def to_json(self) -> str:
         return json.dumps(self.sealed().model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
+
+
+def _layer_kind(name: str) -> str:
+    """ "attn1.to_qkv" of "down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_qkv"."""
+    return re.sub(r".*\b(resnets|attentions|transformer_blocks)\.\d+\.", "", name)
 
 
 def _seal(document: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.sides import EAGER
+from benchmarks.gpu.sides import EAGER, SIDES
 from benchmarks.gpu.workloads import GUIDANCE, PROMPT, SCHEDULER, SEED
 from sdfast.request import Request
 from sdfast.validation.modules import Stock, measure
@@ -23,7 +23,7 @@ def modules(bench: Bench, side: str, batch: int) -> dict[str, Any]:
     measured = measure(engine, Stock(bench.exact(), same), [PROMPT], [run], steps)
     for draw in bench.workload.pictures(batch):
         bench.truths(draw)
-    figures = [judge_module(one) for one in measured]
+    figures = [judge_module(one, fp8=SIDES[side].fp8) for one in measured]
     bench.forget_exact()
     return {
         "side": side,

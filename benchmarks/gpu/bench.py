@@ -49,7 +49,8 @@ class Bench:
 
     def engine_folder(self, side: str, batch: int) -> Path:
         """One engine for each batch, so that what is measured first waits for no build of the others."""
-        name = f"{SIDES[side].backend}-{self.workload.size}-b{batch}-{code_digest(BUILD_CODE)}"
+        kind = f"{SIDES[side].backend}{'-fp8' * SIDES[side].fp8}"
+        name = f"{kind}-{self.workload.size}-b{batch}-{code_digest(BUILD_CODE)}"
         return self.folder / "engines" / name
 
     def build(self, side: str, batch: int) -> dict[str, Any]:
@@ -65,6 +66,7 @@ class Bench:
                 sizes=(self.workload.size,),
                 batch=(batch,),
                 device=self.device.type,
+                fp8=SIDES[side].fp8,
             )
             start = time.perf_counter()
             export(str(source), folder, recipe, progress=told)

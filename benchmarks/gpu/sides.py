@@ -10,6 +10,8 @@ from typing import Any, Protocol, get_args
 import torch
 
 from benchmarks.gpu.workloads import Draw, Workload
+from sdfast.backends.target import check_fp8
+from sdfast.errors import BackendError
 
 EAGER, COMPILED = "stock-eager", "stock-compiled"  # the two that ratios are taken to
 
@@ -31,11 +33,14 @@ class Side(Protocol):
 
 @dataclass(frozen=True)
 class SideSpec:
-    """backend: sdfast's, or None for stock diffusers. compiled: stock with channels-last, torch.compile."""
+    """backend: sdfast's, or None for stock diffusers. compiled: stock with channels-last, torch.compile.
+    fp8: the U-Net's linear layers in FP8.
+    """
 
     title: str
     backend: str | None = None
     compiled: bool = False
+    fp8: bool = False
 
     def absent(self, device: torch.device) -> str | None:
         """Why it cannot run here, or None where it can."""
@@ -46,6 +51,8 @@ class SideSpec:
             return f"needs {', '.join(missing)}" if missing else None
         if self.backend not in known_backends():
             return f"this sdfast has no {self.backend!r} backend"
+        if self.fp8 and (reason := _without_fp8(device, self.backend)):
+            return reason
         return _without_cuda_provider(device) if self.backend == "onnx" else None
 
 
@@ -53,6 +60,9 @@ SIDES = {
     EAGER: SideSpec("stock diffusers, fp16, eager"),
     COMPILED: SideSpec("stock diffusers, fp16, channels-last, torch.compile(max-autotune)", compiled=True),
     "sdfast-inductor": SideSpec("sdfast, inductor backend, fp16", backend="inductor"),
+    "sdfast-inductor-fp8": SideSpec(
+        "sdfast, inductor backend, fp16, linear layers in FP8", backend="inductor", fp8=True
+    ),
     "sdfast-onnx": SideSpec("sdfast, onnx backend, fp16", backend="onnx"),
     "sdfast-eager": SideSpec("sdfast, eager backend, fp16", backend="eager"),
 }
@@ -78,6 +88,16 @@ def known_backends() -> tuple[str, ...]:
     from sdfast.export.recipe import Recipe
 
     return get_args(Recipe.model_fields["backend"].annotation)
+
+
+def _without_fp8(device: torch.device, backend: str) -> str | None:
+    if device.type != "cuda":
+        return "FP8 is compiled for GPUs alone" if backend == "inductor" else None
+    try:
+        check_fp8(device, "another GPU is needed")
+    except BackendError as error:
+        return str(error)
+    return None
 
 
 def _without_cuda_provider(device: torch.device) -> str | None:

@@ -12,8 +12,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from sdfast.backends.fp8 import scaled_mm
 from sdfast.errors import BackendError, DependencyError, EngineError, first_line
 from sdfast.models import ops
+from sdfast.models.fp8 import convert, use_product
 from sdfast.models.unet import Context, TimeShift, UNet, UNetConfig, context_parts, shift_parts
 from sdfast.models.vae import VAEConfig, VAEDecoder, VAEEncoder
 
@@ -144,6 +146,8 @@ def load_eager(
     network.to(device).eval().requires_grad_(False)
     if attention is not None and isinstance(network, UNet):
         network.use_attention(attention)
+    if device.type == "cuda" and isinstance(network, UNet):
+        use_product(network, scaled_mm)
     if compile and name in _WORTH_COMPILING:
         return TorchCompiledModule(name, network, _OUTPUTS[name])
     return EagerModule(network, _OUTPUTS[name])
@@ -169,7 +173,7 @@ def _network(name: str, header: Mapping[str, Any]) -> nn.Module:
         if name == "vae_encoder":
             return VAEEncoder(VAEConfig.from_diffusers(config))
         unet_config = UNetConfig.from_diffusers(config)
-        unet = UNet(unet_config)
+        unet = convert(UNet(unet_config), header.get("fp8", ()))
         if name == "time_shift":
             return TimeShift(unet_config, shift_parts(unet))
         return unet if name == "unet" else Context(unet_config, context_parts(unet))

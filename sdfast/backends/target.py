@@ -17,6 +17,7 @@ _INSTRUCTIONS = (
     *("avx512_vpopcntdq", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8"),
     *("asimd", "asimddp", "asimdhp", "bf16", "i8mm", "sve", "sve2", "sme"),
 )
+_FP8 = (8, 9)  # compute capability of the first GPUs that have it: Ada, before Hopper and Blackwell
 
 
 def this_machine(device: torch.device) -> Target:
@@ -54,6 +55,18 @@ def check_target(target: Target, device: torch.device, rebuild: str) -> None:
             )
 
 
+def check_fp8(device: torch.device, advice: str) -> None:
+    """Raises `BackendError` on a GPU without FP8. On a processor the definition runs, for checks."""
+    if device.type != "cuda":
+        return
+    here = torch.cuda.get_device_capability(device)
+    if here < _FP8:
+        raise BackendError(
+            f"FP8 needs a GPU of compute capability {_dotted(_FP8)} or above, and "
+            f"{torch.cuda.get_device_name(device)} has {_dotted(here)}: {advice}"
+        )
+
+
 def _serves(name: Literal["torch", "cuda", "architecture", "driver"], built: object, found: object) -> bool:
     """A processor may know more, and a driver be newer, than the code was compiled for."""
     if name == "architecture":
@@ -72,3 +85,7 @@ def _processor() -> str:
     known = next((line for line in lines if line.split(":")[0].strip() in ("flags", "Features")), "")
     flags = set(known.partition(":")[2].split())
     return " ".join([platform.machine(), *(name for name in _INSTRUCTIONS if name in flags)])
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))

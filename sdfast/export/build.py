@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 import sdfast
-from sdfast.backends.target import this_machine
+from sdfast.backends.target import check_fp8, this_machine
 from sdfast.engine import sha256, verify
 from sdfast.errors import DependencyError, EngineError, ExportError
 from sdfast.export.checkpoint import Checkpoint, resolve
@@ -197,6 +197,7 @@ class _Build:
             variants=tuple(variants),
             files=tuple(files),
             fingerprint=self.fingerprints[spec.name],
+            fp8=spec.fp8,
         )
 
     def _kept(self, spec: ModuleSpec, place: Path) -> Module | None:
@@ -300,6 +301,7 @@ class _Build:
             "forms": [str(form) for form in spec.forms],
             "backend": self.recipe.backend,
             "dtype": self.recipe.dtype,
+            "fp8": spec.fp8,
             "provider": self.recipe.provider,
             "winograd": self.recipe.winograd,
             "target": self.code_target.model_dump() if self.code_target else None,
@@ -387,6 +389,8 @@ def _code_target(recipe: Recipe) -> Target | None:
             "compiling for CUDA needs a CUDA device, and this torch sees none: run the export on the machine"
             " that will run the engine, or take --device cpu; `sdfast doctor` says what is missing"
         )
+    if recipe.fp8:
+        check_fp8(torch.device(device), "leave fp8 out, or export on the machine that will run the engine")
     return this_machine(torch.device(device))
 
 

@@ -18,6 +18,7 @@ def compile_eager(spec: ModuleSpec, place: Path, checkpoint: Checkpoint) -> list
         "class": component.class_name,
         "family": checkpoint.family,
         "config": dict(component.config),
+        "fp8": spec.fp8,
     }
     state = {name: tensor.contiguous() for name, tensor in spec.load().state_dict().items()}
     path = place / f"{spec.name}.safetensors"

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sdfast.backends.attention import Attention, exportable
+from sdfast.backends.fp8 import scaled_mm
 from sdfast.backends.inductor import Axis, Code, Input, Layout, Literal
 from sdfast.errors import ExportError, cause_line
 from sdfast.export.code_store import CodeStore
@@ -26,6 +27,7 @@ from sdfast.export.tracing import Dynamic, dynamic_shapes, example, file_stem, t
 from sdfast.export.weights import save_weights
 from sdfast.manifest import Target, Variant, json_digest
 from sdfast.models import ops
+from sdfast.models.fp8 import use_product
 from sdfast.models.unet import UNet
 
 SHARD = 512 * 2**20  # bytes: files of weights are read and verified side by side
@@ -72,6 +74,8 @@ class Compiler:
         Raises `ExportError` if the module cannot be traced, compiled or written.
         """
         network = laid_out_for(spec.load(), self.target.device)
+        if isinstance(network, UNet):
+            use_product(network, scaled_mm)
         weights: dict[str, Tensor] = {}
         variants = []
         for form in spec.forms:

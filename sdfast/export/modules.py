@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from sdfast.engine import DTYPES
-from sdfast.errors import CheckpointError
+from sdfast.errors import CheckpointError, ExportError
 from sdfast.export.checkpoint import Checkpoint
 from sdfast.export.recipe import Recipe
 from sdfast.manifest import Model, Span
+from sdfast.models.fp8 import MULTIPLE, convert, fp8_layers
 from sdfast.models.text import TextEncoder
 from sdfast.models.unet import Context, TimeShift, UNet, UNetConfig, load_unet
 from sdfast.models.vae import VAEConfig, VAEDecoder, VAEEncoder, has_encoder, load_vae
@@ -38,6 +39,7 @@ class ModuleSpec:
     inputs: example inputs for (batch, height, width in pixels).
     free: the axes of each input that follow the batch, height or width.
     components: the checkpoint's components that it is made of.
+    fp8: names of its layers that are in FP8.
     """
 
     name: str
@@ -47,6 +49,7 @@ class ModuleSpec:
     outputs: tuple[str, ...]
     components: tuple[str, ...]
     forms: tuple[Form, ...]
+    fp8: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,17 @@ class Networks:
         size = self.checkpoint.components["unet"].config.get("sample_size") or 64
         return int(size if isinstance(size, int) else size[0]) * self.factor
 
+    def fp8(self) -> tuple[str, ...]:
+        """The layers of the U-Net that FP8 is for. Raises `ExportError` when there are none."""
+        with torch.device("meta"):
+            layers = fp8_layers(UNet(self.unet))
+        if not layers:
+            raise ExportError(
+                f"fp8: {self.checkpoint.source}: no linear layer of this U-Net has widths that are multiples "
+                f"of {MULTIPLE}; leave fp8 out"
+            )
+        return layers
+
     def model(self) -> Model:
         """What the manifest says of the networks."""
         with torch.device("meta"):
@@ -106,7 +120,7 @@ def module_specs(networks: Networks, recipe: Recipe) -> list[ModuleSpec]:
     model, dtype = networks.model(), DTYPES[recipe.dtype]
     sizes = recipe.size_spans(networks.default_side)
     _check_sizes(sizes, networks.factor)
-    load = _UNetParts(networks, dtype)
+    load = _UNetParts(networks, dtype, networks.fp8() if recipe.fp8 else ())
     return [
         _unet(model, load, dtype, recipe.unet_batches(), sizes),
         _context(model, load, dtype),
@@ -120,15 +134,16 @@ def module_specs(networks: Networks, recipe: Recipe) -> list[ModuleSpec]:
 class _UNetParts:
     """The three modules that a U-Net's weights are dealt out to, loaded one at a time."""
 
-    def __init__(self, networks: Networks, dtype: torch.dtype) -> None:
+    def __init__(self, networks: Networks, dtype: torch.dtype, fp8: tuple[str, ...]) -> None:
         self._networks = networks
         self._dtype = dtype
+        self.fp8 = fp8
 
     def _load(self) -> tuple[UNet, TimeShift, Context]:
         return load_unet(self._networks.unet, self._networks.checkpoint.state_dict("unet"), self._dtype)
 
     def unet(self) -> UNet:
-        return self._load()[0]
+        return convert(self._load()[0], self.fp8)
 
     def time_shift(self) -> TimeShift:
         return self._load()[1]
@@ -159,7 +174,7 @@ def _unet(
         "context": {0: "batch"},
     }
     forms = tuple(Form(batch, height, width) for height, width in sizes for batch in batches)
-    return ModuleSpec("unet", load.unet, inputs, free, ("output",), ("unet",), forms)
+    return ModuleSpec("unet", load.unet, inputs, free, ("output",), ("unet",), forms, load.fp8)
 
 
 def _context(model: Model, load: _UNetParts, dtype: torch.dtype) -> ModuleSpec:

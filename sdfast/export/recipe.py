@@ -80,6 +80,8 @@ class Recipe(_Part):
     autotune: "inductor": try the kernels for attention, and on CUDA the ways to compute each product, and
         take the fastest; default: on CUDA.
     winograd: ONNX for the CPU in fp32: the faster algorithm for 3×3 convolutions; its weights take more room.
+    fp8: "inductor" and "eager" in fp16: the U-Net's linear layers in FP8, an approximation. For GPUs of
+        compute capability 8.9 and above; eager engines of it also run on a CPU, slowly, for checks.
     """
 
     checkpoint: str | None = None
@@ -93,6 +95,7 @@ class Recipe(_Part):
     device: Literal["cpu", "cuda"] | None = None
     autotune: bool | None = None
     winograd: bool = True
+    fp8: bool = False
 
     @field_validator("batch")
     @classmethod
@@ -111,6 +114,19 @@ class Recipe(_Part):
                 raise ValueError("only the onnx backend has providers; leave it out")
             return None
         return provider or ("cuda" if info.data.get("dtype") == "fp16" else "cpu")
+
+    @field_validator("fp8")
+    @classmethod
+    def _where_fp8_is(cls, fp8: bool, info: ValidationInfo) -> bool:
+        if not fp8 or not {"backend", "dtype"} <= info.data.keys():  # or else those are told of
+            return fp8
+        if info.data["backend"] == "onnx":
+            raise ValueError("the onnx backend has none; take backend inductor, or eager for checks")
+        if info.data["dtype"] != "fp16":
+            raise ValueError("the rest of the networks must be fp16; take dtype fp16")
+        if info.data["backend"] == "inductor" and info.data.get("device") == "cpu":
+            raise ValueError("compiled for device cuda alone; on a CPU take backend eager, for checks")
+        return fp8
 
     @classmethod
     def make(cls, **fields: Any) -> Self:

@@ -20,6 +20,11 @@ Attend = Callable[[Tensor, Tensor, Tensor, int, bool], Tensor]
 """`attention`, or what computes the same."""
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q [B, heads, N, d], k and v [B, heads, L, d] -> [B, heads, N, d]: softmax(q kᵀ / √d) v."""
+Product = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""`linear_fp8`, or what computes the same."""
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0  # the largest number of E4M3
+_SMALLEST = 2.0**-24  # of float16 above zero: a row of zeros has a scale too
 NAMES: list[str] = []
 _tracing_nodes = False
 
@@ -68,6 +73,26 @@ def _strided(
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., I], weight [O, I], bias [O] -> [..., O]."""
     return F.linear(x, weight, bias)
+
+
+@_named(lambda x, weight, scale, bias: (*x.shape[:-1], weight.shape[0]))
+def linear_fp8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear` of numbers rounded to E4M3: x [..., I], weight [O, I] float8, scale [O] float32, bias [O].
+
+    Each row of x has a scale of its own, found as it comes: one for the whole tensor would make a picture
+    depend on those beside it in the batch. Row o of the layer's weight is weight[o] · scale[o].
+    """
+    rows, row_scale = quantised_rows(x)
+    y = F.linear(rows.float(), weight.float()) * row_scale * scale
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def quantised_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., I] -> float8 [..., I] and float32 [..., 1], whose product is x, each number within 1/16 of
+    itself or, where it is small, 1/458752 of the largest in its row."""
+    x = x.float()
+    scale = x.abs().amax(dim=-1, keepdim=True).clamp(min=_SMALLEST) / FP8_MAX
+    return (x / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
 
 
 @_named(_strided)

@@ -38,7 +38,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [B, N, C]
         qkv = self.to_qkv
-        if self.attend is ops.attention:
+        if self.attend is ops.attention and isinstance(qkv, PackedLinear):
             h = ops.self_attention(x, qkv.weight, qkv.bias, self.heads, self.upcast)
         else:
             q, k, v = qkv(x).chunk(3, dim=-1)

@@ -262,6 +262,7 @@ def _judge(
     engine: Engine, reference: Checkpoint, sides: Stock, trials: Sequence[_Trial], over: Sequence[_Trial]
 ) -> tuple[list[ModuleFigures], list[PictureFigures], list[Check]]:
     """Every figure with its verdict. over: the trials over pictures, of which only those are judged."""
+    fp8 = bool(engine.manifest.fp8)
     prompts = [picture.request.prompts[0] for picture in trials[0].pictures]
     runs = [picture.truth for trial in trials for picture in trial.pictures]
     steps = [step for picture in trials[0].pictures for step in picture.truth.steps]
@@ -273,9 +274,9 @@ def _judge(
         truths = [picture.truth for picture in trial.pictures]
         measured.append(scheduler_error(f"scheduler {trial.name}", trial.plan, truths))
         figures += [rule.judge_picture(picture, trial.name) for picture in trial.pictures]
-        checks += rule.judge_repetition(_repetition(engine, trial), whole, trial.name)
+        checks += rule.judge_repetition(_repetition(engine, trial), whole, trial.name, fp8=fp8)
     figures += [rule.judge_picture(picture, trial.name) for trial in over for picture in trial.pictures]
-    return [rule.judge_module(one) for one in (*measured, *whole)], figures, checks
+    return [rule.judge_module(one, fp8=fp8) for one in (*measured, *whole)], figures, checks
 
 
 def _repetition(engine: Engine, trial: _Trial) -> Repetition:
@@ -313,6 +314,7 @@ def _setting(engine: Engine, reference: Checkpoint, request: Request, start: flo
         folder=str(engine.folder),
         backend=", ".join([manifest.backend, *engine.running_as]),
         dtype=manifest.dtype,
+        fp8=len(manifest.fp8),
         device=str(engine.device),
         checkpoint=reference.source
         if reference.revision is None

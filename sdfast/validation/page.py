@@ -14,7 +14,7 @@ from sdfast.errors import DependencyError
 from sdfast.pipeline import to_uint8
 from sdfast.validation.pictures import Picture
 from sdfast.validation.report import ModuleFigures, PictureFigures, Report, decibels
-from sdfast.validation.rule import PICTURE_DB, RELATIVE_L2, STOCK_FACTOR
+from sdfast.validation.rule import FP8_BARS, PICTURE_DB, RELATIVE_L2, STOCK_FACTOR
 
 GAINS = tuple(factor * 10**power for power in range(6) for factor in (1, 2, 5))
 
@@ -39,7 +39,7 @@ def page(report: Report, pictures: Sequence[Picture]) -> str:
         shown=[_shown(p, figures) for p, figures in zip(pictures, report.pictures, strict=True)],
         gauge=Gauge.of(report.modules),
         drift=Drift.of(report.pictures),
-        rule={"module": RELATIVE_L2, "picture": PICTURE_DB, "factor": STOCK_FACTOR},
+        rule={"module": RELATIVE_L2, "picture": PICTURE_DB, "factor": STOCK_FACTOR, "fp8": FP8_BARS},
     )
 
 

@@ -71,12 +71,13 @@ class Failure(_Part):
 
 
 class Setting(_Part):
-    """What was compared, how, and where."""
+    """What was compared, how, and where. fp8: how many layers of the engine's U-Net are in FP8."""
 
     engine: str
     folder: str
     backend: str
     dtype: str
+    fp8: int = 0
     device: str
     checkpoint: str
     reference: str
@@ -113,10 +114,33 @@ class Report(_Part):
         more = f" (and {len(self.failures) - 1} more)" if len(self.failures) > 1 else ""
         return f"failed: {self.failures[0].part}: {self.failures[0].reason}{more}"
 
+    @property
+    def price(self) -> str | None:
+        """What FP8 costs: the error beside that of stock in fp16. None for an engine without."""
+        if not self.setting.fp8:
+            return None
+        unet = next(module for module in self.modules if module.name == "unet")
+        return (
+            f"the price of FP8 in {self.setting.fp8} layers: the U-Net's relative L2 is "
+            f"{unet.relative_l2:.2e}, that of stock in {self.setting.dtype} {unet.stock_relative_l2:.2e}; "
+            f"the furthest picture is {decibels(self._furthest)} dB from the reference, "
+            f"stock's {decibels(self._stock_furthest)} dB"
+        )
+
+    @property
+    def _furthest(self) -> float:
+        return min(picture.psnr for picture in self.pictures)
+
+    @property
+    def _stock_furthest(self) -> float:
+        return min((p.stock_psnr for p in self.pictures if p.stock_psnr is not None), default=math.nan)
+
     def figures(self) -> dict[str, float]:
         """The figures that enter the engine's manifest."""
         found = {f"{module.name}.relative_l2": module.relative_l2 for module in self.modules}
-        found["picture.psnr_min"] = min(picture.psnr for picture in self.pictures)
+        found["picture.psnr_min"] = self._furthest
+        if self.setting.fp8:
+            found["stock.picture.psnr_min"] = self._stock_furthest
         found["picture.ssim_min"] = min(picture.ssim for picture in self.pictures)
         found["latents.relative_l2_max"] = max(
             (p.drift[-1] for p in self.pictures if p.drift), default=math.nan
@@ -127,7 +151,8 @@ class Report(_Part):
         """Everything that matters, as aligned plain text."""
         setting = self.setting
         lines = [
-            f"{setting.engine}: {setting.backend} {setting.dtype} on {setting.device}, "
+            f"{setting.engine}: {setting.backend} {setting.dtype}{' with FP8' * bool(setting.fp8)} on "
+            f"{setting.device}, "
             f"against {setting.reference}",
             f"{setting.width}x{setting.height}, {setting.steps} steps, guidance {setting.guidance_scale:g}, "
             f"seed {setting.seed}",
@@ -137,6 +162,7 @@ class Report(_Part):
             *_columns(_PICTURE_HEAD, [_picture_line(picture) for picture in self.pictures]),
             "",
             *_columns(("check", "", ""), [(c.name, c.detail, _mark(c.passed)) for c in self.checks]),
+            *([f"\n{self.price}"] if self.price else []),
             *[f"\nnote: {note}" for note in self.notes],
             "",
             *([f"passed in {setting.seconds:.1f} s"] if self.passed else self._failed()),
@@ -148,7 +174,7 @@ class Report(_Part):
 
 
 _MODULE_HEAD = ("module", "relative L2", "worst", "stock", "bar", "max abs", "cosine", "")
-_PICTURE_HEAD = ("picture", "scheduler", "PSNR dB", "SSIM", "last latents", "")
+_PICTURE_HEAD = ("picture", "scheduler", "PSNR dB", "stock dB", "SSIM", "last latents", "")
 
 
 def _module_line(module: ModuleFigures) -> tuple[str, ...]:
@@ -172,6 +198,7 @@ def _picture_line(picture: PictureFigures) -> tuple[str, ...]:
         prompt,
         picture.scheduler,
         decibels(picture.psnr),
+        "" if picture.stock_psnr is None else decibels(picture.stock_psnr),
         f"{picture.ssim:.6f}",
         drift,
         _mark(picture.passed),

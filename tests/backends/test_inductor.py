@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from sdfast.backends import attention
 from sdfast.backends.attention import exportable
+from sdfast.backends.fp8 import scaled_mm
 from sdfast.backends.inductor import Code, Inductor, Layout, in_memory
 from sdfast.backends.target import check_target, this_machine
 from sdfast.engine import Engine
@@ -21,12 +23,16 @@ from sdfast.export.build import export
 from sdfast.export.checkpoint import resolve
 from sdfast.export.code_store import CodeStore
 from sdfast.export.inductor import Compiler
-from sdfast.export.modules import ModuleSpec, Networks, module_specs
+from sdfast.export.modules import Form, ModuleSpec, Networks, module_specs
 from sdfast.export.recipe import Recipe
 from sdfast.export.tracing import traced_with
-from sdfast.manifest import Target, read_manifest
+from sdfast.manifest import Span, Target, read_manifest
+from sdfast.models import ops
+from sdfast.models.fp8 import Conv1x1FP8, LinearFP8
+from sdfast.models.layers import Conv1x1, Linear
 from sdfast.pipeline import Pipeline
 from tests import checkpoints
+from tests.models.conftest import randomise
 from tests.sealing import reseal
 from tests.test_pipeline import assert_same
 
@@ -225,6 +231,42 @@ def test_what_was_made_of_weights_is_no_part_of_the_code() -> None:
     for made in (torch.arange(4.0) + 1, torch.arange(4.0).half(), torch.arange(5.0)):
         with pytest.raises(ExportError, match=r"packed: the compiler made .* of the weights"):
             inductor._literal("packed", made, traced)
+
+
+class FP8Layers(nn.Module):
+    """A convolution of one pixel, then a linear layer, as they are in a U-Net."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.conv = Conv1x1FP8(randomise(Conv1x1(32, 48), seed).half())
+        self.linear = LinearFP8(randomise(Linear(48, 16), seed).half())
+        self.conv.product = self.linear.product = scaled_mm
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:  # [B, 32, H, W] -> [B, H W, 16]
+        y: torch.Tensor = self.linear(ops.tokens_from_image(self.conv(sample)))
+        return y
+
+
+def test_fp8_layers_take_their_weights_and_scales_from_the_engine(
+    tmp_path: Path, compiled: list[str]
+) -> None:
+    """Compiled for a processor, which has their product too; other weights need no compile."""
+    compiler = Compiler(this_machine(CPU), autotune=False, store=CodeStore(tmp_path / "store"))
+    sample = torch.randn(2, 32, 4, 4).half()
+    one = {"sample": sample}
+    for seed in (0, 1):
+        place, network = tmp_path / str(seed), FP8Layers(seed)
+        place.mkdir()
+        forms = (Form(Span.exactly(1)),)
+        spec = ModuleSpec("layers", lambda n=network: n, lambda *_: one, {}, ("y",), (), forms)
+        compiler.compile(spec, place)
+        ours = Inductor(CPU).load(place / "layers.pt2")(one)["y"].float()
+        truth = network(sample).float()
+        assert torch.linalg.norm(ours - truth) <= 0.01 * torch.linalg.norm(truth)
+        stored = load_file(place / "layers.safetensors")
+        assert stored["linear.weight"].dtype == ops.FP8
+        assert stored["linear.scale"].dtype == torch.float32
+    assert compiled == ["layers"]
 
 
 def unet_spec(checkpoint: Path) -> ModuleSpec:

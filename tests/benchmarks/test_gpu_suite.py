@@ -10,14 +10,17 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks.gpu import report, work
+from benchmarks.gpu import accuracy, report, work
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.comparison import within
 from benchmarks.gpu.document import Document
 from benchmarks.gpu.measure import alternate, burst
 from benchmarks.gpu.plan import Part, Runner
 from benchmarks.gpu.sides import SIDES, SideSpec
 from benchmarks.gpu.workloads import workload
+from sdfast.manifest import read_manifest
+from sdfast.validation.rule import FP8_BARS
 
 ROW = {
     "side",
@@ -180,6 +183,23 @@ def test_a_profile_names_what_took_longest_and_saves_the_trace(dry_run: DryRun) 
         times = [one["microseconds"] for one in result["top"]]
         assert times == sorted(times, reverse=True) and times[0] > 0
         assert any("conv" in one["name"] for one in result["top"])
+
+
+def test_an_fp8_side_is_built_beside_the_others_and_held_to_its_own_bar(
+    dry_run: DryRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SIDES, "sdfast-fp8", SideSpec("fp8", backend="eager", fp8=True))
+    bench = Bench(workload("sd15", "tiny"), torch.device("cpu"), dry_run.folder / "work")
+    bench.build("sdfast-fp8", 1)
+    folders = [bench.engine_folder(side, 1) for side in ("sdfast-fp8", "sdfast-eager")]
+    assert [bool(read_manifest(folder).fp8) for folder in folders] == [True, False]
+    modules = {one["name"]: one for one in accuracy.modules(bench, "sdfast-fp8", 1)["modules"]}
+    assert modules["unet"]["within_bar"] and modules["unet"]["bar"] == FP8_BARS["unet"]
+    assert modules["unet"]["relative_l2"] > 3 * modules["unet"]["stock_relative_l2"]
+    for side, error, met in (("sdfast-fp8", 0.19, True), ("sdfast-fp8", 0.21, False)):
+        assert within(side, error, stock=1e-3) is met
+    assert within("sdfast-eager", 0.19, stock=1e-3) is False
+    assert SIDES["sdfast-inductor-fp8"].absent(torch.device("cpu")) == "FP8 is compiled for GPUs alone"
 
 
 # ---------------------------------------------------------------- its parts, without a network

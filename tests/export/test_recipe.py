@@ -50,6 +50,20 @@ RECIPES = sorted((Path(__file__).parents[2] / "export").glob("*.toml"))
             {"backend": "eager", "provider": "cuda"},
             "provider: only the onnx backend has providers; leave it out (got 'cuda')",
         ),
+        ({"fp8": "yes please"}, "fp8: must be a valid boolean"),
+        (
+            {"fp8": True},
+            "fp8: the onnx backend has none; take backend inductor, or eager for checks (got True)",
+        ),
+        (
+            {"fp8": True, "backend": "eager"},
+            "fp8: the rest of the networks must be fp16; take dtype fp16 (got True)",
+        ),
+        (
+            {"fp8": True, "backend": "inductor", "dtype": "fp16", "device": "cpu"},
+            "fp8: compiled for device cuda alone; on a CPU take backend eager, for checks (got True)",
+        ),
+        ({"fp8": True, "backend": "eager", "dtype": "int8"}, "dtype: must be 'fp32' or 'fp16'"),
         ({"revision": 5}, "revision: must be a valid string"),
         ({"checkpoint": ["a"]}, "checkpoint: must be a valid string"),
         ({"chekpoint": "a"}, "chekpoint: unknown field 'chekpoint'; there are: checkpoint, revision"),

@@ -144,3 +144,27 @@ def test_zero_guidance_and_one_step(engine: Path) -> None:
     report = validate(engine, prompts=["boat"], steps=1, guidance_scale=1.0, scheduler="DDPM")
     assert report.passed, report.table()
     assert torch.isfinite(torch.tensor(report.pictures[0].drift)).all()
+
+
+def test_fp8_has_bars_of_its_own_and_its_price_is_told(checkpoint: Path, tmp_path: Path) -> None:
+    folder = engines.build(checkpoint, tmp_path / "fp8", dtype="fp16", fp8=True)
+    report = validate(folder, prompts=["boat"], steps=2, scheduler="DDIM")
+    modules = {module.name: module for module in report.modules}
+    for name, bar in {"unet": 1 / 8, "step": 1 / 8, "pictures": 1 / 5}.items():
+        module = modules[name]
+        assert (module.bar, module.passed) == (bar, True), report.table()
+        assert module.stock_relative_l2 is not None
+        assert module.relative_l2 > 2 * module.stock_relative_l2
+    untouched = modules["vae_decoder"]
+    assert untouched.bar == pytest.approx(max(1e-4, 1.1 * (untouched.stock_relative_l2 or 0)))
+    assert report.setting.fp8 == len(read_manifest(folder).fp8) > 0
+    furthest, stock = report.pictures[0].psnr, report.pictures[0].stock_psnr
+    assert report.price is not None and stock is not None and furthest < stock
+    for told in (report.table(), (folder / "validation" / "report.html").read_text("utf-8")):
+        assert f"{furthest:.1f} dB from the reference, stock" in told
+        assert f"{modules['unet'].relative_l2:.2e}, that of stock in fp16" in told
+    assert report.figures()["stock.picture.psnr_min"] == stock
+    engines.change_weight(folder, "unet", "mid_block.resnets.0.conv2.weight", lambda weight: weight * 2)
+    broken = validate(folder, prompts=["boat"], steps=2, scheduler="DDIM")
+    reason = next(failure.reason for failure in broken.failures if failure.part == "unet")
+    assert "is above 0.125, the bar of FP8" in reason
