@@ -21,7 +21,7 @@ def create_app(studio: Studio, settings: Settings, lifespan: "Lifespan[FastAPI] 
     from fastapi import FastAPI
 
     from sdfast import __version__
-    from sdfast.server import automatic1111, documentation, health, openai
+    from sdfast.server import automatic1111, documentation, health, openai, page
     from sdfast.server.guard import Guard
     from sdfast.server.metrics import Metrics
 
@@ -39,6 +39,7 @@ def create_app(studio: Studio, settings: Settings, lifespan: "Lifespan[FastAPI] 
     app.include_router(health.routes(studio, metrics))
     app.include_router(openai.routes(studio, settings, metrics))
     app.include_router(automatic1111.routes(studio, settings, metrics))
+    app.include_router(page.routes(settings))
     documentation.add(app, settings)
     app.add_middleware(Guard, settings=settings, metrics=metrics)
     _handle_problems(app)

@@ -24,6 +24,20 @@ BODY_SECONDS = 60.0  # for a whole body to come in
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _LOCAL_HOST = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?", re.IGNORECASE)
 
+<<<<<<< HEAD
+=======
+_CHALLENGES = Headers(
+    raw=[
+        (b"www-authenticate", b"Bearer"),
+        (b"www-authenticate", b'Basic realm="sdfast"'),  # of one line, Chromium reads the first alone
+        (b"connection", b"close"),
+    ]
+)
+
+request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
+"""Whose work the current task does; the log puts it into every line."""
+
+>>>>>>> main
 _log = logging.getLogger("sdfast.server")
 
 
@@ -75,7 +89,7 @@ class Guard:
             return Problem(
                 401,
                 "the key is wrong or missing; send it as `Authorization: Bearer KEY`, or as Basic's password",
-                headers={"www-authenticate": 'Bearer, Basic realm="sdfast"', "connection": "close"},
+                headers=_CHALLENGES,
             )
         return self._body_refusal(headers)
 

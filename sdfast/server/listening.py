@@ -7,7 +7,7 @@ import secrets
 import socket
 import time
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import h11
 import uvicorn
@@ -22,6 +22,7 @@ HEAD_BYTES = 32_768
 HEAD_SECONDS = 10.0  # from the first byte of a request, or the connection, to the end of its headers
 WRITE_SECONDS = 30.0  # in which a client takes nothing of an answer
 IDLE_SECONDS = 15  # between requests
+LINGER_SECONDS = 5.0  # in which a client that is refused may go on sending, and reads why
 CONNECTIONS = 1_024
 BACKLOG = 1_024
 
@@ -102,7 +103,7 @@ class Protocol(H11Protocol):
     _write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(cast(asyncio.Transport, _Lingering(transport, self.conn, self.loop)))
         if len(self.connections) > CONNECTIONS:
             self._refuse(
                 Problem(503, "there are too many connections; try again", code="too_many_connections")
@@ -111,6 +112,8 @@ class Protocol(H11Protocol):
         self._expect_head()
 
     def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():  # it was refused, and sends on
+            return
         super().data_received(data)
         if self.conn.their_state is not h11.IDLE:
             self._stop_timer()
@@ -159,6 +162,35 @@ class Protocol(H11Protocol):
             body = json.dumps(problem.envelope()).encode()
             self.transport.write(_head(problem, len(body)) + body)
         self.transport.close()
+
+
+class _Lingering:
+    """A transport whose closing a client in the middle of a request does not take for a broken connection.
+
+    To close while a body still comes in would make the system drop the answer with it. So the answer is ended
+    and what comes in is dropped until the client has read it and closes, for some seconds at most.
+    """
+
+    def __init__(
+        self, transport: asyncio.Transport, conn: h11.Connection, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        self._transport, self._conn, self._loop = transport, conn, loop
+        self._lingers = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def is_closing(self) -> bool:
+        return self._lingers or self._transport.is_closing()
+
+    def close(self) -> None:
+        if self.is_closing() or self._conn.their_state not in (h11.SEND_BODY, h11.ERROR):
+            self._transport.close()
+            return
+        self._lingers = True
+        self._transport.write_eof()
+        self._transport.resume_reading()
+        self._loop.call_later(LINGER_SECONDS, self._transport.close)
 
 
 def _head(problem: Problem, length: int) -> bytes:

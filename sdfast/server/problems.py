@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -104,7 +105,7 @@ class Problem(Exception):
         self.short = short or message
         self.status, self.message, self.param = status, message, param
         self.code = code or _CODES.get(status, "error")
-        self.headers = dict(headers or {})
+        self.headers = MutableHeaders(headers)  # it keeps a name that comes twice
 
     @property
     def type(self) -> str:

@@ -46,6 +46,7 @@ class FakeStudio:
     hang: bool = False
     bug: bool = False
     silent: bool = False
+    ahead: int = 0  # jobs, when one comes in
     seconds: float = 0.0  # of every step
     steps: int = 0  # that are told before the pictures, each with a preview if one was asked for
     asked: set[str] = field(default_factory=set)
@@ -96,7 +97,7 @@ class FakeStudio:
         return {name: Statistics(self.ready, 2, self.waiting(), load) for name in self.engines}
 
     async def _events(self, job: Job) -> AsyncIterator[Event]:
-        yield Queued(0)
+        yield Queued(self.ahead)
         if self.bug:
             raise ValueError("a bug in the studio")
         if self.hang:

@@ -252,7 +252,7 @@ async def _unread() -> AsyncIterator[bytes]:
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/redoc", "/v1/images", "/v1/images/generations/", "/%00", "/../etc/passwd"]
+    "path", ["/page", "/redoc", "/v1/images", "/v1/images/generations/", "/%00", "/../etc/passwd"]
 )
 async def test_there_is_nothing_else(http: httpx.AsyncClient, path: str) -> None:
     assert problem(await http.get(path), 404)["code"] == "not_found"

@@ -164,6 +164,29 @@ def test_a_body_over_the_limit_is_refused_by_its_length(port: int) -> None:
     assert (status, body["error"]["code"]) == (413, "request_too_large")
 
 
+def test_a_client_that_is_refused_reads_why_while_it_still_sends(port: int) -> None:
+    for _ in range(20):  # a close with bytes unread would reset most of these connections
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+            connection.sendall(head(port, "Content-Length: 2000000"))
+            for _ in range(20):
+                connection.sendall(b" " * 100_000)
+            status, body = answer_on(connection)
+        assert (status, body["error"]["code"]) == (413, "request_too_large")
+
+
+def test_a_refused_client_that_never_ends_is_cut_off(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listening, "LINGER_SECONDS", 0.2)
+    with (
+        socket.create_connection(("127.0.0.1", port), timeout=10) as connection,
+        pytest.raises((BrokenPipeError, ConnectionResetError)),
+    ):
+        connection.sendall(head(port, "Content-Length: 1000000000"))
+        until = time.monotonic() + 10
+        while time.monotonic() < until:
+            connection.sendall(b" " * 1_000)
+            time.sleep(0.01)
+
+
 def test_endless_chunks_end_with_413(port: int) -> None:
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
         connection.sendall(head(port, "Transfer-Encoding: chunked"))

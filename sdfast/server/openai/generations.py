@@ -9,6 +9,7 @@ from starlette.responses import Response
 from sdfast.server.body import read_json
 from sdfast.server.desk import Desk
 from sdfast.server.health import check_open
+from sdfast.server.jobs import EngineInfo
 from sdfast.server.openai import schema
 from sdfast.server.openai.answers import Order, answer
 from sdfast.server.openai.fields import Generation, engine_of
@@ -30,14 +31,18 @@ def routes(desk: Desk) -> APIRouter:
 
     @router.get("/v1/models", responses={200: {"model": schema.Models}})
     async def models() -> dict[str, Any]:
-        """The engines."""
-        listed = [
-            {"id": name, "object": "model", "created": started, "owned_by": "sdfast"}
-            for name in desk.studio.engines
-        ]
+        """The engines, and what each can do."""
+        fixed = {"object": "model", "created": started, "owned_by": "sdfast"}
+        listed = [{"id": name, **fixed, **_abilities(engine)} for name, engine in desk.studio.engines.items()]
         return {"object": "list", "data": listed}
 
     return router
+
+
+def _abilities(engine: EngineInfo) -> dict[str, Any]:
+    """What a client may ask an engine for, beside what the API tells of a model."""
+    size = f"{engine.default_width}x{engine.default_height}"
+    return {"sizes": engine.sizes, "default_size": size, "edits": engine.edits}
 
 
 def _order(asked: Generation, desk: Desk) -> Order:

@@ -105,6 +105,9 @@ class Model(_Shape):
     object: str
     created: int
     owned_by: str
+    sizes: list[str]
+    default_size: str
+    edits: bool
 
 
 class Models(_Shape):
