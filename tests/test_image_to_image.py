@@ -25,7 +25,7 @@ from sdfast.pipeline import Given, Pipeline
 from sdfast.request import Request
 from sdfast.server.batcher import Batcher
 from sdfast.server.jobs import Job
-from sdfast.server.studio import warm_up
+from sdfast.server.worker.opening import warm_up
 from tests import checkpoints
 from tests.fakes import Failpoint, FakeEngine
 from tests.test_pipeline import PROMPT, assert_same, ours, seeded

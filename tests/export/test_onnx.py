@@ -58,7 +58,8 @@ def check(path, module, inputs, tolerance=2e-6):
 
 
 def test_every_operation_has_a_lowering():
-    assert set(CPU) == set(CPU_COMPACT) == set(TENSORRT) == set(ops.NAMES)
+    every = set(ops.NAMES) - {"linear_fp8"}  # which a recipe refuses for this backend
+    assert set(CPU) == set(CPU_COMPACT) == set(TENSORRT) == every
 
 
 def test_unet_of_fixed_size(tmp_path):

@@ -132,7 +132,7 @@ def fused(network):
 
 
 def test_every_operation_has_a_lowering():
-    assert set(CUDA) == set(CPU) == set(ops.NAMES)
+    assert set(CUDA) == set(CPU) == set(ops.NAMES) - {"linear_fp8"}  # which a recipe refuses for this backend
 
 
 def test_sd15_is_made_of_fused_operators():

@@ -17,7 +17,7 @@ def test_every_request_gets_its_own_answer() -> None:
         asked = orders(Pipeline(FakeEngine()), 40, 2)
         wait_for(f"{url}/health/ready", 200)
         memory = Memory(process.pid)
-        outcome = asyncio.run(Soak(url, asked, tolerance=0, patience=0.05).run(250, 24, memory))
+        outcome = asyncio.run(Soak(url, asked, tolerance=0, patience=0.05).run(250, 40, memory))
     assert outcome.wrong == []
     assert sum(outcome.counts[kind] for kind in KINDS) == 250
     assert outcome.counts["left before the answer"] > 0

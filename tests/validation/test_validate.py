@@ -163,7 +163,7 @@ def test_fp8_has_bars_of_its_own_and_its_price_is_told(checkpoint: Path, tmp_pat
     for told in (report.table(), (folder / "validation" / "report.html").read_text("utf-8")):
         assert f"{furthest:.1f} dB from the reference, stock" in told
         assert f"{modules['unet'].relative_l2:.2e}, that of stock in fp16" in told
-    assert report.figures()["stock.picture.psnr_min"] == stock
+    assert report.figures()["stock.picture.psnr_min"] == min(one.stock_psnr or 0 for one in report.pictures)
     engines.change_weight(folder, "unet", "mid_block.resnets.0.conv2.weight", lambda weight: weight * 2)
     broken = validate(folder, prompts=["boat"], steps=2, scheduler="DDIM")
     reason = next(failure.reason for failure in broken.failures if failure.part == "unet")
