@@ -1,4 +1,4 @@
-"""Jobs and events in frames: what goes in comes out, in whatever pieces, and what is too large does not go."""
+"""Jobs and events in frames: what goes in comes out, in whatever pieces; what is too large does not go."""
 
 import time
 from pathlib import Path
