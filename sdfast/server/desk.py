@@ -38,9 +38,11 @@ class Desk:
         except RequestError as error:
             self.metrics.failed("request")
             raise of_request_error(error, self.fields) from None
-        except BackendError as error:  # it failed for good since `check_open` looked
+        except BackendError as error:  # this engine is not up, while others may be
             self.metrics.failed("engine")
-            raise of_failure(Failed("engine", str(error)), self.fields) from None
+            problem = of_failure(Failed("engine", str(error)), self.fields)
+            problem.headers["retry-after"] = "5"
+            raise problem from None
 
     @asynccontextmanager
     async def under_way(self, job: Job, events: AsyncIterator[Event]) -> AsyncGenerator[None]:

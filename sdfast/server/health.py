@@ -10,11 +10,15 @@ from sdfast.server.problems import Problem
 
 
 def check_open(request: Request, studio: Studio) -> None:
-    """Raises `Problem` 503 with the reason while no work is begun here."""
-    draining = request.app.state.draining
-    if draining or not studio.ready:
-        reason = "the server is shutting down" if draining else "the engines are not ready"
-        raise Problem(503, f"{reason}; try again later", code="not_ready", headers={"retry-after": "5"})
+    """Raises `Problem` 503 with the reason while no work is begun here; one engine that is up may do some."""
+    if request.app.state.draining:
+        raise _not_ready("the server is shutting down")
+    if not any(numbers.up for numbers in studio.statistics().values()):
+        raise _not_ready("the engines are not ready")
+
+
+def _not_ready(reason: str) -> Problem:
+    return Problem(503, f"{reason}; try again later", code="not_ready", headers={"retry-after": "5"})
 
 
 def routes(studio: Studio, metrics: Metrics) -> APIRouter:
@@ -30,6 +34,8 @@ def routes(studio: Studio, metrics: Metrics) -> APIRouter:
     async def ready(request: Request) -> dict[str, str]:
         """Whether every engine is loaded, warmed up and at work."""
         check_open(request, studio)
+        if not studio.ready:
+            raise _not_ready("some engines are not ready")
         return {"status": "ready"}
 
     @router.get("/metrics", response_class=PlainTextResponse)

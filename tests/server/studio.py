@@ -40,6 +40,7 @@ class FakeStudio:
 
     engines: dict[str, EngineInfo] = field(default_factory=lambda: {"tiny": engine()})
     ready: bool = True
+    resting: set[str] = field(default_factory=set)  # engines that are not up
     full: bool = False
     down: bool = False
     failure: Failed | None = None
@@ -58,7 +59,7 @@ class FakeStudio:
     def submit(self, job: Job) -> AsyncIterator[Event]:
         if self.full:
             raise QueueFull(2.5)
-        if self.down:
+        if self.down or job.engine in self.resting:
             raise BackendError("the engine takes no more jobs: it is closed, or it failed too often")
         size = (job.request.height, job.request.width)
         if size not in SIZES:
@@ -94,7 +95,11 @@ class FakeStudio:
             tick_seconds=99.5,
             memory={"allocated": 1_000},
         )
-        return {name: Statistics(self.ready, 2, self.waiting(), load) for name in self.engines}
+        up = self.ready or self.resting
+        return {
+            name: Statistics(bool(up) and name not in self.resting, 2, self.waiting(), load)
+            for name in self.engines
+        }
 
     async def _events(self, job: Job) -> AsyncIterator[Event]:
         yield Queued(self.ahead)

@@ -14,7 +14,7 @@ from sdfast.server.app import create_app
 from sdfast.server.jobs import Failed
 from sdfast.server.settings import Settings
 from tests.server.conftest import KEY, problem
-from tests.server.studio import FakeStudio
+from tests.server.studio import FakeStudio, engine
 
 pytestmark = pytest.mark.anyio
 
@@ -351,6 +351,17 @@ async def test_not_ready_is_503_with_the_reason_while_live(
     assert (await http.get("/health/live")).status_code == 200
     studio.ready = True
     assert (await http.get("/health/ready")).json() == {"status": "ready"}
+
+
+async def test_an_engine_that_is_not_up_leaves_the_others_open(
+    http: httpx.AsyncClient, post: Any, studio: FakeStudio
+) -> None:
+    studio.engines["other"] = engine("other")
+    studio.ready, studio.resting = False, {"other"}
+    assert problem(await http.get("/health/ready"), 503)["code"] == "not_ready"
+    assert (await post({"prompt": "a", "model": "tiny"})).status_code == 200
+    refused = await post({"prompt": "a", "model": "other"})
+    assert (problem(refused, 503)["code"], refused.headers["retry-after"]) == ("engine_error", "5")
 
 
 async def test_metrics_count_what_happened(http: httpx.AsyncClient, post: Any, studio: FakeStudio) -> None:
