@@ -28,11 +28,15 @@ Fits = Callable[[Job, Job], bool]
 class Batches:
     """A studio that takes jobs of one picture from the head of its queue, as many as fit, and draws them."""
 
-    def __init__(self, pipeline: Pipeline, info: EngineInfo, draw: Draw, most: int, fits: Fits) -> None:
-        """most: jobs in a batch. fits: whether a job may be in the batch that another one began."""
+    def __init__(
+        self, info: EngineInfo, most: int, fits: Fits, open: Callable[[], tuple[Pipeline, Draw]]
+    ) -> None:
+        """most: jobs in a batch. fits: whether a job may be in the batch that another one began.
+        open: called in the thread that draws, which alone may compute: see `Batcher`.
+        """
         self.engines: Mapping[str, EngineInfo] = {info.name: info}
-        self.ready = True
-        self._pipeline, self._draw, self._most, self._fits = pipeline, draw, most, fits
+        self.ready = False
+        self._most, self._fits, self._open = most, fits, open
         self._changed = threading.Condition()
         self._queue: deque[tuple[Job, Callable[[Event], None]]] = deque()
         self._running = 0
@@ -62,17 +66,19 @@ class Batches:
         return self._running
 
     def statistics(self) -> Mapping[str, Statistics]:
-        numbers = Statistics(True, 0, self.waiting(), Load(rows=self._running))
+        numbers = Statistics(self.ready, 0, self.waiting(), Load(rows=self._running))
         return dict.fromkeys(self.engines, numbers)
 
     def _main(self) -> None:
         with torch.no_grad():
+            pipeline, draw = self._open()
+            self.ready = True
             while True:
                 batch = self._take()
                 self._running = len(batch)
-                images = self._draw([job for job, _ in batch])
+                images = draw([job for job, _ in batch])
                 for (job, tell), image in zip(batch, images, strict=True):
-                    tell(Done((self._png(job, image),), job.request.seeds, ("",), {}))
+                    tell(Done((_png(pipeline, job, image),), job.request.seeds, ("",), {}))
                 self._running = 0
 
     def _take(self) -> list[tuple[Job, Callable[[Event], None]]]:
@@ -84,25 +90,23 @@ class Batches:
                 self._queue.remove(entry)
         return batch
 
-    def _png(self, job: Job, image: Image.Image) -> bytes:
-        request, manifest = job.request, self._pipeline.engine.manifest
-        plan = self._pipeline.schedule_of(request)
-        weights = manifest.checkpoint.weights
-        return png(image, infotext_of(request, plan, request.seed, model=manifest.name, weights=weights))
-
 
 def one_at_a_time(folder: Path, info: EngineInfo, checkpoint: str, most: int) -> Batches:
     """The stock pipeline of the engine's checkpoint."""
-    from sdfast.export.checkpoint import resolve
-    from sdfast.validation.reference import generate, reference_pipeline
 
-    pipe: Any = reference_pipeline(resolve(checkpoint))
-    pipe.set_progress_bar_config(disable=True)
+    def open() -> tuple[Pipeline, Draw]:
+        from sdfast.export.checkpoint import resolve
+        from sdfast.validation.reference import generate, reference_pipeline
 
-    def draw(jobs: Sequence[Job]) -> Sequence[Image.Image]:
-        return [generate(pipe, job.request)[0] for job in jobs]
+        pipe: Any = reference_pipeline(resolve(checkpoint))
+        pipe.set_progress_bar_config(disable=True)
 
-    return Batches(Pipeline(Engine.open(folder)), info, draw, 1, _alike)
+        def draw(jobs: Sequence[Job]) -> Sequence[Image.Image]:
+            return [generate(pipe, job.request)[0] for job in jobs]
+
+        return Pipeline(Engine.open(folder)), draw
+
+    return Batches(info, 1, _alike, open)
 
 
 def alike(folder: Path, info: EngineInfo, checkpoint: str, most: int) -> Batches:
@@ -116,10 +120,13 @@ def mixed(folder: Path, info: EngineInfo, checkpoint: str, most: int) -> Batches
 
 
 def _batches(folder: Path, info: EngineInfo, most: int, fits: Fits) -> Batches:
-    engine = Engine.open(folder, load=True)
-    warm_up(engine)
-    pipeline, buckets = Pipeline(engine), Buckets(most)
-    return Batches(pipeline, info, lambda jobs: _together(pipeline, buckets, jobs), most, fits)
+    def open() -> tuple[Pipeline, Draw]:
+        engine = Engine.open(folder, load=True)
+        warm_up(engine)
+        pipeline, buckets = Pipeline(engine), Buckets(most)
+        return pipeline, lambda jobs: _together(pipeline, buckets, jobs)
+
+    return Batches(info, most, fits, open)
 
 
 def _together(pipeline: Pipeline, buckets: Buckets, jobs: Sequence[Job]) -> Sequence[Image.Image]:
@@ -146,3 +153,9 @@ def _alike(first: Job, other: Job) -> bool:
         return request.num_inference_steps, request.scheduler, request.height, request.width
 
     return settings(first) == settings(other)
+
+
+def _png(pipeline: Pipeline, job: Job, image: Image.Image) -> bytes:
+    request, manifest = job.request, pipeline.engine.manifest
+    plan, weights = pipeline.schedule_of(request), manifest.checkpoint.weights
+    return png(image, infotext_of(request, plan, request.seed, model=manifest.name, weights=weights))

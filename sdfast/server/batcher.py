@@ -82,12 +82,21 @@ class Batcher:
     """
 
     def __init__(
-        self, engine: Engine, *, max_rows: int = 8, max_queue: int = 64, buckets: int | None = None
+        self,
+        engine: Engine,
+        *,
+        max_rows: int = 8,
+        max_queue: int = 64,
+        buckets: int | None = None,
+        own_thread: bool = True,
     ) -> None:
         """max_rows: in the loop at a time, of all sizes. max_queue: jobs that wait, none of whose rows is in.
         buckets: how many row counts' tensors and CUDA graphs are kept for their return (default: max_rows).
 
-        The thread starts at once.
+        own_thread: start one; without, the caller is the batcher's thread, and calls `run`. A process that
+        only does this should do it on the thread that opened the engine: OpenMP gives each thread that
+        computes a pool, and with more threads in them than there are cores its barriers no longer spin, which
+        was seen to halve PyTorch's speed on a processor.
         """
         self.pipeline, self._engine = Pipeline(engine), engine
         self._max_rows, self._max_queue = max_rows, max_queue
@@ -112,8 +121,10 @@ class Batcher:
         self.fault = ""
         """What the engine last failed of."""
         engine.on_call = self._go_on
-        self._thread = threading.Thread(target=self._main, name="sdfast-batcher", daemon=True)
-        self._thread.start()
+        self._thread = threading.current_thread()
+        if own_thread:
+            self._thread = threading.Thread(target=self.run, name="sdfast-batcher", daemon=True)
+            self._thread.start()
 
     # For every thread:
 
@@ -217,7 +228,8 @@ class Batcher:
 
     # For its own thread:
 
-    def _main(self) -> None:
+    def run(self) -> None:
+        """Do the jobs until `close`. Raises what is a bug."""
         with torch.no_grad(), _current(self._engine.device):
             try:
                 while self._wait():

@@ -82,7 +82,7 @@ def test_a_batch_takes_what_fits_and_the_rest_waits() -> None:
         return [Image.new("RGB", (16, 16), (one.request.seed, 0, 0)) for one in jobs]  # type: ignore[attr-defined]
 
     info = EngineInfo("fake", "sd", 16, 16, ("16x16",), 8, "fake", "0" * 64)
-    studio = Batches(pipeline, info, draw, 2, _alike)  # type: ignore[arg-type]
+    studio = Batches(info, 2, _alike, lambda: (pipeline, draw))  # type: ignore[arg-type,return-value]
 
     async def all_of(*jobs: Job) -> list[int]:
         async def red(one: Job) -> int:

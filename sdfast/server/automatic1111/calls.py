@@ -106,7 +106,7 @@ class Calls:
     def __init__(self, studio: Studio) -> None:
         self._studio = studio
         self._under_way: dict[str, Call] = {}  # by their jobs' ids
-        self._ended: deque[Call] = deque(maxlen=_REMEMBERED)
+        self._ended: deque[tuple[str, dict[str, Any]]] = deque(maxlen=_REMEMBERED)  # task and last state
 
     @contextmanager
     def under_way(self, call: Call) -> Iterator[None]:
@@ -115,7 +115,7 @@ class Calls:
             yield
         finally:
             del self._under_way[call.job.id]
-            self._ended.append(call)
+            self._ended.append((call.task, call.state(False)))  # not the call, which has its images
 
     def interrupt(self) -> None:
         """End all."""
@@ -136,7 +136,7 @@ class Calls:
             return {
                 "progress": 0.0,
                 "eta_relative": 0.0,
-                "state": self._ended[-1].state(False) if self._ended else _NEVER,
+                "state": self._ended[-1][1] if self._ended else _NEVER,
                 "current_image": None,
                 "textinfo": None,
             }
@@ -156,7 +156,7 @@ class Calls:
             "active": call is not None and call.begun,
             "queued": call is not None and not call.begun,
             "paused": False,
-            "completed": any(ended.task == task for ended in self._ended),
+            "completed": any(ended == task for ended, _ in self._ended),
             "progress": None,
             "eta": None,
             "live_preview": None,

@@ -160,9 +160,8 @@ def _body(model: type[BaseModel]) -> dict[str, Any]:
 def _order(asked: Generation, engine: EngineInfo, settings: Settings) -> Order:
     """Raises `Problem`. Where an image is to be opened, call it in a thread."""
     request, sampler = asked.request(engine)
-    if (
-        request.height * request.width > MAX_PIXELS
-    ):  # the engine knows its sizes, but an image is opened first
+    # The engine knows its sizes, but an image is opened before that.
+    if request.height * request.width > MAX_PIXELS:
         raise Problem(422, f"width: times height is more than {MAX_PIXELS}, the most taken", param="width")
     canvas = canvas_of(asked, request.height, request.width) if isinstance(asked, ImageToImage) else None
     job = Job(

@@ -1,8 +1,8 @@
 """What a worker process runs: an engine and its batcher, at the end of a socket.
 
-Its main thread opens the engine and then waits. A thread reads what the server asks and ends the process when
-the server is gone; another writes what the batcher tells, and between that how it is. Whatever goes wrong in
-a worker ends it: the server starts another.
+Its main thread opens the engine and runs the batcher. A thread reads what the server asks and ends the
+process when the server is gone; another writes what the batcher tells, and between that how it is. Whatever
+goes wrong in a worker ends it: the server starts another.
 """
 
 import logging
@@ -60,10 +60,14 @@ class Process:
             os._exit(1)
         from sdfast.server.batcher import Batcher  # imports torch, during which the server may go
 
-        self._batcher = Batcher(engine, max_rows=max_rows, max_queue=max_queue)
+        self._batcher = Batcher(engine, max_rows=max_rows, max_queue=max_queue, own_thread=False)
         self._send(encoded(Frame(messages.READY)))
         self._start(self._write)
-        threading.Event().wait()
+        try:
+            self._batcher.run()
+        except Exception as error:
+            log.error("the batcher ended", exc_info=error)
+        threading.Event().wait()  # for the thread that writes: it tells, and ends the process
         raise AssertionError("one of the threads ends the process")
 
     def _start(self, task: Callable[[], None]) -> None:
