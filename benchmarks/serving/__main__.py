@@ -37,6 +37,7 @@ OVERLOADED = 4.0  # times the limit of p99
 @click.option("--seconds", type=float, default=45.0, show_default=True, help="Of arrivals, for each rate.")
 @click.option("--side", "sides", type=click.Choice(SIDES), multiple=True, default=SIDES)
 @click.option("--limit", type=float, default=4.0, show_default=True, help="Seconds of p99 to compare at.")
+@click.option("--rows", type=int, default=8, show_default=True, help="The most that are drawn together.")
 @click.option("--seed", type=int, default=1, show_default=True)
 @click.option(
     "--workdir", type=click.Path(path_type=Path), default=Path(tempfile.gettempdir()) / "sdfast-bench"
@@ -47,6 +48,7 @@ def main(
     seconds: float,
     sides: tuple[str, ...],
     limit: float,
+    rows: int,
     seed: int,
     workdir: Path,
     keep: bool,
@@ -56,7 +58,9 @@ def main(
     points: dict[str, list[Point]] = {side: [] for side in sides}
     with ExitStack() as open_sides:  # who has nothing to do takes no processor
         urls = {
-            side: open_sides.enter_context(served(side, folder, CHECKPOINT, workdir / f"serving-{side}.log"))
+            side: open_sides.enter_context(
+                served(side, folder, CHECKPOINT, rows, workdir / f"serving-{side}.log")
+            )
             for side in sides
         }
         for url in urls.values():
@@ -75,6 +79,7 @@ def main(
         result = {
             "checkpoint": CHECKPOINT,
             "seconds": seconds,
+            "rows": rows,
             "points": [vars(point) for of_side in points.values() for point in of_side],
             **told,
         }

@@ -1,4 +1,4 @@
-"""One side as a process: python -m benchmarks.serving.server SIDE ENGINE CHECKPOINT PORT."""
+"""One side as a process: python -m benchmarks.serving.server SIDE ENGINE CHECKPOINT PORT ROWS."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -18,17 +18,16 @@ BASELINES: Mapping[str, Callable[[Path, EngineInfo, str, int], Batches]] = {
     "mixed": mixed,
 }
 SIDES = (*BASELINES, "sdfast")
-MOST_ROWS = 8
 UNBOUNDED = 10_000  # jobs in the queue: here nobody is turned away
 
 
-def main(side: str, folder: Path, checkpoint: str, port: int) -> None:
-    settings = Settings.make(port=port, max_rows=MOST_ROWS, queue=UNBOUNDED, timeout=3_600, drain=0)
+def main(side: str, folder: Path, checkpoint: str, port: int, rows: int) -> None:
+    settings = Settings.make(port=port, max_rows=rows, queue=UNBOUNDED, timeout=3_600, drain=0)
     if side == "sdfast":
         start([folder], settings)
     else:
-        serve(BASELINES[side](folder, info_of(read_manifest(folder)), checkpoint, MOST_ROWS), settings)
+        serve(BASELINES[side](folder, info_of(read_manifest(folder)), checkpoint, rows), settings)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))

@@ -44,6 +44,10 @@ log = logging.getLogger(__name__)
 FAILURES = 3
 """After so many failures of the engine with no picture between them it is given up."""
 
+ROWS = {"cpu": 3, "cuda": 16}
+"""So many rows by default. On a processor a row takes nearly as long beside others as alone: with more rows
+each of them only takes longer."""
+
 AHEAD = 2
 """So many ticks the host may be ahead of a CUDA device: one that runs, and one that waits for its end."""
 
@@ -85,12 +89,13 @@ class Batcher:
         self,
         engine: Engine,
         *,
-        max_rows: int = 8,
+        max_rows: int | None = None,
         max_queue: int = 64,
         buckets: int | None = None,
         own_thread: bool = True,
     ) -> None:
-        """max_rows: in the loop at a time, of all sizes. max_queue: jobs that wait, none of whose rows is in.
+        """max_rows: in the loop at a time, of all sizes; default: see `ROWS`.
+        max_queue: jobs that wait, none of whose rows is in.
         buckets: how many row counts' tensors and CUDA graphs are kept for their return (default: max_rows).
 
         own_thread: start one; without, the caller is the batcher's thread, and calls `run`. A process that
@@ -99,8 +104,9 @@ class Batcher:
         was seen to halve PyTorch's speed on a processor.
         """
         self.pipeline, self._engine = Pipeline(engine), engine
-        self._max_rows, self._max_queue = max_rows, max_queue
-        self._buckets = Buckets(max_rows if buckets is None else buckets)
+        self._max_rows = ROWS.get(engine.device.type, ROWS["cpu"]) if max_rows is None else max_rows
+        self._max_queue = max_queue
+        self._buckets = Buckets(self._max_rows if buckets is None else buckets)
         self._changed = threading.Condition()  # guards the next five
         self._works: dict[str, Work] = {}  # all that have not had their last event
         self._queue: list[Work] = []

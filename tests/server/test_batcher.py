@@ -19,7 +19,7 @@ from sdfast.errors import BackendError, RequestError
 from sdfast.manifest import Span
 from sdfast.pipeline import Pipeline
 from sdfast.request import Request
-from sdfast.server.batcher import FAILURES, Batcher
+from sdfast.server.batcher import FAILURES, ROWS, Batcher
 from sdfast.server.jobs import Done, Event, Failed, Job, Preview, Queued, QueueFull, Step
 from tests.fakes import Failpoint, FakeEngine
 
@@ -311,6 +311,16 @@ def test_previews_come_on_the_way_and_look_like_the_end(open_batcher: Open) -> N
     none = submit(open_batcher(FakeEngine()), request(num_inference_steps=1), previews=5)
     none.done()
     assert not any(isinstance(event, Preview) for event in none.events)
+
+
+def test_a_processor_has_few_rows_unless_more_are_asked_for(open_batcher: Open) -> None:
+    for given, rows in ({}, ROWS["cpu"]), ({"max_rows": 4}, 4):
+        engine = FakeEngine()
+        batcher = open_batcher(engine, **given)
+        with Held(engine):
+            ear = submit(batcher, request(images=5))
+            until(lambda at=batcher, rows=rows: at.running() == rows)  # type: ignore[misc]
+        ear.done()
 
 
 def test_a_preview_comes_when_it_is_asked_for(open_batcher: Open) -> None:

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("engine", type=click.Path(path_type=Path))
 @click.option("--device", help="[default: what the engine is for]")
-@click.option("--max-rows", type=int, required=True)
+@click.option("--max-rows", type=int, help="[default: what suits the device]")
 @click.option("--max-queue", type=int, required=True)
-def main(engine: Path, device: str | None, max_rows: int, max_queue: int) -> None:
+def main(engine: Path, device: str | None, max_rows: int | None, max_queue: int) -> None:
     """Run ENGINE for the server at the other end of standard input, which is a socket."""
 
     def opened() -> "Engine":

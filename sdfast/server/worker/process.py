@@ -35,7 +35,7 @@ _READ = 2**18  # bytes at a time
 log = logging.getLogger(__name__)
 
 
-def run(open_engine: "Callable[[], Engine]", *, max_rows: int, max_queue: int) -> NoReturn:
+def run(open_engine: "Callable[[], Engine]", *, max_rows: int | None, max_queue: int) -> NoReturn:
     """Be the worker at the other end of standard input, until the server goes or the engine fails."""
     leash.put_on()
     logs.set_up()
@@ -50,7 +50,7 @@ class Process:
         self._outbox: SimpleQueue[list[bytes]] = SimpleQueue()
         self._batcher: Batcher | None = None
 
-    def run(self, open_engine: "Callable[[], Engine]", max_rows: int, max_queue: int) -> NoReturn:
+    def run(self, open_engine: "Callable[[], Engine]", max_rows: int | None, max_queue: int) -> NoReturn:
         self._start(self._read)
         try:
             engine = open_engine()
