@@ -6,8 +6,8 @@ FILE holds failpoints in JSON, by module. It is read, and removed, at every SIGU
 import json
 import signal
 import sys
+import threading
 from pathlib import Path
-from typing import Any
 
 from sdfast.engine import Engine
 from sdfast.server.worker.process import run
@@ -17,16 +17,20 @@ MAX_ROWS, MAX_QUEUE = 2, 3
 
 
 def opened() -> Engine:
-    file, engine = Path(sys.argv[1]), FakeEngine()
+    engine = FakeEngine()
+    threading.Thread(target=_obey, args=(engine,), daemon=True).start()
+    return engine
 
-    def read(*_: Any) -> None:
+
+def _obey(engine: FakeEngine) -> None:
+    """A handler would run in the main thread, which may be just about to wait for a job, and then does."""
+    file = Path(sys.argv[1])
+    while signal.sigwait({signal.SIGUSR1}):
         points = json.loads(file.read_text("utf-8"))
         engine.failpoints = {name: Failpoint(**fields) for name, fields in points.items()}
         file.unlink()
 
-    signal.signal(signal.SIGUSR1, read)
-    return engine
-
 
 if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # of all threads that start after this
     run(opened, max_rows=MAX_ROWS, max_queue=MAX_QUEUE)
