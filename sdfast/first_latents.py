@@ -99,6 +99,12 @@ def check_fit(request: Request, over: Over, latent: int) -> None:
         raise RequestError("image: latents cannot be masked; give the image itself")
 
 
+def check_strength(request: Request, *, over: bool) -> None:
+    """Raises `RequestError` for a strength without anything to draw over, and for the reverse."""
+    if (request.strength is not None) != over:
+        raise RequestError("strength and an image to draw over go together; give both, or neither")
+
+
 def check_edits(engine: Engine) -> None:
     """Raises `RequestError` unless the engine takes images."""
     if not engine.manifest.edits:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from sdfast.backends import check_options, parse_device
 from sdfast.engine import Engine
 from sdfast.errors import NumericalError, RequestError
-from sdfast.first_latents import Over, Start, start_over
+from sdfast.first_latents import Over, Start, check_strength, start_over
 from sdfast.images import read_images, read_masks
 from sdfast.loop import Buckets, Row, Rows
 from sdfast.manifest import Model
@@ -331,8 +331,7 @@ class Pipeline:
     def prepare(self, request: Request, given: Given | None = None) -> Prepared:
         """Everything before the loop: the schedule, the prompts' states, the first noise."""
         given = given or Given()
-        if (request.strength is None) != (given.over is None):
-            raise RequestError("strength and an image to draw over go together; give both, or neither")
+        check_strength(request, over=given.over is not None)
         masked = given.over is not None and given.over.mask is not None
         check_channels(self.engine.manifest.model, masked)
         plan = self.schedule_of(request)

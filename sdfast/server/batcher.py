@@ -1,8 +1,8 @@
 """The batcher: jobs come in, their pictures share the loop as rows, events go out.
 
 One thread owns the engine. Each of its turns lets rows come and go, ticks the rows of one size, and decodes
-at most one picture, so that nobody's step waits for more than that. Sizes take turns. PNG files are written
-by a second thread, beside the device's work.
+at most one picture, so that nobody's step waits for more than that. Sizes take turns. The clerk writes PNG
+files, in a thread of its own.
 
 A free place in the loop goes to the job that has the fewest rows there, the earliest of these: a job of many
 pictures leaves a place to each one that comes later, as soon as one of its rows is done, and keeps at least
@@ -14,30 +14,23 @@ import threading
 import time
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BytesIO
-from typing import Any, TypeVar
 
 import torch
 from PIL import Image
 
 from sdfast.engine import Engine
-from sdfast.errors import BackendError, EngineError, NumericalError, RequestError, SdfastError, first_line
-from sdfast.first_latents import Over, check_edits
-from sdfast.images import check_bytes, from_bytes, mask_from_bytes
-from sdfast.infotext import infotext_of, png
+from sdfast.errors import BackendError, EngineError, NumericalError, SdfastError, first_line
 from sdfast.loop import Buckets, Row, Rows, check_finite
-from sdfast.pipeline import Given, Pipeline, check_channels, to_uint8
-from sdfast.request import Request
+from sdfast.pipeline import Given, Pipeline, to_uint8
 from sdfast.schedulers.estimate import clean_estimate
-from sdfast.server.jobs import TICK_SECONDS, Failed, FailureKind, Job, Load, Preview, Queued, QueueFull
+from sdfast.server.clerk import Clerk
+from sdfast.server.jobs import TICK_SECONDS, Failed, FailureKind, Job, Load, Queued, QueueFull
 from sdfast.server.memory import memory_of
+from sdfast.server.over import check_over, over_of
 from sdfast.server.work import Listener, Room, Work
-
-T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -117,8 +110,7 @@ class Batcher:
         self._rooms: dict[tuple[int, int], Room] = {}  # by height and width; the next one to tick comes first
         self._estimates: deque[Latents] = deque()  # both wait for the decoder
         self._finished: deque[Latents] = deque()
-        self._clerk = ThreadPoolExecutor(1, thread_name_prefix="sdfast-png")
-        self._writing: deque[Future[Any]] = deque()
+        self._clerk = Clerk(engine, behind=self._max_rows)
         self._pace: deque[torch.cuda.Event] = deque()
         self._run_seconds = 1.0  # that a row takes from its place to its picture, about
         self._failures = 0
@@ -142,7 +134,7 @@ class Batcher:
         """
         self._engine.check_size(job.request.height, job.request.width)
         steps = len(self.pipeline.schedule_of(job.request))
-        check_image(self._engine, job)
+        check_over(self._engine, job)
         with self._changed:
             if self._closing or not self._healthy:
                 raise BackendError("the engine takes no more jobs: it is closed, or it failed too often")
@@ -201,7 +193,7 @@ class Batcher:
         self._thread.join(timeout)
         if self._thread.is_alive():
             return False
-        self._clerk.shutdown()
+        self._clerk.close()
         return True
 
     def retry_after(self) -> float:
@@ -418,13 +410,13 @@ class Batcher:
     def _picture(self, done: Latents) -> None:
         work, pixels = done.work, self._pixels(done)
         self._failures = 0
-        work.pngs[done.index] = self._write(self._png, work, done.index, pixels)
+        self._clerk.picture(work, done.index, pixels)
         if work.complete:
             self._complete(work)
 
     def _preview(self, done: Latents) -> None:
         try:
-            self._write(self._tell_preview, done.work, done.index, self._pixels(done))
+            self._clerk.preview(done.work, done.index, self._pixels(done))
         except NumericalError as error:  # an estimate can be far outside what the decoder knows
             log.info("job %s: no preview %d: %s", done.work.job.id, done.index, error)
 
@@ -436,22 +428,12 @@ class Batcher:
         done.work.seconds["decoding"] += time.monotonic() - start
         return pixels
 
-    def _write(
-        self, write: Callable[[Work, int, Image.Image], T], work: Work, index: int, pixels: Image.Image
-    ) -> Future[T]:
-        """Have the clerk write a PNG; waits when it does not keep up."""
-        while len(self._writing) > self._max_rows:
-            wait([self._writing.popleft()])
-        written = self._clerk.submit(write, work, index, pixels)
-        self._writing.append(written)
-        return written
-
     def _complete(self, work: Work) -> None:
         self._begun.remove(work)
         runs = -(-work.job.request.images // self._max_rows)
         took = (work.seconds["denoising"] + work.seconds["decoding"]) / runs
         self._run_seconds += (took - self._run_seconds) / 8
-        self._clerk.submit(self._deliver, work)
+        self._clerk.deliver(work, self._forget)
 
     def _owner(self, row: Row) -> Work:
         return next(work for work in self._begun if row in work.running)
@@ -515,58 +497,6 @@ class Batcher:
         """Its last event is next: it cannot be cancelled any more, and its id is free."""
         with self._changed:
             del self._works[work.job.id]
-
-    # For the clerk's:
-
-    def _png(self, work: Work, picture: int, pixels: Image.Image) -> bytes:
-        request, manifest = work.job.request, self._engine.manifest
-        seed, weights = request.seeds[picture], manifest.checkpoint.weights
-        return png(
-            pixels,
-            infotext_of(request, work.ready.schedule, seed, model=manifest.name, weights=weights),
-        )
-
-    def _tokens(self, request: Request) -> int:
-        """How many are read of a request's prompts; here, where nobody's step waits for it."""
-        texts = (*request.prompts, *request.negative_prompts)
-        return sum(self._engine.tokenizers[0].count(text) for text in texts if text)
-
-    def _tell_preview(self, work: Work, index: int, pixels: Image.Image) -> None:
-        file = BytesIO()
-        pixels.save(file, format="PNG", compress_level=1)  # to be looked at once, and soon
-        work.tell(Preview(index, file.getvalue()))
-
-    def _deliver(self, work: Work) -> None:
-        self._forget(work)
-        try:
-            work.deliver(self._tokens(work.job.request))
-        except (SdfastError, OSError, ValueError) as error:
-            log.error("a picture could not be written as PNG", exc_info=error)
-            work.tell(Failed("engine", f"a picture could not be written as PNG: {first_line(error)}"))
-
-
-def check_image(engine: Engine, job: Job) -> None:
-    """Raises `RequestError` for an image or a mask that the engine cannot take, or not with this request."""
-    height, width = job.request.height, job.request.width
-    check_channels(engine.manifest.model, masked=job.mask is not None)
-    if (job.request.strength is None) != (job.image is None):
-        raise RequestError("strength and an image to draw over go together; give both, or neither")
-    if job.mask is not None:
-        if job.image is None:
-            raise RequestError("mask: is for an image to draw over; give image too")
-        check_bytes("mask", job.mask, (height, width))
-    if job.image is not None:
-        check_edits(engine)
-        check_bytes("image", job.image, (height, width, 3))
-
-
-def over_of(job: Job) -> Over | None:
-    """What a job is drawn over."""
-    if job.image is None:
-        return None
-    height, width = job.request.height, job.request.width
-    mask = None if job.mask is None else mask_from_bytes(job.mask, height, width)
-    return Over(from_bytes(job.image, height, width), mask)
 
 
 @contextmanager
