@@ -30,6 +30,11 @@ _DRAWN = ("num_images_per_prompt", "eta", "generator")
 _MASKED = ("image", "mask_image", "masked_image_latents", "height", "width", "padding_mask_crop", "strength")
 _GUIDED = ("guidance_scale", "negative_prompt")
 _ENDS = ("denoising_start", "denoising_end")
+_REST = (*_ADAPTER, *_OUTPUT, *_CALLBACK)
+_REST_XL = (
+    *(*_DRAWN, "latents", *_EMBEDS_XL, *_ADAPTER, *_OUTPUT),
+    *("guidance_rescale", *_IMAGE_SIZES, *_CALLBACK),
+)
 
 
 class _InOrder(Pipeline):
@@ -66,7 +71,7 @@ class StableDiffusionImg2ImgPipeline(_InOrder):
 
     order = (
         *("prompt", "image", "strength", *_STEPS, *_GUIDED, *_DRAWN, *_EMBEDS),
-        *(*_ADAPTER, *_OUTPUT, *_CALLBACK),
+        *_REST,
     )
     defaults: ClassVar[Mapping[str, Any]] = {"strength": 0.8, "guidance_scale": 7.5}
 
@@ -76,7 +81,7 @@ class StableDiffusionInpaintPipeline(_Inpainting):
 
     order = (
         *("prompt", *_MASKED, *_STEPS, *_GUIDED, *_DRAWN, "latents", *_EMBEDS),
-        *(*_ADAPTER, *_OUTPUT, *_CALLBACK),
+        *_REST,
     )
     defaults: ClassVar[Mapping[str, Any]] = {"strength": 1.0, "guidance_scale": 7.5}
 
@@ -86,16 +91,7 @@ class StableDiffusionXLImg2ImgPipeline(_InOrder):
 
     order = (
         *("prompt", "prompt_2", "image", "strength", *_STEPS, *_ENDS, *_GUIDED, "negative_prompt_2"),
-        *(
-            *_DRAWN,
-            "latents",
-            *_EMBEDS_XL,
-            *_ADAPTER,
-            *_OUTPUT,
-            "guidance_rescale",
-            *_IMAGE_SIZES,
-            *_CALLBACK,
-        ),
+        *_REST_XL,
     )
     defaults: ClassVar[Mapping[str, Any]] = {"strength": 0.3, "guidance_scale": 5.0}
 
@@ -105,15 +101,6 @@ class StableDiffusionXLInpaintPipeline(_Inpainting):
 
     order = (
         *("prompt", "prompt_2", *_MASKED, *_STEPS, *_ENDS, *_GUIDED, "negative_prompt_2"),
-        *(
-            *_DRAWN,
-            "latents",
-            *_EMBEDS_XL,
-            *_ADAPTER,
-            *_OUTPUT,
-            "guidance_rescale",
-            *_IMAGE_SIZES,
-            *_CALLBACK,
-        ),
+        *_REST_XL,
     )
     defaults: ClassVar[Mapping[str, Any]] = {"strength": 0.9999, "guidance_scale": 7.5}

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -13,6 +14,8 @@ from sdfast.server.problems import Problem
 
 _AT_ONCE = 65_536  # bytes that are parsed before another request would notice
 Model = TypeVar("Model", bound=BaseModel)
+Neutral = tuple[tuple[Any, ...], str]
+"""Of a field that means nothing here: the values, beside null, that ask for nothing; what to do instead."""
 
 
 async def read_json(request: Request, model: type[Model]) -> Model:
@@ -43,6 +46,15 @@ def checked(given: dict[str, Any], model: type[Model]) -> Model:
         return model.model_validate(given)
     except ValidationError as error:
         raise _of_field(error, model) from None
+
+
+def check_neutral(value: Any, neutral: Neutral, written: Callable[[Any], str] = str) -> None:
+    """Raises `ValueError`, for a model's validator, unless the value of a field that means nothing here asks
+    for nothing. written: how the values that do are told."""
+    allowed, advice = neutral
+    if value is not None and value not in allowed:
+        taken = f"; taken are: {', '.join(map(written, allowed))}" if allowed else ""
+        raise ValueError(f"is not supported: {advice}{taken}")
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+import secrets
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Collection
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ from typing import TypeVar
 from starlette.types import Receive
 
 from sdfast.errors import BackendError, RequestError
+from sdfast.request import Request
 from sdfast.server.jobs import Done, Event, Failed, Job, QueueFull, Studio
 from sdfast.server.metrics import Metrics
 from sdfast.server.problems import Problem, of_failure, of_full_queue, of_request_error
@@ -27,6 +30,19 @@ class Desk:
     settings: Settings
     metrics: Metrics
     fields: Collection[str]
+
+    def job(
+        self,
+        engine: str,
+        request: Request,
+        *,
+        previews: int = 0,
+        image: bytes | None = None,
+        mask: bytes | None = None,
+    ) -> Job:
+        """A job of now, with an id of its own and the settings' deadline."""
+        deadline = time.monotonic() + self.settings.timeout
+        return Job(secrets.token_hex(12), engine, request, deadline, previews, image, mask)
 
     def submit(self, job: Job) -> AsyncIterator[Event]:
         """Raises `Problem` for what the studio does not take in."""

@@ -75,12 +75,17 @@ def pixels(image: Image.Image, height: int, width: int) -> bytes:
 
     Of another size, the picture is resampled (Lanczos): whoever calls has been asked for that.
     """
-    if image.mode == "RGBA":
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
+    image = on_white(image)
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.LANCZOS)
     return image.tobytes()
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """The picture as RGB, on white where it is transparent."""
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def mask_of_alpha(image: Image.Image, height: int, width: int) -> bytes:
@@ -91,14 +96,19 @@ def mask_of_alpha(image: Image.Image, height: int, width: int) -> bytes:
 
 def mask_of_luma(image: Image.Image, height: int, width: int) -> bytes:
     """`Job.mask`, [height, width] uint8: drawn anew (255) where the picture is rather white."""
-    return _mask(Image.frombytes("RGB", image.size, pixels(image, image.height, image.width)), height, width)
+    return _mask(on_white(image), height, width)
 
 
 def _mask(shades: Image.Image, height: int, width: int) -> bytes:
     shades = shades.convert("L")
     if shades.size != (width, height):
         shades = shades.resize((width, height), Image.Resampling.BILINEAR)
-    return shades.point(lambda value: 255 if value >= _HALF else 0).tobytes()
+    return halved(shades).tobytes()
+
+
+def halved(shades: Image.Image) -> Image.Image:
+    """A mask of greys, L, as one of white, where it is at least half white, and black."""
+    return shades.point(lambda value: 255 if value >= _HALF else 0)
 
 
 def _check(image: Image.Image, field: str, max_pixels: int) -> None:

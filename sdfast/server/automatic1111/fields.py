@@ -12,6 +12,7 @@ from sdfast.request import MAX_GUIDANCE, MAX_IMAGES, MAX_STEPS, SEED_LIMIT, Requ
 from sdfast.schedulers import Sampler
 from sdfast.server.automatic1111.options import clip_skip_of
 from sdfast.server.automatic1111.samplers import eta_of, sampler_of
+from sdfast.server.body import Neutral, check_neutral
 from sdfast.server.jobs import EngineInfo
 from sdfast.server.problems import of_request_error
 
@@ -21,7 +22,7 @@ _EXTRA_NETWORK = re.compile(r"<(lora|lyco|hypernet):[^>]*>", re.IGNORECASE)
 
 _NO_SCRIPTS = "there are no scripts here; leave it out"
 _SAVES_NOTHING = "the server saves nothing; save what it answers"
-_NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
+_NEUTRAL: Mapping[str, Neutral] = {
     "styles": (([],), "there are no styles here; put their text into the prompt"),
     "subseed_strength": ((0,), "pictures are of one seed; leave it out"),
     "seed_resize_from_h": ((0, -1), "seeds are for the size that is drawn; leave it out"),
@@ -45,7 +46,7 @@ _NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "latent_mask": ((), "give mask"),
     "mask_round": ((True,), "a mask is rounded for the latents; leave it out"),
 }
-"""Fields that mean nothing here: besides null, the values that ask for nothing, and what to do instead."""
+"""Fields that mean nothing here."""
 
 
 class Generation(BaseModel):
@@ -107,13 +108,10 @@ class Generation(BaseModel):
             check_text(value)
         return value
 
-    @field_validator("*")
+    @field_validator(*_NEUTRAL, check_fields=False)  # some are of one call alone
     @classmethod
     def _asks_for_nothing(cls, value: Any, info: ValidationInfo) -> Any:
-        allowed, advice = _NEUTRAL.get(str(info.field_name), ((value,), ""))
-        if value is not None and value not in allowed:
-            taken = f"; taken are: {', '.join(map(json.dumps, allowed))}" if allowed else ""
-            raise ValueError(f"is not supported: {advice}{taken}")
+        check_neutral(value, _NEUTRAL[str(info.field_name)], json.dumps)
         return value
 
     @field_validator("prompt", "negative_prompt")

@@ -5,9 +5,9 @@ from io import BytesIO
 
 from PIL import Image, ImageFilter, ImageOps, PngImagePlugin
 
-from sdfast.infotext import PNG_KEY
+from sdfast.infotext import COMPRESS_LEVEL, PNG_KEY
 from sdfast.server.automatic1111.fields import ImageToImage
-from sdfast.server.uploads import of_base64, pixels
+from sdfast.server.uploads import halved, of_base64, on_white
 
 _HALF = 128
 
@@ -26,9 +26,7 @@ class Canvas:
     @property
     def job_mask(self) -> bytes | None:
         """Latents are drawn anew or are not: where the mask is at least half white."""
-        if self.mask is None:
-            return None
-        return self.mask.point(lambda value: 255 if value >= _HALF else 0).tobytes()
+        return None if self.mask is None else halved(self.mask).tobytes()
 
     def over(self, png: bytes) -> bytes:
         """A finished picture, with the image where it was to stay, blended where the mask is blurred.
@@ -42,21 +40,18 @@ class Canvas:
             if PNG_KEY in picture.info:
                 told.add_text(PNG_KEY, picture.info[PNG_KEY])
             drawn = self.mask.point(lambda value: min(2 * value, 255))
-            Image.composite(picture.convert("RGB"), self.image, drawn).save(file, "PNG", pnginfo=told)
+            Image.composite(picture.convert("RGB"), self.image, drawn).save(
+                file, "PNG", pnginfo=told, compress_level=COMPRESS_LEVEL
+            )
         return file.getvalue()
 
 
 def canvas_of(asked: ImageToImage, height: int, width: int) -> Canvas:
     """The image and the mask of a request, of the size that is drawn. Raises `Problem`."""
-    image = _flat(of_base64(asked.init_images[0], "init_images"))
+    image = on_white(of_base64(asked.init_images[0], "init_images"))
     mask = None if asked.mask is None else _mask(of_base64(asked.mask, "mask"), asked)
     crop = asked.resize_mode == 1
     return Canvas(_sized(image, height, width, crop), mask and _sized(mask, height, width, crop))
-
-
-def _flat(image: Image.Image) -> Image.Image:
-    """RGB, on white where the image is transparent."""
-    return Image.frombytes("RGB", image.size, pixels(image, image.height, image.width))
 
 
 def _mask(image: Image.Image, asked: ImageToImage) -> Image.Image:

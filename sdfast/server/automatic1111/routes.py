@@ -1,8 +1,6 @@
 """The routes: txt2img, img2img, and what is asked about the calls under way and the options."""
 
 import asyncio
-import secrets
-import time
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -22,7 +20,7 @@ from sdfast.server.body import read_json
 from sdfast.server.desk import Desk, unless_gone
 from sdfast.server.encoding import parameters_of
 from sdfast.server.health import check_open
-from sdfast.server.jobs import EngineInfo, Job, Studio
+from sdfast.server.jobs import EngineInfo, Studio
 from sdfast.server.metrics import Metrics
 from sdfast.server.problems import Problem, SdapiError
 from sdfast.server.settings import Settings
@@ -67,7 +65,7 @@ def routes(studio: Studio, settings: Settings, metrics: Metrics) -> APIRouter:
         check_open(request, studio)
         asked = await read_json(request, TextToImage)
         engine = options.chosen(asked.override_settings or {})
-        return await _answer(request, _order(asked, engine, settings), desk, calls)
+        return await _answer(request, _order(asked, engine, desk), desk, calls)
 
     @router.post("/sdapi/v1/img2img", openapi_extra=_body(ImageToImage))
     async def img2img(request: Request) -> Response:
@@ -79,7 +77,7 @@ def routes(studio: Studio, settings: Settings, metrics: Metrics) -> APIRouter:
             raise Problem(
                 422, f"init_images: engine {engine.name} takes no images; take txt2img", param="init_images"
             )
-        return await _answer(request, await asyncio.to_thread(_order, asked, engine, settings), desk, calls)
+        return await _answer(request, await asyncio.to_thread(_order, asked, engine, desk), desk, calls)
 
     @router.get("/sdapi/v1/progress")
     async def progress(skip_current_image: bool = False) -> dict[str, Any]:
@@ -157,18 +155,16 @@ def _body(model: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"content": schema, "required": True}}
 
 
-def _order(asked: Generation, engine: EngineInfo, settings: Settings) -> Order:
+def _order(asked: Generation, engine: EngineInfo, desk: Desk) -> Order:
     """Raises `Problem`. Where an image is to be opened, call it in a thread."""
     request, sampler = asked.request(engine)
     # The engine knows its sizes, but an image is opened before that.
     if request.height * request.width > MAX_PIXELS:
         raise Problem(422, f"width: times height is more than {MAX_PIXELS}, the most taken", param="width")
     canvas = canvas_of(asked, request.height, request.width) if isinstance(asked, ImageToImage) else None
-    job = Job(
-        id=secrets.token_hex(12),
-        engine=engine.name,
-        request=request,
-        deadline=time.monotonic() + settings.timeout,
+    job = desk.job(
+        engine.name,
+        request,
         image=canvas.job_image if canvas else None,
         mask=canvas.job_mask if canvas else None,
     )

@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import json
-import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
@@ -13,13 +12,11 @@ from typing import Any, Literal, Self
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from sdfast.request import Request
 from sdfast.server.desk import ClientLeft, Desk, unless_gone, without_end
 from sdfast.server.encoding import encode
 from sdfast.server.jobs import Done, Event, Job, Preview, Queued, Step
 from sdfast.server.openai.fields import Generation
 from sdfast.server.problems import Problem, bug
-from sdfast.server.settings import Settings
 
 KEEP_ALIVE_SECONDS = 5.0
 """A stream is not silent for longer: proxies and clients would take it for dead."""
@@ -41,26 +38,8 @@ class Order:
     created: int
 
     @classmethod
-    def make(
-        cls,
-        kind: Kind,
-        asked: Generation,
-        settings: Settings,
-        engine: str,
-        request: Request,
-        image: bytes | None = None,
-        mask: bytes | None = None,
-    ) -> Self:
-        """An order of now, with the job that is to be done for it."""
-        job = Job(
-            id=secrets.token_hex(12),
-            engine=engine,
-            request=request,
-            deadline=time.monotonic() + settings.timeout,
-            previews=asked.partial_images or 0,
-            image=image,
-            mask=mask,
-        )
+    def make(cls, kind: Kind, asked: Generation, job: Job) -> Self:
+        """An order of now."""
         return cls(kind, asked, job, int(time.time()))
 
     @property

@@ -16,7 +16,6 @@ from sdfast.server.openai import schema
 from sdfast.server.openai.answers import Order, answer
 from sdfast.server.openai.fields import Edit, engine_of
 from sdfast.server.problems import Problem
-from sdfast.server.settings import Settings
 from sdfast.server.uploads import MAX_PIXELS, decode, mask_of_alpha, pixels
 
 _IMAGE, _MASK = ("image", "image[]"), "mask"
@@ -37,7 +36,7 @@ def routes(desk: Desk) -> APIRouter:
         asked = checked(typed(form.texts, Edit), Edit)
         engine = _engine_of(asked, desk)
         try:
-            order = await asyncio.to_thread(_order, asked, form, engine, desk.settings)
+            order = await asyncio.to_thread(_order, asked, form, engine, desk)
             return await answer(request.receive, order, desk)
         except Problem as problem:
             raise _with_a_way_out(problem, asked) from None
@@ -76,7 +75,7 @@ def _engine_of(asked: Edit, desk: Desk) -> EngineInfo:
     return engine
 
 
-def _order(asked: Edit, form: Form, engine: EngineInfo, settings: Settings) -> Order:
+def _order(asked: Edit, form: Form, engine: EngineInfo, desk: Desk) -> Order:
     """Takes processor time. Raises `Problem`."""
     image, mask = _opened(form)
     asked = asked.over(masked=mask is not None)
@@ -87,7 +86,14 @@ def _order(asked: Edit, form: Form, engine: EngineInfo, settings: Settings) -> O
     open_parts = None if mask is None else mask_of_alpha(mask, *side)
     if open_parts is not None and b"\xff" not in open_parts:
         raise _refused("mask", "nothing of it is transparent; make transparent what is to be drawn anew")
-    return Order.make("image_edit", asked, settings, engine.name, request, pixels(image, *side), open_parts)
+    job = desk.job(
+        engine.name,
+        request,
+        previews=asked.partial_images or 0,
+        image=pixels(image, *side),
+        mask=open_parts,
+    )
+    return Order.make("image_edit", asked, job)
 
 
 def _opened(form: Form) -> tuple[Image.Image, Image.Image | None]:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from sdfast.errors import RequestError
 from sdfast.request import Request, check_text
 from sdfast.schedulers import resolve
+from sdfast.server.body import Neutral, check_neutral
 from sdfast.server.encoding import Format
 from sdfast.server.jobs import EngineInfo
 from sdfast.server.problems import Problem, of_request_error
@@ -18,7 +19,7 @@ STRENGTH, MASKED_STRENGTH = 0.8, 1.0  # as diffusers' pipelines for images, and 
 _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 _ONE_PICTURE = "pictures do not move here; leave it out"
 _NO_SVG = "pictures have pixels; leave it out"
-NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
+NEUTRAL: Mapping[str, Neutral] = {
     "response_format": (
         ("b64_json",),
         "the server keeps no files that a url could lead to; ask for b64_json",
@@ -33,7 +34,7 @@ NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "frame_duration_ms": ((), _ONE_PICTURE),
     "input_fidelity": (("low",), "a lower strength keeps more of the image"),
 }
-"""Fields of the API that mean nothing here: the values that ask for nothing, and what to do instead."""
+"""Fields of the API that mean nothing here."""
 
 
 class Generation(BaseModel):
@@ -84,10 +85,7 @@ class Generation(BaseModel):
     @field_validator(*NEUTRAL, check_fields=False)  # some are of edits alone
     @classmethod
     def _asks_for_nothing(cls, value: Any, info: ValidationInfo) -> Any:
-        allowed, advice = NEUTRAL[str(info.field_name)]
-        if value is not None and value not in allowed:
-            taken = f"; taken are: {', '.join(map(str, allowed))}" if allowed else ""
-            raise ValueError(f"is not supported: {advice}{taken}")
+        check_neutral(value, NEUTRAL[str(info.field_name)])
         return value
 
     @field_validator("size")

@@ -48,4 +48,5 @@ def _abilities(engine: EngineInfo) -> dict[str, Any]:
 def _order(asked: Generation, desk: Desk) -> Order:
     engine = engine_of(asked.model, desk.studio.engines)
     request = asked.request(engine.default_height, engine.default_width)
-    return Order.make("image_generation", asked, desk.settings, engine.name, request)
+    job = desk.job(engine.name, request, previews=asked.partial_images or 0)
+    return Order.make("image_generation", asked, job)
