@@ -184,8 +184,11 @@ class _Drawn:
         self._waiting.pop(step, None)
 
 
-class _Member:
-    """A row among others: where it stands, and while no bucket holds it, its registers [r, C, h, w]."""
+class Member:
+    """A row among others: where it stands, and while no bucket holds it, its registers [r, C, h, w].
+
+    One that has left may join again, the same rows or others, and goes on where it was.
+    """
 
     def __init__(self, row: Row) -> None:
         self.row, self.noise = row, _Drawn(row.noise)
@@ -225,20 +228,21 @@ class Rows:
         self._buckets = buckets or Buckets()
         self._bucket: Bucket | None = None
         self._key: tuple[object, ...] = ()
-        self._members: list[_Member] = []  # in the caller's order
-        self._placed: list[_Member] = []  # in that of the registers
+        self._members: list[Member] = []  # in the caller's order
+        self._placed: list[Member] = []  # in that of the registers
         self.change(joining=rows)
 
     def change(
-        self, joining: Sequence[Row] = (), leaving: Collection[Row] = (), *, discard: bool = False
+        self, joining: Sequence[Row | Member] = (), leaving: Collection[Row] = (), *, discard: bool = False
     ) -> None:
-        """Rows join at their first step, and leave at any.
+        """Rows join at their first step, or as members that left at another; and leave at any.
 
         discard: do not use the present tensors again, after a tick that failed. When there is no memory for
         the rows that join, the others are kept, and are placed by the next change without those.
         """
         self._rest(discard)
-        self._members = [m for m in self._members if m.row not in leaving] + [*map(_Member, joining)]
+        joined = [m if isinstance(m, Member) else Member(m) for m in joining]
+        self._members = [m for m in self._members if m.row not in leaving] + joined
         if self._members:
             self._place()
 
@@ -260,6 +264,10 @@ class Rows:
     def steps(self) -> dict[Row, int]:
         """How many steps each row has done."""
         return {m.row: m.step for m in self._members}
+
+    def member(self, row: Row) -> Member:
+        """What a row needs to go on, from the change on in which it leaves."""
+        return next(m for m in self._members if m.row is row)
 
     @property
     def finished(self) -> list[Row]:

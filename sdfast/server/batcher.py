@@ -4,15 +4,13 @@ One thread owns the engine. Each of its turns lets rows come and go, ticks the r
 at most one picture, so that nobody's step waits for more than that. Sizes take turns. The clerk writes PNG
 files, in a thread of its own.
 
-A free place in the loop goes to the job that has the fewest rows there, the earliest of these: a job of many
-pictures leaves a place to each one that comes later, as soon as one of its rows is done, and keeps at least
-one itself.
+Which pictures have the places in the loop, when there are more pictures than places, is said in `places`.
 """
 
 import logging
 import threading
 import time
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +28,7 @@ from sdfast.server.clerk import Clerk
 from sdfast.server.jobs import TICK_SECONDS, Failed, FailureKind, Job, Load, Queued, QueueFull
 from sdfast.server.memory import memory_of
 from sdfast.server.over import check_over, over_of
+from sdfast.server.places import Pace, Picture, changes
 from sdfast.server.work import Listener, Room, Work
 
 log = logging.getLogger(__name__)
@@ -37,7 +36,7 @@ log = logging.getLogger(__name__)
 FAILURES = 3
 """After so many failures of the engine with no picture between them it is given up."""
 
-ROWS = {"cpu": 3, "cuda": 16}
+ROWS = {"cpu": 4, "cuda": 16}
 """So many rows by default. On a processor a row takes nearly as long beside others as alone: with more rows
 each of them only takes longer."""
 
@@ -102,16 +101,17 @@ class Batcher:
         self._buckets = Buckets(self._max_rows if buckets is None else buckets)
         self._changed = threading.Condition()  # guards the next five
         self._works: dict[str, Work] = {}  # all that have not had their last event
-        self._queue: list[Work] = []
+        self._queue: list[Work] = []  # who is due the earliest comes first
         self._arrived = 0
         self._closing = False
         self._healthy = True
         self._begun: list[Work] = []
         self._rooms: dict[tuple[int, int], Room] = {}  # by height and width; the next one to tick comes first
-        self._estimates: deque[Latents] = deque()  # both wait for the decoder
-        self._finished: deque[Latents] = deque()
+        self._estimates: list[Latents] = []  # both wait for the decoder
+        self._finished: list[Latents] = []  # who is due the earliest comes first
         self._clerk = Clerk(engine, behind=self._max_rows)
-        self._pace: deque[torch.cuda.Event] = deque()
+        self._ahead: deque[torch.cuda.Event] = deque()
+        self._pace, self._considered = Pace(), 0  # of the jobs that have arrived, when places were last given
         self._run_seconds = 1.0  # that a row takes from its place to its picture, about
         self._failures = 0
         self._ticks, self._tick_seconds = [0] * (len(TICK_SECONDS) + 1), 0.0
@@ -142,8 +142,9 @@ class Batcher:
                 raise ValueError(f"job {job.id!r} is under way already")
             if len(self._queue) >= self._max_queue:
                 raise QueueFull(self.retry_after())
-            work = self._works[job.id] = Work(job, listener, self._arrived, steps)
-            self._queue.append(work)
+            patience = self._pace.patience(job.request, steps)
+            work = self._works[job.id] = Work(job, listener, self._arrived, steps, patience)
+            insort(self._queue, work, key=lambda waiting: Picture(waiting, 0).due)
             self._arrived += 1
             self._changed.notify()
 
@@ -272,20 +273,25 @@ class Batcher:
                 self._fail(work, "timeout", "the job waited until its deadline and was not begun")
 
     def _admit(self) -> None:
-        """Fill the free places."""
-        while self.running() < self._max_rows and len(self._finished) < self._max_rows:
-            work = self._next()
-            if work is None:
-                break
-            if work.prepared is not None or self._begin(work):
-                self._room(work).join(work.next_row())
+        """Give the places in the loop to those who are due."""
+        with self._changed:
+            arrived, works = self._arrived, self._begun + self._queue
+        settled = self._considered == arrived and self.running() == self._max_rows
+        if not settled and len(self._finished) < self._max_rows:
+            self._considered = arrived
+            self._give_places(works)
         self._tell_positions()
 
-    def _next(self) -> Work | None:
-        """Whose picture gets the next place."""
-        with self._changed:
-            works = [work for work in self._begun if work.waiting] + self._queue[:1]
-        return min(works, key=lambda work: (len(work.running), work.number), default=None)
+    def _give_places(self, works: list[Work]) -> None:
+        due = changes(works, self._max_rows)
+        for picture in due.leaving:
+            work, room = picture.work, self._room(picture.work)
+            row = next(row for row, index in work.running.items() if index == picture.index)
+            work.put_aside(row, room.put_aside(row))
+        for picture in due.joining:
+            work = picture.work
+            if not work.ended and (work.prepared is not None or self._begin(work)):
+                self._room(work).join(work.enter(picture.index))
 
     def _begin(self, work: Work) -> bool:
         """Take a job out of the queue and encode its prompts and its image; False when that ends it."""
@@ -346,8 +352,8 @@ class Batcher:
         except torch.OutOfMemoryError as error:
             self._no_memory(room, error)
             return
-        self._keep_pace()
-        self._count_tick(time.monotonic() - start)
+        self._stay_near()
+        self._count_tick(time.monotonic() - start, len(room.rows.rows), size)
         present = set(room.rows.rows)
         for work in self._begun:
             if stepped := len(present & work.running.keys()):
@@ -355,10 +361,12 @@ class Batcher:
         self._estimates.extend(self._estimate(before, room.rows) for before in due)
         for row in room.rows.finished:
             work = self._owner(row)
-            self._finished.append(Latents(work, work.running.pop(row), room.rows.latents_of(row)))
+            latents = Latents(work, work.running.pop(row), room.rows.latents_of(row))
+            insort(self._finished, latents, key=lambda done: Picture(done.work, done.index).due)
             room.leave(row)
 
-    def _count_tick(self, seconds: float) -> None:
+    def _count_tick(self, seconds: float, rows: int, size: tuple[int, int]) -> None:
+        self._pace.ticked(seconds, rows, *size)
         self._ticks[bisect_left(TICK_SECONDS, seconds)] += 1
         self._tick_seconds += seconds
 
@@ -382,21 +390,21 @@ class Batcher:
         a, b = before.estimate
         return Latents(before.work, before.preview, a * before.latents + b * rows.output_of(before.row))
 
-    def _keep_pace(self) -> None:
+    def _stay_near(self) -> None:
         """On CUDA: wait for the tick before the last, so that who cancels or joins has not long to wait."""
         if self._engine.device.type != "cuda":
             return
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
-        self._pace.append(event)
-        if len(self._pace) > AHEAD:
-            self._pace.popleft().synchronize()
+        self._ahead.append(event)
+        if len(self._ahead) > AHEAD:
+            self._ahead.popleft().synchronize()
 
     def _decode(self) -> None:
-        """Decode what has waited for it the longest: a preview, or else a picture."""
+        """Decode the preview that has waited the longest, or else the picture that is due the earliest."""
         for waiting, make in ((self._estimates, self._preview), (self._finished, self._picture)):
             while waiting:
-                done = waiting.popleft()
+                done = waiting.pop(0)
                 if done.work.ended:
                     continue
                 try:
@@ -447,6 +455,7 @@ class Batcher:
         for row in work.running:
             self._room(work).leave(row)
         work.running.clear()
+        work.aside.clear()
         self._forget(work)
         work.tell(Failed(kind, message))
 
@@ -473,7 +482,7 @@ class Batcher:
         self._rooms.clear()
         self._estimates.clear()
         self._finished.clear()
-        self._pace.clear()
+        self._ahead.clear()
         self._buckets.clear()
         for work in failed:
             work.running.clear()

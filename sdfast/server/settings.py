@@ -26,7 +26,7 @@ class Settings(BaseModel):
     """How the server listens and what it lets in.
 
     host: an address or a name; only this machine by default. api_key: what clients must show; never printed.
-    max_rows: the most pictures that are denoised together; by default 3 on a processor, where more only take
+    max_rows: the most pictures that are denoised together; by default 4 on a processor, where more only take
     longer, and 16 on a GPU. queue: how many jobs may wait. timeout: seconds a job may wait. step_timeout:
     seconds that one call of a network may take: after that its process counts as hung, and is replaced; a
     processor may need minutes for large pictures. drain: seconds that running work has to finish after

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from sdfast.loop import Row, Rows
+from sdfast.loop import Member, Row, Rows
 from sdfast.pipeline import Prepared
 from sdfast.server.jobs import Begun, Done, Event, Failed, Job, Step
 
@@ -20,14 +20,16 @@ class Work:
     `tell`, which any thread may call: after a job's last event nothing more of it is told.
     """
 
-    def __init__(self, job: Job, listener: Listener, number: int, steps: int) -> None:
-        """number: how many jobs arrived before it. steps: network evaluations of each picture."""
-        self.job, self.number, self._steps = job, number, steps
+    def __init__(self, job: Job, listener: Listener, number: int, steps: int, patience: float) -> None:
+        """number: how many jobs arrived before it. steps: network evaluations of each picture. patience:
+        seconds that it may wait for each picture, see `places`."""
+        self.job, self.number, self._steps, self._patience = job, number, steps, patience
         self.cancelled = False
         self.position: int | None = None  # in the queue, as it was last told
         self.prepared: Prepared | None = None
         self.waiting: deque[int] = deque(range(job.request.images))  # pictures that have no row yet
         self.running: dict[Row, int] = {}  # rows in the loop, and which picture each is
+        self.aside: dict[int, Member] = {}  # pictures that were begun and gave their places to others
         self.preview_asked = False
         self._planned: set[int] = set()  # a preview is due after so many steps of the first picture
         self._previews = 0
@@ -64,12 +66,29 @@ class Work:
         wanted = min(self.job.previews, steps - 1)  # after the last step comes the picture itself
         self._planned = {(i + 1) * steps // (wanted + 1) for i in range(wanted)}
 
-    def next_row(self) -> Row:
-        """The row of the next picture; it runs from now on."""
-        picture = self.waiting.popleft()
+    def due(self, picture: int) -> float:
+        """When a picture has waited long enough, on the monotonic clock. One after the other they are."""
+        return self._arrived + self._patience * (picture + 1)
+
+    @property
+    def unfinished(self) -> list[int]:
+        """The pictures that have steps left, in order."""
+        return sorted([*self.running.values(), *self.aside, *self.waiting])
+
+    def enter(self, picture: int) -> Row | Member:
+        """A picture's row, or what it left as; it runs from now on."""
+        if picture in self.aside:
+            member = self.aside.pop(picture)
+            self.running[member.row] = picture
+            return member
+        self.waiting.remove(picture)
         row = self.ready.rows[picture]
         self.running[row] = picture
         return row
+
+    def put_aside(self, row: Row, member: Member) -> None:
+        """A row that runs gives its place to another's."""
+        self.aside[self.running.pop(row)] = member
 
     @property
     def first_running(self) -> Row | None:
@@ -137,18 +156,23 @@ class Room:
 
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
-        self._joining: list[Row] = []
+        self._joining: list[Row | Member] = []
         self._leaving: set[Row] = set()
         self._discard = False
 
-    def join(self, row: Row) -> None:
+    def join(self, row: Row | Member) -> None:
         self._joining.append(row)
 
     def leave(self, row: Row) -> None:
-        if row in self._joining:
-            self._joining.remove(row)
-        else:
+        staying = [other for other in self._joining if _row(other) is not row]
+        if len(staying) == len(self._joining):
             self._leaving.add(row)
+        self._joining = staying
+
+    def put_aside(self, row: Row) -> Member:
+        """A row that is in the loop leaves at the next change, and may join again later."""
+        self._leaving.add(row)
+        return self.rows.member(row)
 
     def discard(self) -> None:
         """Something failed in the tensors that the rows are in: at the next change they get others."""
@@ -166,8 +190,12 @@ class Room:
     @property
     def last(self) -> Row:
         """The row that joined last and stays."""
-        return [row for row in [*self.rows.rows, *self._joining] if row not in self._leaving][-1]
+        return [row for row in [*self.rows.rows, *map(_row, self._joining)] if row not in self._leaving][-1]
 
     @property
     def empty(self) -> bool:
         return not self._joining and not set(self.rows.rows) - self._leaving
+
+
+def _row(joining: Row | Member) -> Row:
+    return joining.row if isinstance(joining, Member) else joining

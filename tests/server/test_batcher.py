@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from sdfast.errors import BackendError, RequestError
 from sdfast.manifest import Span
 from sdfast.pipeline import Pipeline
 from sdfast.request import Request
+from sdfast.server import places, work
 from sdfast.server.batcher import FAILURES, ROWS, Batcher
 from sdfast.server.jobs import Done, Event, Failed, Job, Preview, Queued, QueueFull, Step
 from tests.fakes import Failpoint, FakeEngine
@@ -264,7 +266,7 @@ def test_on_a_real_network_alone_and_beside_others(open_batcher: Open, sd_engine
         assert_drawn(ear.done(), one, pipe, off=1)
 
 
-def test_a_short_job_waits_for_one_row_of_a_long_one_not_for_all(open_batcher: Open) -> None:
+def test_a_short_job_does_not_wait_for_all_pictures_of_a_long_one(open_batcher: Open) -> None:
     engine = FakeEngine()
     batcher = open_batcher(engine, max_rows=2)
     with Held(engine):
@@ -279,10 +281,13 @@ def test_a_short_job_waits_for_one_row_of_a_long_one_not_for_all(open_batcher: O
     assert len(long.done().pngs) == 30
 
 
-def test_a_long_job_is_not_starved_by_a_stream_of_short_ones(open_batcher: Open) -> None:
+def test_a_long_job_is_not_starved_by_a_stream_of_short_ones(
+    open_batcher: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = FakeEngine()
-    batcher = open_batcher(engine, max_rows=2, max_queue=1000)
-    ended: list[str] = []
+    batcher, ended = open_batcher(engine, max_rows=2, max_queue=1000), list[str]()
+    clock = SimpleNamespace(now=time.monotonic())
+    monkeypatch.setattr(work, "time", SimpleNamespace(monotonic=lambda: clock.now))
 
     def heard(name: str) -> Callable[[Event], None]:
         return lambda event: ended.append(name) if isinstance(event, Done | Failed) else None
@@ -290,10 +295,79 @@ def test_a_long_job_is_not_starved_by_a_stream_of_short_ones(open_batcher: Open)
     with Held(engine):
         batcher.submit(Job("long", "fake", request(images=10)), heard("long"))
         until(lambda: batcher.running() == 2)
-        for i in range(40):
+        for i in range(80):  # four of them come in the time that the long one may wait for each picture
             batcher.submit(Job(f"short{i}", "fake", request(seed=i)), heard(f"short{i}"))
-    until(lambda: len(ended) == 41)
-    assert ended.index("long") < 15  # it kept one of two places: some ten short ones came by
+            clock.now += places.PATIENCE * places.STEP_SECONDS * 4 / 4
+    until(lambda: len(ended) == 81)
+    assert 30 < ended.index("long") < 45
+
+
+def test_a_picture_put_aside_for_shorter_ones_goes_on_where_it_was(open_batcher: Open) -> None:
+    engine = FakeEngine()
+    batcher, ended = open_batcher(engine, max_rows=2), list[str]()
+    asked = [
+        request("the sea", seed=5, num_inference_steps=30, scheduler="euler_a"),
+        request("a boat", seed=6, num_inference_steps=30, scheduler="dpmpp_2m_karras", guidance_scale=1.0),
+        request("the sea", seed=7, num_inference_steps=30, scheduler="unipc", strength=0.9),
+    ]
+    ears = [Ear() for _ in asked]
+
+    def heard(name: str, ear: Ear) -> Callable[[Event], None]:
+        def hear(event: Event) -> None:
+            if isinstance(event, Done | Failed):
+                ended.append(name)
+            ear(event)
+
+        return hear
+
+    with Held(engine):
+        for i, (one, ear) in enumerate(zip(asked, ears, strict=True)):
+            given = over(masked=True) if one.strength else {}
+            batcher.submit(Job(f"long{i}", "fake", one, **given), heard("long", ear))
+        until(lambda: len(engine.calls["unet"]) == 1)
+        shorts = [(Ear(), request("b", seed=i, num_inference_steps=2)) for i in range(3)]
+        for i, (ear, one) in enumerate(shorts):
+            batcher.submit(Job(f"short{i}", "fake", one), heard("short", ear))
+    for ear, one in shorts:
+        assert_drawn(ear.done(), one, Pipeline(FakeEngine()))
+    assert ended[:3] == ["short"] * 3
+    for one, ear in zip(asked[:2], ears, strict=False):
+        assert_drawn(ear.done(), one, Pipeline(FakeEngine()))
+    given = over(masked=True)
+    [image] = Pipeline(FakeEngine())(
+        "the sea",
+        seed=7,
+        num_inference_steps=30,
+        scheduler="unipc",
+        strength=0.9,
+        image=Image.frombytes("RGB", (16, 16), given["image"]),
+        mask_image=Image.fromarray(np.frombuffer(given["mask"], np.uint8).reshape(16, 16)),
+    ).images
+    assert np.abs(pixels(ears[2].done().pngs[0]) - np.asarray(image, np.int16)).max() == 0
+
+
+@pytest.mark.parametrize("how", ["cancelled", "engine"])
+def test_a_picture_put_aside_ends_with_its_job(open_batcher: Open, how: str) -> None:
+    engine = FakeEngine()
+    batcher = open_batcher(engine, max_rows=1)
+    with Held(engine):
+        long = submit(batcher, request(num_inference_steps=400), "long")
+        until(lambda: batcher.running() == 1)
+        short = submit(batcher, request(num_inference_steps=300), "short")
+    until(lambda: any(isinstance(event, Step) for event in short.events))
+    assert not any(isinstance(event, Done | Failed) for event in [long.events[-1], short.events[-1]])
+    if how == "engine":
+        engine.failpoints["unet"] = Failpoint("raise", calls=1)
+    else:
+        batcher.cancel("long")
+    assert long.failed() == how
+    if how == "engine":
+        assert short.failed() == how
+        engine.failpoints.clear()
+    else:
+        short.done()
+    assert_drawn(submit(batcher, request()).done(), request(), Pipeline(FakeEngine()))
+    assert batcher.running() == batcher.waiting() == 0
 
 
 def test_previews_come_on_the_way_and_look_like_the_end(open_batcher: Open) -> None:
