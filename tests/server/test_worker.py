@@ -107,7 +107,7 @@ def test_what_cannot_be_done_is_told_at_once(house: House) -> None:
 def test_the_queue_is_bounded_here(house: House, file: Path) -> None:
     house.fail(file, **SLOW)
     jobs, _ = occupied(house)
-    jobs += [house.submit(request(seed=seed)) for seed in range(MAX_QUEUE - 1)]
+    jobs += [house.submit(request(seed=seed, steps=LONG)) for seed in range(MAX_QUEUE - 1)]
     with pytest.raises(QueueFull) as full:
         house.submit(request())
     assert full.value.retry_after >= 1
