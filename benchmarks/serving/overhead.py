@@ -46,7 +46,7 @@ def main(steps: int, rounds: int, workdir: Path, keep: bool) -> None:
     folder = export(CHECKPOINT, workdir / "engines" / f"{CHECKPOINT}-serving", Recipe.make())
     direct = _direct(folder, steps)
     with (
-        served("sdfast", folder, CHECKPOINT, 8, workdir / "serving-overhead.log") as url,
+        served("sdfast", folder, CHECKPOINT, None, workdir / "serving-overhead.log") as url,
         httpx.Client(base_url=url, timeout=60.0) as client,
     ):
         pairs = [(_seconds(direct), _seconds(_http(client, steps))) for _ in range(rounds + 3)][3:]

@@ -20,7 +20,8 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Point:
-    """One side at one rate. Seconds; throughput: pictures a second, from first arrival to last answer."""
+    """One side at one rate, all rounds. Seconds; throughput: pictures a second, from a round's first arrival
+    to its last answer."""
 
     side: str
     rate: float
@@ -34,11 +35,12 @@ class Point:
     short_p99: float
 
     @classmethod
-    def of(cls, side: str, rate: float, answers: Sequence[Answered]) -> "Point":
+    def of(cls, side: str, rate: float, rounds: Sequence[Sequence[Answered]]) -> "Point":
+        answers = [answer for answered in rounds for answer in answered]
         good = [answer for answer in answers if answer.status == 200]
         seconds = [answer.seconds for answer in good]
         short = [answer.seconds for answer in good if answer.arrival.short]
-        span = max(answer.ended for answer in answers) - answers[0].arrival.at
+        span = sum(max(a.ended for a in answered) - answered[0].arrival.at for answered in rounds)
         return cls(
             side=side,
             rate=rate,

@@ -14,10 +14,11 @@ STARTING = 120.0  # seconds
 
 
 @contextmanager
-def served(side: str, folder: Path, checkpoint: str, rows: int, log: Path) -> Iterator[str]:
-    """The URL of a side that is ready. rows: the most that it draws together. log: where it writes one."""
+def served(side: str, folder: Path, checkpoint: str, rows: int | None, log: Path) -> Iterator[str]:
+    """The URL of a side that is ready. rows: the most that it draws together; None: its own number. log:
+    where it writes one."""
     port = _free_port()
-    given = [side, str(folder), checkpoint, str(port), str(rows)]
+    given = [side, str(folder), checkpoint, str(port), *([] if rows is None else [str(rows)])]
     command = [sys.executable, "-m", "benchmarks.serving.server", *given]
     with log.open("w") as told, subprocess.Popen(command, stderr=told, stdout=told) as process:
         url = f"http://127.0.0.1:{port}"

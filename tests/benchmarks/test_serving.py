@@ -48,10 +48,11 @@ def test_a_points_figures() -> None:
     def answered(at: float, seconds: float, steps: int, status: int = 200) -> Answered:
         return Answered(Arrival(at, {"num_inference_steps": steps}), status, seconds, at + seconds)
 
-    found = Point.of("sdfast", 2.0, [answered(1, 2, 50), answered(2, 1, 8), answered(3, 2, 20, status=429)])
-    assert (found.answered, found.failed) == (2, 1)
-    assert found.throughput == pytest.approx(2 / 4)  # from 1 to 5
-    assert (found.p50, found.short_p99) == (1.5, 1.0)
+    rounds = [[answered(1, 2, 50), answered(2, 1, 8), answered(3, 2, 20, status=429)], [answered(2, 4, 50)]]
+    found = Point.of("sdfast", 2.0, rounds)
+    assert (found.answered, found.failed) == (3, 1)
+    assert found.throughput == pytest.approx(3 / 8)  # from 1 to 5, and from 2 to 6
+    assert (found.p50, found.short_p99) == (2.0, 1.0)
 
 
 def test_capacity_is_where_p99_meets_the_limit() -> None:
