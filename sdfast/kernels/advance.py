@@ -97,12 +97,12 @@ def advance_rows_kernel(
         below = negative + weight * (m - negative)
         above = m - (m - negative) * (1.0 - weight)
         m = tl.where(tl.abs(weight) < 0.5, below, above)
-    # An idle line weighs the output and the noise with zero, and zero times NaN would be NaN.
+    # An idle line weighs the output with zero, and zero times NaN would be NaN. Its noise is zeros.
     m = tl.where(resting, 0.0, m)
     z = tl.zeros([BLOCK_N], tl.float32)
     if DRAWS:
         drawn = tl.load(noise_lines + line)
-        z = tl.where(resting, 0.0, tl.load(noise + drawn * N + numbers, mask=own, other=0.0))
+        z = tl.load(noise + drawn * N + numbers, mask=own, other=0.0)
 
     # [registers; m; z], and each line of the step's matrix by it
     places = tl.arange(0, BLOCK_S)

@@ -133,6 +133,10 @@ def test_every_tick_equals_the_definitions(dtype: torch.dtype, draws: bool, keep
             terms += due._image.abs().max() + due._image_noise.abs().max()
         assert ((ours._state[:, :-2] - due._state[:, :-2]).abs() <= 4 * EPS * terms[:, :-1]).all()
         assert ((ours._m - due._m).abs() <= EPS * guidance_terms(said, rows, guided)).all()
+        for i, one_plan in enumerate(rows[:guided]):
+            ends = {0.0: said[i], 1.0: said[guided + i]}
+            if one_plan.guidance in ends and steps[i] < len(one_plan.schedule):
+                assert torch.equal(ours.output(i), ends[one_plan.guidance].float())
         assert torch.equal(ours._lines, due._lines)
         assert torch.equal(ours._buffers.time_shift, due._buffers.time_shift)
         a, b = (one._buffers.sample.float() for one in (ours, due))
