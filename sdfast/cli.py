@@ -305,3 +305,7 @@ def _table(rows: list[tuple[str, ...]]) -> str:
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
+
+
+if __name__ == "__main__":
+    main(prog_name="sdfast")

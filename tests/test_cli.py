@@ -470,7 +470,7 @@ def test_a_list_of_prompts_that_cannot_be_read_is_one_line(sd_engine: Path, here
 
 
 def test_the_real_command_fails_with_one_line_and_shows_more_with_debug(here: Path) -> None:
-    command = [sys.executable, "-c", "from sdfast.cli import main; main()"]
+    command = [sys.executable, "-m", "sdfast"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for options, traceback in (([], False), (["--debug"], True)):
         result = subprocess.run(
@@ -485,6 +485,16 @@ def test_the_real_command_fails_with_one_line_and_shows_more_with_debug(here: Pa
         assert traceback or result.stderr.splitlines() == [
             "Error: no/engine: no such engine; make one with `sdfast export SOURCE -o no/engine`"
         ]
+
+
+@pytest.mark.parametrize("module", ["sdfast", "sdfast.cli"])
+def test_the_command_runs_as_a_module_under_its_own_name(module: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", module, "paint"], check=False, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith("Usage: sdfast [OPTIONS] COMMAND [ARGS]...")
+    assert "No such command 'paint'" in result.stderr
 
 
 def test_an_engine_is_rebuilt_from_its_own_recipe(sd_engine: Path, tiny_sd: Path, here: Path) -> None:
