@@ -252,14 +252,14 @@ def test_a_compiler_that_fails_is_one_line_and_no_picture(
     assert not list(here.iterdir())
 
 
-def test_what_an_engine_cannot_be_asked_for_is_one_line(sd_engine: Path, sd_onnx: Path, here: Path) -> None:
+def test_what_an_engine_cannot_be_asked_for_is_one_line(sd_engine: Path, says_onnx: Path, here: Path) -> None:
     generate = ["generate", "a", "--engine"]
     assert "the engine is eager; leave --backend out" in refused(*generate, sd_engine, "--backend", "onnx")
-    assert "compile is for eager engines, and this one is onnx" in refused(*generate, sd_onnx, "--compile")
-    assert "attention 'auto' is for eager" in refused(*generate, sd_onnx, "--attention", "auto")
+    assert "compile is for eager engines, and this one is onnx" in refused(*generate, says_onnx, "--compile")
+    assert "attention 'auto' is for eager" in refused(*generate, says_onnx, "--attention", "auto")
     stock = refused(*generate, sd_engine, "--backend", "diffusers", "--compile")
     assert "compile is for eager engines, not for the stock pipeline" in stock
-    assert "compile is for eager engines" in refused("validate", sd_onnx, "--compile")
+    assert "compile is for eager engines" in refused("validate", says_onnx, "--compile")
 
 
 def test_an_engine_is_validated_as_it_is_run(sd_engine: Path, here: Path) -> None:
@@ -474,7 +474,7 @@ def test_the_real_command_fails_with_one_line_and_shows_more_with_debug(here: Pa
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for options, traceback in (([], False), (["--debug"], True)):
         result = subprocess.run(
-            [*command, *options, "info", "no/engine"],
+            [*command, *options, "serve", "no/engine"],  # which takes no torch to say
             check=False,
             capture_output=True,
             text=True,
