@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from sdfast.drop_in import (
         StableDiffusionImg2ImgPipeline,
         StableDiffusionInpaintPipeline,
+        StableDiffusionPipeline,
         StableDiffusionXLImg2ImgPipeline,
         StableDiffusionXLInpaintPipeline,
+        StableDiffusionXLPipeline,
     )
     from sdfast.engine import Engine
     from sdfast.errors import (
@@ -29,18 +31,14 @@ if TYPE_CHECKING:
         ValidationFailed,
     )
     from sdfast.export.build import export
-    from sdfast.pipeline import (
-        Pipeline,
-        StableDiffusionPipeline,
-        StableDiffusionXLPipeline,
-    )
+    from sdfast.pipeline import Pipeline
     from sdfast.validation import validate
 
 _HOMES = {
     "Engine": "sdfast.engine",
     "Pipeline": "sdfast.pipeline",
-    "StableDiffusionPipeline": "sdfast.pipeline",
-    "StableDiffusionXLPipeline": "sdfast.pipeline",
+    "StableDiffusionPipeline": "sdfast.drop_in",
+    "StableDiffusionXLPipeline": "sdfast.drop_in",
     "StableDiffusionImg2ImgPipeline": "sdfast.drop_in",
     "StableDiffusionInpaintPipeline": "sdfast.drop_in",
     "StableDiffusionXLImg2ImgPipeline": "sdfast.drop_in",

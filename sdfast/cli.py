@@ -61,7 +61,11 @@ def main(debug: bool) -> None:
 @click.option("--height", type=int, help="Pixels. [default: the checkpoint's own]")
 @click.option("--width", type=int, help="Pixels. [default: the checkpoint's own]")
 @click.option("--batch", type=int, help="The most pictures of one call. [default: 4]")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda for fp16, else cpu]")
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    help="What inductor compiles for. [default: cuda for fp16, else cpu]",
+)
 @click.option("--autotune/--no-autotune", default=None, help="Inductor: time candidates. [default: on CUDA]")
 @click.option("--winograd/--no-winograd", default=None, help="Fast 3x3 convolutions on CPUs. [default: yes]")
 @click.option("--fp8", is_flag=True, default=None, help="The U-Net's linear layers in FP8: an approximation.")
@@ -99,7 +103,7 @@ def rebuild(engine: Path, checkpoint: str | None) -> None:
 
     made = read_manifest(engine)
     folder = build(
-        checkpoint or made.checkpoint.source, engine, Recipe.make(**made.recipe), progress=Stages()
+        checkpoint or made.checkpoint.source, engine, Recipe.recorded(made.recipe), progress=Stages()
     )
     click.echo(f"engine: {folder}")
 
@@ -305,3 +309,7 @@ def _table(rows: list[tuple[str, ...]]) -> str:
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
+
+
+if __name__ == "__main__":
+    main(prog_name="sdfast")

@@ -1,4 +1,4 @@
-"""The drop-ins for diffusers' image-to-image and inpainting classes: their arguments, in their order.
+"""The drop-ins for diffusers' classes: their arguments, in their order.
 
 They are `Pipeline`'s otherwise, and documented there.
 """
@@ -14,16 +14,15 @@ _STEPS = ("num_inference_steps", "timesteps", "sigmas")
 _CALLBACK = ("clip_skip", "callback_on_step_end", "callback_on_step_end_tensor_inputs")
 _ADAPTER = ("ip_adapter_image", "ip_adapter_image_embeds")
 _OUTPUT = ("output_type", "return_dict", "cross_attention_kwargs")
-_IMAGE_SIZES = (
+_SIZES = (
     "original_size",
     "crops_coords_top_left",
     "target_size",
     "negative_original_size",
     "negative_crops_coords_top_left",
     "negative_target_size",
-    "aesthetic_score",
-    "negative_aesthetic_score",
 )
+_SCORES = ("aesthetic_score", "negative_aesthetic_score")
 _EMBEDS = ("prompt_embeds", "negative_prompt_embeds")
 _EMBEDS_XL = (*_EMBEDS, "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 _DRAWN = ("num_images_per_prompt", "eta", "generator")
@@ -31,10 +30,7 @@ _MASKED = ("image", "mask_image", "masked_image_latents", "height", "width", "pa
 _GUIDED = ("guidance_scale", "negative_prompt")
 _ENDS = ("denoising_start", "denoising_end")
 _REST = (*_ADAPTER, *_OUTPUT, *_CALLBACK)
-_REST_XL = (
-    *(*_DRAWN, "latents", *_EMBEDS_XL, *_ADAPTER, *_OUTPUT),
-    *("guidance_rescale", *_IMAGE_SIZES, *_CALLBACK),
-)
+_REST_XL = (*_DRAWN, "latents", *_EMBEDS_XL, *_ADAPTER, *_OUTPUT, "guidance_rescale", *_SIZES)
 
 
 class _InOrder(Pipeline):
@@ -43,7 +39,7 @@ class _InOrder(Pipeline):
 
     order: ClassVar[tuple[str, ...]]
     defaults: ClassVar[Mapping[str, Any]]
-    needs: ClassVar[tuple[str, ...]] = ("image",)
+    needs: ClassVar[tuple[str, ...]] = ()
 
     def __call__(self, *args: Any, **given: Any) -> Any:
         if len(args) > len(self.order):
@@ -58,6 +54,26 @@ class _InOrder(Pipeline):
         return super().__call__(**call)
 
 
+class StableDiffusionPipeline(_InOrder):
+    """The drop-in for diffusers' class of this name."""
+
+    order = (
+        *("prompt", "height", "width", *_STEPS, *_GUIDED, *_DRAWN, "latents", *_EMBEDS),
+        *(*_ADAPTER, *_OUTPUT, "guidance_rescale", *_CALLBACK),
+    )
+    defaults: ClassVar[Mapping[str, Any]] = {"guidance_scale": 7.5}
+
+
+class StableDiffusionXLPipeline(_InOrder):
+    """The drop-in for diffusers' class of this name."""
+
+    order = (
+        *("prompt", "prompt_2", "height", "width", *_STEPS, "denoising_end", *_GUIDED, "negative_prompt_2"),
+        *(*_REST_XL, *_CALLBACK),
+    )
+    defaults: ClassVar[Mapping[str, Any]] = {"guidance_scale": 5.0}
+
+
 class _Inpainting(_InOrder):
     needs = ("image", "mask_image")
 
@@ -69,6 +85,7 @@ class _Inpainting(_InOrder):
 class StableDiffusionImg2ImgPipeline(_InOrder):
     """The drop-in for diffusers' class of this name."""
 
+    needs = ("image",)
     order = (
         *("prompt", "image", "strength", *_STEPS, *_GUIDED, *_DRAWN, *_EMBEDS),
         *_REST,
@@ -89,9 +106,10 @@ class StableDiffusionInpaintPipeline(_Inpainting):
 class StableDiffusionXLImg2ImgPipeline(_InOrder):
     """The drop-in for diffusers' class of this name."""
 
+    needs = ("image",)
     order = (
         *("prompt", "prompt_2", "image", "strength", *_STEPS, *_ENDS, *_GUIDED, "negative_prompt_2"),
-        *_REST_XL,
+        *(*_REST_XL, *_SCORES, *_CALLBACK),
     )
     defaults: ClassVar[Mapping[str, Any]] = {"strength": 0.3, "guidance_scale": 5.0}
 
@@ -101,6 +119,6 @@ class StableDiffusionXLInpaintPipeline(_Inpainting):
 
     order = (
         *("prompt", "prompt_2", *_MASKED, *_STEPS, *_ENDS, *_GUIDED, "negative_prompt_2"),
-        *_REST_XL,
+        *(*_REST_XL, *_SCORES, *_CALLBACK),
     )
     defaults: ClassVar[Mapping[str, Any]] = {"strength": 0.9999, "guidance_scale": 7.5}

@@ -503,14 +503,6 @@ class Pipeline:
         return images
 
 
-class StableDiffusionPipeline(Pipeline):
-    """The drop-in for diffusers' class of this name."""
-
-
-class StableDiffusionXLPipeline(Pipeline):
-    """The drop-in for diffusers' class of this name."""
-
-
 def check_channels(model: Model, masked: bool) -> None:
     """Raises `RequestError` for a U-Net that needs more than there is: noise, a prompt, perhaps a mask."""
     if model.in_channels == model.latent_channels or (masked and model.inpaints):

@@ -1,6 +1,10 @@
 """Fixtures that more than one room's tests use."""
 
+import gc
 import os
+import shutil
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -8,9 +12,21 @@ import pytest
 from sdfast.export.build import export
 from sdfast.export.recipe import Recipe
 from tests import checkpoints
+from tests.sealing import reseal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach the real Hub
 os.environ.setdefault("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")  # a third of a compile's time
+
+
+@pytest.fixture(scope="session")
+def parsed_once() -> Iterator[None]:
+    """The ONNX exporter parses the source of its five hundred operators anew for each module: 0.4 s."""
+    from onnxscript.values import TracedOnnxFunction
+
+    parse = TracedOnnxFunction.function_ir.fget
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TracedOnnxFunction, "function_ir", property(cache(parse)))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +55,29 @@ def sdxl_engine(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture(scope="session")
-def sd_onnx(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sd_onnx(parsed_once: None, tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny SD checkpoint as an ONNX engine: copy it before changing it."""
     return export(tiny_sd, tmp_path_factory.mktemp("onnx") / "sd", Recipe.make(backend="onnx"))
+
+
+@pytest.fixture(scope="session")
+def says_onnx(sd_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An engine of which the manifest alone is an ONNX one's, for what is refused before it is loaded."""
+    engine = Path(shutil.copytree(sd_engine, tmp_path_factory.mktemp("onnx") / "manifest"))
+    reseal(engine, lambda document: document.update(backend="onnx", recipe={"provider": "cpu"}))
+    return engine
+
+
+def pytest_collectstart() -> None:
+    """What is imported and collected, ten thousand tests, lives to the end: none of it is garbage."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """And later collections of garbage need not look through it, which would take a second each."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or else what is written in C++ tells of leaks at the end

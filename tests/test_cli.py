@@ -252,14 +252,14 @@ def test_a_compiler_that_fails_is_one_line_and_no_picture(
     assert not list(here.iterdir())
 
 
-def test_what_an_engine_cannot_be_asked_for_is_one_line(sd_engine: Path, sd_onnx: Path, here: Path) -> None:
+def test_what_an_engine_cannot_be_asked_for_is_one_line(sd_engine: Path, says_onnx: Path, here: Path) -> None:
     generate = ["generate", "a", "--engine"]
     assert "the engine is eager; leave --backend out" in refused(*generate, sd_engine, "--backend", "onnx")
-    assert "compile is for eager engines, and this one is onnx" in refused(*generate, sd_onnx, "--compile")
-    assert "attention 'auto' is for eager" in refused(*generate, sd_onnx, "--attention", "auto")
+    assert "compile is for eager engines, and this one is onnx" in refused(*generate, says_onnx, "--compile")
+    assert "attention 'auto' is for eager" in refused(*generate, says_onnx, "--attention", "auto")
     stock = refused(*generate, sd_engine, "--backend", "diffusers", "--compile")
     assert "compile is for eager engines, not for the stock pipeline" in stock
-    assert "compile is for eager engines" in refused("validate", sd_onnx, "--compile")
+    assert "compile is for eager engines" in refused("validate", says_onnx, "--compile")
 
 
 def test_an_engine_is_validated_as_it_is_run(sd_engine: Path, here: Path) -> None:
@@ -470,11 +470,11 @@ def test_a_list_of_prompts_that_cannot_be_read_is_one_line(sd_engine: Path, here
 
 
 def test_the_real_command_fails_with_one_line_and_shows_more_with_debug(here: Path) -> None:
-    command = [sys.executable, "-c", "from sdfast.cli import main; main()"]
+    command = [sys.executable, "-m", "sdfast"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for options, traceback in (([], False), (["--debug"], True)):
         result = subprocess.run(
-            [*command, *options, "info", "no/engine"],
+            [*command, *options, "serve", "no/engine"],  # which takes no torch to say
             check=False,
             capture_output=True,
             text=True,
@@ -485,6 +485,16 @@ def test_the_real_command_fails_with_one_line_and_shows_more_with_debug(here: Pa
         assert traceback or result.stderr.splitlines() == [
             "Error: no/engine: no such engine; make one with `sdfast export SOURCE -o no/engine`"
         ]
+
+
+@pytest.mark.parametrize("module", ["sdfast", "sdfast.cli"])
+def test_the_command_runs_as_a_module_under_its_own_name(module: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", module, "paint"], check=False, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith("Usage: sdfast [OPTIONS] COMMAND [ARGS]...")
+    assert "No such command 'paint'" in result.stderr
 
 
 def test_an_engine_is_rebuilt_from_its_own_recipe(sd_engine: Path, tiny_sd: Path, here: Path) -> None:

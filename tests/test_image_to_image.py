@@ -1,6 +1,5 @@
 """Drawing over images, beside stock diffusers' pipelines for that, on tiny checkpoints."""
 
-import inspect
 import io
 import queue
 from collections.abc import Mapping
@@ -301,15 +300,6 @@ def test_a_scheduler_object_without_add_noise_draws_over_nothing(pairs: dict[Any
     pipe.scheduler = Silent(clip_sample=False)
     with pytest.raises(RequestError, match="Silent has no add_noise"):
         pipe(PROMPT, image=image(), strength=1.0, num_inference_steps=2)
-
-
-@pytest.mark.parametrize("kind", KINDS.values())
-def test_the_drop_ins_take_diffusers_arguments_in_diffusers_order(kind: str) -> None:
-    signature = inspect.signature(getattr(diffusers, kind).__call__)
-    own = getattr(drop_in, kind)
-    named = {n: p.default for n, p in signature.parameters.items() if n not in ("self", "kwargs")}
-    assert own.order == tuple(named)
-    assert own.defaults == {name: named[name] for name in ("strength", "guidance_scale")}
 
 
 @pytest.mark.parametrize(("family", "masked"), KINDS)

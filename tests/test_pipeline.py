@@ -10,11 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
+from sdfast.drop_in import StableDiffusionPipeline
 from sdfast.engine import Engine
 from sdfast.errors import BackendError, NumericalError, RequestError
 from sdfast.export.build import export
 from sdfast.export.recipe import Recipe
-from sdfast.pipeline import Pipeline, StableDiffusionPipeline
+from sdfast.pipeline import Pipeline
 from sdfast.prompts import PromptCache, PromptState, guidance_embedding
 from tests import checkpoints
 from tests.fakes import Failpoint, FakeEngine

@@ -65,7 +65,7 @@ class Bench:
                 dtype=DTYPE,
                 sizes=(self.workload.size,),
                 batch=(batch,),
-                device=self.device.type,
+                device=self.device.type if SIDES[side].backend == "inductor" else None,
                 fp8=SIDES[side].fp8,
             )
             start = time.perf_counter()

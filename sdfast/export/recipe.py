@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -75,8 +76,8 @@ class Recipe(_Part):
         each compiled for itself.
     provider: ONNX: the execution provider that the graphs are written for; they run on no other. Default:
         "cpu" in fp32, "cuda" in fp16.
-    device: "inductor": what it is compiled for, the very device that is here; default: "cpu" in fp32, "cuda"
-        in fp16.
+    device: "inductor", and no other: what it is compiled for, the very device that is here; default: "cpu" in
+        fp32, "cuda" in fp16.
     autotune: "inductor": try the kernels for attention, and on CUDA the ways to compute each product, and
         take the fastest; default: on CUDA.
     winograd: ONNX for the CPU in fp32: the faster algorithm for 3×3 convolutions; its weights take more room.
@@ -109,11 +110,22 @@ class Recipe(_Part):
     @field_validator("provider")
     @classmethod
     def _of_onnx(cls, provider: str | None, info: ValidationInfo) -> str | None:
-        if info.data.get("backend") == "eager":
-            if provider is not None:
-                raise ValueError("only the onnx backend has providers; leave it out")
-            return None
-        return provider or ("cuda" if info.data.get("dtype") == "fp16" else "cpu")
+        backend = info.data.get("backend")
+        if backend == "onnx":
+            return provider or ("cuda" if info.data.get("dtype") == "fp16" else "cpu")
+        if backend is not None and provider is not None:
+            instead = "give device instead" if backend == "inductor" else "leave it out"
+            raise ValueError(f"only the onnx backend has providers; for {backend}, {instead}")
+        return provider
+
+    @field_validator("device")
+    @classmethod
+    def _of_inductor(cls, device: str | None, info: ValidationInfo) -> str | None:
+        backend = info.data.get("backend")
+        if device is not None and backend in ("onnx", "eager"):
+            instead = "give provider instead" if backend == "onnx" else "name it when the engine is opened"
+            raise ValueError(f"only the inductor backend compiles for a device; for {backend}, {instead}")
+        return device
 
     @field_validator("fp8")
     @classmethod
@@ -147,6 +159,16 @@ class Recipe(_Part):
             return cls(**{**fields, **overrides})
         except ValidationError as error:
             raise ExportError(f"{path}: {_explain(error)}") from None
+
+    @classmethod
+    def recorded(cls, fields: Mapping[str, Any]) -> Self:
+        """The recipe that an engine's manifest holds. Raises `ExportError`.
+
+        Those of older engines may name a provider or a device that meant nothing to their backend.
+        """
+        meant = {"onnx": "provider", "inductor": "device"}.get(fields.get("backend", "onnx"))
+        idle = {"provider", "device"} - {meant}
+        return cls.make(**{name: value for name, value in fields.items() if name not in idle})
 
     @property
     def target_device(self) -> str:

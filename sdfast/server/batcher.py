@@ -25,7 +25,7 @@ from sdfast.loop import Buckets, Row, Rows, check_finite
 from sdfast.pipeline import Given, Pipeline, to_uint8
 from sdfast.schedulers.estimate import clean_estimate
 from sdfast.server.clerk import Clerk
-from sdfast.server.jobs import TICK_SECONDS, Failed, FailureKind, Job, Load, Queued, QueueFull
+from sdfast.server.jobs import TICK_SECONDS, Failed, FailureKind, Job, Load, QueueFull
 from sdfast.server.memory import memory_of
 from sdfast.server.over import check_over, over_of
 from sdfast.server.places import Pace, Picture, changes
@@ -127,7 +127,8 @@ class Batcher:
     # For every thread:
 
     def submit(self, job: Job, listener: Listener) -> None:
-        """Take a job in. Its events go to `listener`, from the batcher's threads: it may not block or raise.
+        """Take a job in. Its events go to `listener`, the first of them here, its place in the queue, and the
+        others from the batcher's threads: it may not block or raise.
 
         Raises `QueueFull`; `RequestError` for what the engine cannot draw; `BackendError` when it is closed
         or not healthy; `ValueError` for the id of a job that is under way.
@@ -145,6 +146,7 @@ class Batcher:
             patience = self._pace.patience(job.request, steps)
             work = self._works[job.id] = Work(job, listener, self._arrived, steps, patience)
             insort(self._queue, work, key=lambda waiting: Picture(waiting, 0).due)
+            work.queued(self._queue.index(work))
             self._arrived += 1
             self._changed.notify()
 
@@ -324,9 +326,7 @@ class Batcher:
         with self._changed:
             queue = list(self._queue)
         for position, work in enumerate(queue):
-            if work.position != position:
-                work.position = position
-                work.tell(Queued(position))
+            work.queued(position)
 
     def _settle(self) -> None:
         """Let rows come and go; the last to come of those for whom there is no memory ends its job."""

@@ -170,7 +170,8 @@ class Studio(Protocol):
         ...
 
     def submit(self, job: Job) -> AsyncIterator[Event]:
-        """Take the job in. Closing the iterator before its end cancels the job.
+        """Take the job in. Closing the iterator before its end cancels the job. The first event does not wait
+        for other jobs: it tells the place in the queue, or why the engine cannot do this one.
 
         Raises `QueueFull`, at once; `RequestError` for what no engine here can do (an unknown engine, a size
         that it does not have), at once.

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 
 from sdfast.loop import Member, Row, Rows
 from sdfast.pipeline import Prepared
-from sdfast.server.jobs import Begun, Done, Event, Failed, Job, Step
+from sdfast.server.jobs import Begun, Done, Event, Failed, Job, Queued, Step
 
 Listener = Callable[[Event], None]
 
@@ -16,8 +16,8 @@ Listener = Callable[[Event], None]
 class Work:
     """A job, from its arrival to its last event.
 
-    The batcher's thread owns everything but `cancelled` and `preview_asked`, which anyone may set, and
-    `tell`, which any thread may call: after a job's last event nothing more of it is told.
+    Once it is in the queue, the batcher's thread owns everything but `cancelled` and `preview_asked`, which
+    anyone may set, and `tell`, which any thread may call: after a job's last event nothing more is told.
     """
 
     def __init__(self, job: Job, listener: Listener, number: int, steps: int, patience: float) -> None:
@@ -25,7 +25,7 @@ class Work:
         seconds that it may wait for each picture, see `places`."""
         self.job, self.number, self._steps, self._patience = job, number, steps, patience
         self.cancelled = False
-        self.position: int | None = None  # in the queue, as it was last told
+        self._position: int | None = None  # in the queue, as it was last told
         self.prepared: Prepared | None = None
         self.waiting: deque[int] = deque(range(job.request.images))  # pictures that have no row yet
         self.running: dict[Row, int] = {}  # rows in the loop, and which picture each is
@@ -51,6 +51,12 @@ class Work:
                 return
             self._ended = isinstance(event, Done | Failed)
             self._listener(event)
+
+    def queued(self, position: int) -> None:
+        """It waits, and so many jobs come before it."""
+        if position != self._position:
+            self._position = position
+            self.tell(Queued(position))
 
     def begin(self) -> None:
         """It waits no more."""

@@ -210,10 +210,10 @@ def test_an_engine_that_moves_is_opened_as_it_was(sd_engine: Path) -> None:
     ],
 )
 def test_an_engine_with_nothing_to_choose_refuses_the_choice(
-    sd_onnx: Path, options: dict[str, Any], message: str
+    says_onnx: Path, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(BackendError, match=message) as caught:
-        Engine.open(sd_onnx, **options)
+        Engine.open(says_onnx, **options)
     assert "sdfast export SOURCE --backend eager" in str(caught.value)
 
 

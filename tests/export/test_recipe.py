@@ -48,8 +48,21 @@ RECIPES = sorted((Path(__file__).parents[2] / "export").glob("*.toml"))
         ({"provider": "rocm"}, "provider: must be 'cpu', 'cuda' or 'tensorrt' (got 'rocm')"),
         (
             {"backend": "eager", "provider": "cuda"},
-            "provider: only the onnx backend has providers; leave it out (got 'cuda')",
+            "provider: only the onnx backend has providers; for eager, leave it out (got 'cuda')",
         ),
+        (
+            {"backend": "inductor", "provider": "cuda"},
+            "provider: only the onnx backend has providers; for inductor, give device instead (got 'cuda')",
+        ),
+        (
+            {"device": "cuda"},
+            "device: only the inductor backend compiles for a device; for onnx, give provider instead",
+        ),
+        (
+            {"backend": "eager", "device": "cpu"},
+            "device: only the inductor backend compiles for a device; for eager, name it when the engine is",
+        ),
+        ({"backend": "jax", "device": "cpu", "provider": "cpu"}, "backend: must be 'onnx', 'inductor' or"),
         ({"fp8": "yes please"}, "fp8: must be a valid boolean"),
         (
             {"fp8": True},
@@ -136,4 +149,19 @@ def test_a_provider_follows_from_the_dtype_and_is_recorded() -> None:
     assert Recipe(dtype="fp16", provider="cpu").provider == "cpu"
     assert Recipe(dtype="fp32", provider="tensorrt").provider == "tensorrt"
     assert Recipe(backend="eager", dtype="fp16").provider is None
+    assert Recipe(backend="inductor", dtype="fp16").provider is None
     assert Recipe(dtype="fp16").model_dump()["provider"] == "cuda"
+
+
+def test_a_recorded_recipe_may_name_what_meant_nothing_to_its_backend() -> None:
+    both = {"dtype": "fp32", "provider": "cpu", "device": "cpu", "batch": 2}
+    for backend, provider, device in (
+        ("onnx", "cpu", None),
+        ("inductor", None, "cpu"),
+        ("eager", None, None),
+    ):
+        recipe = Recipe.recorded({"backend": backend, **both})
+        assert (recipe.backend, recipe.provider, recipe.device) == (backend, provider, device)
+        assert Recipe.recorded(recipe.model_dump()) == recipe
+    with pytest.raises(ExportError, match="recipe: batch: must be"):
+        Recipe.recorded({"backend": "onnx", "batch": 0})

@@ -36,13 +36,15 @@ def engine(name: str = "tiny", edits: bool = True) -> EngineInfo:
 
 @dataclass
 class FakeStudio:
-    """Failpoints: `full`, `down`, `failure`, `hang` (until cancelled), `bug`, `silent` (no last event)."""
+    """Failpoints: `full`, `down`, `refusal` (the first event), `failure` (the last), `hang` (until
+    cancelled), `bug`, `silent` (no last event)."""
 
     engines: dict[str, EngineInfo] = field(default_factory=lambda: {"tiny": engine()})
     ready: bool = True
     resting: set[str] = field(default_factory=set)  # engines that are not up
     full: bool = False
     down: bool = False
+    refusal: Failed | None = None
     failure: Failed | None = None
     hang: bool = False
     bug: bool = False
@@ -102,6 +104,10 @@ class FakeStudio:
         }
 
     async def _events(self, job: Job) -> AsyncIterator[Event]:
+        if self.refusal is not None:
+            del self.live[job.id]
+            yield self.refusal
+            return
         yield Queued(self.ahead)
         if self.bug:
             raise ValueError("a bug in the studio")

@@ -434,6 +434,9 @@ def test_positions_in_the_queue_are_told(open_batcher: Open) -> None:
         submit(batcher, request())
         until(lambda: batcher.running() == 1)
         ears = [submit(batcher, request(seed=i)) for i in range(3)]
+        assert [ear.events for ear in ears] == [
+            [Queued(place)] for place in range(3)
+        ]  # at once, though it hangs
         assert batcher.waiting() == 3
     for place, ear in enumerate(ears):
         ear.done()

@@ -149,6 +149,16 @@ def test_a_client_that_hangs_up_ends_its_job(port: int, studio: FakeStudio, stre
     assert studio.cancelled == [studio.jobs[0].id]
 
 
+def test_a_stream_begins_when_its_job_is_taken_in(port: int, studio: FakeStudio) -> None:
+    studio.hang = True  # after the first event
+    body = {"prompt": "a", "stream": True, "progress": True}
+    url = f"http://127.0.0.1:{port}/v1/images/generations"
+    with httpx.stream("POST", url, json=body, headers={"authorization": f"Bearer {KEY}"}) as answer:
+        assert answer.status_code == 200
+        assert next(answer.iter_lines()) == "event: image_generation.progress"
+    wait_until(lambda: studio.cancelled == [studio.jobs[0].id])
+
+
 def test_a_client_that_leaves_within_its_body_harms_nobody(port: int, studio: FakeStudio) -> None:
     with socket.create_connection(("127.0.0.1", port)) as connection:
         connection.sendall(head(port, "Content-Length: 500") + b"{")

@@ -191,6 +191,24 @@ async def test_a_job_that_fails_has_a_status_of_its_kind(
     assert f'sdfast_failures_total{{kind="{kind}"}} 1.0' in metrics
 
 
+@pytest.mark.parametrize(
+    ("kind", "status", "code"), [("request", 422, "invalid_value"), ("engine", 503, "engine_error")]
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_the_engine_refuses_has_a_status_in_a_stream_too(
+    sdk: openai.AsyncOpenAI, studio: FakeStudio, stream: bool, kind: Any, status: int, code: str
+) -> None:
+    studio.refusal = Failed(kind, "num_inference_steps: 60 are more than this scheduler has")
+    with pytest.raises(openai.APIStatusError, match="60 are more") as caught:
+        await sdk.images.generate(**CALL, stream=stream)
+    error = caught.value
+    assert (error.status_code, error.code) == (status, code)
+    assert error.response.headers["content-type"] == "application/json"
+    assert error.param == ("num_inference_steps" if kind == "request" else None)
+    metrics = (await sdk._client.get("/metrics")).text
+    assert f'sdfast_failures_total{{kind="{kind}"}} 1.0' in metrics
+
+
 async def test_an_engine_that_ends_without_a_word_is_an_error(
     sdk: openai.AsyncOpenAI, studio: FakeStudio
 ) -> None:

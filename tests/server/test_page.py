@@ -353,6 +353,19 @@ def test_a_picture_is_saved_and_its_parameters_are_reused(page: Page, studio: Fa
     assert again.seed == seed
 
 
+def test_a_copy_button_pressed_twice_has_its_own_text_again(page: Page) -> None:
+    page.run("document.getElementById('code').open = true")
+    page.run("window.ends = []; window.setTimeout = (end) => window.ends.push(end)")
+    for presses, copied in ((1, "Copied"), (2, "Could not copy")):
+        ends = "resolve()" if copied == "Copied" else "reject()"
+        page.run(f"navigator.clipboard.writeText = () => new Promise((resolve, reject) => {ends})")
+        page["copy-curl"].click()
+        wait_until(lambda presses=presses: page.run("return window.ends.length") == presses)
+        assert page.text("copy-curl") == copied
+    page.run("for (const end of window.ends) end()")
+    assert page.text("copy-curl") == "Copy"
+
+
 def test_the_code_asks_for_what_the_page_asks_for(
     page: Page, studio: FakeStudio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

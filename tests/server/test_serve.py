@@ -102,6 +102,14 @@ def test_a_picture_served_is_the_pipelines_and_a_signal_ends_it(sd_engine: Path)
         for picture, due in zip(pictures, expected, strict=True):
             assert np.abs(np.asarray(picture, int) - np.asarray(due, int)).max() <= 1
         assert "Seed: 12" in pictures[1].info["parameters"]
+        for stream in (False, True):  # an LCM is distilled for so many steps: the worker knows
+            with pytest.raises(openai.UnprocessableEntityError, match="original_inference_steps") as caught:
+                client.images.generate(
+                    prompt="the sea",
+                    stream=stream,
+                    extra_body={"scheduler": "lcm", "num_inference_steps": 60},
+                )
+            assert caught.value.code == "invalid_value"
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
 

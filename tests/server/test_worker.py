@@ -19,7 +19,7 @@ from PIL import Image
 from sdfast.errors import BackendError, EngineError, RequestError
 from sdfast.pipeline import Pipeline
 from sdfast.request import Request
-from sdfast.server.jobs import Begun, Done, Preview, QueueFull, Step
+from sdfast.server.jobs import Begun, Done, Preview, Queued, QueueFull, Step
 from sdfast.server.worker import supervisor
 from tests.fakes import FakeEngine
 from tests.server.fake_worker import MAX_QUEUE, MAX_ROWS
@@ -84,7 +84,7 @@ def test_pictures_and_events_come_through(house: House) -> None:
     assert done.truncated == (" and all"[1:],)
     assert set(done.seconds) == {"waiting", "encoding", "denoising", "decoding"}
     kinds = [type(event) for event in heard.events]
-    assert kinds[0] is Begun
+    assert kinds[:2] == [Queued, Begun]
     assert kinds.count(Preview) == 1
     [preview] = [event for event in heard.events if isinstance(event, Preview)]
     assert Image.open(BytesIO(preview.png)).size == (16, 16)
@@ -98,8 +98,8 @@ def test_what_cannot_be_done_is_told_at_once(house: House) -> None:
         house.submit(request(height=64, width=64))
     with pytest.raises(RequestError, match="'other' is not here; there are: fake"):
         house.submit(request(), engine="other")
-    failed = house.submit(request(scheduler="DPM++ 2M Karras", steps=None, timesteps=(900.0, 1.0))).failed()
-    assert failed.kind == "request"
+    unable = house.submit(request(scheduler="DPM++ 2M Karras", steps=None, timesteps=(900.0, 1.0)))
+    assert unable.failed().kind == "request" and len(unable.events) == 1
     past = time.monotonic() - 1
     assert house.submit(request(), deadline=past).failed().kind == "timeout"
 

@@ -57,7 +57,8 @@ class Order:
 class EventStream(Response):
     """Server-sent events of a job: its progress and partial pictures, the finished ones, then `[DONE]`.
 
-    The status is sent before anything can go wrong with the job, so a failure is an event of its own.
+    What the engine refuses is answered with a status of its own. Once it has taken the job in, the stream
+    begins, and a failure is an event.
     """
 
     media_type = "text/event-stream"
@@ -71,13 +72,17 @@ class EventStream(Response):
         async def push(chunk: bytes, more: bool = True) -> None:
             await send({"type": "http.response.body", "body": chunk, "more_body": more})
 
-        async with self._desk.under_way(self._order.job, self._events):
+        async with (
+            self._desk.under_way(self._order.job, self._events),
+            aclosing(self._desk.watched(self._events)) as watched,
+        ):
+            first = await unless_gone(receive, _first(watched))
             await send(
                 {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
             )
             try:
                 async with _kept_alive(push):
-                    await unless_gone(receive, self._push_all(push))
+                    await unless_gone(receive, self._push_all(first, watched, push))
             except ClientLeft:
                 return
             except Problem as problem:
@@ -87,19 +92,33 @@ class EventStream(Response):
                 raise
         await push(b"", more=False)
 
-    async def _push_all(self, push: Push) -> None:
-        async with aclosing(self._desk.watched(self._events)) as watched:
-            async for event in watched:
-                if isinstance(event, Preview):
-                    await push(await asyncio.to_thread(_partial, self._order, event))
-                elif isinstance(event, Done):
-                    for i in range(len(event.pngs)):
-                        await push(await asyncio.to_thread(_completed, self._order, event, i))
-                    await push(b"data: [DONE]\n\n")
-                    return
-                elif self._order.asked.progress and isinstance(event, Queued | Step):
-                    await push(_progress(self._order, event))
+    async def _push_all(self, first: Event, others: AsyncIterator[Event], push: Push) -> None:
+        """Ends with the pictures. Raises `Problem`."""
+        event: Event | None = first
+        while event is not None:
+            await self._push(event, push)
+            if isinstance(event, Done):
+                return
+            event = await anext(others, None)
         raise without_end()
+
+    async def _push(self, event: Event, push: Push) -> None:
+        if isinstance(event, Preview):
+            await push(await asyncio.to_thread(_partial, self._order, event))
+        elif isinstance(event, Done):
+            for i in range(len(event.pngs)):
+                await push(await asyncio.to_thread(_completed, self._order, event, i))
+            await push(b"data: [DONE]\n\n")
+        elif self._order.asked.progress and isinstance(event, Queued | Step):
+            await push(_progress(self._order, event))
+
+
+async def _first(events: AsyncIterator[Event]) -> Event:
+    """Comes soon: it waits for no other job, and an engine that gives no sign of life is ended."""
+    event = await anext(events, None)
+    if event is None:
+        raise without_end()
+    return event
 
 
 @asynccontextmanager

@@ -15,6 +15,7 @@ let engines = [];
 let drawing = null; // the AbortController of the picture that is under way
 let countdown = null; // of the seconds that the server wants to be left alone
 let lastSeed = null;
+const resets = new WeakMap(); // of a button that tells of a copy: the timer of its own text
 
 async function start() {
   hideNotice();
@@ -169,12 +170,15 @@ function showCode() {
   element("python").textContent = python(body, call);
 }
 
+/** The button tells what became of it, and has its own text again after a while. */
 async function copy(text, button) {
-  const before = button.textContent;
+  button.dataset.label ??= button.textContent;
   button.textContent = (await copied(text)) ? "Copied" : "Could not copy";
-  setTimeout(() => {
-    button.textContent = before;
-  }, 1500);
+  clearTimeout(resets.get(button));
+  const own = () => {
+    button.textContent = button.dataset.label;
+  };
+  resets.set(button, setTimeout(own, 1500));
 }
 
 /** Put text into the clipboard, on plain HTTP as well, where browsers have the old way only. */
