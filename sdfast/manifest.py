@@ -94,8 +94,8 @@ class Variant(_Part):
 class HalfRange(_Part):
     """How a half of the VAE came to fit float16, or why it did not and is float32.
 
-    largest: the largest magnitude in it, in float32 on the export's probes. scale: the power of two that its
-    weights make the largest of its numbers smaller by, without changing what it computes; 1 where they fit.
+    largest: the largest magnitude between its norms, in float32 on the export's probes. scale: the power of
+    two by which its weights make that smaller, without changing what it computes; 1 where it fits as it is.
     """
 
     dtype: Literal["fp32", "fp16"]

@@ -312,7 +312,7 @@ class _Build:
             "autotune": self.recipe.autotune,
             "versions": {**_versions(), "sdfast": sdfast.__version__},
         }
-        if "vae" in spec.components:
+        if "vae" in spec.components and self.recipe.dtype == "fp16":
             depends["vae"] = self.recipe.vae
         return json_digest(depends)
 

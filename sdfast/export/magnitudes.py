@@ -79,7 +79,8 @@ class Extents:
 
     @property
     def largest(self) -> float:
-        return max(extent.largest for extent in (self.stream, self.fixed, *self.firsts.values()))
+        """The magnitude of what can be scaled."""
+        return max(extent.largest for extent in (self.stream, *self.firsts.values()))
 
 
 class DoesNotFit(Exception):
@@ -102,7 +103,7 @@ def probes(vae: VAE) -> list[Tensor]:
     noise = torch.randn(1, channels, side, side, generator=generator)
     coarse = torch.randn(1, channels, 4, 4, generator=generator)
     smooth = F.interpolate(coarse, size=(side, side), mode="bilinear")
-    flat = torch.ones_like(noise)
+    flat = torch.ones(1, channels, side // 2, side // 2)  # a larger one would show no more
     given = [noise, 3 * noise, 2 * smooth, 2 * flat, -2 * flat]
     return given if decodes else [probe.clamp(-1, 1) for probe in given]
 
@@ -177,6 +178,9 @@ def scales_for(vae: VAE, found: Extents) -> Scales:
             f"numbers up to {found.fixed.largest:.2g} where no scale helps (float16 ends at 65504, and "
             f"{FIXED_HEADROOM} times as much must fit)"
         )
+    heaviest = max(float(tensor.abs().max()) for tensor in vae.parameters())
+    if heaviest > LARGEST:
+        raise DoesNotFit(f"its weights are up to {heaviest:.2g}, and float16 ends at 65504")
     scales = Scales(_scale(found.stream), {name: _scale(extent) for name, extent in found.firsts.items()})
     _check_small(scales.stream, found.stream, adding(vae))
     for name, resnet in resnets(vae):
@@ -200,10 +204,6 @@ def _check_small(scale: float, extent: Extent, layers: list[tuple[str, Layer]]) 
     what, size = min([*small, ("a group of channels", extent.faintest)], key=lambda pair: pair[1])
     if size * scale < SMALLEST:
         raise DoesNotFit(
-            f"numbers up to {extent.largest:.2g} need a scale of {fraction(scale)}, with which {what}, "
+            f"numbers up to {extent.largest:.2g} need a scale of 1/{round(1 / scale)}, with which {what}, "
             f"{size:.2g} in root mean square, would be too small for float16"
         )
-
-
-def fraction(scale: float) -> str:
-    return "1" if scale == 1.0 else f"1/{round(1 / scale)}"

@@ -163,10 +163,18 @@ def test_queries_and_values_that_overflow_are_beyond_help():
     assert not torch.isfinite(half(inputs(half, DECODER))).all()
 
 
+def test_weights_that_overflow_are_beyond_help():
+    vae = load("sd", ENCODER, torch.float32)
+    shortcut = next(r.conv_shortcut for _, r in half_range.resnets(vae) if r.conv_shortcut is not None)
+    shortcut.weight[0, 0] = 7e4
+    with pytest.raises(DoesNotFit, match=r"its weights are up to 7e\+04"):
+        scales_for(vae, extents(vae))
+
+
 def test_a_network_that_would_lose_its_small_end_is_refused():
     """One layer adds so much that the scale it needs would leave another's weights among the subnormals."""
     state = weights("sd")
-    state["decoder.mid_block.resnets.0.conv2.weight"] *= 1e6
+    state["decoder.mid_block.resnets.0.conv2.weight"] *= 1e5
     state["decoder.mid_block.resnets.1.conv2.weight"] *= 1e-3
     vae = load("sd", DECODER, torch.float32, state)
     with pytest.raises(
