@@ -69,6 +69,12 @@ def main(debug: bool) -> None:
 @click.option("--autotune/--no-autotune", default=None, help="Inductor: time candidates. [default: on CUDA]")
 @click.option("--winograd/--no-winograd", default=None, help="Fast 3x3 convolutions on CPUs. [default: yes]")
 @click.option("--fp8", is_flag=True, default=None, help="The U-Net's linear layers in FP8: an approximation.")
+@click.option(
+    "--vae-dtype",
+    "vae",
+    type=click.Choice(["auto", "fp32"]),
+    help="Of fp16 engines. [default: auto, fp16 where its numbers can be made to fit]",
+)
 def export(
     source: str | None,
     output: Path | None,

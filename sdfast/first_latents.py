@@ -123,7 +123,7 @@ def encoded(engine: Engine, image: Tensor) -> tuple[Tensor, Tensor]:
     moments = engine.call("vae_encoder", inputs, *image.shape[2:])
     mean, std = moments["mean"], moments["std"]
     if not bool(torch.isfinite(mean).all() and torch.isfinite(std).all()):
-        raise NumericalError("the image's latents are not finite: export the engine in fp32")
+        raise NumericalError(f"the image's latents are not finite; {engine.manifest.remedy('vae_encoder')}")
     return mean, std
 
 

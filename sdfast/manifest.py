@@ -91,10 +91,30 @@ class Variant(_Part):
         return height is not None and width is not None and height in self.height and width in self.width
 
 
+class HalfRange(_Part):
+    """How a half of the VAE came to fit float16, or why it did not and is float32.
+
+    largest: the largest magnitude between its norms, in float32 on the export's probes. scale: the power of
+    two by which its weights make that smaller, without changing what it computes; 1 where it fits as it is.
+    """
+
+    dtype: Literal["fp32", "fp16"]
+    largest: float = Field(ge=0)
+    scale: float = Field(default=1.0, gt=0, le=1)
+    reason: str | None = None
+
+    def __str__(self) -> str:
+        if self.reason is not None:
+            return f"{self.dtype}: {self.reason}"
+        told = f"{self.dtype}; the largest number on probes is {self.largest:.3g}"
+        return told if self.scale == 1.0 else f"{told}, held as 1/{round(1 / self.scale)} of itself"
+
+
 class Module(_Part):
     """One compiled function of the engine: its inputs and outputs by name, in order.
 
-    fp8: names of its layers that are in FP8.
+    fp8: names of its layers that are in FP8. half_range: of a half of the VAE, where an fp16 engine was to
+    have it in float16; older engines have none, nor has one whose recipe asks for float32.
     """
 
     inputs: tuple[str, ...]
@@ -103,6 +123,7 @@ class Module(_Part):
     files: tuple[RelativePath, ...]
     fingerprint: Digest  # of everything the files depend on: a rebuild keeps what has not changed
     fp8: tuple[str, ...] = ()
+    half_range: HalfRange | None = None
 
 
 class Model(_Part):
@@ -233,6 +254,14 @@ class Manifest(_Part):
         """The layers of the U-Net that are in FP8; none where that was not asked for."""
         return self.modules["unet"].fp8
 
+    def remedy(self, name: str) -> str:
+        """What to do when the half `name` of the VAE gives numbers that are not finite."""
+        half = self.modules[name].half_range
+        dtype = self.dtype if half is None else half.dtype
+        if dtype == "fp32" or self.recipe.get("vae") == "fp32":
+            return "the VAE is float32 already: check the checkpoint's VAE weights"
+        return "the VAE is float16: export the engine with --vae-dtype fp32"
+
     def sealed(self) -> "Manifest":
         """The same manifest with its seal set."""
         return self.model_copy(update={"seal": _seal(self.model_dump(mode="json"))})
@@ -249,6 +278,7 @@ class Manifest(_Part):
             "family": self.model.family,
             "backend": " ".join(filter(None, [self.backend, self.dtype, self.provider])),
             **self._approximated(),
+            **self._vae(),
             "sizes": ", ".join(sizes),
             "pictures": f"up to {self.max_images} a call",
             "files": f"{len(self.files)}, {sum(file.size for file in self.files) / 1e6:,.1f} MB, verified",
@@ -272,6 +302,15 @@ class Manifest(_Part):
         kinds = Counter(_layer_kind(name) for name in self.fp8)
         told = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
         return {"in FP8": f"{len(self.fp8)} layers of the U-Net: {told}"}
+
+    def _vae(self) -> dict[str, str]:
+        """The precision of each half of the VAE, where it is not simply that of the engine."""
+        names = ("vae_decoder", "vae_encoder")
+        found = {name: self.modules[name].half_range for name in names if name in self.modules}
+        told = {name: str(half) for name, half in found.items() if half is not None}
+        if not told and self.dtype == "fp16" and self.recipe.get("vae") == "fp32":
+            return {"VAE": "fp32, as the recipe asks"}
+        return told
 
     def _verdict(self) -> str:
         if self.validation is None:

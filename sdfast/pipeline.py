@@ -499,7 +499,9 @@ class Pipeline:
         """
         images = self.engine.call("vae_decoder", {"latents": latents}, request.height, request.width)["image"]
         if not bool(torch.isfinite(images).all()):
-            raise NumericalError("the VAE's picture is not finite: export the engine in fp32")
+            raise NumericalError(
+                f"the VAE's picture is not finite; {self.engine.manifest.remedy('vae_decoder')}"
+            )
         return images
 
 

@@ -107,8 +107,8 @@ def _rows(
 def _floor(bench: Bench, *parts: Work) -> float | None:
     """The least seconds of networks that run one after the other, if the roofline was measured.
 
-    By the half-precision product for all, also for the VAE of SDXL, which every side runs in float32; a side
-    with FP8 products may take less.
+    By the half-precision product for all, also for the VAE of SDXL, which stock runs in float32; a side with
+    FP8 products may take less.
     """
     roof = bench.roofline
     if roof is None:

@@ -16,6 +16,7 @@ from sdfast.backends.fp8 import scaled_mm
 from sdfast.errors import BackendError, DependencyError, EngineError, first_line
 from sdfast.models import ops
 from sdfast.models.fp8 import convert, use_product
+from sdfast.models.half_range import set_eps
 from sdfast.models.unet import Context, TimeShift, UNet, UNetConfig, context_parts, shift_parts
 from sdfast.models.vae import VAEConfig, VAEDecoder, VAEEncoder
 
@@ -141,7 +142,8 @@ def load_eager(
     network = _network(name, header)
     try:
         network.load_state_dict(state, assign=True)
-    except RuntimeError as error:
+        set_eps(network, header.get("eps", {}))
+    except (RuntimeError, KeyError) as error:
         raise BackendError(f"{path.name}: its weights do not fit this version of sdfast: {error}") from error
     network.to(device).eval().requires_grad_(False)
     if attention is not None and isinstance(network, UNet):

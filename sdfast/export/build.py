@@ -191,6 +191,9 @@ class _Build:
             variants = self._compiler()(spec, place)
         files = sorted(path.name for path in set(place.iterdir()) - before)
         inputs = tuple(spec.inputs(1, self.networks.default_side, self.networks.default_side))
+        half_range = spec.half_range()
+        if half_range is not None:
+            self.progress.say(f"{spec.name}: {half_range}")
         return Module(
             inputs=inputs,
             outputs=spec.outputs,
@@ -198,6 +201,7 @@ class _Build:
             files=tuple(files),
             fingerprint=self.fingerprints[spec.name],
             fp8=spec.fp8,
+            half_range=half_range,
         )
 
     def _kept(self, spec: ModuleSpec, place: Path) -> Module | None:
@@ -290,7 +294,7 @@ class _Build:
     def _fingerprint(self, spec: ModuleSpec) -> str:
         """A digest of everything that the module's files depend on."""
         parts = [self.checkpoint.components[name] for name in spec.components]
-        depends = {
+        depends: dict[str, Any] = {
             "name": spec.name,
             "weights": [
                 self.digests[path.relative_to(self.checkpoint.folder).as_posix()]
@@ -308,6 +312,8 @@ class _Build:
             "autotune": self.recipe.autotune,
             "versions": {**_versions(), "sdfast": sdfast.__version__},
         }
+        if "vae" in spec.components and self.recipe.dtype == "fp16":
+            depends["vae"] = self.recipe.vae
         return json_digest(depends)
 
     @contextmanager

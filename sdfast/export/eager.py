@@ -2,25 +2,31 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from sdfast.backends.eager import HEADER
 from sdfast.export.checkpoint import Checkpoint
 from sdfast.export.modules import ModuleSpec
 from sdfast.export.weights import save_weights
 from sdfast.manifest import Span, Variant
+from sdfast.models.half_range import changed_eps
+from sdfast.models.vae import VAEDecoder, VAEEncoder
 
 
 def compile_eager(spec: ModuleSpec, place: Path, checkpoint: Checkpoint) -> list[Variant]:
     """Write `spec` to one file in `place`, which serves every size and batch that the spec's forms span."""
     component = checkpoint.components[spec.components[0]]
-    header = {
+    network = spec.load()
+    header: dict[str, Any] = {
         "module": spec.name,
         "class": component.class_name,
         "family": checkpoint.family,
         "config": dict(component.config),
         "fp8": spec.fp8,
     }
-    state = {name: tensor.contiguous() for name, tensor in spec.load().state_dict().items()}
+    if isinstance(network, VAEDecoder | VAEEncoder) and (eps := changed_eps(network)):
+        header["eps"] = eps
+    state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
     path = place / f"{spec.name}.safetensors"
     save_weights(state, path, {HEADER: json.dumps(header)})
     batch = Span(low=1, high=max(form.batch.high for form in spec.forms))

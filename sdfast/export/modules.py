@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,15 +11,18 @@ from torch import Tensor, nn
 from sdfast.engine import DTYPES
 from sdfast.errors import CheckpointError, ExportError
 from sdfast.export.checkpoint import Checkpoint
+from sdfast.export.magnitudes import DoesNotFit, extents, scales_for
 from sdfast.export.recipe import Recipe
-from sdfast.manifest import Model, Span
+from sdfast.manifest import HalfRange, Model, Span
 from sdfast.models.fp8 import MULTIPLE, convert, fp8_layers
+from sdfast.models.half_range import VAE, rescale
 from sdfast.models.text import TextEncoder
 from sdfast.models.unet import Context, TimeShift, UNet, UNetConfig, load_unet
 from sdfast.models.vae import VAEConfig, VAEDecoder, VAEEncoder, has_encoder, load_vae
 from sdfast.request import MAX_STEPS
 
 ONE = Span.exactly(1)
+V = TypeVar("V", VAEDecoder, VAEEncoder)
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class ModuleSpec:
     free: the axes of each input that follow the batch, height or width.
     components: the checkpoint's components that it is made of.
     fp8: names of its layers that are in FP8.
+    half_range: how a half of the VAE fits float16; known once it was loaded, None of all else.
     """
 
     name: str
@@ -50,6 +54,7 @@ class ModuleSpec:
     components: tuple[str, ...]
     forms: tuple[Form, ...]
     fp8: tuple[str, ...] = ()
+    half_range: Callable[[], HalfRange | None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -121,12 +126,13 @@ def module_specs(networks: Networks, recipe: Recipe) -> list[ModuleSpec]:
     sizes = recipe.size_spans(networks.default_side)
     _check_sizes(sizes, networks.factor)
     load = _UNetParts(networks, dtype, networks.fp8() if recipe.fp8 else ())
+    vae = _VAEHalves(networks, half=dtype == torch.float16 and recipe.vae == "auto")
     return [
         _unet(model, load, dtype, recipe.unet_batches(), sizes),
         _context(model, load, dtype),
         _time_shift(networks.unet, model, load, dtype),
-        _vae_decoder(networks, model, dtype, sizes),
-        *_vae_encoder(networks, dtype, sizes),
+        _vae_decoder(vae, model, sizes),
+        *_vae_encoder(vae, networks, sizes),
         *(_text_encoder(networks, name, dtype) for name in networks.text),
     ]
 
@@ -203,14 +209,49 @@ def _time_shift(config: UNetConfig, model: Model, load: _UNetParts, dtype: torch
     return ModuleSpec("time_shift", load.time_shift, inputs, free, ("time_shift",), ("unet",), (form,))
 
 
-def _vae_decoder(
-    networks: Networks, model: Model, dtype: torch.dtype, sizes: list[tuple[Span, Span]]
-) -> ModuleSpec:
-    dtype = _vae_dtype(networks, dtype)
+class _VAEHalves:
+    """The two modules that a VAE's weights are dealt out to, loaded one at a time.
 
-    def load() -> VAEDecoder:
-        return load_vae(networks.vae, networks.checkpoint.state_dict("vae"), dtype)[0]
+    half: in float16, where that can hold their numbers.
+    """
 
+    def __init__(self, networks: Networks, half: bool) -> None:
+        self._networks = networks
+        self._half = half
+        self._found: dict[type[VAE], HalfRange] = {}
+
+    def decoder(self) -> VAEDecoder:
+        return self._fitted(self._load()[0])
+
+    def encoder(self) -> VAEEncoder:
+        encoder = self._load()[1]
+        if encoder is None:
+            source = self._networks.checkpoint.source
+            raise CheckpointError(f"{source}: its VAE's encoder is not there any more")
+        return self._fitted(encoder)
+
+    def range_of(self, kind: type[VAE]) -> HalfRange | None:
+        return self._found.get(kind)
+
+    def _load(self) -> tuple[VAEDecoder, VAEEncoder | None]:
+        return load_vae(self._networks.vae, self._networks.checkpoint.state_dict("vae"), torch.float32)
+
+    def _fitted(self, vae: V) -> V:
+        """The network in float16 if that holds it, else as it is."""
+        if not self._half:
+            return vae
+        found = extents(vae)
+        try:
+            scales = scales_for(vae, found)
+        except DoesNotFit as reason:
+            self._found[type(vae)] = HalfRange(dtype="fp32", largest=found.largest, reason=str(reason))
+            return vae
+        rescale(vae, scales)
+        self._found[type(vae)] = HalfRange(dtype="fp16", largest=found.largest, scale=scales.smallest)
+        return vae.half()
+
+
+def _vae_decoder(vae: _VAEHalves, model: Model, sizes: list[tuple[Span, Span]]) -> ModuleSpec:
     def inputs(batch: int, height: int, width: int) -> dict[str, Tensor]:
         factor = model.vae_scale_factor
         shape = (batch, model.latent_channels, height // factor, width // factor)
@@ -219,34 +260,38 @@ def _vae_decoder(
     free = {"latents": {2: "height", 3: "width"}}
     # One picture at a time: a batch of them takes more memory and no less time.
     forms = tuple(Form(ONE, height, width) for height, width in sizes)
-    return ModuleSpec("vae_decoder", load, inputs, free, ("image",), ("vae",), forms)
+    return ModuleSpec(
+        "vae_decoder",
+        vae.decoder,
+        inputs,
+        free,
+        ("image",),
+        ("vae",),
+        forms,
+        half_range=lambda: vae.range_of(VAEDecoder),
+    )
 
 
-def _vae_encoder(
-    networks: Networks, dtype: torch.dtype, sizes: list[tuple[Span, Span]]
-) -> Iterator[ModuleSpec]:
+def _vae_encoder(vae: _VAEHalves, networks: Networks, sizes: list[tuple[Span, Span]]) -> Iterator[ModuleSpec]:
     """One, or none where the checkpoint's VAE is stored without its encoder."""
     if not has_encoder(networks.checkpoint.state_dict("vae")):
         return
-    dtype = _vae_dtype(networks, dtype)
-
-    def load() -> VAEEncoder:
-        encoder = load_vae(networks.vae, networks.checkpoint.state_dict("vae"), dtype)[1]
-        if encoder is None:
-            raise CheckpointError(f"{networks.checkpoint.source}: its VAE's encoder is not there any more")
-        return encoder
 
     def inputs(batch: int, height: int, width: int) -> dict[str, Tensor]:
         return {"image": torch.rand(batch, networks.vae.in_channels, height, width) * 2 - 1}
 
     free = {"image": {2: "height", 3: "width"}}
     forms = tuple(Form(ONE, height, width) for height, width in sizes)
-    yield ModuleSpec("vae_encoder", load, inputs, free, ("mean", "std"), ("vae",), forms)
-
-
-def _vae_dtype(networks: Networks, dtype: torch.dtype) -> torch.dtype:
-    """diffusers too runs SDXL's VAE in float32: it overflows in float16. The others' do not."""
-    return torch.float32 if networks.checkpoint.family == "sdxl" and networks.vae.force_upcast else dtype
+    yield ModuleSpec(
+        "vae_encoder",
+        vae.encoder,
+        inputs,
+        free,
+        ("mean", "std"),
+        ("vae",),
+        forms,
+        half_range=lambda: vae.range_of(VAEEncoder),
+    )
 
 
 def _text_encoder(networks: Networks, name: str, dtype: torch.dtype) -> ModuleSpec:

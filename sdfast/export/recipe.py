@@ -83,6 +83,7 @@ class Recipe(_Part):
     winograd: ONNX for the CPU in fp32: the faster algorithm for 3×3 convolutions; its weights take more room.
     fp8: "inductor" and "eager" in fp16: the U-Net's linear layers in FP8, an approximation. For GPUs of
         compute capability 8.9 and above; eager engines of it also run on a CPU, slowly, for checks.
+    vae: of fp16 engines: "auto", float16 wherever its numbers can be made to fit, or "fp32".
     """
 
     checkpoint: str | None = None
@@ -97,6 +98,7 @@ class Recipe(_Part):
     autotune: bool | None = None
     winograd: bool = True
     fp8: bool = False
+    vae: Literal["auto", "fp32"] = "auto"
 
     @field_validator("batch")
     @classmethod

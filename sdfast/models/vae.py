@@ -38,7 +38,6 @@ class VAEConfig:
     norm_num_groups: int
     scaling_factor: float
     shift_factor: float
-    force_upcast: bool  # the decoder overflows in float16
     use_quant_conv: bool
     use_post_quant_conv: bool
     mid_block_add_attention: bool
@@ -65,11 +64,11 @@ class VAEConfig:
             shift_factor=0.0
             if fields.take("shift_factor", None) is None
             else fields.number("shift_factor", 0.0),
-            force_upcast=fields.flag("force_upcast", True),
             use_quant_conv=fields.flag("use_quant_conv", True),
             use_post_quant_conv=fields.flag("use_post_quant_conv", True),
             mid_block_add_attention=fields.flag("mid_block_add_attention", True),
         )
+        fields.flag("force_upcast", True)  # where diffusers takes float32; see `sdfast.models.half_range`
         fields.finish()
         return vae
 
@@ -209,14 +208,16 @@ class VAEDecoder(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         """latents [B, c, h, w] as the loop leaves them -> pictures [B, 3, H, W] in [0, 1].
 
-        Both are float32, whatever the dtype of the weights.
+        Both are float32, whatever the dtype of the weights. What is not finite is NaN in the picture.
         """
         x = latents / self.config.scaling_factor + self.config.shift_factor
         x = x.to(self.decoder.conv_in.weight.dtype)
         if self.post_quant_conv is not None:
             x = self.post_quant_conv(x)
         image: Tensor = self.decoder(x)
-        return (image.float() / 2 + 0.5).clamp(0, 1)
+        picture = image.float() / 2 + 0.5
+        # Clamped, an infinity would be a white or black pixel, and some backends' clamps lose NaN as well.
+        return picture.clamp(0, 1) + (picture - picture)
 
 
 class VAEEncoder(nn.Module):

@@ -4,6 +4,7 @@ The inputs are real prompts' tokens and what the float32 stock pipeline itself c
 pictures, so that the error of one module is not the drift of another.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,12 +39,14 @@ class Measured:
     """The error of one module, and that of the stock pipeline in the same reduced precision.
 
     `stock` is None where there is none to compare with: in float32, and for what is float32 in any engine.
+    stock_dtype: of the stock module, where that is not the engine's own.
     """
 
     name: str
     what: str
     error: Error
     stock: Error | None = None
+    stock_dtype: str | None = None
 
 
 def measure(
@@ -187,10 +190,14 @@ def _vae_decoder(engine: Engine, stock: Stock, runs: Sequence[Run]) -> Measured:
         for part in latents
     ]
     error = compare((_shaped("vae_decoder", v, t), t) for v, t in zip(values, truths, strict=True))
-    own = None
-    if stock.same is not None:
-        own = compare(zip((_decoded(stock.same, part) for part in latents), truths, strict=True))
-    return Measured("vae_decoder", "the reference's last latents", error, own)
+    own, bfloat = _stock_vae_like(engine, stock, "vae_decoder")
+    return Measured(
+        "vae_decoder",
+        "the reference's last latents",
+        error,
+        None if own is None else compare(zip((_decoded(own, part) for part in latents), truths, strict=True)),
+        bfloat,
+    )
 
 
 @as_reference()
@@ -208,10 +215,16 @@ def _vae_encoder(engine: Engine, stock: Stock, runs: Sequence[Run]) -> Measured:
     truths = [_encoded(stock.exact, image) for image in images]
     values = [_moments(engine, image) for image in images]
     error = compare((_shaped("vae_encoder", v, t), t) for v, t in zip(values, truths, strict=True))
-    own = None
-    if stock.same is not None:
-        own = compare(zip((_encoded(stock.same, image) for image in images), truths, strict=True))
-    return Measured("vae_encoder", "mean and spread of the reference's pictures", error, own)
+    own, bfloat = _stock_vae_like(engine, stock, "vae_encoder")
+    return Measured(
+        "vae_encoder",
+        "mean and spread of the reference's pictures",
+        error,
+        None
+        if own is None
+        else compare(zip((_encoded(own, image) for image in images), truths, strict=True)),
+        bfloat,
+    )
 
 
 def _moments(engine: Engine, image: Tensor) -> Tensor:
@@ -230,11 +243,41 @@ def _encoded(pipe: Any, image: Tensor) -> Tensor:
     return stacked * float(vae.config.scaling_factor)
 
 
+@dataclass(frozen=True)
+class _StockVAE:
+    """A stock VAE, and how its pictures are made, in place of a whole pipeline."""
+
+    vae: Any
+    image_processor: Any
+
+
+def _stock_vae_like(engine: Engine, stock: Stock, name: str) -> tuple[Any | None, str | None]:
+    """What has the stock VAE that half `name` of the engine's is held to, and its dtype if that is another.
+
+    Where stock keeps the VAE in float32 and the engine does not, it is stock's in bfloat16: the half
+    precision that stock's can run in. A copy of the float32 one, whose weights have all their digits.
+    """
+    if stock.same is None or not (_upcasts(stock.same) and _in_half(engine, name)):
+        return stock.same, None
+    exact = stock.exact
+    return _StockVAE(copy.deepcopy(exact.vae).to(torch.bfloat16), exact.image_processor), "bfloat16"
+
+
+def _in_half(engine: Engine, name: str) -> bool:
+    half = engine.manifest.modules[name].half_range
+    return half is not None and half.dtype == "fp16"
+
+
+def _upcasts(pipe: Any) -> bool:
+    """Whether the stock pipeline runs its float16 VAE in float32: SDXL's, where it says that it overflows."""
+    vae = pipe.vae
+    return bool(hasattr(pipe, "text_encoder_2") and vae.config.force_upcast and vae.dtype == torch.float16)
+
+
 @contextmanager
 def _stock_vae(pipe: Any) -> Iterator[Any]:
-    """The stock VAE as the pipeline runs it: SDXL's in float32 where it says that it overflows."""
-    vae = pipe.vae
-    upcast = hasattr(pipe, "text_encoder_2") and vae.config.force_upcast and vae.dtype == torch.float16
+    """The stock VAE as the pipeline runs it."""
+    vae, upcast = pipe.vae, _upcasts(pipe)
     if upcast:
         vae.to(dtype=torch.float32)
     yield vae

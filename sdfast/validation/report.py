@@ -16,7 +16,8 @@ class ModuleFigures(_Part):
     """The error of one module against float32 stock, over `inputs` inputs.
 
     relative_l2: all inputs together; worst: that of the worst input. stock_relative_l2: the error of stock
-    diffusers in the engine's own reduced precision. measure: the name of the figure that had to meet `bar`.
+    diffusers in the engine's own reduced precision, or in `stock_dtype`. measure: the name of the figure that
+    had to meet `bar`.
     """
 
     name: str
@@ -27,6 +28,7 @@ class ModuleFigures(_Part):
     max_abs: float
     cosine: float
     stock_relative_l2: float | None
+    stock_dtype: str | None = None
     measure: str
     bar: float
     passed: bool
@@ -135,6 +137,19 @@ class Report(_Part):
     def _stock_furthest(self) -> float:
         return min((p.stock_psnr for p in self.pictures if p.stock_psnr is not None), default=math.nan)
 
+    @property
+    def stand_in(self) -> str | None:
+        """What is held to stock in another precision than the engine's, and why. None where nothing is."""
+        held = [module for module in self.modules if module.stock_dtype is not None]
+        if not held:
+            return None
+        names = ", ".join(module.name for module in held)
+        return (
+            "stock diffusers keeps this VAE in float32, since float16 would overflow, and the engine's is "
+            f"{self.setting.dtype}: stock's VAE in {held[0].stock_dtype} sets the bar of {names}, and stock "
+            "as it is that of the pictures"
+        )
+
     def figures(self) -> dict[str, float]:
         """The figures that enter the engine's manifest."""
         found = {f"{module.name}.relative_l2": module.relative_l2 for module in self.modules}
@@ -163,6 +178,7 @@ class Report(_Part):
             "",
             *_columns(("check", "", ""), [(c.name, c.detail, _mark(c.passed)) for c in self.checks]),
             *([f"\n{self.price}"] if self.price else []),
+            *([f"\n{self.stand_in}"] if self.stand_in else []),
             *[f"\nnote: {note}" for note in self.notes],
             "",
             *([f"passed in {setting.seconds:.1f} s"] if self.passed else self._failed()),

@@ -6,6 +6,10 @@ engine's error is at most 1.1 times that of stock diffusers in the same precisio
 pictures taken together, because rounding is chance in any one of them. No bar is lower than that of float32:
 an engine need not be more exact than that. A figure that is not a number meets no bar.
 
+Stock keeps SDXL's VAE in float32, because in float16 it would overflow. An engine whose VAE is float16 cannot
+meet the error of one in float32; its VAE's halves are held to stock's own in bfloat16, the half precision
+that stock's can run in. The bar of the pictures, which decides, is that of stock as it is.
+
 FP8 is an approximation: what it touches has bars of its own, and the report says what it costs. The U-Net's
 relative L2 error is at most 1/8, the step from 1 to the next number of E4M3; that of the pictures taken
 together at most 1/5, near 20 dB, beyond which they show something else. The rest is held to stock.
@@ -41,6 +45,7 @@ def judge_module(measured: Measured, *, fp8: bool = False) -> ModuleFigures:
         max_abs=error.max_abs,
         cosine=error.cosine,
         stock_relative_l2=None if stock is None else stock.relative_l2,
+        stock_dtype=measured.stock_dtype,
         measure="relative L2 of the worst input" if stock is None else "relative L2",
         bar=bar,
         passed=value <= bar,
@@ -122,7 +127,8 @@ def _module_reason(module: ModuleFigures) -> str:
     value = module.worst if module.stock_relative_l2 is None else module.relative_l2
     if math.isnan(value):
         return "its output holds values that are not numbers"
-    of = f"{module.bar:.2e}, which is {STOCK_FACTOR:g} x the error of stock diffusers in this precision"
+    precision = module.stock_dtype or "this precision"
+    of = f"{module.bar:.2e}, which is {STOCK_FACTOR:g} x the error of stock diffusers in {precision}"
     if module.bar in (RELATIVE_L2, *FP8_BARS.values()):
         of = f"{module.bar:g}, the bar of {'float32' if module.bar == RELATIVE_L2 else 'FP8'}"
     return f"{module.measure} {value:.2e} is above {of} ({module.what})"

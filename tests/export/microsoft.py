@@ -150,6 +150,18 @@ class LayerNormalization(OpRun):
         return (((y - mean) / np.sqrt(variance + epsilon) * gamma + beta).astype(x.dtype),)
 
 
+class InstanceNormalization(OpRun):
+    """The standard operator: its kernels' statistics are float32, those of onnx's own evaluator float16."""
+
+    op_domain = ""
+
+    def _run(self, x, scale, bias, epsilon=None):
+        y, gamma, beta = (a[..., None] if a.ndim == 1 else a for a in _single(x, scale, bias))
+        assert y.ndim == 3
+        mean, variance = y.mean(axis=-1, keepdims=True), y.var(axis=-1, keepdims=True)
+        return (((y - mean) / np.sqrt(variance + epsilon) * gamma + beta).astype(x.dtype),)
+
+
 class Resize(OpRun):
     """The standard operator, nearest from above and left: onnx's own evaluator goes pixel by pixel."""
 
@@ -175,5 +187,6 @@ OPERATORS = [
     QuickGelu,
     Gelu,
     LayerNormalization,
+    InstanceNormalization,
     Resize,
 ]

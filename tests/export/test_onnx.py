@@ -1,9 +1,11 @@
 """ONNX modules give what their PyTorch definitions give."""
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 from sdfast.errors import ExportError
@@ -13,8 +15,9 @@ from sdfast.export.onnx_tensorrt import TENSORRT
 from sdfast.models import ops
 from sdfast.models.layers import Conv3x3
 from sdfast.models.text import TextEncoder
-from sdfast.models.unet import UNetConfig, load_unet
+from sdfast.models.unet import SelfAttention, UNetConfig, load_unet
 from sdfast.models.vae import VAEConfig, load_vae
+from tests.export.microsoft import OPERATORS
 from tests.models.conftest import SDXL, TINY, VAES, randomise
 
 BATCH = ("batch", 1, 8)
@@ -170,19 +173,24 @@ def test_vae(tmp_path, half):
         check(tmp_path / "vae.onnx", module, {name: torch.rand(shape)})
 
 
+@pytest.mark.parametrize("table", [CPU, TENSORRT], ids=["cpu", "tensorrt"])
+@pytest.mark.parametrize("eos", [99, 2])
 @pytest.mark.parametrize("projected", [False, True])
-def test_text_encoder(tmp_path, projected):
+def test_text_encoder(tmp_path, projected, eos, table):
+    """eos 2, of old configs: transformers takes the largest id for the end of the prompt."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     kind = CLIPTextModelWithProjection if projected else CLIPTextModel
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    model = kind(CLIPTextConfig(**sizes, vocab_size=100, projection_dim=24, bos_token_id=98, eos_token_id=99))
+    model = kind(
+        CLIPTextConfig(**sizes, vocab_size=100, projection_dim=24, bos_token_id=98, eos_token_id=eos)
+    )
     module = TextEncoder(randomise(model), final_norm=not projected)
     ids = torch.randint(0, 98, (2, 77))
     ids[0, 9:], ids[1, 30:] = 99, 99
     path = tmp_path / "text_encoder.onnx"
     outputs = ["hidden_states", "pooled"]
-    export_module(module, {"input_ids": ids}, {"input_ids": {0: BATCH}}, outputs, path)
+    export_module(module, {"input_ids": ids}, {"input_ids": {0: BATCH}}, outputs, path, table)
     for rows in (ids, ids[:1]):
         check(path, module, {"input_ids": rows}, 1e-5)
     with torch.no_grad():
@@ -212,6 +220,32 @@ def test_half_precision_keeps_what_must_stay_single(tmp_path):
         expected = unet.float()(**{name: tensor.float() for name, tensor in inputs.items()})
     got = torch.from_numpy(session(path).run(None, {n: t.numpy() for n, t in inputs.items()})[0]).float()
     assert (got - expected).norm() / expected.norm() < 5e-3
+
+
+def overflowing_unet(upcast):
+    """Queries and keys of some hundreds, whose products are beyond float16's 65504."""
+    unet, _, _ = unet_modules(TINY | {"upcast_attention": upcast}, torch.float16)
+    attentions = [m for m in unet.modules() if isinstance(m, SelfAttention)]
+    assert attentions
+    for attention in attentions:
+        queries_and_keys = attention.to_qkv.weight.shape[0] // 3 * 2
+        attention.to_qkv.weight[:queries_and_keys] *= 400
+    return unet
+
+
+@pytest.mark.parametrize("upcast", [True, False])
+def test_scores_beyond_float16_are_no_trouble_upcast(tmp_path, upcast):
+    """The graph for TensorRT, where the scores are a tensor, number by number in numpy: without upcast it
+    gives no numbers, so that this would show."""
+    unet = overflowing_unet(upcast)
+    inputs, path = unet_inputs(unet, 2, 8, 8, torch.float16), tmp_path / "unet.onnx"
+    export_module(unet, inputs, {}, ["out"], path, TENSORRT)
+    with np.errstate(over="ignore", invalid="ignore"):
+        feeds = {name: tensor.numpy() for name, tensor in inputs.items()}
+        (got,) = ReferenceEvaluator(onnx.load(path), new_ops=OPERATORS).run(None, feeds)
+    assert np.isfinite(got).all() == upcast
+    if upcast:
+        assert torch.isfinite(unet(**inputs)).all()
 
 
 def test_a_module_that_cannot_be_traced_is_an_export_error(tmp_path):

@@ -77,6 +77,7 @@ RECIPES = sorted((Path(__file__).parents[2] / "export").glob("*.toml"))
             "fp8: compiled for device cuda alone; on a CPU take backend eager, for checks (got True)",
         ),
         ({"fp8": True, "backend": "eager", "dtype": "int8"}, "dtype: must be 'fp32' or 'fp16'"),
+        ({"dtype": "fp16", "vae": "fp16"}, "vae: must be 'auto' or 'fp32' (got 'fp16')"),
         ({"revision": 5}, "revision: must be a valid string"),
         ({"checkpoint": ["a"]}, "checkpoint: must be a valid string"),
         ({"chekpoint": "a"}, "chekpoint: unknown field 'chekpoint'; there are: checkpoint, revision"),

@@ -140,6 +140,55 @@ def test_half_precision_is_measured_against_stock_in_half_precision(checkpoint: 
     assert "unet" in {f.part for f in validate(folder, prompts=["boat"], steps=2, scheduler="DDIM").failures}
 
 
+@pytest.mark.parametrize("vae", ["auto", "fp32"])
+def test_a_vae_that_stock_keeps_in_float32_is_held_to_stock_in_bfloat16(
+    tiny_sdxl: Path, tmp_path: Path, vae: str
+) -> None:
+    """Only where the engine's is float16; the pictures' bar is that of stock as it is."""
+    checkpoint = engines.use_own_scheduler(loud_vae(tiny_sdxl, tmp_path / "sdxl"))
+    folder = engines.build(checkpoint, tmp_path / "half", dtype="fp16", vae=vae)
+    report = validate(folder, prompts=["boat", "cabin"], steps=4, scheduler="DDIM")
+    modules = {module.name: module for module in report.modules}
+    for name in ("vae_decoder", "vae_encoder"):
+        module = modules[name]
+        assert module.passed, report.table()
+        assert module.stock_relative_l2 is not None
+        if vae == "auto":
+            assert module.stock_dtype == "bfloat16"
+            assert module.bar == pytest.approx(1.1 * module.stock_relative_l2)
+            assert module.stock_relative_l2 > 1e-3
+            assert module.relative_l2 < module.stock_relative_l2 / 2
+        else:
+            assert module.stock_dtype is None
+            assert module.bar == pytest.approx(max(1e-4, 1.1 * module.stock_relative_l2))
+            assert module.relative_l2 < 1e-5
+    assert {m.name for m in report.modules if m.stock_dtype} == (
+        {"vae_decoder", "vae_encoder"} if vae == "auto" else set()
+    )
+    assert modules["pictures"].bar == pytest.approx(1.1 * (modules["pictures"].stock_relative_l2 or 0))
+    page = (folder / "validation" / "report.html").read_text("utf-8")
+    for told in (report.table(), page):
+        assert ("stock diffusers keeps this VAE in float32" in told.replace("Stock", "stock")) == (
+            vae == "auto"
+        )
+        assert ("bfloat16" in told) == (vae == "auto")
+    engines.change_weight(folder, "vae_decoder", "decoder.conv_out.weight", lambda weight: weight * 1.1)
+    failed = validate(folder, prompts=["boat"], steps=1, scheduler="DDIM").failures
+    reason = next(failure.reason for failure in failed if failure.part == "vae_decoder")
+    assert ("x the error of stock diffusers in bfloat16" in reason) == (vae == "auto")
+
+
+def loud_vae(checkpoint: Path, folder: Path) -> Path:
+    """A copy of a checkpoint, its VAE overflowing float16 as SDXL's does."""
+    shutil.copytree(checkpoint, folder)
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    gains = {
+        name: 3e5 if name.endswith(("conv1.weight", "conv2.weight")) else 1.0 for name in load_file(path)
+    }
+    save_file({name: tensor * gains[name] for name, tensor in load_file(path).items()}, path)
+    return folder
+
+
 def test_zero_guidance_and_one_step(engine: Path) -> None:
     report = validate(engine, prompts=["boat"], steps=1, guidance_scale=1.0, scheduler="DDPM")
     assert report.passed, report.table()
