@@ -18,7 +18,7 @@ class Measured:
     refused: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        times = sorted(self.milliseconds.items(), key=lambda item: item[1])
+        times = sorted(self.milliseconds.items(), key=lambda item: (item[1], item[0]))
         return f"{self.kind} ({', '.join(f'{kind} {time:.3f} ms' for kind, time in times)})"
 
 

@@ -79,6 +79,8 @@ class Recipe(_Part):
         in fp16.
     autotune: "inductor": try the kernels for attention, and on CUDA the ways to compute each product, and
         take the fastest; default: on CUDA.
+    kernels: "inductor" on CUDA: "auto" (default) tries sdfast's own too when autotuning fixed sizes and
+        batches, and takes each where it is faster than the compiler's; "compiler" never takes one.
     winograd: ONNX for the CPU in fp32: the faster algorithm for 3×3 convolutions; its weights take more room.
     fp8: "inductor" and "eager" in fp16: the U-Net's linear layers in FP8, an approximation. For GPUs of
         compute capability 8.9 and above; eager engines of it also run on a CPU, slowly, for checks.
@@ -94,6 +96,7 @@ class Recipe(_Part):
     batch: Count | tuple[Count, ...] = 4
     device: Literal["cpu", "cuda"] | None = None
     autotune: bool | None = None
+    kernels: Literal["auto", "compiler"] | None = None
     winograd: bool = True
     fp8: bool = False
 
@@ -114,6 +117,13 @@ class Recipe(_Part):
                 raise ValueError("only the onnx backend has providers; leave it out")
             return None
         return provider or ("cuda" if info.data.get("dtype") == "fp16" else "cpu")
+
+    @field_validator("kernels")
+    @classmethod
+    def _of_inductor(cls, kernels: str | None, info: ValidationInfo) -> str | None:
+        if kernels is not None and info.data.get("backend", "inductor") != "inductor":
+            raise ValueError("only the inductor backend chooses kernels; leave it out")
+        return kernels
 
     @field_validator("fp8")
     @classmethod

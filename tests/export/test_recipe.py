@@ -50,6 +50,11 @@ RECIPES = sorted((Path(__file__).parents[2] / "export").glob("*.toml"))
             {"backend": "eager", "provider": "cuda"},
             "provider: only the onnx backend has providers; leave it out (got 'cuda')",
         ),
+        ({"kernels": "own", "backend": "inductor"}, "kernels: must be 'auto' or 'compiler' (got 'own')"),
+        (
+            {"kernels": "compiler"},
+            "kernels: only the inductor backend chooses kernels; leave it out (got 'compiler')",
+        ),
         ({"fp8": "yes please"}, "fp8: must be a valid boolean"),
         (
             {"fp8": True},
