@@ -13,11 +13,15 @@ rows of different schedules and lengths are one batch of tensor operations, the 
 CUDA graph holds them. `host.py` is for the processor. There the operations around a small network cost by
 their number, and torch's cost some twenty times what they take alone once the network has swept the caches:
 it goes row by row in numpy, which takes a third of that.
+
+`fused.py` is `device.py` in two kernels of our own, on NVIDIA GPUs. Nobody has measured it yet, so nothing
+chooses it: give it to `Rows` by name.
 """
 
 import torch
 
 from sdfast.arithmetic.device import DeviceArithmetic, rescale_guidance
+from sdfast.arithmetic.fused import FusedArithmetic
 from sdfast.arithmetic.host import HostArithmetic
 from sdfast.arithmetic.plan import Arithmetic, Buffers, Capacity, Keep, Noise, Plan
 
@@ -26,6 +30,7 @@ __all__ = [
     "Buffers",
     "Capacity",
     "DeviceArithmetic",
+    "FusedArithmetic",
     "HostArithmetic",
     "Keep",
     "Noise",
