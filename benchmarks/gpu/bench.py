@@ -49,7 +49,8 @@ class Bench:
 
     def engine_folder(self, side: str, batch: int) -> Path:
         """One engine for each batch, so that what is measured first waits for no build of the others."""
-        kind = f"{SIDES[side].backend}{'-fp8' * SIDES[side].fp8}"
+        spec = SIDES[side]
+        kind = f"{spec.backend}{'-fp8' * spec.fp8}{f'-{spec.kernels}' if spec.kernels else ''}"
         name = f"{kind}-{self.workload.size}-b{batch}-{code_digest(BUILD_CODE)}"
         return self.folder / "engines" / name
 
@@ -67,6 +68,7 @@ class Bench:
                 batch=(batch,),
                 device=self.device.type,
                 fp8=SIDES[side].fp8,
+                kernels=SIDES[side].kernels,
             )
             start = time.perf_counter()
             export(str(source), folder, recipe, progress=told)

@@ -34,7 +34,7 @@ WITHOUT = "export with --kernels compiler"
 # The largest difference from the definition, as a share of the number and the row's root mean square: two
 # units in the last place of half precision; for float32, what sums of a thousand products may differ by.
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 5e-5}
-_SHAPES = 1000  # that dynamo may compile one function for; its own limit is 8, after which it gives up
+SHAPES = 1000  # that dynamo may compile one function for; its own limit is 8, after which it gives up
 
 Kernel = Callable[..., Tensor]
 
@@ -87,9 +87,7 @@ class OwnKernels:
         silu: bool,
     ) -> Tensor:
         """As `ops.normalised`."""
-        kind = f"{'shifted ' * (shift is not None)}group norm{' + SiLU' * silu}"
-        _, channels, height, width = x.shape
-        what = f"{kind} of {channels} channels in {groups} groups, {width}x{height}, {_name(x.dtype)}"
+        what = group_norm_words(x, shift, groups, silu)
         rest = (weight, bias, groups, eps, silu)
 
         def last(kernel: Kernel) -> Kernel:
@@ -104,8 +102,7 @@ class OwnKernels:
 
     def linear_geglu(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """As `ops.linear_geglu`, x [B, N, I]."""
-        tokens, inputs = x.shape[1:]
-        what = f"GEGLU of {tokens} tokens, {inputs} to {len(weight) // 2} channels, {_name(x.dtype)}"
+        what = geglu_words(x, weight)
         own = self._linear_geglus
         if what not in self._met:
             self._met[what] = self._decide(what, ops.linear_geglu, own, (x,), (weight, bias))
@@ -166,13 +163,26 @@ class OwnKernels:
 
     def _time_of_compilers(self, what: str, definition: Kernel, arguments: tuple[Any, ...]) -> float:
         try:
-            with quiet_compiler(), torch._dynamo.config.patch(recompile_limit=_SHAPES):
+            with quiet_compiler(), torch._dynamo.config.patch(recompile_limit=SHAPES):
                 compiled = compiled_alone(definition)
                 return self._clock(lambda: compiled(*arguments))
         except Exception as error:  # compilers fail in as many ways as there are
             raise ExportError(
                 f"{what}: the definition cannot be compiled alone: {cause_line(error)}; {WITHOUT}"
             ) from error
+
+
+def group_norm_words(x: Tensor, shift: Tensor | None, groups: int, silu: bool) -> str:
+    """What the choice of a kernel for a group norm depends on. Not the batch."""
+    _, channels, height, width = x.shape
+    kind = f"{'shifted ' * (shift is not None)}group norm{' + SiLU' * silu}"
+    return f"{kind} of {channels} channels in {groups} groups, {width}x{height}, {_name(x.dtype)}"
+
+
+def geglu_words(x: Tensor, weight: Tensor) -> str:
+    """What the choice of a kernel for a gated product depends on, x [B, N, I]. Not the batch."""
+    tokens, inputs = x.shape[1:]
+    return f"GEGLU of {tokens} tokens, {inputs} to {len(weight) // 2} channels, {_name(x.dtype)}"
 
 
 def use_own(network: nn.Module, chosen: OwnKernels | None) -> None:

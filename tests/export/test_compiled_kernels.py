@@ -1,6 +1,7 @@
 """Engines with own kernels, on stand-ins: what was measured is what is traced, compiled once and told."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ from torch import nn
 from sdfast import kernels
 from sdfast.backends import clock
 from sdfast.backends.inductor import Code, Inductor
+from sdfast.backends.measured import Measured
 from sdfast.backends.target import this_machine
 from sdfast.errors import ExportError
 from sdfast.export import inductor
 from sdfast.export.checkpoint import resolve
 from sdfast.export.code_store import CodeStore
 from sdfast.export.inductor import Compiler
+from sdfast.export.kernels import OwnKernels, use_own
 from sdfast.export.modules import Form, ModuleSpec, Networks, module_specs
 from sdfast.export.recipe import Recipe
 from sdfast.export.tracing import traced_with
@@ -152,6 +155,37 @@ def test_an_engine_with_own_kernels_is_compiled_once_and_says_so(
     use_group_norm(network, ops.normalised)
     truth = network(*inputs.values())
     assert torch.linalg.norm(ours - truth) <= 1e-5 * torch.linalg.norm(truth)
+
+
+class Recalled:
+    """A memory that has every shape computed by the first own kernel of a name."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def recall(self, what: str, kinds: Collection[str]) -> Measured | None:
+        return Measured(next(one for one in kinds if one.startswith(self.kind)), {}, rows=1)
+
+    def keep(self, what: str, measured: Measured, kinds: Collection[str]) -> Measured:
+        raise AssertionError(f"{what} is known, and was measured")
+
+
+@pytest.mark.parametrize("kind", ["triton whole", "triton parts"])
+def test_the_real_kernels_are_traced_into_a_network(kind: str) -> None:
+    """Their numbers are shown elsewhere; here, that a network with them can be exported."""
+    pytest.importorskip("triton")
+    spec = blocks()
+    network = spec.load()
+
+    def clock_of_none(run: object) -> float:
+        raise AssertionError("nothing is to be measured")
+
+    chosen = OwnKernels(kernels.group_norms(), {}, clock_of_none, Recalled(kind), print)
+    use_own(network, chosen)
+    graph = str(inductor._trace(network, spec.inputs(2, 8, 8), {}).graph)
+    assert graph.count("sdfast_triton.group_norm_" + kind.split()[1]) == 3
+    assert "aten.group_norm" not in graph
+    assert chosen.uses_own() and len(chosen.report()) == 3
 
 
 def test_changed_kernels_are_other_code(

@@ -229,7 +229,7 @@ def test_rounding_is_no_error_and_more_than_that_is() -> None:
 def test_the_compiler_compiles_every_shape_and_not_only_the_first_eight() -> None:
     """By itself it gives up on a function after eight, and then runs it uncompiled."""
     shapes = [image(8, side) for side in range(3, 13)]
-    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=kernels._SHAPES):
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=kernels.SHAPES):
         for x in shapes:
             compiled = compiled_alone(ops.normalised)
             out = compiled(x, None, torch.ones(8), torch.zeros(8), 4, 1e-5, True)
