@@ -100,9 +100,11 @@ class Bench:
 
     def keep_only(self, batch: int) -> None:
         """Close the engines of other batches."""
-        for key in [key for key in self._sides if key[1] not in (None, batch)]:
+        others = [key for key in self._sides if key[1] not in (None, batch)]
+        for key in others:
             del self._sides[key]
-        self.tidy()
+        if others:
+            self.tidy()
 
     def tidy(self) -> None:
         """Give back the memory that nothing uses."""
