@@ -25,7 +25,7 @@ _TINY_UNET = {
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
     "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
 }
-_TINY_VAE = {"block_out_channels": [16, 16, 32, 32], "layers_per_block": 1, "norm_num_groups": 16}
+_TINY_VAE = {"block_out_channels": [8, 8, 16, 16], "layers_per_block": 1, "norm_num_groups": 8}
 # The real architecture that each is a small one of, and what of its configs is replaced.
 _SMALL: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "tiny": (

@@ -67,6 +67,11 @@ def main(debug: bool) -> None:
     help="What inductor compiles for. [default: cuda for fp16, else cpu]",
 )
 @click.option("--autotune/--no-autotune", default=None, help="Inductor: time candidates. [default: on CUDA]")
+@click.option(
+    "--kernels",
+    type=click.Choice(["auto", "compiler"]),
+    help="Inductor on CUDA: sdfast's own where faster, or none. [default: auto]",
+)
 @click.option("--winograd/--no-winograd", default=None, help="Fast 3x3 convolutions on CPUs. [default: yes]")
 @click.option("--fp8", is_flag=True, default=None, help="The U-Net's linear layers in FP8: an approximation.")
 @click.option(

@@ -11,6 +11,8 @@ comparison.py     one case on every side: seconds, ratios, share of the roofline
 accuracy.py       every module against float32, beside stock's error
 roofline.py       what the GPU can do; work.py counts what the networks ask for
 kernels.py        the kernels of one step
+own_kernels.py    sdfast's own kernels beside the compiler's and the definitions, shape by shape
+tick.py           the arithmetic of a tick: torch's operations, compiled, and the own kernels
 first_picture.py  from the start of a process to a saved picture, and the memory that it takes
 report.py         the table, and the goals
 """

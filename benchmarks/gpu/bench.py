@@ -49,7 +49,8 @@ class Bench:
 
     def engine_folder(self, side: str, batch: int) -> Path:
         """One engine for each batch, so that what is measured first waits for no build of the others."""
-        kind = f"{SIDES[side].backend}{'-fp8' * SIDES[side].fp8}"
+        spec = SIDES[side]
+        kind = f"{spec.backend}{'-fp8' * spec.fp8}{f'-{spec.kernels}' if spec.kernels else ''}"
         name = f"{kind}-{self.workload.size}-b{batch}-{code_digest(BUILD_CODE)}"
         return self.folder / "engines" / name
 
@@ -67,6 +68,7 @@ class Bench:
                 batch=(batch,),
                 device=self.device.type if SIDES[side].backend == "inductor" else None,
                 fp8=SIDES[side].fp8,
+                kernels=SIDES[side].kernels,
             )
             start = time.perf_counter()
             export(str(source), folder, recipe, progress=told)
@@ -98,9 +100,11 @@ class Bench:
 
     def keep_only(self, batch: int) -> None:
         """Close the engines of other batches."""
-        for key in [key for key in self._sides if key[1] not in (None, batch)]:
+        others = [key for key in self._sides if key[1] not in (None, batch)]
+        for key in others:
             del self._sides[key]
-        self.tidy()
+        if others:
+            self.tidy()
 
     def tidy(self) -> None:
         """Give back the memory that nothing uses."""

@@ -17,7 +17,7 @@ from sdfast.versions import installed
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "onnx", "onnxruntime", "onnxruntime-gpu")
 # Of sdfast's code, what engines are built by, and what neither their speed nor their pictures depend on.
-BUILD_CODE = ("export", "models")
+BUILD_CODE = ("export", "kernels", "models")
 _ASIDE = ("cli.py", "demo.py", "doctor.py", "infotext.py", "landscapes", "server", "validation")
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import accuracy, comparison, kernels, roofline
+from benchmarks.gpu import accuracy, comparison, kernels, own_kernels, roofline, tick
 from benchmarks.gpu.bench import Bench, nbytes
 from benchmarks.gpu.document import Document, one_line
 from benchmarks.gpu.first_picture import fresh
-from benchmarks.gpu.sides import COMPILED, EAGER, SIDES
+from benchmarks.gpu.sides import COMPILED, EAGER, SIDES, WITH_OWN, WITHOUT_OWN
 from benchmarks.gpu.workloads import Draw, Workload
 
 # Seconds that a part may take on a GPU, for as long as none of its kind was measured.
@@ -26,6 +26,9 @@ EXPECTED = {
     "modules": 20.0,
     "accuracy": 30.0,
     "profile": 15.0,
+    "tick": 30.0,
+    "choice": 150.0,  # with the build of the side that has no own kernels
+    "kernels": 15.0,
 }
 KINDS = tuple(EXPECTED)
 NEEDED = ("roofline", "weights", "build")  # by the others, so that no choice of parts leaves them out
@@ -50,7 +53,11 @@ class Part:
 
 
 def parts(load: Workload, sides: Sequence[str], batches: Sequence[int], traces: Path) -> Iterator[Part]:
-    """All of them, batch by batch, of each batch first what the goals speak of."""
+    """All of them, batch by batch, of each batch first what the goals speak of.
+
+    What tells of single kernels comes last: it compiles much, and a run that has no time left for it is none
+    the worse.
+    """
     yield Part(
         "roofline",
         "roofline",
@@ -74,6 +81,7 @@ def parts(load: Workload, sides: Sequence[str], batches: Sequence[int], traces: 
         yield from (case.picture(draw) for draw in others if draw.guided)
         yield from case.compilation(Draw(1, batch, False))
         yield from (case.picture(draw) for draw in others if not draw.guided)
+    yield from _Case(load, tuple(sides), batches[0]).single_kernels()
 
 
 @dataclass(frozen=True)
@@ -147,6 +155,20 @@ class _Case:
                 ),
                 ours=SIDES[side].backend is not None,
             )
+
+    def single_kernels(self) -> Iterator[Part]:
+        """The arithmetic of a tick; networks with own kernels and without; those kernels one by one."""
+        yield self._part("tick", "", lambda bench: tick.measure(bench, self.batch))
+        if WITH_OWN in self.sides:
+            for name in ("unet", "vae_decoder"):
+                yield self._part(
+                    "choice",
+                    name,
+                    lambda bench, name=name: own_kernels.choice(bench, name, self.batch),
+                    (WITH_OWN, WITHOUT_OWN),
+                )
+        for case in own_kernels.cases(self.load, self.batch):
+            yield self._part("kernels", case.what, lambda bench, case=case: own_kernels.measure(bench, case))
 
     def _part(
         self,

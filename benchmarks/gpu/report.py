@@ -41,7 +41,7 @@ def summary(parts: Mapping[str, Any], workload: str, gpu: str | None) -> dict[st
 
 def _rows(parts: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for name, part in parts.items():
-        if name.split("/")[0] in ("step", "modules", "picture") and part["result"]:
+        if name.split("/")[0] in ("step", "modules", "picture", "choice") and part["result"]:
             for row in part["result"]["rows"]:
                 yield {"part": name, **row, **_module_error(parts, name, row["side"])}
 
@@ -166,6 +166,7 @@ def text(content: Mapping[str, Any]) -> str:
         _modules_table(content["parts"]),
         _verdict_table(told["verdicts"]),
         _goals_table(told["goals"]),
+        _kernels_table(content["parts"]),
         _failures(content["parts"]),
     ]
     if content["left"]:
@@ -255,6 +256,23 @@ def _goals_table(told: Sequence[Mapping[str, Any]]) -> str:
         for one in told
     ]
     return _table(("goal", "side", "", "measured", ""), rows) if rows else ""
+
+
+def _kernels_table(parts: Mapping[str, Any]) -> str:
+    """Single kernels, each shape's in the order in which they were measured."""
+    rows = [
+        (
+            name.removeprefix("kernels/"),
+            row["side"],
+            _number(row["milliseconds"], ".4f"),
+            _number(None if row["roofline_share"] is None else row["roofline_share"] * 100, ".1f"),
+        )
+        for name, part in parts.items()
+        if name.split("/")[0] in ("tick", "kernels") and part["result"]
+        for row in part["result"]["rows"]
+        if row["failed"] is None
+    ]
+    return _table(("single kernels", "by", "ms", "% of the roofline"), rows) if rows else ""
 
 
 def _failures(parts: Mapping[str, Any]) -> str:

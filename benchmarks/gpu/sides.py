@@ -14,6 +14,7 @@ from sdfast.backends.target import check_fp8
 from sdfast.errors import BackendError
 
 EAGER, COMPILED = "stock-eager", "stock-compiled"  # the two that ratios are taken to
+WITH_OWN, WITHOUT_OWN = "sdfast-inductor", "sdfast-inductor-compiler"  # sdfast's own kernels, or none
 
 
 class Side(Protocol):
@@ -34,13 +35,16 @@ class Side(Protocol):
 @dataclass(frozen=True)
 class SideSpec:
     """backend: sdfast's, or None for stock diffusers. compiled: stock with channels-last, torch.compile.
-    fp8: the U-Net's linear layers in FP8.
+    fp8: the U-Net's linear layers in FP8. kernels: which the recipe names. aside: in no comparison with
+    stock, unless it is asked for by name.
     """
 
     title: str
     backend: str | None = None
     compiled: bool = False
     fp8: bool = False
+    kernels: str | None = None
+    aside: bool = False
 
     def absent(self, device: torch.device) -> str | None:
         """Why it cannot run here, or None where it can."""
@@ -59,9 +63,15 @@ class SideSpec:
 SIDES = {
     EAGER: SideSpec("stock diffusers, fp16, eager"),
     COMPILED: SideSpec("stock diffusers, fp16, channels-last, torch.compile(max-autotune)", compiled=True),
-    "sdfast-inductor": SideSpec("sdfast, inductor backend, fp16", backend="inductor"),
+    WITH_OWN: SideSpec("sdfast, inductor backend, fp16", backend="inductor"),
     "sdfast-inductor-fp8": SideSpec(
         "sdfast, inductor backend, fp16, linear layers in FP8", backend="inductor", fp8=True
+    ),
+    WITHOUT_OWN: SideSpec(
+        "sdfast, inductor backend, fp16, no kernels of its own",
+        backend="inductor",
+        kernels="compiler",
+        aside=True,
     ),
     "sdfast-onnx": SideSpec("sdfast, onnx backend, fp16", backend="onnx"),
     "sdfast-eager": SideSpec("sdfast, eager backend, fp16", backend="eager"),
@@ -73,7 +83,7 @@ def usual(device: torch.device) -> list[str]:
 
     On a GPU all that can run, but sdfast's eager backend only where no other of its can.
     """
-    here = [name for name, side in SIDES.items() if side.absent(device) is None]
+    here = [name for name, side in SIDES.items() if side.absent(device) is None and not side.aside]
     uncompiled = [
         name for name in here if not SIDES[name].compiled and SIDES[name].backend in (None, "eager")
     ]

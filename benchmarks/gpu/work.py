@@ -29,9 +29,18 @@ class Work:
         return max(self.flops / flops_per_second, self.nbytes / bytes_per_second)
 
 
+Meta = tuple[nn.Module, tuple[torch.Tensor, ...]]  # a network and its inputs, all of shapes alone
+
+
 @cache
 def unet(architecture: str, rows: int, height: int, width: int) -> Work:
     """One U-Net call in fp16, without what depends on the prompt or the time alone. Sizes in pixels."""
+    network, inputs = unet_on_meta(architecture, rows, height, width)
+    return _counted(network, *inputs)
+
+
+def unet_on_meta(architecture: str, rows: int, height: int, width: int) -> Meta:
+    """The U-Net in fp16. Sizes in pixels."""
     files = random_weights.configs(architecture)
     h, w = (side // _factor(files) for side in (height, width))
     with torch.device("meta"):
@@ -41,19 +50,25 @@ def unet(architecture: str, rows: int, height: int, width: int) -> Work:
             torch.empty(rows, sum(network.shift_widths)).half(),
             torch.empty(rows, TOKENS, sum(network.context_widths)).half(),
         )
-    return _counted(network, *inputs)
+    return network, inputs
 
 
 @cache
 def vae_decoder(architecture: str, batch: int, height: int, width: int) -> Work:
     """Decoding `batch` pictures, one at a time, in fp16."""
+    network, inputs = vae_decoder_on_meta(architecture, height, width)
+    one = _counted(network, *inputs)
+    return Work(one.flops * batch, one.nbytes * batch)
+
+
+def vae_decoder_on_meta(architecture: str, height: int, width: int) -> Meta:
+    """The decoder of one picture, in fp16."""
     files = random_weights.configs(architecture)
     config = VAEConfig.from_diffusers(files["vae/config.json"])
     with torch.device("meta"):
         network = VAEDecoder(config).half()
         latents = torch.empty(1, config.latent_channels, height // config.scale, width // config.scale)
-    one = _counted(network, latents)
-    return Work(one.flops * batch, one.nbytes * batch)
+    return network, (latents,)
 
 
 @cache

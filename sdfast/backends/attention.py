@@ -8,12 +8,10 @@ PyTorch's kernels are called by the names of their operations rather than throug
 switch for each other, and for everybody else.
 """
 
-import statistics
 import threading
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,15 +23,13 @@ from torch.backends.cuda import (
     can_use_flash_attention,
 )
 
+from sdfast.backends.clock import Clock, clock_of
+from sdfast.backends.measured import Measured, Memory
 from sdfast.errors import BackendError, DependencyError, first_line
 from sdfast.models import ops
 
 KINDS = ("auto", "sdpa", "flash", "cudnn", "efficient", "math", "xformers")
-WARM_UP, RUNS = 3, 11
 _INSTALL = 'pip install "sdfast[xformers]"'
-
-Clock = Callable[[Callable[[], object]], float]
-"""Milliseconds that a call takes."""
 
 
 class Shape(NamedTuple):
@@ -53,15 +49,11 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Choice:
-    """What computes a shape. milliseconds: of every kernel that was measured for it; empty when none was."""
+    """What computes a shape. measured: None where there was nothing to choose from."""
 
     kind: str
     kernel: ops.Kernel
-    milliseconds: Mapping[str, float] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        times = sorted(self.milliseconds.items(), key=lambda item: item[1])
-        return f"{self.kind} ({', '.join(f'{kind} {time:.3f} ms' for kind, time in times)})"
+    measured: Measured | None = None
 
 
 class Attention:
@@ -81,14 +73,16 @@ class Attention:
         device: torch.device,
         clock: Clock | None = None,
         kernels: Mapping[str, ops.Kernel] | None = None,
+        memory: Memory | None = None,
     ) -> None:
-        """`clock`: by default the median of several runs, on CUDA by its events. `kernels`: those to choose
-        from; by default the kind's."""
+        """`clock`: by default the device's. `kernels`: those to choose from; by default the kind's. What
+        `memory` recalls is not measured again."""
         self.kind = kind
         self.device = device
         self.chosen: dict[Shape, Choice] = {}
         self._kernels = dict(kernels) if kernels else _kernels(kind, device)
-        self._clock = clock or (lambda run: _median(run, device))
+        self._clock = clock or clock_of(device)
+        self._memory = memory
         self._lock = threading.Lock()
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, heads: int, upcast: bool) -> Tensor:
@@ -104,13 +98,13 @@ class Attention:
     def report(self) -> list[str]:
         """A line for each shape that was measured: what computes it, and the times of all."""
         met = list(self.chosen.items())  # other threads may be adding to it
-        return [f"attention of {shape}: {choice}" for shape, choice in met if choice.milliseconds]
+        return [f"{_words(shape)}: {choice.measured}" for shape, choice in met if choice.measured]
 
     def _choose(self, shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> Choice:
         with self._lock:
             if shape not in self.chosen:  # another thread may have been first
                 one = len(self._kernels) == 1
-                self.chosen[shape] = self._only(shape, q, k, v) if one else self._fastest(shape, q, k, v)
+                self.chosen[shape] = self._only(shape, q, k, v) if one else self._best(shape, q, k, v)
             return self.chosen[shape]
 
     def _only(self, shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> Choice:
@@ -128,7 +122,17 @@ class Attention:
             ) from error
         return Choice(kind, kernel)
 
-    def _fastest(self, shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> Choice:
+    def _best(self, shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> Choice:
+        """The fastest, as it is remembered or else measured."""
+        what, kinds = _words(shape), tuple(self._kernels)
+        measured = self._memory.recall(what, kinds) if self._memory else None
+        if measured is None:
+            measured = self._fastest(shape, q, k, v)
+            if self._memory:
+                measured = self._memory.keep(what, measured, kinds)
+        return Choice(measured.kind, self._kernels[measured.kind], measured)
+
+    def _fastest(self, shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> Measured:
         times: dict[str, float] = {}
         for kind, kernel in self._kernels.items():
             try:
@@ -138,8 +142,11 @@ class Attention:
                 continue
         if not times:
             raise BackendError(f"attention 'auto': nothing here takes {shape}; choose sdpa")
-        kind = min(times, key=lambda kind: times[kind])
-        return Choice(kind, self._kernels[kind], times)
+        return Measured(min(times, key=lambda kind: times[kind]), times, rows=len(q))
+
+
+def _words(shape: Shape) -> str:
+    return f"attention of {shape}"
 
 
 def exportable(device: torch.device) -> dict[str, ops.Kernel]:
@@ -270,32 +277,6 @@ def _check(kind: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     can_use = _CAN_USE.get(kind)
     if can_use and q.is_cuda and not can_use(SDPAParams(q, k, v, None, 0.0, False, False)):
         raise RuntimeError("PyTorch has no such kernel for them on this device")
-
-
-def _median(run: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds of one of several runs, after some that warm up."""
-    if device.type == "cpu":
-        return float(statistics.median(_wall(run) for _ in range(WARM_UP + RUNS)))
-    with torch.cuda.device(device):
-        for _ in range(WARM_UP):
-            run()
-        events = [(_event(), _event()) for _ in range(RUNS)]
-        for start, end in events:
-            start.record()
-            run()
-            end.record()
-        torch.cuda.synchronize()
-    return float(statistics.median(start.elapsed_time(end) for start, end in events))
-
-
-def _wall(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return (time.perf_counter() - start) * 1e3
-
-
-def _event() -> Any:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 def _half(tensor: Tensor) -> bool:

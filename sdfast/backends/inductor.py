@@ -91,7 +91,8 @@ class Input(BaseModel):
 class Code(BaseModel):
     """What must be known to call a package.
 
-    attention: what computes each shape of it, where that was measured.
+    attention: what computes each shape of it, where that was measured. kernels: likewise of group norms and
+    gated products.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -102,6 +103,7 @@ class Code(BaseModel):
     constants: dict[str, Layout]
     literals: dict[str, Literal]
     attention: tuple[str, ...] = ()
+    kernels: tuple[str, ...] = ()
 
 
 class Inductor:

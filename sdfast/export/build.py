@@ -238,7 +238,8 @@ class _Build:
 
         autotune = self.recipe.autotune
         tunes = target.device == "cuda" if autotune is None else autotune
-        return Compiler(target, tunes, CodeStore())
+        own = self.recipe.kernels != "compiler"
+        return Compiler(target, tunes, CodeStore(), own, self.progress.say)
 
     def _finish(self, place: Path, modules: dict[str, Module]) -> Manifest:
         tokenizers = sorted(self.checkpoint.tokenizers)
@@ -314,6 +315,8 @@ class _Build:
         }
         if "vae" in spec.components and self.recipe.dtype == "fp16":
             depends["vae"] = self.recipe.vae
+        if self.code_target is not None and self.code_target.device == "cuda":
+            depends["kernels"] = self.recipe.kernels or "auto"
         return json_digest(depends)
 
     @contextmanager

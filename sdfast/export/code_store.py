@@ -23,6 +23,11 @@ class CodeStore:
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder or cache_folder() / "code"
 
+    @property
+    def choices(self) -> Path:
+        """Where the choices of kernels lie that the code was compiled with."""
+        return self._folder / "choices.json"
+
     def fill(self, key: str, targets: Mapping[str, Path], compile_now: Callable[[], None]) -> None:
         """Fill `targets` from the entry of that key, or by compiling, which makes the entry."""
         if not self.take(key, targets):

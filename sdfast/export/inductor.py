@@ -7,7 +7,7 @@ otherwise, they would be laid out anew in every call.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdfast import kernels
 from sdfast.backends.attention import Attention, exportable
+from sdfast.backends.clock import clock_of
 from sdfast.backends.fp8 import scaled_mm
 from sdfast.backends.inductor import Axis, Code, Input, Layout, Literal
 from sdfast.errors import ExportError, cause_line
+from sdfast.export.choices import Choices
 from sdfast.export.code_store import CodeStore
+from sdfast.export.kernels import WITHOUT, OwnKernels, has_place, own_version, use_own
 from sdfast.export.modules import Form, ModuleSpec
-from sdfast.export.quiet import quiet
+from sdfast.export.quiet import quiet_compiler
 from sdfast.export.tracing import Dynamic, dynamic_shapes, example, file_stem, traced_with
 from sdfast.export.weights import save_weights
 from sdfast.manifest import Target, Variant, json_digest
@@ -51,16 +55,27 @@ _AUTOTUNED = {
 
 
 @dataclass(frozen=True)
+class _Chosen:
+    """What was measured for a form, a line each shape. own: whether own kernels are part of it."""
+
+    attention: tuple[str, ...]
+    kernels: tuple[str, ...]
+    own: bool
+
+
+@dataclass(frozen=True)
 class Compiler:
     """How code is made.
 
     autotune: try the kernels for each shape of attention, and on a GPU the ways to compute each product, and
-    take the fastest.
+    take the fastest. own_kernels: try those of `sdfast.kernels` as well. say: told of what was left out.
     """
 
     target: Target
     autotune: bool
     store: CodeStore
+    own_kernels: bool = True
+    say: Callable[[str], None] = lambda message: None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -77,14 +92,15 @@ class Compiler:
         if isinstance(network, UNet):
             use_product(network, scaled_mm)
         weights: dict[str, Tensor] = {}
-        variants = []
-        for form in spec.forms:
-            path = place / f"{file_stem(spec, form)}.pt2"
-            code = self._form(spec, form, network, path)
+        # The largest batch first: there is most to gain, and what is chosen for it is chosen for all.
+        for form in sorted(spec.forms, key=lambda form: form.batch.high, reverse=True):
+            code = self._form(spec, form, network, place / _file(spec, form))
             weights.update(_weights_of(network, code))
-            variants.append(Variant(file=path.name, batch=form.batch, height=form.height, width=form.width))
         _write_weights(weights, spec.name, place)
-        return variants
+        return [
+            Variant(file=_file(spec, form), batch=form.batch, height=form.height, width=form.width)
+            for form in spec.forms
+        ]
 
     def _form(self, spec: ModuleSpec, form: Form, network: nn.Module, path: Path) -> Code:
         inputs, dynamic = traced_with(spec, form)
@@ -92,8 +108,9 @@ class Compiler:
             name: example(tensor, dynamic.get(name, {})).to(self.target.device)
             for name, tensor in inputs.items()
         }
-        attention = self._choose_attention(network, given, fixed=not dynamic)
-        program = _trace(network, given, dynamic)
+        chosen = self._choose(network, given, fixed=not dynamic)
+        with _advised(chosen):
+            program = _trace(network, given, dynamic)
         described = tuple(_input(name, tensor, dynamic.get(name, {})) for name, tensor in given.items())
         key = json_digest(
             {
@@ -104,13 +121,15 @@ class Compiler:
                 "weights": {n: Layout.of(w).model_dump() for n, w in _tensors(network).items()},
                 "options": self.options,
                 "target": self.target.model_dump(),
+                **({"own kernels": own_version()} if chosen.own else {}),
             }
         )
         description = path.with_suffix(".json")
         targets = {"code.pt2": path, "code.json": description}
 
         def compile_now() -> None:
-            constants = _compile(program, given, path, self.options)
+            with _advised(chosen):
+                constants = _compile(program, given, path, self.options)
             literals = {n: c for n, c in constants.items() if n not in _tensors(network)}
             code = Code(
                 module=spec.name,
@@ -118,28 +137,64 @@ class Compiler:
                 outputs=spec.outputs,
                 constants={n: Layout.of(c) for n, c in constants.items() if n not in literals},
                 literals={n: _literal(n, c, program.constants.values()) for n, c in literals.items()},
-                attention=attention,
+                attention=chosen.attention,
+                kernels=chosen.kernels,
             )
             description.write_text(code.model_dump_json(), encoding="utf-8")
 
         self.store.fill(key, targets, compile_now)
         return Code.model_validate_json(description.read_bytes())
 
-    def _choose_attention(
-        self, network: nn.Module, inputs: Mapping[str, Tensor], *, fixed: bool
-    ) -> tuple[str, ...]:
-        """Give a U-Net of fixed sizes the fastest kernel for each of its shapes: what was measured."""
-        if not isinstance(network, UNet):
-            return ()
-        network.use_attention(ops.attention)
-        if not (self.autotune and fixed):
-            return ()
+    def _choose(self, network: nn.Module, inputs: Mapping[str, Tensor], *, fixed: bool) -> _Chosen:
+        """Give a network of fixed sizes the fastest kernels for each of its shapes: what was measured."""
+        tries = self.autotune and fixed
+        attention = self._attention() if tries and isinstance(network, UNet) else None
+        own = self._own() if tries and has_place(network) else None
+        if isinstance(network, UNet):
+            network.use_attention(attention or ops.attention)
+        use_own(network, own)
+        if attention or own:
+            with torch.no_grad():
+                network(*inputs.values())  # each shape is measured when it is met, which tracing could not
+        return _Chosen(
+            attention=tuple(sorted(attention.report())) if attention else (),
+            kernels=tuple(sorted(own.report())) if own else (),
+            own=own is not None and own.uses_own(),
+        )
+
+    def _attention(self) -> Attention:
         device = torch.device(self.target.device)
-        attention = Attention("auto", device, kernels=exportable(device))
-        network.use_attention(attention)
-        with torch.no_grad():
-            network(*inputs.values())  # each shape is measured when it is met, which tracing could not
-        return tuple(sorted(attention.report()))
+        return Attention("auto", device, kernels=exportable(device), memory=self._choices(""))
+
+    def _own(self) -> OwnKernels | None:
+        """None where they are not wanted, or cannot run."""
+        device = torch.device(self.target.device)
+        if not self.own_kernels or kernels.why_none(device):
+            return None
+        memory = self._choices(f", own kernels {own_version()}")
+        return OwnKernels(kernels.group_norms(), kernels.linear_geglus(), clock_of(device), memory, self.say)
+
+    def _choices(self, versions: str) -> Choices:
+        """versions: of what computes, beside torch."""
+        target = self.target
+        name = torch.cuda.get_device_name() if target.device == "cuda" else target.architecture
+        cuda = f", CUDA {target.cuda}" if target.cuda else ""
+        return Choices(self.store.choices, f"{name}, torch {target.torch}{cuda}{versions}", self.say)
+
+
+@contextmanager
+def _advised(chosen: _Chosen) -> Iterator[None]:
+    """What fails with own kernels may do without them, which is said."""
+    try:
+        yield
+    except ExportError as error:
+        if not chosen.own:
+            raise
+        raise ExportError(f"{error}; it has own kernels: {WITHOUT}") from error
+
+
+def _file(spec: ModuleSpec, form: Form) -> str:
+    return f"{file_stem(spec, form)}.pt2"
 
 
 def laid_out_for(network: nn.Module, device: str) -> nn.Module:
@@ -156,7 +211,7 @@ def laid_out_for(network: nn.Module, device: str) -> nn.Module:
 def _trace(network: nn.Module, inputs: Mapping[str, Tensor], dynamic: Dynamic) -> Any:
     shapes = dynamic_shapes(inputs, dynamic)
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), quiet_compiler():
             return torch.export.export(network, tuple(inputs.values()), dynamic_shapes=shapes, strict=False)
     except Exception as error:  # torch.export raises many unrelated types
         raise ExportError(f"{type(network).__name__} cannot be traced: {cause_line(error)}") from error
@@ -170,7 +225,7 @@ def _compile(
     from torch._inductor.package.package import package_aoti
 
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), quiet_compiler():
             files: Any = aot_compile(program.module(), tuple(inputs.values()), options=dict(options))
             package_aoti(str(path), [file for file in files if isinstance(file, str)])
     except Exception as error:  # compilers fail in as many ways as there are
@@ -245,17 +300,3 @@ def _advice(cause: str) -> str:
     if "compiler" in cause.lower() or "g++" in cause:
         return f"{cause}; Inductor needs a C++ compiler: apt-get install g++"
     return cause
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without warnings of torch about itself, and without tables of every candidate that was timed."""
-    from torch._inductor import select_algorithm
-
-    printed = select_algorithm.PRINT_AUTOTUNE
-    select_algorithm.PRINT_AUTOTUNE = False
-    try:
-        with quiet("torch.export", "torch._inductor"):
-            yield
-    finally:
-        select_algorithm.PRINT_AUTOTUNE = printed

@@ -21,3 +21,17 @@ def quiet(*names: str) -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextmanager
+def quiet_compiler() -> Iterator[None]:
+    """Without torch's warnings about itself, and without tables of every candidate that was timed."""
+    from torch._inductor import select_algorithm
+
+    printed = select_algorithm.PRINT_AUTOTUNE
+    select_algorithm.PRINT_AUTOTUNE = False
+    try:
+        with quiet("torch.export", "torch._inductor"):
+            yield
+    finally:
+        select_algorithm.PRINT_AUTOTUNE = printed

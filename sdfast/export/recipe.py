@@ -80,6 +80,8 @@ class Recipe(_Part):
         fp32, "cuda" in fp16.
     autotune: "inductor": try the kernels for attention, and on CUDA the ways to compute each product, and
         take the fastest; default: on CUDA.
+    kernels: "inductor" on CUDA: "auto" (default) tries sdfast's own too when autotuning fixed sizes and
+        batches, and takes each where it is faster than the compiler's; "compiler" never takes one.
     winograd: ONNX for the CPU in fp32: the faster algorithm for 3×3 convolutions; its weights take more room.
     fp8: "inductor" and "eager" in fp16: the U-Net's linear layers in FP8, an approximation. For GPUs of
         compute capability 8.9 and above; eager engines of it also run on a CPU, slowly, for checks.
@@ -96,6 +98,7 @@ class Recipe(_Part):
     batch: Count | tuple[Count, ...] = 4
     device: Literal["cpu", "cuda"] | None = None
     autotune: bool | None = None
+    kernels: Literal["auto", "compiler"] | None = None
     winograd: bool = True
     fp8: bool = False
     vae: Literal["auto", "fp32"] = "auto"
@@ -128,6 +131,13 @@ class Recipe(_Part):
             instead = "give provider instead" if backend == "onnx" else "name it when the engine is opened"
             raise ValueError(f"only the inductor backend compiles for a device; for {backend}, {instead}")
         return device
+
+    @field_validator("kernels")
+    @classmethod
+    def _chosen_by_inductor(cls, kernels: str | None, info: ValidationInfo) -> str | None:
+        if kernels is not None and info.data.get("backend", "inductor") != "inductor":
+            raise ValueError("only the inductor backend chooses kernels; leave it out")
+        return kernels
 
     @field_validator("fp8")
     @classmethod

@@ -62,19 +62,27 @@ class Conv1x1(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """With `silu`, SiLU follows; only then may a shift be added before."""
+    """With `silu`, SiLU follows; only then may a shift be added before.
+
+    compute: what computes it, in place of the definition.
+    """
 
     def __init__(self, channels: int, groups: int, eps: float, silu: bool = False) -> None:
         super().__init__()
         self.groups, self.eps, self.silu = groups, eps, silu
+        self.compute: ops.GroupNormKernel = ops.normalised
         self.weight = nn.Parameter(torch.empty(channels))
         self.bias = nn.Parameter(torch.empty(channels))
 
     def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:  # x [B, C, H, W], shift [B, C]
-        if shift is not None:
-            return ops.shifted_group_norm_silu(x, shift, self.weight, self.bias, self.groups, self.eps)
-        op = ops.group_norm_silu if self.silu else ops.group_norm
-        return op(x, self.weight, self.bias, self.groups, self.eps)
+        return self.compute(x, shift, self.weight, self.bias, self.groups, self.eps, self.silu)
+
+
+def use_group_norm(network: nn.Module, compute: ops.GroupNormKernel) -> None:
+    """Compute every group normalisation of this network by `compute`, in place of the definition."""
+    for module in network.modules():
+        if isinstance(module, GroupNorm):
+            module.compute = compute
 
 
 class LayerNorm(nn.Module):

@@ -3,7 +3,8 @@
 Each is a plain PyTorch function, and that function is the truth: eager runs and compilers see nothing
 else. An exporter that lowers the operations itself opens `as_nodes()`, inside which every call leaves one
 node named `sdfast::<operation>` in the traced graph instead of the PyTorch operations it consists of.
-A backend that runs the networks uncompiled may give them another `attention`: see `attention_by`.
+The networks may be given what computes the same otherwise: another `attention` (see `attention_by`),
+`normalised` or `linear_geglu`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,10 @@ Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q [B, heads, N, d], k and v [B, heads, L, d] -> [B, heads, N, d]: softmax(q kᵀ / √d) v."""
 Product = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """`linear_fp8`, or what computes the same."""
+GroupNormKernel = Callable[[Tensor, Tensor | None, Tensor, Tensor, int, float, bool], Tensor]
+"""`normalised`, or what computes the same."""
+LinearGeGLU = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""`linear_geglu`, or what computes the same."""
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0  # the largest number of E4M3
 _SMALLEST = 2.0**-24  # of float16 above zero: a row of zeros has a scale too
@@ -130,6 +135,16 @@ def shifted_group_norm_silu(
     return F.silu(F.group_norm(x + shift[:, :, None, None], groups, weight, bias, eps))
 
 
+def normalised(
+    x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
+) -> Tensor:
+    """Whichever of the three above is asked for: x [B, C, H, W], shift [B, C]; with a shift, SiLU follows."""
+    if shift is not None:
+        return shifted_group_norm_silu(x, shift, weight, bias, groups, eps)
+    op = group_norm_silu if silu else group_norm
+    return op(x, weight, bias, groups, eps)
+
+
 @_named(_same)
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """x [..., C], normalised over C."""
@@ -182,6 +197,11 @@ def geglu(x: Tensor) -> Tensor:
     """x [..., 2 F] -> [..., F]: first half × GELU(second half), the exact GELU (Shazeer 2020)."""
     value, gate = x.chunk(2, dim=-1)
     return value * F.gelu(gate)
+
+
+def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x [..., I], weight [2 F, I], bias [2 F] -> [..., F]: `geglu` of `linear`."""
+    return geglu(linear(x, weight, bias))
 
 
 @_named(lambda x, like: (*x.shape[:2], *like.shape[2:]))

@@ -242,4 +242,4 @@ def test_a_kind_computes_the_definition_on_a_gpu(kind: str, shape: str) -> None:
         error = (attend(q, k, v, heads, False).float() - truth).abs().max()
         assert error < 2e-3
     [choice] = attend.chosen.values()
-    assert choice.kind == kind or (kind == "auto" and choice.milliseconds)
+    assert choice.kind == kind or (kind == "auto" and choice.measured)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from sdfast.backends import attention
+from sdfast.backends import clock
 from sdfast.backends.attention import exportable
 from sdfast.backends.fp8 import scaled_mm
 from sdfast.backends.inductor import Code, Inductor, Layout, in_memory
@@ -206,12 +206,12 @@ def test_attention_is_the_fastest_kernel_for_each_shape(
     """What was measured is what is traced, and is told."""
     kernels = exportable(CPU)
     fastest = kernels[kind]
-    monkeypatch.setattr(attention, "_median", lambda run, _: 1.0 if run.__defaults__ == (fastest,) else 2.0)
+    monkeypatch.setattr(clock, "milliseconds", lambda run, _: 1.0 if run.__defaults__ == (fastest,) else 2.0)
     spec = unet_spec(tiny_sd)
     compiler = Compiler(this_machine(CPU), autotune=True, store=CodeStore(tmp_path))
     network = spec.load()
     inputs, _ = traced_with(spec, spec.forms[0])
-    told = compiler._choose_attention(network, inputs, fixed=True)
+    told = compiler._choose(network, inputs, fixed=True).attention
     assert told and all(f": {kind} (" in line for line in told)
     operations = {
         "sdpa": "scaled_dot_product_attention.default",
@@ -220,8 +220,41 @@ def test_attention_is_the_fastest_kernel_for_each_shape(
     }
     graph = str(inductor._trace(network, inputs, {}).graph)
     assert [kind for kind, name in operations.items() if name in graph] == [kind]
-    assert compiler._choose_attention(network, inputs, fixed=False) == ()
+    assert compiler._choose(network, inputs, fixed=False).attention == ()
     assert operations["sdpa"] in str(inductor._trace(network, inputs, {}).graph)
+
+
+def test_attention_that_was_measured_once_is_not_measured_again(
+    tiny_sd: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """So that a second export traces what the first has compiled, whatever the clock would say now."""
+    spec, timed, times = unet_spec(tiny_sd), list[str](), dict.fromkeys(exportable(CPU), 2.0)
+
+    def time(run: Any, _: torch.device) -> float:
+        [kernel] = run.__defaults__
+        timed.append(next(kind for kind, one in exportable(CPU).items() if one is kernel))
+        return times[timed[-1]]
+
+    monkeypatch.setattr(clock, "milliseconds", time)
+    inputs, _ = traced_with(spec, spec.forms[0])
+    told = []
+    for fastest, taken in (("flash", 1.0), ("math", 0.5)):
+        times[fastest] = taken
+        compiler = Compiler(this_machine(CPU), autotune=True, store=CodeStore(tmp_path))
+        told.append(compiler._choose(spec.load(), inputs, fixed=True).attention)
+    assert told[0] == told[1]
+    assert all(": flash (" in line for line in told[1])
+    assert len(timed) == len(told[0]) * len(exportable(CPU))
+    (tmp_path / "choices.json").write_text("{")
+    compiler = Compiler(this_machine(CPU), autotune=True, store=CodeStore(tmp_path))
+    again = compiler._choose(spec.load(), inputs, fixed=True).attention
+    assert all(": math (" in line for line in again)
+
+
+def test_an_older_description_still_opens(own: Path) -> None:
+    edit(DECODER, lambda document: [document.pop(name) for name in ("attention", "kernels")])(own)
+    reseal(own, lambda document: None)
+    Engine.open(own, load=True)
 
 
 def test_what_was_made_of_weights_is_no_part_of_the_code() -> None:

@@ -10,14 +10,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks.gpu import accuracy, report, work
+from benchmarks.gpu import accuracy, own_kernels, report, work
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.comparison import within
 from benchmarks.gpu.document import Document
 from benchmarks.gpu.measure import alternate, burst
-from benchmarks.gpu.plan import Part, Runner
-from benchmarks.gpu.sides import SIDES, SideSpec
+from benchmarks.gpu.plan import Part, Runner, parts
+from benchmarks.gpu.sides import EAGER, SIDES, WITH_OWN, WITHOUT_OWN, SideSpec, usual
 from benchmarks.gpu.workloads import workload
 from sdfast.manifest import read_manifest
 from sdfast.validation.rule import FP8_BARS
@@ -89,6 +89,52 @@ def test_sdxl_runs_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def rows(part: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {row["side"]: row for row in part["result"]["rows"]}
+
+
+def test_own_kernels_are_measured_last_and_shape_by_shape(dry_run: DryRun) -> None:
+    """On a CPU, where there are none, the definitions alone, and the reason."""
+    names = list(dry_run.parts)
+    last = names[names.index("tick/batch 1") :]
+    shapes = last[1:]
+    assert len(shapes) > 10 and all(name.startswith("kernels/") for name in shapes)
+    norm = "kernels/shifted group norm + SiLU of 32 channels in 32 groups, 8x8, float16/batch 1"
+    product = "kernels/GEGLU of 16 tokens, 64 to 256 channels, float16/batch 1"
+    for name in (norm, product, "tick/batch 1"):
+        result = dry_run.parts[name]["result"]
+        assert "run on NVIDIA GPUs" in result["without_own"]
+        [row] = result["rows"]
+        assert row["milliseconds"] > 0 and row["failed"] is None
+    assert rows(dry_run.parts[norm])["definition"]["roofline_share"] > 0
+    assert "shifted group norm + SiLU of 32 channels" in report.text(dry_run.first)
+
+
+def test_networks_without_own_kernels_are_an_engine_of_their_own() -> None:
+    """Beside the one that may have them, at the end, and in no other comparison."""
+    load, place = workload("sd15"), Path("traces")
+    listed = {part.name: part for part in parts(load, [EAGER, WITH_OWN], [1, 4], place)}
+    for network in ("unet", "vae_decoder"):
+        assert listed[f"choice/{network}/batch 1"].sides == (WITH_OWN, WITHOUT_OWN)
+        assert f"choice/{network}/batch 4" not in listed
+    assert not any(WITHOUT_OWN in part.sides for part in listed.values() if part.kind != "choice")
+    names = list(listed)
+    assert names.index("choice/unet/batch 1") > names.index("picture/4 steps, no guidance/batch 4")
+    assert not any(part.kind == "choice" for part in parts(load, [EAGER], [1], place))
+    assert WITHOUT_OWN not in usual(torch.device("cpu"))
+    bench = Bench(load, torch.device("cpu"), Path("work"))
+    assert bench.engine_folder(WITH_OWN, 1) != bench.engine_folder(WITHOUT_OWN, 1)
+
+
+@pytest.mark.parametrize(("architecture", "norms", "products"), [("sd15", 29, 4), ("sdxl", 24, 2)])
+def test_the_shapes_are_those_of_the_real_networks(architecture: str, norms: int, products: int) -> None:
+    found = own_kernels.cases(workload(architecture), 1)
+    assert [sum(case.norm is norm for case in found) for norm in (True, False)] == [norms, products]
+    met = {case.what: case.count for case in found}
+    sample = {
+        "sd15": ("GEGLU of 4096 tokens, 320 to 1280 channels, float16", 5),
+        "sdxl": ("GEGLU of 1024 tokens, 1280 to 5120 channels, float16", 60),
+    }
+    what, count = sample[architecture]
+    assert met[what] == count
 
 
 def test_second_run_measures_nothing(dry_run: DryRun) -> None:

@@ -63,6 +63,11 @@ RECIPES = sorted((Path(__file__).parents[2] / "export").glob("*.toml"))
             "device: only the inductor backend compiles for a device; for eager, name it when the engine is",
         ),
         ({"backend": "jax", "device": "cpu", "provider": "cpu"}, "backend: must be 'onnx', 'inductor' or"),
+        ({"kernels": "own", "backend": "inductor"}, "kernels: must be 'auto' or 'compiler' (got 'own')"),
+        (
+            {"kernels": "compiler"},
+            "kernels: only the inductor backend chooses kernels; leave it out (got 'compiler')",
+        ),
         ({"fp8": "yes please"}, "fp8: must be a valid boolean"),
         (
             {"fp8": True},
