@@ -173,9 +173,11 @@ def test_vae(tmp_path, half):
         check(tmp_path / "vae.onnx", module, {name: torch.rand(shape)})
 
 
-@pytest.mark.parametrize("table", [CPU, TENSORRT], ids=["cpu", "tensorrt"])
-@pytest.mark.parametrize("eos", [99, 2])
-@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize(
+    ("projected", "eos", "table"),
+    [(False, 99, CPU), (False, 2, TENSORRT), (True, 2, CPU), (True, 99, TENSORRT)],  # every pair of two
+    ids=["pooled-99-cpu", "pooled-2-tensorrt", "projected-2-cpu", "projected-99-tensorrt"],
+)
 def test_text_encoder(tmp_path, projected, eos, table):
     """eos 2, of old configs: transformers takes the largest id for the end of the prompt."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
