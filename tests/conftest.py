@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,6 +67,22 @@ def says_onnx(sd_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     engine = Path(shutil.copytree(sd_engine, tmp_path_factory.mktemp("onnx") / "manifest"))
     reseal(engine, lambda document: document.update(backend="onnx", recipe={"provider": "cpu"}))
     return engine
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The forms that were compiled, not taken from the store."""
+    from sdfast.export import inductor
+
+    forms: list[str] = []
+    compile_now = inductor._compile
+
+    def counted(program: Any, inputs: Any, path: Path, options: Any) -> Any:
+        forms.append(path.stem)
+        return compile_now(program, inputs, path, options)
+
+    monkeypatch.setattr(inductor, "_compile", counted)
+    return forms
 
 
 def pytest_collectstart() -> None:

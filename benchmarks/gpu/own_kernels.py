@@ -21,13 +21,12 @@ from sdfast import kernels
 from sdfast.backends.clock import milliseconds
 from sdfast.backends.inductor import Code
 from sdfast.export.kernels import (
-    SHAPES,
     compiled_alone,
+    compiling_alone,
     geglu_words,
     group_norm_words,
     why_wrong,
 )
-from sdfast.export.quiet import quiet_compiler
 from sdfast.manifest import read_manifest
 from sdfast.models import ops
 from sdfast.models.layers import use_group_norm
@@ -91,7 +90,7 @@ def choice(bench: Bench, name: str, batch: int) -> dict[str, Any]:
 def _candidates(device: torch.device, definition: Kernel, norm: bool) -> Mapping[str, Kernel]:
     if device.type != "cuda":  # a compiler takes a minute there, and says nothing of a GPU
         return {"definition": definition}
-    found: dict[str, Kernel] = {"definition": definition, "compiler": _compiled(definition)}
+    found: dict[str, Kernel] = {"definition": definition, "compiler": compiled_alone(definition)}
     if not kernels.why_none(device):
         found |= kernels.group_norms() if norm else kernels.linear_geglus()
     return found
@@ -108,7 +107,7 @@ def _row(
 ) -> dict[str, Any]:
     row: dict[str, Any] = {"side": name, "failed": None, "milliseconds": None, "roofline_share": None}
     try:
-        with torch.no_grad():
+        with torch.no_grad(), compiling_alone():
             wrong = why_wrong(kernel(*batched, *rest), definition, tuple(batched), tuple(rest))
             if wrong and name != "definition":  # whose own rounding is what it is
                 return {**row, "failed": wrong}
@@ -119,16 +118,6 @@ def _row(
         floor = case.work.seconds(bench.roofline["flops_per_second"], bench.roofline["bytes_per_second"])
         row["roofline_share"] = floor * 1e3 / row["milliseconds"]
     return row
-
-
-def _compiled(definition: Kernel) -> Kernel:
-    compiled = compiled_alone(definition)
-
-    def call(*arguments: Any) -> Tensor:
-        with quiet_compiler(), torch._dynamo.config.patch(recompile_limit=SHAPES):
-            return compiled(*arguments)
-
-    return call
 
 
 class _Seen:

@@ -11,7 +11,8 @@ to be faster by a margin.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,13 @@ def compiled_alone(definition: Kernel) -> Kernel:
         definition, dynamic=False, fullgraph=True, mode="max-autotune-no-cudagraphs"
     )
     return compiled
+
+
+@contextmanager
+def compiling_alone() -> Iterator[None]:
+    """Where what `compiled_alone` gives is called: for many shapes, and without what the compiler prints."""
+    with quiet_compiler(), torch._dynamo.config.patch(recompile_limit=SHAPES):
+        yield
 
 
 def own_version() -> str:
@@ -163,7 +171,7 @@ class OwnKernels:
 
     def _time_of_compilers(self, what: str, definition: Kernel, arguments: tuple[Any, ...]) -> float:
         try:
-            with quiet_compiler(), torch._dynamo.config.patch(recompile_limit=SHAPES):
+            with compiling_alone():
                 compiled = compiled_alone(definition)
                 return self._clock(lambda: compiled(*arguments))
         except Exception as error:  # compilers fail in as many ways as there are

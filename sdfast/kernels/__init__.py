@@ -4,18 +4,15 @@ Each computes what a definition in `models/ops.py` or `arithmetic/device.py` say
 reads and writes less. Importing this package loads no Triton; a kernel's module does: ask `why_none` first.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+
+if TYPE_CHECKING:  # the loop imports this package, and needs no networks
+    from sdfast.models.ops import GroupNormKernel, LinearGeGLU
 
 LEAST = (8, 0)  # compute capability: from there on, tensor cores take bfloat16 and copies run asynchronously
-
-GroupNormKernel = Callable[[Tensor, Tensor | None, Tensor, Tensor, int, float, bool], Tensor]
-"""x [B, C, H, W], shift [B, C] or None, weight [C], bias [C], groups, eps, silu -> [B, C, H, W]: group_norm
-of x + shift, then SiLU if asked for. x and the result are channels-last."""
-LinearGeGLU = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""x [..., I], weight [2 F, I], bias [2 F] -> [..., F]: geglu(linear(x, weight, bias))."""
 
 
 def why_none(device: torch.device) -> str:
@@ -36,14 +33,14 @@ def why_none(device: torch.device) -> str:
     return ""
 
 
-def group_norms() -> Mapping[str, GroupNormKernel]:
-    """The group norms by name. Raises ImportError without Triton."""
+def group_norms() -> "Mapping[str, GroupNormKernel]":
+    """The group norms by name. x and the result are channels-last. Raises ImportError without Triton."""
     from sdfast.kernels.group_norm import group_norm_parts, group_norm_whole
 
     return {"triton whole": group_norm_whole, "triton parts": group_norm_parts}
 
 
-def linear_geglus() -> Mapping[str, LinearGeGLU]:
+def linear_geglus() -> "Mapping[str, LinearGeGLU]":
     """The linear layers that end in GEGLU, by name. Raises ImportError without Triton."""
     from sdfast.kernels.geglu import linear_geglu
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from heapq import nsmallest
 from itertools import islice
+from operator import attrgetter
 
 from sdfast.request import Request
 from sdfast.server.work import Work
@@ -74,7 +75,7 @@ class Changes:
 def changes(works: Iterable[Work], places: int) -> Changes:
     """What is to change so that the pictures that are due the earliest have the places."""
     works = list(works)
-    first = nsmallest(places, (p for work in works for p in _pictures(work, places)), key=_due)
+    first = nsmallest(places, (p for work in works for p in _pictures(work, places)), key=attrgetter("due"))
     held = [Picture(work, index) for work in works for index in work.running.values()]
     aside = sum(len(work.aside) for work in works)
     leaving: list[Picture] = []
@@ -89,7 +90,7 @@ def changes(works: Iterable[Work], places: int) -> Changes:
             if aside + 1 - returns > places:
                 continue
             aside += 1 - returns
-            last = max((p for p in held if p not in first), key=_due)
+            last = max((p for p in held if p not in first), key=attrgetter("due"))
             held[held.index(last)] = picture
             leaving.append(last)
         joining.append(picture)
@@ -98,7 +99,3 @@ def changes(works: Iterable[Work], places: int) -> Changes:
 
 def _pictures(work: Work, most: int) -> Iterable[Picture]:
     return (Picture(work, index) for index in islice(work.unfinished, most))
-
-
-def _due(picture: Picture) -> tuple[float, int]:
-    return picture.due

@@ -61,20 +61,6 @@ def own(engine: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(engine, tmp_path / "engine"))
 
 
-@pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The forms that were compiled, not taken from the store."""
-    forms: list[str] = []
-    compile_now = inductor._compile
-
-    def counted(program: Any, inputs: Any, path: Path, options: Any) -> Any:
-        forms.append(path.stem)
-        return compile_now(program, inputs, path, options)
-
-    monkeypatch.setattr(inductor, "_compile", counted)
-    return forms
-
-
 def picture(folder: Path, prompt: str = "the sea", **call: Any) -> torch.Tensor:
     pipe = Pipeline.from_engine(folder)
     pipe.set_progress_bar_config(disable=True)

@@ -51,20 +51,6 @@ def blocks() -> ModuleSpec:
     return ModuleSpec("blocks", lambda: network, lambda *_: given, {}, ("y",), (), forms)
 
 
-@pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The forms that were compiled, not taken from the store."""
-    forms: list[str] = []
-    compile_now = inductor._compile
-
-    def counted(program: Any, inputs: Any, path: Path, options: Any) -> Any:
-        forms.append(path.stem)
-        return compile_now(program, inputs, path, options)
-
-    monkeypatch.setattr(inductor, "_compile", counted)
-    return forms
-
-
 @torch.library.custom_op("sdfast_tests::group_norm", mutates_args=())
 def own_group_norm(
     x: torch.Tensor,

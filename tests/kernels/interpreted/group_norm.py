@@ -11,7 +11,7 @@ EPS = torch.finfo(torch.float32).eps
 
 
 @pytest.fixture(params=["triton whole", "triton parts"])
-def norm(request: pytest.FixtureRequest) -> kernels.GroupNormKernel:
+def norm(request: pytest.FixtureRequest) -> ops.GroupNormKernel:
     return kernels.group_norms()[request.param]
 
 
@@ -58,7 +58,7 @@ def definition(
 )
 @pytest.mark.parametrize("shifted", [False, True])
 def test_it_is_the_definition(
-    norm: kernels.GroupNormKernel, each: int, batch: int, height: int, width: int, shifted: bool
+    norm: ops.GroupNormKernel, each: int, batch: int, height: int, width: int, shifted: bool
 ) -> None:
     """Three groups, so that tiles of channels end within one; 143 pixels are a chunk and a part of one."""
     x, silu = image(batch, 3 * each, height, width), (each // 10 + shifted) % 2 == 0
@@ -70,7 +70,7 @@ def test_it_is_the_definition(
 
 
 @pytest.mark.parametrize("silu", [False, True])
-def test_an_image_of_many_chunks(norm: kernels.GroupNormKernel, silu: bool) -> None:
+def test_an_image_of_many_chunks(norm: ops.GroupNormKernel, silu: bool) -> None:
     x, (weight, bias) = (
         image(1, 32, 67, 65),
         parameters(32),
@@ -80,7 +80,7 @@ def test_an_image_of_many_chunks(norm: kernels.GroupNormKernel, silu: bool) -> N
 
 
 @pytest.mark.parametrize("mean", [100.0, -3e4])
-def test_a_large_mean_costs_no_digits(norm: kernels.GroupNormKernel, mean: float) -> None:
+def test_a_large_mean_costs_no_digits(norm: ops.GroupNormKernel, mean: float) -> None:
     """A sum of squares would: at a mean of 30000 with a spread of 1 it has no digit of the variance."""
     x, (weight, bias) = image(2, 20, 17, 19, mean=mean), parameters(20)
     y = norm(x, None, weight, bias, 2, 1e-5, False)
@@ -88,7 +88,7 @@ def test_a_large_mean_costs_no_digits(norm: kernels.GroupNormKernel, mean: float
     assert (y - due).abs().max() <= 4 * EPS * abs(mean) * weight.abs().max()
 
 
-def test_one_channel_far_from_the_others(norm: kernels.GroupNormKernel) -> None:
+def test_one_channel_far_from_the_others(norm: ops.GroupNormKernel) -> None:
     """And one corner far from the rest of the image, so that the moments to be merged differ."""
     x, (weight, bias) = image(1, 20, 19, 17), parameters(20)
     x[:, 3] += 1000
@@ -99,9 +99,7 @@ def test_one_channel_far_from_the_others(norm: kernels.GroupNormKernel) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("silu", [False, True])
-def test_half_precision_is_rounded_once(
-    norm: kernels.GroupNormKernel, dtype: torch.dtype, silu: bool
-) -> None:
+def test_half_precision_is_rounded_once(norm: ops.GroupNormKernel, dtype: torch.dtype, silu: bool) -> None:
     x, (weight, bias) = image(2, 40, 9, 7, dtype=dtype), parameters(40, dtype)
     shift = torch.randn(2, 40).to(dtype)
     y = norm(x, shift, weight, bias, 4, 1e-5, silu)
@@ -111,7 +109,7 @@ def test_half_precision_is_rounded_once(
     assert ((y - due).abs() <= units * torch.finfo(dtype).eps * due.abs() + 1e-5).all()
 
 
-def test_numbers_at_the_end_of_float16(norm: kernels.GroupNormKernel) -> None:
+def test_numbers_at_the_end_of_float16(norm: ops.GroupNormKernel) -> None:
     """Neither their sum nor their square nor the shift added to them is within float16."""
     x, (weight, bias) = image(1, 20, 8, 9, mean=6e4, spread=2e3, dtype=torch.float16), parameters(20)
     x = x.clamp(max=65000)
@@ -123,7 +121,7 @@ def test_numbers_at_the_end_of_float16(norm: kernels.GroupNormKernel) -> None:
     torch.testing.assert_close(y.double(), due, rtol=1e-3, atol=1e-3)
 
 
-def test_a_picture_is_the_same_alone_and_beside_others_and_every_time(norm: kernels.GroupNormKernel) -> None:
+def test_a_picture_is_the_same_alone_and_beside_others_and_every_time(norm: ops.GroupNormKernel) -> None:
     x, (weight, bias) = image(3, 40, 12, 13), parameters(40)
     x[2] = torch.nan
     shift = torch.randn(3, 40)
@@ -135,14 +133,14 @@ def test_a_picture_is_the_same_alone_and_beside_others_and_every_time(norm: kern
     assert together[2].isnan().all()
 
 
-def test_an_image_of_one_number_is_its_bias(norm: kernels.GroupNormKernel) -> None:
+def test_an_image_of_one_number_is_its_bias(norm: ops.GroupNormKernel) -> None:
     weight, bias = parameters(40)
     x = torch.full([2, 40, 6, 6], 123.25).contiguous(memory_format=torch.channels_last)
     y = norm(x, None, weight, bias, 4, 1e-5, False)
     assert torch.equal(y, bias.view(1, -1, 1, 1).expand_as(y))
 
 
-def test_what_does_not_fit_is_refused(norm: kernels.GroupNormKernel) -> None:
+def test_what_does_not_fit_is_refused(norm: ops.GroupNormKernel) -> None:
     x, (weight, bias) = image(2, 8, 4, 4), parameters(8)
     with pytest.raises(ValueError, match=r"channels-last.*call x\.contiguous"):
         norm(x.contiguous(), None, weight, bias, 2, 1e-5, False)
