@@ -1,12 +1,14 @@
 """Which machine native code was compiled for, and whether this one can run it."""
 
+import ctypes
 import platform
+import sys
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from sdfast.errors import BackendError
+from sdfast.errors import BackendError, first_line
 from sdfast.manifest import Target
 
 # What compilers make use of when they are told to compile for this processor: one that lacks it stops at an
@@ -31,8 +33,24 @@ def this_machine(device: torch.device) -> Target:
         architecture=f"sm_{major}{minor}",
         torch=version,
         cuda=torch.version.cuda,
-        driver=torch._C._cuda_getDriverVersion(),  # type: ignore[attr-defined]  # not there without CUDA
+        driver=driver_version(),
     )
+
+
+def driver_version(library: str = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1") -> int:
+    """The newest CUDA version that the driver knows, as CUDA counts them (13000 is 13.0).
+
+    Asked of the driver's library, since torch does not tell it. Raises `BackendError` where that is not there
+    or fails.
+    """
+    version = ctypes.c_int()
+    try:
+        status = ctypes.CDLL(library).cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError) as error:
+        raise BackendError(f"the CUDA driver cannot be asked for its version: {first_line(error)}") from error
+    if status != 0:
+        raise BackendError(f"the CUDA driver does not tell its version (error {status}); see nvidia-smi")
+    return version.value
 
 
 def check_target(target: Target, device: torch.device, rebuild: str) -> None:
