@@ -12,7 +12,8 @@ from sdfast.errors import BackendError
 def library(place: Path, source: str) -> str:
     """A shared library of some C."""
     path = place / "libcuda.so.1"
-    subprocess.run(["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", path], input=source, text=True, check=True)
+    command = ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", path]
+    subprocess.run(command, input=source, text=True, check=True)
     return str(path)
 
 
