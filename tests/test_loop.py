@@ -1,9 +1,11 @@
 """The loop: rows that differ in everything, stepping together, each as if it were alone."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdfast.arithmetic import (
     Capacity,
@@ -355,3 +357,24 @@ def test_only_the_most_recent_tensors_wait() -> None:
     assert [take("c"), take("b"), take("a")] == ["c", "b", "a"]
     assert made == ["a", "b", "c", "a"]  # the oldest was let go
     assert take("c") == "c" and made[-1] == "c"  # what is taken is not there for another
+
+
+class NothingFromTheHost(TorchDispatchMode):
+    """Raises where a tensor is given a number of the host by a copy: on a GPU, that is waited for."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten.copy_.default and args[1].dim() == 0:
+            raise AssertionError(f"a number is copied into {list(args[0].shape)}")
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise AssertionError("a number is read")
+        return func(*args, **(kwargs or {}))
+
+
+def test_ticks_on_a_device_copy_no_number_from_the_host() -> None:
+    """Rows end at different ticks; what waits for a real device, only that can show: see test_cuda."""
+    running = Rows(FakeEngine(), [row(**kinds) for kinds in MIXED], SIDE, SIDE, DeviceArithmetic)
+    with NothingFromTheHost():
+        while running.active:
+            running.tick()

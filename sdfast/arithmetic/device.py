@@ -202,14 +202,15 @@ class DeviceArithmetic:
         self._keeping.copy_(torch.from_numpy(keeping.reshape(self._keeping.shape)))
 
     def _finish(self, i: int) -> None:
-        """Row i is on its idle line now, and stays there."""
+        """Row i is on its idle line now, and stays there.
+
+        Numbers are filled in: one that is assigned to a single place is copied there, and waited for.
+        """
         n, guided = self._capacity.rows, self._capacity.guided
         self._finished.add(i)
-        self._idle[i] = True
-        self._stride[i] = 0
-        self._stride[n + guided + i] = 0
-        if i < guided:
-            self._stride[n + i] = 0
+        self._idle[i].fill_(True)
+        for line in (i, n + guided + i, *([n + i] if i < guided else [])):
+            self._stride[line].zero_()
 
 
 def _draws_from(k: int, schedule: Schedule) -> dict[int, int]:
