@@ -12,7 +12,8 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/sdfast demo
 
-test check: lint types pytest
+test check: lint
+	$(MAKE) --jobs 2 types pytest
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -21,9 +22,16 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-# Files of tests side by side, a thread each: compilers and thread pools would wait for each other.
+# Files of tests side by side, the longest first (tests/conftest.py), a thread each: compilers and thread pools
+# would wait for each other. Plugins are named, since pytest rewrites the assertions in all modules of every
+# package that offers one; and bytecode is kept, or each of the many processes would compile all that it imports.
+PLUGINS := anyio.pytest_plugin,schemathesis.pytest.plugin,xdist.plugin
+pytest: export OMP_NUM_THREADS = 1
+pytest: export PYTHONDONTWRITEBYTECODE =
+pytest: export PYTEST_DISABLE_PLUGIN_AUTOLOAD = 1
+pytest: export PYTEST_PLUGINS = $(PLUGINS)
 pytest: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
+	$(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 slow: $(READY)
 	$(BIN)/pytest -m slow

@@ -3,12 +3,13 @@
 import gc
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from sdfast.export.build import export
 from sdfast.export.recipe import Recipe
@@ -31,9 +32,26 @@ def parsed_once() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this run that all of its workers have."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
+    """`folder` as `make` writes it, by the first worker that needs it."""
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            part = folder.with_name(f"{folder.name}.part")
+            make(part)
+            part.rename(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sd(shared: Path) -> Path:
     """A tiny SD 1.x checkpoint, shared: copy it before changing it."""
-    return checkpoints.build_sd(tmp_path_factory.mktemp("tiny") / "sd")
+    return made_once(shared / "tiny-sd", checkpoints.build_sd)
 
 
 @pytest.fixture(scope="session")
@@ -56,9 +74,9 @@ def sdxl_engine(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture(scope="session")
-def sd_onnx(parsed_once: None, tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sd_onnx(parsed_once: None, tiny_sd: Path, shared: Path) -> Path:
     """The tiny SD checkpoint as an ONNX engine: copy it before changing it."""
-    return export(tiny_sd, tmp_path_factory.mktemp("onnx") / "sd", Recipe.make(backend="onnx"))
+    return made_once(shared / "sd-onnx", lambda part: export(tiny_sd, part, Recipe.make(backend="onnx")))
 
 
 @pytest.fixture(scope="session")
@@ -83,6 +101,40 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(inductor, "_compile", counted)
     return forms
+
+
+# The files that take longest, the longest first: one that was begun late would be waited for by all workers.
+LONGEST = (
+    "backends/test_inductor.py",
+    "schedulers/test_solvers.py",
+    "benchmarks/test_gpu_suite.py",
+    "export/test_onnx_cuda.py",
+    "kernels/test_interpreted.py",
+    "schedulers/test_tables.py",
+    "schedulers/test_k_diffusion.py",
+    "export/test_onnx.py",
+    "server/test_schema.py",
+    "export/test_vae_in_half.py",
+    "export/test_compiled_kernels.py",
+    "export/test_build.py",
+    "schedulers/test_configs.py",
+    "test_pipeline.py",
+    "test_image_to_image.py",
+    "backends/test_onnx.py",
+    "validation/test_validate.py",
+    "validation/test_broken_engines.py",
+    "schedulers/test_extract.py",
+    "schedulers/test_chain.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    lost = [name for name in LONGEST if not (here / name).is_file()]
+    if lost:
+        raise pytest.UsageError(f"{__file__}: LONGEST names {', '.join(lost)}, which are not there")
+    places = {here / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 def pytest_collectstart() -> None:

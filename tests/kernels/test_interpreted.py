@@ -14,14 +14,15 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed: it is for Linux on x86_64")
 
+NO_PLUGINS = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_PLUGINS": ""}
 FOLDER = Path(__file__).with_name("interpreted")
 
 
 def test_in_the_interpreter() -> None:
     files = sorted(map(str, FOLDER.glob("[a-z]*.py")))
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", *files],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *files],
+        env={**os.environ, "TRITON_INTERPRET": "1", **NO_PLUGINS},
         cwd=FOLDER.parents[2],
         check=False,
         capture_output=True,

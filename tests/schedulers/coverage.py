@@ -3,15 +3,14 @@
     python -m tests.schedulers.coverage
 
 Every test module here that has a `test_table_is_diffusers_map` is read: its cases and step counts, as pytest
-is given them, less those that its `out_of_reach(case, steps)` leaves out.
+is given them.
 """
 
 from collections.abc import Iterable, Iterator
 from importlib import import_module
-from itertools import groupby, product
+from itertools import groupby
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from sdfast.schedulers import SAMPLERS, SOLVERS
 from sdfast.schedulers.layouts import LAYOUTS
@@ -87,18 +86,10 @@ class Listed:
 
 
 def _parametrized(module: ModuleType) -> Iterator[tuple[Case, int]]:
-    """The pairs that the marks on the module's proof make, less what is out of diffusers' reach."""
-    axes: list[list[dict[str, Any]]] = []
-    for mark in getattr(module, PROOF).pytestmark:
-        names, values = mark.args
-        single = isinstance(names, str)
-        axes.append([{names: v} if single else dict(zip(names, v, strict=True)) for v in values])
-    for chosen in product(*axes):
-        run = {name: value for part in chosen for name, value in part.items()}
-        case, steps = run["case"], run["steps"]
-        reason = getattr(module, "out_of_reach", lambda *_: None)(case, steps)
-        if int(steps * case.strength) and not reason:
-            yield case, steps
+    """The pairs that the mark on the module's proof makes."""
+    [mark] = getattr(module, PROOF).pytestmark
+    for case, every in mark.args[1]:
+        yield from ((case, steps) for steps in every)
 
 
 def summary(by_class: dict[str, list[tuple[Listed, int]]]) -> str:

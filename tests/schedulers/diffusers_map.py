@@ -6,9 +6,10 @@ direction each, so that the sample after a step *is* the row of coefficients of 
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -54,7 +55,7 @@ class Case:
 
     @property
     def config(self) -> dict[str, Any]:
-        names = inspect.signature(getattr(diffusers, self.scheduler).__init__).parameters
+        names = defaults_of(self.scheduler)
         return {k: v for k, v in {**STABLE_DIFFUSION, **self.options}.items() if k in names}
 
     def __str__(self) -> str:
@@ -132,16 +133,24 @@ class LinearMap:
     rows: np.ndarray  # [K, 1 + 2K]: the latents after each step, by x_T, the model outputs and the noises
     draws: np.ndarray  # [K] bool
     init_noise_sigma: float
-    noising: np.ndarray | None  # [K, 2], of `add_noise` before each step; None: the class has none
+    noising: np.ndarray | None  # [K, 2], of `add_noise` before each step; None: it has none, or was not asked
 
 
 def map_of_diffusers(
-    scheduler: Any, eta: float = 0.0, start: int = 0, *, exact: bool = False, **request: Any
+    scheduler: Any,
+    eta: float = 0.0,
+    start: int = 0,
+    *,
+    exact: bool = False,
+    noised: bool = True,
+    **request: Any,
 ) -> LinearMap:
     """The map of a diffusers scheduler; `request` goes to its `set_timesteps`.
 
-    With `exact`, the noise levels stay the float32 ones, but all arithmetic on them is float64.
+    With `exact`, the noise levels stay the float32 ones, but all arithmetic on them is float64. With `noised`
+    its `add_noise` is asked before each step, which takes a fifth of the time.
     """
+    noised = noised and hasattr(scheduler, "add_noise")
     if exact:
         make_exact(scheduler)
     with arithmetic_of(scheduler, exact):
@@ -162,19 +171,18 @@ def map_of_diffusers(
     with noise_from(scheduler, z, exact) as noise:
         for k, t in enumerate(chosen):
             noise.step = k
-            noising.append(noising_at(scheduler, t))
+            if noised:
+                noising.append(noising_at(scheduler, t))
             scales.append(scheduler.scale_model_input(torch.ones(1, dtype=torch.float64), t).item())
             x = scheduler.step(m[k], t, x, **extra).prev_sample
             rows.append(x[0].double().numpy())
     timesteps, init = chosen.double().numpy(), float(scheduler.init_noise_sigma)
-    known = np.array(noising) if hasattr(scheduler, "add_noise") else None
+    known = np.array(noising) if noised else None
     return LinearMap(timesteps, np.array(scales), np.array(rows), noise.draws, init, known)
 
 
 def noising_at(scheduler: Any, t: torch.Tensor) -> tuple[float, float]:
-    """What diffusers' `add_noise` makes of a picture and of noise before its step at t; zeros without one."""
-    if not hasattr(scheduler, "add_noise"):
-        return 0.0, 0.0
+    """What diffusers' `add_noise` makes of a picture and of noise before its step at t."""
     begin = getattr(scheduler, "begin_index", None)
     if hasattr(scheduler, "set_begin_index") and begin is None:
         scheduler._begin_index = 0  # the pipelines that add noise set one
@@ -236,6 +244,28 @@ def assert_case(case: Case, steps: int, *, rounds: bool = False, bound: float = 
     )
 
 
+def assert_every(case: Case, every: Iterable[int], proof: Callable[[Case, int], None]) -> None:
+    """`proof` holds of the case at each of these numbers of steps; of all where it does not, it is told."""
+    failures = []
+    for steps in every:
+        try:
+            proof(case, steps)
+        except Exception as error:  # whatever it is: the numbers after it are tried as well
+            error.add_note(f"{case} in {steps} steps")
+            failures.append(error)
+    if failures:
+        raise ExceptionGroup(f"{case}: at {len(failures)} numbers of steps", failures)
+
+
+def of_cases(runs: Sequence[tuple[Case, tuple[int, ...]]]) -> pytest.MarkDecorator:
+    """A test of each case with the numbers of steps that it is proved at: thousands of tests would cost more.
+
+    What pytest and its workers do for one test takes as long as a proof of a few steps.
+    """
+    given = [(case, every) for case, every in runs if every]
+    return pytest.mark.parametrize(("case", "every"), given, ids=[str(case) for case, _ in given])
+
+
 def built(case: Case) -> Any:
     """The case's diffusers scheduler, without the timesteps: some classes lay out all thousand at first."""
     kind = getattr(diffusers, case.scheduler)
@@ -261,7 +291,7 @@ def assert_same_map(
     bound: how far that may be off.
     """
     rows = map_of_table(table)
-    exact = map_of_diffusers(copy.deepcopy(scheduler), eta, start, exact=True, **request)
+    exact = map_of_diffusers(copy.deepcopy(scheduler), eta, start, exact=True, noised=rounds, **request)
     assert error_of(rows, exact.rows) <= 1e-12
 
     truth = map_of_diffusers(scheduler, eta, start, **request)
@@ -303,6 +333,7 @@ def timestep_error(scheduler: Any, request: Mapping[str, Any]) -> float:
     return 1e-3 if (laid_out_anew or half_way) and scheduler.timesteps.dtype.is_floating_point else 0
 
 
+@cache
 def defaults_of(scheduler: str) -> dict[str, Any]:
     parameters = inspect.signature(getattr(diffusers, scheduler).__init__).parameters
     return {name: p.default for name, p in parameters.items() if name not in ("self", "args", "kwargs")}

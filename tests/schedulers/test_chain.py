@@ -19,8 +19,10 @@ from tests.schedulers.diffusers_map import (
     STEPS,
     Case,
     assert_case,
+    assert_every,
     assert_same_map,
     map_of_table,
+    of_cases,
 )
 
 DISTILLED = ("LCMScheduler", "TCDScheduler")
@@ -95,11 +97,9 @@ def out_of_reach(case: Case, steps: int) -> str | None:
     return None
 
 
-@pytest.mark.parametrize(
-    ("case", "steps"), [(c, k) for c in CASES for k in STEPS if not out_of_reach(c, k)], ids=str
-)
-def test_table_is_diffusers_map(case: Case, steps: int) -> None:
-    assert_case(case, steps)
+@of_cases([(case, tuple(k for k in STEPS if not out_of_reach(case, k))) for case in CASES])
+def test_table_is_diffusers_map(case: Case, every: tuple[int, ...]) -> None:
+    assert_every(case, every, assert_case)
 
 
 @pytest.mark.parametrize("timesteps", [[999], [999, 759, 499, 259], [700, 3, 0]], ids=str)

@@ -22,7 +22,9 @@ from tests.schedulers.diffusers_map import (
     STEPS,
     Case,
     assert_case,
+    assert_every,
     assert_same_map,
+    of_cases,
 )
 
 MULTISTEP = "DPMSolverMultistepScheduler"
@@ -172,13 +174,15 @@ CASES = list(cases())
 # Differences between outputs of nearby levels cancel in diffusers' float32 coefficients, the more the nearer:
 # from 10 steps on it is off by up to this, as it runs. Its formulas in float64 agree to 1e-12 all the same.
 FLOAT32 = {MULTISTEP: 3e-5, SINGLESTEP: 3e-5, DEIS: 1e-3, UNIPC: 2e-4, SA: 1e-3}
-RUNS = [(case, k) for k in STEPS for case in CASES if not loses_digits(case, k)]
+RUNS = [(c, tuple(k for k in STEPS if int(k * c.strength) and not loses_digits(c, k))) for c in CASES]
 
 
-@pytest.mark.parametrize(("case", "steps"), RUNS, ids=str)
-def test_table_is_diffusers_map(case: Case, steps: int) -> None:
-    if int(steps * case.strength) == 0:
-        pytest.skip("no step is left, in diffusers neither")
+@of_cases(RUNS)
+def test_table_is_diffusers_map(case: Case, every: tuple[int, ...]) -> None:
+    assert_every(case, every, proof)
+
+
+def proof(case: Case, steps: int) -> None:
     assert_case(case, steps, bound=FLOAT32[case.scheduler] if steps >= 10 else 1e-5)
 
 

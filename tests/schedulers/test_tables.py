@@ -23,11 +23,13 @@ from tests.schedulers.diffusers_map import (
     STEPS,
     Case,
     assert_case,
+    assert_every,
     assert_same_map,
     defaults_of,
     error_of,
     map_of_diffusers,
     map_of_table,
+    of_cases,
 )
 
 
@@ -79,9 +81,12 @@ DIFFUSERS_IS_LESS_EXACT = {
 }
 
 
-@pytest.mark.parametrize("steps", STEPS, ids=lambda k: f"K{k}")
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_table_is_diffusers_map(case: Case, steps: int) -> None:
+@of_cases([(case, STEPS) for case in CASES])
+def test_table_is_diffusers_map(case: Case, every: tuple[int, ...]) -> None:
+    assert_every(case, every, proof)
+
+
+def proof(case: Case, steps: int) -> None:
     assert_case(case, steps, rounds=(str(case), steps) in DIFFUSERS_IS_LESS_EXACT)
 
 
