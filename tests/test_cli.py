@@ -278,6 +278,13 @@ def test_what_was_cut_from_the_prompt_is_told_on_stderr(sd_engine: Path, here: P
     assert "left out" not in sdfast("generate", "sea " * 75, *options, "--overwrite").stderr
 
 
+def test_a_negative_prompt_without_guidance_is_said_to_be_unread(sd_engine: Path, here: Path) -> None:
+    options = ["--engine", sd_engine, "--steps", 1, "--negative", "fog", "-o", "a.png", "--overwrite"]
+    told = "sdfast: the negative prompt is not read: guidance 1 is not above 1"
+    assert told in sdfast("generate", "sea", *options, "--guidance", 1).stderr
+    assert "negative prompt" not in sdfast("generate", "sea", *options, "--guidance", 1.5).stderr
+
+
 def test_a_checkpoint_for_inpainting_draws_with_a_mask_only(
     here: Path, tiny_inpainting: Path, inpainting_engine: Path
 ) -> None:
@@ -422,6 +429,9 @@ def test_an_engine_is_called_like_its_source(
         (["{sd}", "--recipe", "none.toml"], "not a recipe that can be read"),
         (["{sd}", "--backend", "eager", "-o", "mine"], "is there and is not an engine"),
         (["{sd}", "--backend", "eager", "--revision", "main"], "revision has no meaning"),
+        (["{sd}", "--no-autotune"], "autotune: only the inductor backend times candidates"),
+        (["{sd}", "--backend", "eager", "--winograd"], "winograd: only graphs for the CPU have it"),
+        (["{sd}", "--backend", "eager", "--vae-dtype", "fp32"], "vae: only fp16 engines choose it"),
     ],
 )
 def test_a_bad_export_is_one_line(tiny_sd: Path, here: Path, arguments: list[str], message: str) -> None:
