@@ -72,7 +72,9 @@ def main(debug: bool) -> None:
     type=click.Choice(["auto", "compiler"]),
     help="Inductor on CUDA: sdfast's own where faster, or none. [default: auto]",
 )
-@click.option("--winograd/--no-winograd", default=None, help="Fast 3x3 convolutions on CPUs. [default: yes]")
+@click.option(
+    "--winograd/--no-winograd", default=None, help="ONNX on the CPU: fast 3x3 convolutions. [default: yes]"
+)
 @click.option("--fp8", is_flag=True, default=None, help="The U-Net's linear layers in FP8: an approximation.")
 @click.option(
     "--vae-dtype",

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -74,12 +75,18 @@ class File(_Part):
 
 
 class Variant(_Part):
-    """One compiled form of a module, and the sizes it serves. Sizes are those of the picture, in pixels."""
+    """One compiled form of a module, and the sizes it serves. Sizes are those of the picture, in pixels.
+
+    attention: what computes each shape of it, where an export measured that. kernels: likewise of group norms
+    and gated products: an own kernel, or the compiler's. Older engines do not say.
+    """
 
     file: RelativePath
     batch: Span
     height: Span | None = None
     width: Span | None = None
+    attention: dict[str, str] = {}
+    kernels: dict[str, str] = {}
 
     def serves(self, batch: int, height: int | None = None, width: int | None = None) -> bool:
         return batch in self.batch and self.fits(height, width)
@@ -277,6 +284,7 @@ class Manifest(_Part):
             "checkpoint": " ".join(filter(None, [self.checkpoint.source, self.checkpoint.revision])),
             "family": self.model.family,
             "backend": " ".join(filter(None, [self.backend, self.dtype, self.provider])),
+            **self._measured(),
             **self._approximated(),
             **self._vae(),
             "sizes": ", ".join(sizes),
@@ -294,6 +302,15 @@ class Manifest(_Part):
             return {}
         versions = f"torch {target.torch}" + (f", CUDA {target.cuda}" if target.cuda else "")
         return {"compiled for": f"{target.architecture.split()[0]} ({target.device}), {versions}"}
+
+    def _measured(self) -> dict[str, str]:
+        """How many shapes each kernel that an export took computes; `to_json` has each."""
+        forms = [form for module in self.modules.values() for form in module.variants]
+        told = {
+            "attention": {what: kind for form in forms for what, kind in form.attention.items()},
+            "kernels": {what: kind for form in forms for what, kind in form.kernels.items()},
+        }
+        return {name: _kinds(taken) for name, taken in told.items() if taken}
 
     def _approximated(self) -> dict[str, str]:
         """The layers in FP8 by their own names, without where they are; `to_json` has each."""
@@ -320,6 +337,12 @@ class Manifest(_Part):
 
     def to_json(self) -> str:
         return json.dumps(self.sealed().model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
+
+
+def _kinds(taken: Mapping[str, str]) -> str:
+    """ "flash for 12 shapes, sdpa for 1": of what was taken for each shape, the most frequent first."""
+    kinds = Counter(taken.values()).most_common()
+    return ", ".join(f"{kind} for {count} shape{'s' * (count != 1)}" for kind, count in kinds)
 
 
 def _layer_kind(name: str) -> str:

@@ -130,6 +130,7 @@ def draw(job: Job, output: Path | None, overwrite: bool) -> list[tuple[Path, int
         strength=1.0 if request.strength is None else request.strength,
     )
     paths = _paths(output or Path("outputs"), request, overwrite)
+    _tell_unread(request, painter.model)
     images = painter.paint(request, over)
     for path, seed, image in zip(paths, request.seeds, images, strict=True):
         text = infotext_of(request, plan, seed, model=painter.name, weights=painter.weights)
@@ -245,6 +246,14 @@ def _cut(tokenizer: Any, prompt: str) -> str:
 def _tell_cut(text: str) -> None:
     if text:
         _say(f"the text encoder reads no more than 77 tokens; left out: {text!r}")
+
+
+def _tell_unread(request: Request, model: Model) -> None:
+    """A negative prompt that there is no guidance away from, as with diffusers."""
+    if request.negative_prompts[0] and model.guidance_embedding is not None:
+        _say("the negative prompt is not read: this U-Net is told the guidance, and has none")
+    elif request.negative_prompts[0] and request.guidance_scale <= 1:
+        _say(f"the negative prompt is not read: guidance {request.guidance_scale:g} is not above 1")
 
 
 def _tell_measured(attention: "Attention | None") -> None:

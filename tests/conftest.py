@@ -61,6 +61,13 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_inpainting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny SD 1.x checkpoint whose U-Net, of nine channels, is for inpainting."""
+    folder, kind = tmp_path_factory.mktemp("tiny") / "inpainting", "StableDiffusionInpaintPipeline"
+    return checkpoints.build_sd(folder, in_channels=9, pipeline=kind)
+
+
+@pytest.fixture(scope="session")
 def sd_engine(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny SD checkpoint as an eager engine, for 64 to 128 pixels: copy it before changing it."""
     sizes = {"min": "64x64", "max": "128x128"}
@@ -71,6 +78,13 @@ def sd_engine(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sdxl_engine(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny SDXL checkpoint as an eager engine: copy it before changing it."""
     return export(tiny_sdxl, tmp_path_factory.mktemp("eager") / "sdxl", Recipe.make(backend="eager"))
+
+
+@pytest.fixture(scope="session")
+def inpainting_engine(tiny_inpainting: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint for inpainting as an eager engine: copy it before changing it."""
+    folder = tmp_path_factory.mktemp("eager") / "inpainting"
+    return export(tiny_inpainting, folder, Recipe.make(backend="eager"))
 
 
 @pytest.fixture(scope="session")

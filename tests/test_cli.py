@@ -15,11 +15,8 @@ from PIL import Image
 
 from sdfast import infotext
 from sdfast.cli import _engine_name, main
-from sdfast.export.build import export
-from sdfast.export.recipe import Recipe
 from sdfast.manifest import read_manifest
 from sdfast.schedulers import SAMPLERS, resolve
-from tests import checkpoints
 from tests.backends import xformers
 from tests.test_image_to_image import image, mask
 
@@ -281,23 +278,29 @@ def test_what_was_cut_from_the_prompt_is_told_on_stderr(sd_engine: Path, here: P
     assert "left out" not in sdfast("generate", "sea " * 75, *options, "--overwrite").stderr
 
 
-def test_a_checkpoint_for_inpainting_draws_with_a_mask_only(here: Path) -> None:
-    folder = checkpoints.build_sd(here / "in", in_channels=9, pipeline="StableDiffusionInpaintPipeline")
-    message = refused("generate", "a", "--backend", "diffusers", "--checkpoint", folder)
+def test_a_negative_prompt_without_guidance_is_said_to_be_unread(sd_engine: Path, here: Path) -> None:
+    options = ["--engine", sd_engine, "--steps", 1, "--negative", "fog", "-o", "a.png", "--overwrite"]
+    told = "sdfast: the negative prompt is not read: guidance 1 is not above 1"
+    assert told in sdfast("generate", "sea", *options, "--guidance", 1).stderr
+    assert "negative prompt" not in sdfast("generate", "sea", *options, "--guidance", 1.5).stderr
+
+
+def test_a_checkpoint_for_inpainting_draws_with_a_mask_only(
+    here: Path, tiny_inpainting: Path, inpainting_engine: Path
+) -> None:
+    message = refused("generate", "a", "--backend", "diffusers", "--checkpoint", tiny_inpainting)
     assert message.startswith("this U-Net takes 9 channels (inpainting)")
     image().save(here / "image.png")
     mask().save(here / "mask.png")
-    engine = export(folder, here / "engine", Recipe(backend="eager"))
     over = ["--image", "image.png", "--mask", "mask.png", "--strength", 0.7, "--seed", 1, "--steps", 3]
     for name, source in (
-        ("ours.png", ["--engine", engine]),
-        ("stock.png", ["--checkpoint", folder, "--backend", "diffusers"]),
+        ("ours.png", ["--engine", inpainting_engine]),
+        ("stock.png", ["--checkpoint", tiny_inpainting, "--backend", "diffusers"]),
     ):
         result = sdfast("generate", "a", *source, *over, "-o", name)
         assert result.exit_code == 0, result.output
     ours, stock = (np.asarray(Image.open(here / name), dtype=int) for name in ("ours.png", "stock.png"))
     assert np.abs(ours - stock).max() <= 1
-    assert "9 channels (inpainting)" in refused("validate", engine)
 
 
 BAD: dict[str, tuple[list[Any], str]] = {
@@ -426,6 +429,9 @@ def test_an_engine_is_called_like_its_source(
         (["{sd}", "--recipe", "none.toml"], "not a recipe that can be read"),
         (["{sd}", "--backend", "eager", "-o", "mine"], "is there and is not an engine"),
         (["{sd}", "--backend", "eager", "--revision", "main"], "revision has no meaning"),
+        (["{sd}", "--no-autotune"], "autotune: only the inductor backend times candidates"),
+        (["{sd}", "--backend", "eager", "--winograd"], "winograd: only graphs for the CPU have it"),
+        (["{sd}", "--backend", "eager", "--vae-dtype", "fp32"], "vae: only fp16 engines choose it"),
     ],
 )
 def test_a_bad_export_is_one_line(tiny_sd: Path, here: Path, arguments: list[str], message: str) -> None:

@@ -15,8 +15,6 @@ from PIL import Image
 from sdfast import drop_in
 from sdfast.arithmetic import DeviceArithmetic
 from sdfast.errors import NumericalError, RequestError
-from sdfast.export.build import export
-from sdfast.export.recipe import Recipe
 from sdfast.first_latents import Over, encoded
 from sdfast.images import read_images, read_masks
 from sdfast.loop import Rows
@@ -25,7 +23,6 @@ from sdfast.request import Request
 from sdfast.server.batcher import Batcher
 from sdfast.server.jobs import Job
 from sdfast.server.worker.opening import warm_up
-from tests import checkpoints
 from tests.fakes import Failpoint, FakeEngine
 from tests.test_pipeline import PROMPT, assert_same, ours, seeded
 
@@ -323,11 +320,9 @@ def test_a_drop_in_draws_what_diffusers_class_draws(pairs: dict[Any, Any], famil
 
 
 @pytest.fixture(scope="module")
-def inpainting(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Pipeline]:
+def inpainting(tiny_inpainting: Path, inpainting_engine: Path) -> tuple[Any, Pipeline]:
     """A U-Net of nine channels."""
-    kind, folder = "StableDiffusionInpaintPipeline", tmp_path_factory.mktemp("inpainting")
-    checkpoint = checkpoints.build_sd(folder / "checkpoint", in_channels=9, pipeline=kind)
-    return stock(checkpoint, kind), ours(export(checkpoint, folder / "engine", Recipe(backend="eager")))
+    return stock(tiny_inpainting, "StableDiffusionInpaintPipeline"), ours(inpainting_engine)
 
 
 @pytest.mark.parametrize("strength", [0.6, 1.0])

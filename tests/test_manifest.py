@@ -145,6 +145,36 @@ def test_where_there_is_no_engine_the_way_to_one_is_told(tmp_path: Path) -> None
     assert "cannot be read" in refusal(tmp_path)
 
 
+def test_the_summary_counts_what_was_measured(folder: Path) -> None:
+    """Each shape once, however many forms have it; and nothing where nothing was measured."""
+    assert not {"attention", "kernels"} & {
+        line.split()[0] for line in read_manifest(folder).summary().splitlines()
+    }
+
+    def measured(document: Document) -> None:
+        [unet] = document["modules"]["unet"]["variants"]
+        [decoder] = document["modules"]["vae_decoder"]["variants"]
+        unet["attention"] = {"64 queries": "flash", "256 queries": "flash", "77 keys": "cudnn"}
+        unet["kernels"] = {"norm of 32": "compiler", "norm of 64": "triton whole"}
+        decoder["kernels"] = {"norm of 64": "triton whole", "norm of 128": "triton whole"}
+
+    reseal(folder, measured)
+    lines = read_manifest(folder).summary().splitlines()
+    assert "attention    flash for 2 shapes, cudnn for 1 shape" in lines
+    assert "kernels      triton whole for 2 shapes, compiler for 1 shape" in lines
+    assert '"norm of 128": "triton whole"' in read_manifest(folder).to_json()
+
+
+def test_an_engine_from_before_its_kernels_were_told_opens(folder: Path) -> None:
+    def forget(document: Document) -> None:
+        for module in document["modules"].values():
+            for variant in module["variants"]:
+                del variant["attention"], variant["kernels"]
+
+    reseal(folder, forget)
+    assert read_manifest(folder).modules["unet"].variants[0].attention == {}
+
+
 def test_the_summary_tells_what_the_engine_is(folder: Path) -> None:
     summary = read_manifest(folder).summary()
     for fact in ("eager fp32", "64..128x64..128", "never validated", "family       sd"):

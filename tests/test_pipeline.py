@@ -483,11 +483,9 @@ def test_sdxl_embeddings_need_the_pooled_ones(sdxl: tuple[Any, Pipeline]) -> Non
         )
 
 
-def test_an_inpainting_engine_draws_no_text_to_image(tmp_path: Path) -> None:
-    folder = checkpoints.build_sd(tmp_path / "sd", in_channels=9, pipeline="StableDiffusionInpaintPipeline")
-    engine = export(folder, tmp_path / "engine", Recipe(backend="eager"))
+def test_an_inpainting_engine_draws_no_text_to_image(inpainting_engine: Path) -> None:
     with pytest.raises(RequestError, match="inpainting"):
-        ours(engine)("a boat")
+        ours(inpainting_engine)("a boat")
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])

@@ -100,6 +100,10 @@ class Attention:
         met = list(self.chosen.items())  # other threads may be adding to it
         return [f"{_words(shape)}: {choice.measured}" for shape, choice in met if choice.measured]
 
+    def taken(self) -> dict[str, str]:
+        """Of each shape that was measured, in words, the kind that computes it."""
+        return {_words(shape): choice.kind for shape, choice in list(self.chosen.items()) if choice.measured}
+
     def _choose(self, shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> Choice:
         with self._lock:
             if shape not in self.chosen:  # another thread may have been first

@@ -308,7 +308,7 @@ class _Build:
             "dtype": self.recipe.dtype,
             "fp8": spec.fp8,
             "provider": self.recipe.provider,
-            "winograd": self.recipe.winograd,
+            "winograd": self.recipe.winograd is not False,
             "target": self.code_target.model_dump() if self.code_target else None,
             "autotune": self.recipe.autotune,
             "versions": {**_versions(), "sdfast": sdfast.__version__},

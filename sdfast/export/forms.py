@@ -16,7 +16,7 @@ from sdfast.manifest import Variant
 
 def lowerings(recipe: Recipe) -> Lowerings:
     """How the networks' operations are written for the recipe's provider."""
-    cpu = CPU if recipe.winograd else CPU_COMPACT
+    cpu = CPU_COMPACT if recipe.winograd is False else CPU
     return {"cpu": cpu, "cuda": CUDA, "tensorrt": TENSORRT}[recipe.provider or "cpu"]
 
 

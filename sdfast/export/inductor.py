@@ -56,10 +56,12 @@ _AUTOTUNED = {
 
 @dataclass(frozen=True)
 class _Chosen:
-    """What was measured for a form, a line each shape. own: whether own kernels are part of it."""
+    """What was measured for a form, a line each shape; what was taken; whether own kernels are part of it."""
 
     attention: tuple[str, ...]
     kernels: tuple[str, ...]
+    attention_taken: dict[str, str]
+    kernels_taken: dict[str, str]
     own: bool
 
 
@@ -92,17 +94,25 @@ class Compiler:
         if isinstance(network, UNet):
             use_product(network, scaled_mm)
         weights: dict[str, Tensor] = {}
+        taken: dict[Form, _Chosen] = {}
         # The largest batch first: there is most to gain, and what is chosen for it is chosen for all.
         for form in sorted(spec.forms, key=lambda form: form.batch.high, reverse=True):
-            code = self._form(spec, form, network, place / _file(spec, form))
+            code, taken[form] = self._form(spec, form, network, place / _file(spec, form))
             weights.update(_weights_of(network, code))
         _write_weights(weights, spec.name, place)
         return [
-            Variant(file=_file(spec, form), batch=form.batch, height=form.height, width=form.width)
+            Variant(
+                file=_file(spec, form),
+                batch=form.batch,
+                height=form.height,
+                width=form.width,
+                attention=taken[form].attention_taken,
+                kernels=taken[form].kernels_taken,
+            )
             for form in spec.forms
         ]
 
-    def _form(self, spec: ModuleSpec, form: Form, network: nn.Module, path: Path) -> Code:
+    def _form(self, spec: ModuleSpec, form: Form, network: nn.Module, path: Path) -> tuple[Code, _Chosen]:
         inputs, dynamic = traced_with(spec, form)
         given = {
             name: example(tensor, dynamic.get(name, {})).to(self.target.device)
@@ -143,7 +153,7 @@ class Compiler:
             description.write_text(code.model_dump_json(), encoding="utf-8")
 
         self.store.fill(key, targets, compile_now)
-        return Code.model_validate_json(description.read_bytes())
+        return Code.model_validate_json(description.read_bytes()), chosen
 
     def _choose(self, network: nn.Module, inputs: Mapping[str, Tensor], *, fixed: bool) -> _Chosen:
         """Give a network of fixed sizes the fastest kernels for each of its shapes: what was measured."""
@@ -159,6 +169,8 @@ class Compiler:
         return _Chosen(
             attention=tuple(sorted(attention.report())) if attention else (),
             kernels=tuple(sorted(own.report())) if own else (),
+            attention_taken=attention.taken() if attention else {},
+            kernels_taken=own.taken() if own else {},
             own=own is not None and own.uses_own(),
         )
 

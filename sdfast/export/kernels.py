@@ -120,6 +120,10 @@ class OwnKernels:
         """Whether some shape that was met is computed by an own kernel."""
         return any(measured.kind != COMPILER for measured in self._met.values())
 
+    def taken(self) -> dict[str, str]:
+        """Of each shape that was met, in words, the kernel that computes it, or `COMPILER`."""
+        return {what: measured.kind for what, measured in self._met.items()}
+
     def report(self) -> list[str]:
         """A line for each shape that was met: what computes it, the times of all, and what was left out."""
         return [f"{what}: {_outcome(measured)}" for what, measured in self._met.items()]

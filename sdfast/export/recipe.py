@@ -22,6 +22,7 @@ from sdfast.manifest import Span
 from sdfast.request import MAX_IMAGES, MAX_SIDE
 
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
+_RECORDED = "recorded"  # the context in which an engine's own recipe is read
 
 
 def _size(text: str) -> str:
@@ -79,13 +80,17 @@ class Recipe(_Part):
     device: "inductor", and no other: what it is compiled for, the very device that is here; default: "cpu" in
         fp32, "cuda" in fp16.
     autotune: "inductor": try the kernels for attention, and on CUDA the ways to compute each product, and
-        take the fastest; default: on CUDA.
-    kernels: "inductor" on CUDA: "auto" (default) tries sdfast's own too when autotuning fixed sizes and
-        batches, and takes each where it is faster than the compiler's; "compiler" never takes one.
-    winograd: ONNX for the CPU in fp32: the faster algorithm for 3×3 convolutions; its weights take more room.
+        take the fastest; default: on CUDA. A CPU has the kernels alone, which are tried for fixed sizes and
+        batches.
+    kernels: "inductor" on CUDA: "auto" (default) tries sdfast's own too when autotuning fixed sizes, and
+        takes each where it is faster than the compiler's; "compiler" never takes one.
+    winograd: ONNX for the CPU: the faster algorithm for 3×3 convolutions in fp32; its weights take more room.
+        Default there: true.
     fp8: "inductor" and "eager" in fp16: the U-Net's linear layers in FP8, an approximation. For GPUs of
         compute capability 8.9 and above; eager engines of it also run on a CPU, slowly, for checks.
-    vae: of fp16 engines: "auto", float16 wherever its numbers can be made to fit, or "fp32".
+    vae: of fp16 engines: "auto" (default), float16 wherever its numbers can be made to fit, or "fp32".
+
+    A field that has no use in a recipe is None there, and refused when it is given.
     """
 
     checkpoint: str | None = None
@@ -99,9 +104,9 @@ class Recipe(_Part):
     device: Literal["cpu", "cuda"] | None = None
     autotune: bool | None = None
     kernels: Literal["auto", "compiler"] | None = None
-    winograd: bool = True
+    winograd: Annotated[bool | None, Field(validate_default=True)] = None
     fp8: bool = False
-    vae: Literal["auto", "fp32"] = "auto"
+    vae: Annotated[Literal["auto", "fp32"] | None, Field(validate_default=True)] = None
 
     @field_validator("batch")
     @classmethod
@@ -120,7 +125,8 @@ class Recipe(_Part):
             return provider or ("cuda" if info.data.get("dtype") == "fp16" else "cpu")
         if backend is not None and provider is not None:
             instead = "give device instead" if backend == "inductor" else "leave it out"
-            raise ValueError(f"only the onnx backend has providers; for {backend}, {instead}")
+            _idle(info, f"only the onnx backend has providers; for {backend}, {instead}")
+            return None
         return provider
 
     @field_validator("device")
@@ -129,15 +135,59 @@ class Recipe(_Part):
         backend = info.data.get("backend")
         if device is not None and backend in ("onnx", "eager"):
             instead = "give provider instead" if backend == "onnx" else "name it when the engine is opened"
-            raise ValueError(f"only the inductor backend compiles for a device; for {backend}, {instead}")
+            _idle(info, f"only the inductor backend compiles for a device; for {backend}, {instead}")
+            return None
         return device
+
+    @field_validator("autotune")
+    @classmethod
+    def _tuned_by_inductor(cls, autotune: bool | None, info: ValidationInfo) -> bool | None:
+        known = info.data
+        if autotune is None or not {"backend", "dtype", "device", "sizes", "batch"} <= known.keys():
+            return autotune
+        if known["backend"] != "inductor":
+            _idle(info, "only the inductor backend times candidates; leave it out")
+            return None
+        fixed = not isinstance(known["sizes"], SizeRange) and not isinstance(known["batch"], int)
+        if autotune and not fixed and _compiled_for(known["device"], known["dtype"]) == "cpu":
+            _idle(
+                info,
+                "on a CPU it tries the kernels for attention, and those for fixed sizes and batches alone; "
+                "give both as lists, or leave it out",
+            )
+            return None
+        return autotune
 
     @field_validator("kernels")
     @classmethod
     def _chosen_by_inductor(cls, kernels: str | None, info: ValidationInfo) -> str | None:
-        if kernels is not None and info.data.get("backend", "inductor") != "inductor":
-            raise ValueError("only the inductor backend chooses kernels; leave it out")
+        known = info.data
+        if kernels is None or not {"backend", "dtype", "device", "sizes", "autotune"} <= known.keys():
+            return kernels
+        why = ""
+        if known["backend"] != "inductor":
+            why = "only the inductor backend chooses kernels; leave it out"
+        elif _compiled_for(known["device"], known["dtype"]) == "cpu":
+            why = "sdfast's own are for device cuda; leave it out"
+        elif kernels == "auto" and known["autotune"] is False:
+            why = "sdfast's own are tried by autotuning, which is off; leave one of the two out"
+        elif kernels == "auto" and isinstance(known["sizes"], SizeRange):
+            why = "sdfast's own are tried for fixed sizes; give these as a list, or leave it out"
+        if why:
+            _idle(info, why)
+            return None
         return kernels
+
+    @field_validator("winograd")
+    @classmethod
+    def _where_winograd_is(cls, winograd: bool | None, info: ValidationInfo) -> bool | None:
+        if not {"backend", "dtype", "provider"} <= info.data.keys():
+            return winograd
+        if info.data["provider"] == "cpu":
+            return winograd is not False
+        if winograd is not None:
+            _idle(info, "only graphs for the CPU have it: backend onnx, provider cpu; leave it out")
+        return None
 
     @field_validator("fp8")
     @classmethod
@@ -151,6 +201,17 @@ class Recipe(_Part):
         if info.data["backend"] == "inductor" and info.data.get("device") == "cpu":
             raise ValueError("compiled for device cuda alone; on a CPU take backend eager, for checks")
         return fp8
+
+    @field_validator("vae")
+    @classmethod
+    def _where_vae_may_differ(cls, vae: str | None, info: ValidationInfo) -> str | None:
+        if not {"backend", "dtype"} <= info.data.keys():
+            return vae
+        if info.data["dtype"] == "fp16":
+            return vae or "auto"
+        if vae is not None:
+            _idle(info, "only fp16 engines choose it, and this one is fp32 as a whole; leave it out")
+        return None
 
     @classmethod
     def make(cls, **fields: Any) -> Self:
@@ -176,15 +237,16 @@ class Recipe(_Part):
     def recorded(cls, fields: Mapping[str, Any]) -> Self:
         """The recipe that an engine's manifest holds. Raises `ExportError`.
 
-        Those of older engines may name a provider or a device that meant nothing to their backend.
+        Those of older engines may hold fields that had no use there, which are left out.
         """
-        meant = {"onnx": "provider", "inductor": "device"}.get(fields.get("backend", "onnx"))
-        idle = {"provider", "device"} - {meant}
-        return cls.make(**{name: value for name, value in fields.items() if name not in idle})
+        try:
+            return cls.model_validate(dict(fields), context=_RECORDED)
+        except ValidationError as error:
+            raise ExportError(f"recipe: {_explain(error)}") from None
 
     @property
     def target_device(self) -> str:
-        return self.device or ("cuda" if self.dtype == "fp16" else "cpu")
+        return _compiled_for(self.device, self.dtype)
 
     @property
     def max_images(self) -> int:
@@ -202,6 +264,16 @@ class Recipe(_Part):
             return [self.sizes.spans]
         pairs = [sides(size) for size in self.sizes or (f"{default}x{default}",)]
         return [(Span.exactly(height), Span.exactly(width)) for height, width in dict.fromkeys(pairs)]
+
+
+def _compiled_for(device: str | None, dtype: str) -> str:
+    return device or ("cuda" if dtype == "fp16" else "cpu")
+
+
+def _idle(info: ValidationInfo, why: str) -> None:
+    """What becomes of a field without use: it is refused, or left out of a recipe that was recorded."""
+    if info.context is not _RECORDED:
+        raise ValueError(why)
 
 
 def _explain(error: ValidationError) -> str:

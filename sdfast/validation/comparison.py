@@ -16,15 +16,16 @@ from sdfast.engine import Engine
 from sdfast.errors import CheckpointError, EngineError, RequestError
 from sdfast.export.checkpoint import Checkpoint
 from sdfast.export.checkpoint import resolve as resolve_checkpoint
-from sdfast.first_latents import Over
+from sdfast.first_latents import Over, check_edits
 from sdfast.pipeline import Pipeline, check_channels
 from sdfast.request import Request
 from sdfast.schedulers import Schedule, resolve, schedule
 from sdfast.validation import rule
+from sdfast.validation.inpainting import Scene, measure_told
 from sdfast.validation.modules import Stock, measure, scheduler_error, token_ids
 from sdfast.validation.pictures import Picture, Repetition, compare_picture, repeat
 from sdfast.validation.proof import publish_proof
-from sdfast.validation.reference import PIPELINES, reference_pipeline, stock
+from sdfast.validation.reference import OVER, PIPELINES, reference_pipeline, stock
 from sdfast.validation.report import Check, ModuleFigures, PictureFigures, Report, Setting
 from sdfast.versions import installed
 
@@ -43,7 +44,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class _Trial:
-    """The pictures of one scheduler. scheduler: None for the checkpoint's own."""
+    """The pictures of one scheduler."""
 
     name: str
     plan: Schedule
@@ -68,6 +69,8 @@ def validate(
         changed since. scheduler: names to run; default: the checkpoint's own, and one that draws noise.
     device: of both sides; default: the engine's.
 
+    What an engine whose U-Net is for inpainting draws, it draws over the masked part of an image (`Scene`).
+
     Writes `validation/report.json` and `validation/report.html` into the engine, and the figures into its
     manifest. An engine that differs makes a report whose `passed` is False, not an error.
 
@@ -78,7 +81,9 @@ def validate(
     start, tell = time.perf_counter(), progress or _silent
     stock()
     engine = _opened(engine, device)
-    check_channels(engine.manifest.model, masked=False)
+    check_channels(engine.manifest.model, masked=True)
+    if engine.manifest.model.inpaints:
+        check_edits(engine)
     tell("checkpoint")
     reference, notes = _checkpoint(engine, checkpoint)
     tell("stock pipelines")
@@ -89,12 +94,14 @@ def validate(
         else None,
     )
     requests, more = _requests(engine, reference, prompts, steps, guidance_scale, scheduler, seed)
-    trials = [_trial(engine, sides, own, tell) for own in requests]
-    over = _over_trial(engine, sides, trials[0], tell) if engine.manifest.edits else []
+    first = requests[0][0]
+    scene = Scene.make(first.height, first.width) if engine.manifest.model.inpaints else None
+    trials = [_trial(engine, sides, own, scene, tell) for own in requests]
+    over = _over_trial(engine, sides, trials[0], scene, tell) if engine.manifest.edits else []
     tell("modules")
-    judged, figures, checks = _judge(engine, reference, sides, trials, over)
+    judged, figures, checks = _judge(engine, reference, sides, trials, over, scene)
     report = Report(
-        setting=_setting(engine, reference, requests[0][0], start),
+        setting=_setting(engine, reference, first, start),
         modules=tuple(judged),
         pictures=tuple(figures),
         checks=tuple(checks),
@@ -172,6 +179,7 @@ def _requests(
     prompts = PROMPTS if prompts is None else tuple(prompts)
     if not prompts:
         raise RequestError("prompts: none given; give at least one")
+    strength = 1.0 if engine.manifest.model.inpaints else None
     requests = [
         [
             Request.make(
@@ -182,6 +190,7 @@ def _requests(
                 num_inference_steps=steps,
                 scheduler=name,
                 guidance_scale=float(guidance_scale),
+                strength=strength,
                 seed=seed + i,
             )
             for i, prompt in enumerate(prompts)
@@ -222,7 +231,9 @@ def _size(engine: Engine) -> tuple[int, int, list[str]]:
     return height, width, sorted(sizes - {f"{width}x{height}"})
 
 
-def _trial(engine: Engine, sides: Stock, requests: Sequence[Request], tell: Progress) -> _Trial:
+def _trial(
+    engine: Engine, sides: Stock, requests: Sequence[Request], scene: Scene | None, tell: Progress
+) -> _Trial:
     pipe = Pipeline(engine)
     pipe.set_progress_bar_config(disable=True)
     first = requests[0]
@@ -232,24 +243,30 @@ def _trial(engine: Engine, sides: Stock, requests: Sequence[Request], tell: Prog
         engine.scheduler_config,
         num_inference_steps=first.num_inference_steps,
     )
+    over, wanted = scene.over if scene else None, _observed(len(plan))
     pictures = []
     for i, request in enumerate(requests):
         tell(f"{name}: picture {i + 1} of {len(requests)}")
-        pictures.append(compare_picture(pipe, sides.exact, sides.same, request, _observed(len(plan))))
+        pictures.append(compare_picture(pipe, sides.exact, sides.same, request, wanted, over))
     return _Trial(name, plan, pictures)
 
 
-def _over_trial(engine: Engine, sides: Stock, trial: _Trial, tell: Progress) -> list[_Trial]:
-    """The first prompt over the picture of the last one; none where that would leave no step to do."""
+def _over_trial(
+    engine: Engine, sides: Stock, trial: _Trial, scene: Scene | None, tell: Progress
+) -> list[_Trial]:
+    """The first prompt over the picture of the last one, or over the scene: it begins with latents of that.
+
+    None where that would leave no step to do.
+    """
     steps = trial.pictures[0].request.num_inference_steps
     if steps is None or int(steps * STRENGTH) < 1:
         return []
-    name = f"{trial.name}, over a picture"
+    name = f"{trial.name}, strength {STRENGTH:g}" if scene else f"{trial.name}, over a picture"
     tell(name)
     pipe = Pipeline(engine)
     pipe.set_progress_bar_config(disable=True)
     request = trial.pictures[0].request.model_copy(update={"strength": STRENGTH})
-    drawn_over = Over(trial.pictures[-1].truth.image[None])
+    drawn_over = scene.over if scene else Over(trial.pictures[-1].truth.image[None])
     picture = compare_picture(pipe, sides.exact, sides.same, request, over=drawn_over)
     return [_Trial(name, trial.plan, [picture])]
 
@@ -259,7 +276,12 @@ def _observed(steps: int) -> list[int]:
 
 
 def _judge(
-    engine: Engine, reference: Checkpoint, sides: Stock, trials: Sequence[_Trial], over: Sequence[_Trial]
+    engine: Engine,
+    reference: Checkpoint,
+    sides: Stock,
+    trials: Sequence[_Trial],
+    over: Sequence[_Trial],
+    scene: Scene | None,
 ) -> tuple[list[ModuleFigures], list[PictureFigures], list[Check]]:
     """Every figure with its verdict. over: the trials over pictures, of which only those are judged."""
     fp8 = bool(engine.manifest.fp8)
@@ -267,6 +289,8 @@ def _judge(
     runs = [picture.truth for trial in trials for picture in trial.pictures]
     steps = [step for picture in trials[0].pictures for step in picture.truth.steps]
     measured = measure(engine, sides, ["", *prompts], runs, steps)
+    if scene is not None:
+        measured += measure_told(engine, sides, scene, trials[0].pictures)
     checks = [_same_tokens(engine, sides.exact, ["", *prompts]), _same_scheduler(engine, reference)]
     whole = rule.measured_pictures([picture for trial in [*trials, *over] for picture in trial.pictures])
     figures = []
@@ -307,19 +331,21 @@ def _same_scheduler(engine: Engine, reference: Checkpoint) -> Check:
 
 
 def _setting(engine: Engine, reference: Checkpoint, request: Request, start: float) -> Setting:
-    manifest = engine.manifest
-    versions = _versions()
+    manifest, versions = engine.manifest, _versions()
+    inpaints = manifest.model.inpaints
+    stock_name = OVER[reference.family == "sdxl"][True] if inpaints else PIPELINES[reference.family]
     return Setting(
         engine=manifest.name,
         folder=str(engine.folder),
         backend=", ".join([manifest.backend, *engine.running_as]),
         dtype=manifest.dtype,
         fp8=len(manifest.fp8),
+        inpaints=inpaints,
         device=str(engine.device),
         checkpoint=reference.source
         if reference.revision is None
         else f"{reference.source}@{reference.revision}",
-        reference=f"diffusers {versions['diffusers']} {PIPELINES[reference.family]} in float32",
+        reference=f"diffusers {versions['diffusers']} {stock_name} in float32",
         height=request.height,
         width=request.width,
         steps=request.num_inference_steps or 0,

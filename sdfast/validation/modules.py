@@ -190,7 +190,7 @@ def _vae_decoder(engine: Engine, stock: Stock, runs: Sequence[Run]) -> Measured:
         for part in latents
     ]
     error = compare((_shaped("vae_decoder", v, t), t) for v, t in zip(values, truths, strict=True))
-    own, bfloat = _stock_vae_like(engine, stock, "vae_decoder")
+    own, bfloat = stock_vae_like(engine, stock, "vae_decoder")
     return Measured(
         "vae_decoder",
         "the reference's last latents",
@@ -212,17 +212,17 @@ def _decoded(pipe: Any, latents: Tensor) -> Tensor:
 
 def _vae_encoder(engine: Engine, stock: Stock, runs: Sequence[Run]) -> Measured:
     images = [run.image for run in runs]
-    truths = [_encoded(stock.exact, image) for image in images]
+    truths = [stock_moments(stock.exact, image) for image in images]
     values = [_moments(engine, image) for image in images]
     error = compare((_shaped("vae_encoder", v, t), t) for v, t in zip(values, truths, strict=True))
-    own, bfloat = _stock_vae_like(engine, stock, "vae_encoder")
+    own, bfloat = stock_vae_like(engine, stock, "vae_encoder")
     return Measured(
         "vae_encoder",
         "mean and spread of the reference's pictures",
         error,
         None
         if own is None
-        else compare(zip((_encoded(own, image) for image in images), truths, strict=True)),
+        else compare(zip((stock_moments(own, image) for image in images), truths, strict=True)),
         bfloat,
     )
 
@@ -235,8 +235,8 @@ def _moments(engine: Engine, image: Tensor) -> Tensor:
 
 
 @as_reference()
-def _encoded(pipe: Any, image: Tensor) -> Tensor:
-    """The same, the stock VAE's, float32."""
+def stock_moments(pipe: Any, image: Tensor) -> Tensor:
+    """The same by the stock VAE of `pipe`, float32."""
     with _stock_vae(pipe) as vae:
         moments = vae.encode((2 * image[None] - 1).to(vae.device, vae.dtype)).latent_dist
         stacked = torch.stack([moments.mean, moments.std]).float()
@@ -251,7 +251,7 @@ class _StockVAE:
     image_processor: Any
 
 
-def _stock_vae_like(engine: Engine, stock: Stock, name: str) -> tuple[Any | None, str | None]:
+def stock_vae_like(engine: Engine, stock: Stock, name: str) -> tuple[Any | None, str | None]:
     """What has the stock VAE that half `name` of the engine's is held to, and its dtype if that is another.
 
     Where stock keeps the VAE in float32 and the engine does not, it is stock's in bfloat16: the half
@@ -311,7 +311,11 @@ def replay(plan: Schedule, run: Run) -> Pairs:
         noise = BrownianNoise(first, plan.brownian, shape, 1, torch.device("cpu"))
     registers = torch.zeros(plan.registers, shape.numel(), dtype=torch.float64)
     registers[0] = noise.initial().double().flatten() * plan.init_noise_sigma
-    samples = {step.index: step.sample[-1] for step in run.steps}
+    if run.masked:
+        noise.initial()  # of the masked image's latents
+    samples = {
+        step.index: step.sample[-1, : shape[0]] for step in run.steps
+    }  # the latents, of all it is told
     for k, (output, latents) in enumerate(zip(run.outputs, run.latents, strict=True)):
         if k in samples:
             yield registers[0] * plan.input_scale[k], samples[k]

@@ -40,7 +40,7 @@ class StepOutputs:
 
 @dataclass
 class Run:
-    """One picture by the stock pipeline.
+    """One picture by the stock pipeline. masked: whether it was drawn over the masked part of an image.
 
     latents, outputs: after each evaluation of the network, [1, C, h, w] float32: the latents, and the guided
     model output that led to them. steps: the inputs of the steps that were asked for.
@@ -48,6 +48,7 @@ class Run:
     """
 
     seed: int
+    masked: bool = False
     timesteps: list[float] = field(default_factory=list)
     latents: list[Tensor] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
@@ -61,7 +62,7 @@ def observed_run(pipe: Any, request: Request, wanted: Collection[int] = (), over
 
     over: what it is drawn over.
     """
-    run = Run(request.seed)
+    run = Run(request.seed, masked=over is not None and over.mask is not None)
     scheduler = _watched_scheduler(stock_scheduler(pipe, request.scheduler), run)
     with _watched_unet(pipe.unet, run, wanted):
         run.image = generate(pipe, request, scheduler=scheduler, output_type="pt", over=over)[0].cpu()

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from sdfast.errors import DependencyError
+from sdfast.first_latents import Over
 from sdfast.pipeline import to_uint8
 from sdfast.validation.pictures import Picture
 from sdfast.validation.report import ModuleFigures, PictureFigures, Report, decibels
@@ -37,6 +38,7 @@ def page(report: Report, pictures: Sequence[Picture]) -> str:
     return template.render(
         report=report,
         shown=[_shown(p, figures) for p, figures in zip(pictures, report.pictures, strict=True)],
+        scene=_scene(pictures[0].over) if report.setting.inpaints else None,
         gauge=Gauge.of(report.modules),
         drift=Drift.of(report.pictures),
         rule={"module": RELATIVE_L2, "picture": PICTURE_DB, "factor": STOCK_FACTOR, "fp8": FP8_BARS},
@@ -61,6 +63,20 @@ def _shown(picture: Picture, figures: PictureFigures) -> Shown:
     truth, image = picture.truth.image, picture.image.nan_to_num(0.0)
     amplified, gain = difference(image, truth)
     return Shown(figures, png(truth), png(image), png(amplified), gain)
+
+
+@dataclass(frozen=True)
+class ShownScene:
+    """What all pictures of an inpainting engine were drawn over, as data URIs."""
+
+    image: str
+    mask: str
+
+
+def _scene(over: Over | None) -> ShownScene | None:
+    if over is None or over.mask is None:
+        return None
+    return ShownScene(png(over.image[0]), png(over.mask[0].expand(3, -1, -1)))
 
 
 def difference(image: Tensor, truth: Tensor) -> tuple[Tensor, int]:

@@ -25,12 +25,16 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture by the engine, by the float32 stock pipeline, and by that in the engine's own dtype."""
+    """One picture by the engine, by the float32 stock pipeline, and by that in the engine's own dtype.
+
+    over: what it was drawn over.
+    """
 
     request: Request
     truth: Run
     same: Run | None
     engine: Drawn
+    over: Over | None = None
 
     @property
     def image(self) -> Tensor:
@@ -87,7 +91,7 @@ def compare_picture(
     wanted: steps whose U-Net inputs the float32 run keeps.
     """
     truth = observed_run(exact, request, wanted, over)
-    return Picture(request, truth, _reduced_run(same, request, over), draw(pipe, request, over))
+    return Picture(request, truth, _reduced_run(same, request, over), draw(pipe, request, over), over)
 
 
 def _reduced_run(same: Any | None, request: Request, over: Over | None) -> Run | None:
@@ -103,14 +107,17 @@ def _reduced_run(same: Any | None, request: Request, over: Over | None) -> Run |
 
 
 def repeat(pipe: Pipeline, pictures: Sequence[Picture]) -> Repetition:
-    """Draw again what was drawn: once the same, once all in one request. All of one scheduler and seed."""
-    first = pictures[0].request
+    """Draw again what was drawn: once the same, once all in one request.
+
+    All of one scheduler and seed, and over the same image, if over any.
+    """
+    first, over = pictures[0].request, pictures[0].over
     prompts = tuple(picture.request.prompts[0] for picture in pictures)
     negatives = tuple(picture.request.negative_prompts[0] for picture in pictures)
     whole = first.model_copy(update={"prompts": prompts, "negative_prompts": negatives})
-    batch = draw(pipe, whole).images
+    batch = draw(pipe, whole, over).images
     return Repetition(
-        repeated=torch.equal(draw(pipe, first).images, pictures[0].engine.images),
+        repeated=torch.equal(draw(pipe, first, over).images, pictures[0].engine.images),
         batched=[(image, picture.image) for image, picture in zip(batch, pictures, strict=True)],
     )
 

@@ -73,13 +73,18 @@ class Failure(_Part):
 
 
 class Setting(_Part):
-    """What was compared, how, and where. fp8: how many layers of the engine's U-Net are in FP8."""
+    """What was compared, how, and where.
+
+    fp8: how many layers of the engine's U-Net are in FP8. inpaints: whether all pictures were drawn over the
+    masked part of one image.
+    """
 
     engine: str
     folder: str
     backend: str
     dtype: str
     fp8: int = 0
+    inpaints: bool = False
     device: str
     checkpoint: str
     reference: str
@@ -170,7 +175,7 @@ class Report(_Part):
             f"{setting.device}, "
             f"against {setting.reference}",
             f"{setting.width}x{setting.height}, {setting.steps} steps, guidance {setting.guidance_scale:g}, "
-            f"seed {setting.seed}",
+            f"seed {setting.seed}{', over the masked part of one image' * setting.inpaints}",
             "",
             *_columns(_MODULE_HEAD, [_module_line(module) for module in self.modules]),
             "",

@@ -197,8 +197,10 @@ def test_attention_is_the_fastest_kernel_for_each_shape(
     compiler = Compiler(this_machine(CPU), autotune=True, store=CodeStore(tmp_path))
     network = spec.load()
     inputs, _ = traced_with(spec, spec.forms[0])
-    told = compiler._choose(network, inputs, fixed=True).attention
+    chosen = compiler._choose(network, inputs, fixed=True)
+    told = chosen.attention
     assert told and all(f": {kind} (" in line for line in told)
+    assert chosen.attention_taken == {line.partition(":")[0]: kind for line in told}
     operations = {
         "sdpa": "scaled_dot_product_attention.default",
         "flash": "_scaled_dot_product_flash_attention_for_cpu",
@@ -206,7 +208,8 @@ def test_attention_is_the_fastest_kernel_for_each_shape(
     }
     graph = str(inductor._trace(network, inputs, {}).graph)
     assert [kind for kind, name in operations.items() if name in graph] == [kind]
-    assert compiler._choose(network, inputs, fixed=False).attention == ()
+    free = compiler._choose(network, inputs, fixed=False)
+    assert (free.attention, free.attention_taken) == ((), {})
     assert operations["sdpa"] in str(inductor._trace(network, inputs, {}).graph)
 
 
@@ -298,6 +301,12 @@ def test_an_autotuned_engine_draws_the_same_picture(tiny_sd: Path, sd_engine: Pa
     tuned = export(tiny_sd, tmp_path / "tuned", recipe)
     code = Code.model_validate_json((tuned / "unet-64x64-b2.json").read_bytes())
     assert code.attention
+    manifest = read_manifest(tuned)
+    taken = manifest.modules["unet"].variants[1].attention
+    assert sorted(f"{what}: {kind}" for what, kind in taken.items()) == [
+        line.partition(" (")[0] for line in code.attention
+    ]
+    assert "\nattention    " in manifest.summary()
     assert_same(picture(tuned), picture(sd_engine, width=64, height=64))
 
 

@@ -18,7 +18,7 @@ from sdfast.errors import ExportError
 from sdfast.export import inductor
 from sdfast.export.checkpoint import resolve
 from sdfast.export.code_store import CodeStore
-from sdfast.export.inductor import Compiler
+from sdfast.export.inductor import Compiler, _Chosen
 from sdfast.export.kernels import OwnKernels, use_own
 from sdfast.export.modules import Form, ModuleSpec, Networks, module_specs
 from sdfast.export.recipe import Recipe
@@ -122,18 +122,20 @@ def test_an_engine_with_own_kernels_is_compiled_once_and_says_so(
 ) -> None:
     """Another export asks nobody, and the numbers are the definition's."""
     spec, said = blocks(), list[str]()
-    codes = []
+    codes, taken = [], []
     for number in (1, 2):
         place = tmp_path / str(number)
         place.mkdir()
         compiler = Compiler(this_machine(CPU), True, CodeStore(tmp_path / "store"), say=said.append)
-        compiler.compile(spec, place)
+        [variant] = compiler.compile(spec, place)
+        taken.append(variant.kernels)
         codes.append((place / "blocks.json").read_text("utf-8"))
         own_kernels["own"] = 5.0
     assert compiled == ["blocks"]
     assert codes[0] == codes[1]
     told = Code.model_validate_json(codes[0]).kernels
     assert told and all(": own (own 1.000 ms, compiler 2.000 ms), in a batch of 2" in line for line in told)
+    assert {line.partition(":")[0]: "own" for line in told} == taken[0] == taken[1]
     assert said == []
     inputs = spec.inputs(2, 8, 8)
     ours = Inductor(CPU).load(tmp_path / "1" / "blocks.pt2")(inputs)["y"]
@@ -217,19 +219,23 @@ def test_code_that_cannot_be_compiled_with_own_kernels_may_be_without(
 def test_the_largest_batch_decides_for_all(
     tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_kernels: dict[str, float]
 ) -> None:
-    """Whichever a recipe names first; the manifest has the forms in the recipe's order."""
+    """Whichever a recipe names first. The manifest has the recipe's order, and the choices."""
     recipe = Recipe.make(backend="inductor", sizes=["64x64"], batch=[1, 2])
     spec = module_specs(Networks.of(resolve(tiny_sd)), recipe)[0]
     order: list[str] = []
 
-    def form(_self: Compiler, spec: ModuleSpec, form: Form, network: nn.Module, path: Path) -> Code:
+    def form(_self: Compiler, spec: ModuleSpec, form: Form, network: nn.Module, path: Path) -> Any:
         order.append(path.stem)
-        return Code(module="unet", inputs=(), outputs=(), constants={}, literals={})
+        chosen = _Chosen((), (), {"attention": path.stem}, {"norm": path.stem}, own=True)
+        return Code(module="unet", inputs=(), outputs=(), constants={}, literals={}), chosen
 
     monkeypatch.setattr(Compiler, "_form", form)
     variants = Compiler(this_machine(CPU), True, CodeStore(tmp_path)).compile(spec, tmp_path)
     assert order == ["unet-64x64-b4", "unet-64x64-b2", "unet-64x64-b1"]
-    assert [variant.file for variant in variants] == [f"unet-64x64-b{rows}.pt2" for rows in (1, 2, 4)]
+    assert [(form.file, form.attention, form.kernels) for form in variants] == [
+        (f"{name}.pt2", {"attention": name}, {"norm": name})
+        for name in ("unet-64x64-b1", "unet-64x64-b2", "unet-64x64-b4")
+    ]
 
 
 def test_own_kernels_are_not_tried_where_they_cannot_run(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from sdfast.errors import ExportError
 from sdfast.export.recipe import Recipe
 from sdfast.manifest import Span
 
+FREE = {"min": "64x64", "max": "128x128"}
 RECIPES = sorted((Path(__file__).parents[2] / "export").glob("*.toml"))
 
 
@@ -68,6 +69,43 @@ RECIPES = sorted((Path(__file__).parents[2] / "export").glob("*.toml"))
             {"kernels": "compiler"},
             "kernels: only the inductor backend chooses kernels; leave it out (got 'compiler')",
         ),
+        (
+            {"kernels": "auto", "backend": "inductor", "device": "cpu", "dtype": "fp16"},
+            "kernels: sdfast's own are for device cuda; leave it out (got 'auto')",
+        ),
+        (
+            {"kernels": "auto", "backend": "inductor", "dtype": "fp16", "autotune": False},
+            "kernels: sdfast's own are tried by autotuning, which is off; leave one of the two out",
+        ),
+        (
+            {"kernels": "auto", "backend": "inductor", "dtype": "fp16", "sizes": FREE},
+            "kernels: sdfast's own are tried for fixed sizes; give these as a list, or leave it out",
+        ),
+        ({"autotune": True}, "autotune: only the inductor backend times candidates; leave it out (got True)"),
+        ({"autotune": False, "backend": "eager"}, "autotune: only the inductor backend times candidates"),
+        (
+            {"autotune": True, "backend": "inductor"},
+            "autotune: on a CPU it tries the kernels for attention, and those for fixed sizes and batches",
+        ),
+        (
+            {"autotune": True, "backend": "inductor", "sizes": FREE, "batch": [1]},
+            "autotune: on a CPU it tries the kernels for attention, and those for fixed sizes and batches",
+        ),
+        (
+            {"winograd": True, "dtype": "fp16"},
+            "winograd: only graphs for the CPU have it: backend onnx, provider cpu; leave it out (got True)",
+        ),
+        ({"winograd": False, "backend": "inductor"}, "winograd: only graphs for the CPU have it"),
+        (
+            {"vae": "auto"},
+            "vae: only fp16 engines choose it, and this one is fp32 as a whole; leave it out (got 'auto')",
+        ),
+        ({"vae": "fp32", "backend": "eager"}, "vae: only fp16 engines choose it"),
+        (
+            {"backend": "jax", "autotune": True, "kernels": "auto", "winograd": True, "vae": "auto"},
+            "backend: must be 'onnx', 'inductor' or 'eager' (got 'jax')",
+        ),
+        ({"provider": "rocm", "winograd": True}, "provider: must be 'cpu', 'cuda' or 'tensorrt'"),
         ({"fp8": "yes please"}, "fp8: must be a valid boolean"),
         (
             {"fp8": True},
@@ -159,15 +197,37 @@ def test_a_provider_follows_from_the_dtype_and_is_recorded() -> None:
     assert Recipe(dtype="fp16").model_dump()["provider"] == "cuda"
 
 
+def test_what_has_a_use_is_recorded_and_nothing_else() -> None:
+    def recorded(**fields: Any) -> dict[str, Any]:
+        return Recipe.make(**fields).model_dump(
+            exclude={"batch", "fp8", "dtype", "backend"}, exclude_none=True
+        )
+
+    assert recorded() == {"provider": "cpu", "winograd": True}
+    assert recorded(winograd=False) == {"provider": "cpu", "winograd": False}
+    assert recorded(dtype="fp16") == {"provider": "cuda", "vae": "auto"}
+    half_on_cpu = {"provider": "cpu", "winograd": True, "vae": "fp32"}
+    assert recorded(dtype="fp16", provider="cpu", vae="fp32") == half_on_cpu
+    assert recorded(backend="eager") == recorded(backend="inductor") == {}
+    assert recorded(backend="inductor", autotune=False) == {"autotune": False}
+    fixed = {"backend": "inductor", "batch": [1], "autotune": True}
+    assert recorded(**fixed) == {"autotune": True}
+    on_cuda = {"kernels": "auto", "autotune": True}
+    assert recorded(backend="inductor", dtype="fp16", **on_cuda) == {**on_cuda, "vae": "auto"}
+    never = {"kernels": "compiler", "autotune": False}
+    assert recorded(backend="inductor", device="cuda", sizes=["8x8"], **never).items() >= never.items()
+
+
 def test_a_recorded_recipe_may_name_what_meant_nothing_to_its_backend() -> None:
-    both = {"dtype": "fp32", "provider": "cpu", "device": "cpu", "batch": 2}
-    for backend, provider, device in (
-        ("onnx", "cpu", None),
-        ("inductor", None, "cpu"),
-        ("eager", None, None),
+    all_of_them = {"dtype": "fp32", "provider": "cpu", "device": "cpu", "batch": 2, "fp8": False}
+    all_of_them |= {"autotune": True, "kernels": "auto", "winograd": True, "vae": "auto"}
+    for backend, meant in (
+        ("onnx", {"provider": "cpu", "winograd": True}),
+        ("inductor", {"device": "cpu"}),
+        ("eager", {}),
     ):
-        recipe = Recipe.recorded({"backend": backend, **both})
-        assert (recipe.backend, recipe.provider, recipe.device) == (backend, provider, device)
-        assert Recipe.recorded(recipe.model_dump()) == recipe
+        recipe = Recipe.recorded({"backend": backend, **all_of_them})
+        assert recipe == Recipe.make(backend=backend, batch=2, **meant)
+        assert Recipe.recorded(recipe.model_dump(mode="json", exclude_none=True)) == recipe
     with pytest.raises(ExportError, match="recipe: batch: must be"):
         Recipe.recorded({"backend": "onnx", "batch": 0})
