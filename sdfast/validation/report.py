@@ -73,7 +73,8 @@ class Failure(_Part):
 
 
 class Setting(_Part):
-    """What was compared, how, and where. fp8: how many layers of the engine's U-Net are in FP8."""
+    """What was compared, how, and where. fp8: how many layers of the engine's U-Net are in FP8. loras: that
+    were merged into the engine, and fused into the reference, each with its scale."""
 
     engine: str
     folder: str
@@ -82,6 +83,7 @@ class Setting(_Part):
     fp8: int = 0
     device: str
     checkpoint: str
+    loras: tuple[str, ...] = ()
     reference: str
     height: int
     width: int
@@ -169,6 +171,7 @@ class Report(_Part):
             f"{setting.engine}: {setting.backend} {setting.dtype}{' with FP8' * bool(setting.fp8)} on "
             f"{setting.device}, "
             f"against {setting.reference}",
+            *(f"with LoRA {lora}" for lora in setting.loras),
             f"{setting.width}x{setting.height}, {setting.steps} steps, guidance {setting.guidance_scale:g}, "
             f"seed {setting.seed}",
             "",
