@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -69,6 +70,10 @@ class SizeRange(_Part):
         return self
 
 
+def _path_as_text(given: Any) -> Any:
+    return os.fspath(given) if isinstance(given, os.PathLike) else given
+
+
 class LoraSetting(_Part):
     """A LoRA to be merged into the weights. A text in its place is its source.
 
@@ -78,7 +83,7 @@ class LoraSetting(_Part):
     scale: how much of it: 1 is all, 0 nothing, less than that the opposite.
     """
 
-    source: Annotated[str, Field(min_length=1)]
+    source: Annotated[str, Field(min_length=1), BeforeValidator(_path_as_text)]
     weight_name: str | None = None
     revision: str | None = None
     scale: Annotated[float, Field(strict=True, allow_inf_nan=False)] = 1.0
@@ -86,7 +91,7 @@ class LoraSetting(_Part):
     @model_validator(mode="before")
     @classmethod
     def _from_source(cls, given: Any) -> Any:
-        return {"source": os.fspath(given)} if isinstance(given, str | os.PathLike) else given
+        return {"source": given} if isinstance(given, str | os.PathLike) else given
 
 
 class Recipe(_Part):

@@ -119,8 +119,8 @@ def _fuse(pipe: Any, lora: "Lora") -> None:
 def _as_trained(pipe: Any, lora: "Lora") -> Any:
     """What to give to `load_lora_weights`: the file.
 
-    Where its alphas differ, its tensors by diffusers' own names for them, each times its alpha / rank: diffusers
-    loses the alphas of attention, and takes the most frequent one.
+    Where its alphas differ, its tensors by diffusers' own names for them, each times its alpha / rank, since
+    diffusers loses the alphas of attention, and takes the most frequent one.
     """
     with safe_open(lora.path, framework="pt") as file:
         alphas = {float(file.get_tensor(name)) for name in file.keys() if name.endswith(".alpha")}  # noqa: SIM118
