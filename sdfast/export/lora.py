@@ -53,7 +53,7 @@ class Part:
     def merged(self, weight: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """weight [out, in] or [out, in, h, w] of any floating dtype -> the merged one, float32."""
         down, up = tensors[self.down].float(), tensors[self.up].float()
-        flat = torch.addmm(weight.float().flatten(1), up.flatten(1), down.flatten(1), alpha=self.factor)
+        flat = torch.addmm(weight.float().flatten(1), up.flatten(1), down.flatten(1) * self.factor)
         if self.magnitude is not None:
             lengths = flat.norm(dim=1, keepdim=True)
             flat *= tensors[self.magnitude].float().view(-1, 1) / lengths
