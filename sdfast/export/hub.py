@@ -82,19 +82,18 @@ def download_file(
         progress(f"looking up {repo} on {hub.constants.ENDPOINT}")
         try:
             found = hub.HfApi().model_info(repo, revision=revision)
-            commit, names = found.sha, [entry.rfilename for entry in found.siblings or ()]
+            names = [entry.rfilename for entry in found.siblings or ()]
         except (hub.errors.OfflineModeIsEnabled, *_transport_errors()) as error:
             if getattr(error, "response", None) is not None:
                 raise  # it was reached, and said no
             folder = Path(hub.snapshot_download(repo, revision=revision, local_files_only=True))
-            commit = folder.name
             names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
         name = choose(names)
-        progress(f"fetching {name} of {repo} at {commit[:8]}")
-        path = Path(hub.hf_hub_download(repo, name, revision=commit))
+        progress(f"fetching {name} of {repo}")
+        path = Path(hub.hf_hub_download(repo, name, revision=revision))  # by its name: that is found offline
     except _failures(hub) as error:
         raise CheckpointError(_explain(hub, error, repo, revision)) from error
-    return path, name, commit
+    return path, name, path.parents[name.count("/")].name
 
 
 def _huggingface_hub() -> ModuleType:
