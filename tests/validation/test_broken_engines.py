@@ -142,7 +142,7 @@ def test_another_tokenizer(engine: Path) -> None:
 
 
 def test_one_weight_of_an_onnx_engine(checkpoint: Path, tmp_path: Path) -> None:
-    """The same through ONNX Runtime, with a LoRA: sound as exported, not when its external data is changed."""
+    """The same through ONNX Runtime, with a LoRA: sound as exported, not when external data is changed."""
     pytest.importorskip("onnxruntime")
     lora = write(tmp_path / "lora.safetensors", random_changes(checkpoint, ATTENTION), kohya)
     folder = engines.build(checkpoint, tmp_path / "onnx", backend="onnx", loras=[lora])
