@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sdfast.errors import EngineError
-from sdfast.export.lora import Part
+from sdfast.export.lora_file import Part
 from sdfast.validation import Report, validate
 from tests.export.loras import ATTENTION, kohya, random_changes, write
 from tests.validation import engines
