@@ -177,17 +177,20 @@ def test_what_no_lora_touches_stays_where_it_lies(tiny_sd: Path, tmp_path: Path)
 def test_half_weights_are_merged_in_float32(tiny_sd: Path, tmp_path: Path) -> None:
     """And rounded once, by the engine."""
     folder = Path(shutil.copytree(tiny_sd, tmp_path / "half"))
-    (path,) = (folder / "unet").glob("*.safetensors")
-    save_file({name: tensor.half() for name, tensor in load_file(path).items()}, path)
-    changes = random_changes(folder, loras.ATTENTION, components=["unet"])
+    for path in [*(folder / "unet").glob("*.safetensors"), *(folder / "text_encoder").glob("*.safetensors")]:
+        save_file({n: t.half() for n, t in load_file(path).items()}, path, metadata={"format": "pt"})
+    changes = random_changes(folder, loras.ATTENTION)
     checkpoint = merged(folder, write(tmp_path / "lora.safetensors", changes, loras.kohya))
-    own, plain = checkpoint.state_dict("unet"), loras.weights_of(folder, "unet")
-    for change in changes:
-        name = f"{change.layer}.weight"
-        assert own[name].dtype == torch.float32
-        truth = change.added_to(plain[name], 1.0)
-        assert (own[name] - truth).norm() < RELATIVE * truth.norm()
-    assert own["conv_in.weight"].dtype == torch.float16
+    pipe = reference_pipeline(checkpoint)
+    for component in ("unet", "text_encoder"):
+        own, plain = bare(checkpoint.state_dict(component)), loras.weights_of(folder, component)
+        truth = bare(getattr(pipe, component).state_dict())
+        for change in (change for change in changes if change.component == component):
+            name = f"{change.layer}.weight"
+            defined = {name: change.added_to(plain[name], 1.0)}
+            assert_same({name: own[name]}, defined)
+            assert_same({name: own[name]}, {name: truth[name]})
+        assert {own[name].dtype for name in own if name.endswith("bias")} == {torch.float16}
 
 
 # ---------------------------------------------------------------- what is refused
