@@ -174,7 +174,9 @@ def _choose(names: Collection[str], wanted: str | None, source: str) -> str:
     if CUSTOMARY_NAME in weights:
         return CUSTOMARY_NAME
     if len(weights) > 1:
-        raise CheckpointError(f"{source}: holds {_listed(weights)}; say which with weight_name")
+        raise CheckpointError(
+            f"{source}: holds {_listed(weights)}; say which with weight_name, in a recipe's [[loras]]"
+        )
     if not weights:
         pickles = sorted(name for name in names if name.endswith(layout.PICKLE_SUFFIXES))
         why = f"but a pickle ({pickles[0]}). {_CONVERT}" if pickles else f"and is no LoRA; {_WANTED}"
