@@ -6,6 +6,7 @@ status 1; `--debug` shows the traceback. Heavy imports are inside the commands, 
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ ATTENTION = (  # `sdfast.backends.attention.KINDS`, which takes torch to import
     "math",
     "xformers",
 )
+
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
 class _OneLineErrors(click.Group):
@@ -82,19 +85,34 @@ def main(debug: bool) -> None:
     type=click.Choice(["auto", "fp32"]),
     help="Of fp16 engines. [default: auto, fp16 where its numbers can be made to fit]",
 )
+@click.option(
+    "--lora",
+    "loras",
+    multiple=True,
+    metavar="SOURCE[=SCALE]",
+    help="Merge a LoRA into the weights: a .safetensors file, a folder, or a Hub id. Repeatable: several add "
+    "up, in place of the recipe's. [default scale: 1]",
+)
 def export(
     source: str | None,
     output: Path | None,
     recipe: Path | None,
     height: int | None,
     width: int | None,
+    loras: tuple[str, ...],
     **fields: Any,
 ) -> None:
-    """Build an engine of SOURCE: a Hub id, a diffusers folder, a .safetensors file, or "landscapes"."""
+    """Build an engine of SOURCE: a Hub id, a diffusers folder, a .safetensors file, or "landscapes".
+
+    The scale of a LoRA is the number after the last "=". A source that itself ends so, such as a file named
+    "a=2", needs one: "a=2=1".
+    """
     from sdfast.export.build import export as build
     from sdfast.export.recipe import Recipe
 
     given = {name: value for name, value in fields.items() if value is not None}
+    if loras:
+        given["loras"] = [_lora(text) for text in loras]
     if (height is None) != (width is None):
         raise click.UsageError("give --height and --width together")
     if height is not None:
@@ -291,6 +309,16 @@ def _check_source(options: dict[str, Any]) -> None:
         )
     if checkpoint is None and options["dtype"] is not None:
         raise click.UsageError("--dtype is for --checkpoint; an engine has its own")
+
+
+def _lora(text: str) -> dict[str, Any]:
+    """The source and the scale in SOURCE[=SCALE]."""
+    source, separator, scale = text.rpartition("=")
+    if not separator or not _NUMBER.fullmatch(scale):
+        return {"source": text}
+    if Path(text).exists():
+        raise click.UsageError(f"--lora {text}: is there under this name; say {text}=1, or another scale")
+    return {"source": source, "scale": float(scale)}
 
 
 def _engine_name(source: str | None, recipe: Path | None) -> str:

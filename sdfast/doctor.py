@@ -9,7 +9,7 @@ import sdfast
 from sdfast.versions import installed
 
 _RUNTIME = ("torch", "numpy", "pillow", "tokenizers", "safetensors", "pydantic")
-_EXPORT = ("diffusers", "transformers", "onnx", "onnxscript", "scikit-image", "matplotlib")
+_EXPORT = ("diffusers", "transformers", "peft", "onnx", "onnxscript", "scikit-image", "matplotlib")
 
 
 @dataclass(frozen=True)

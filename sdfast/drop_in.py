@@ -4,7 +4,7 @@ They are `Pipeline`'s otherwise, and documented there.
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 from sdfast.errors import RequestError
 from sdfast.first_latents import Over
@@ -52,6 +52,13 @@ class _InOrder(Pipeline):
             if call.get(name) is None:
                 raise RequestError(f"{name}: is missing; {type(self).__name__} draws over an image")
         return super().__call__(**call)
+
+    def load_lora_weights(self, *_args: Any, **_options: Any) -> NoReturn:
+        """Raises `RequestError`: an engine has its LoRAs from its export."""
+        raise RequestError(
+            "load_lora_weights: LoRAs are merged into an engine when it is exported; give them to "
+            "from_pretrained(..., loras=[...])"
+        )
 
 
 class StableDiffusionPipeline(_InOrder):

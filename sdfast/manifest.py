@@ -155,13 +155,35 @@ class Model(_Part):
         return self.in_channels == 2 * self.latent_channels + 1
 
 
+class MergedLora(_Part):
+    """A LoRA that was merged into the weights.
+
+    file: which one of a folder or Hub repository; None where the source is the file itself.
+    """
+
+    source: str
+    file: str | None = None
+    revision: str | None = None
+    digest: Digest
+    scale: float = Field(allow_inf_nan=False)
+
+    @property
+    def name(self) -> str:
+        return self.source if self.file is None else f"{self.source.rstrip('/')}/{self.file}"
+
+    def __str__(self) -> str:
+        at = "" if self.revision is None else f" at {self.revision[:8]}"
+        return f"{self.name}{at}, scale {self.scale:g}"
+
+
 class Source(_Part):
-    """The checkpoint the engine was made from."""
+    """The checkpoint the engine was made from, and what was merged into its weights, in this order."""
 
     source: str
     revision: str | None = None
     weights: dict[str, Digest]  # file name in the checkpoint → sha256
     settings: Digest | None = None  # of its tokenizers and its scheduler config
+    loras: tuple[MergedLora, ...] = ()
 
 
 class Target(_Part):
@@ -282,6 +304,7 @@ class Manifest(_Part):
             "engine": self.name,
             "created": self.created,
             "checkpoint": " ".join(filter(None, [self.checkpoint.source, self.checkpoint.revision])),
+            **({"LoRAs": "; ".join(map(str, self.checkpoint.loras))} if self.checkpoint.loras else {}),
             "family": self.model.family,
             "backend": " ".join(filter(None, [self.backend, self.dtype, self.provider])),
             **self._measured(),

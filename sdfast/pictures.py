@@ -194,6 +194,7 @@ def _engine_painter(job: Job, folder: Path) -> Painter:
 def _stock_painter(job: Job, folder: Path) -> Painter:
     """The stock pipeline of the checkpoint that an engine was made from, in the engine's dtype."""
     from sdfast.export.checkpoint import resolve
+    from sdfast.export.lora import settings_of, with_loras
 
     stock, engine = Stock.of(job), Engine.open(folder, job.device)
     made_of, dtype = engine.manifest.checkpoint, engine.manifest.dtype
@@ -201,6 +202,7 @@ def _stock_painter(job: Job, folder: Path) -> Painter:
 
     def paint(request: Request, over: Over | None) -> list[Image.Image]:
         checkpoint = resolve(made_of.source, revision=made_of.revision, variant=variant, progress=_say)
+        checkpoint = with_loras(checkpoint, settings_of(made_of), _say)
         return stock.paint(checkpoint, dtype, request, over)
 
     return _painter_of(engine, paint)

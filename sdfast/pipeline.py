@@ -143,6 +143,7 @@ class Pipeline:
         backend: str = "onnx",
         provider: str | None = None,
         sizes: Sequence[str] | None = None,
+        loras: Sequence[str | Path | Mapping[str, Any]] = (),
         compile: bool = False,
         **refused: Any,
     ) -> Self:
@@ -152,7 +153,9 @@ class Pipeline:
         `~/.cache/sdfast/engines`), which is said, and opened from there after that. It has the checkpoint's
         own size, or `sizes` ("512x768", width first). `provider` ("cpu", "cuda", "tensorrt"): what ONNX
         graphs are written for, which is where they run; default: "cuda" for float16 where there is a GPU,
-        else "cpu". `compile`, for `backend="eager"`: see `Engine.open`.
+        else "cpu". `loras`: what is merged into the weights, each a file, a folder or a Hub id, or a mapping
+        of `source`, `weight_name`, `revision` and `scale`. `compile`, for `backend="eager"`: see
+        `Engine.open`.
         """
         from sdfast.export.cache import cached_engine
 
@@ -166,6 +169,7 @@ class Pipeline:
             backend=backend,
             provider=provider,
             sizes=tuple(sizes) if sizes else None,
+            loras=loras,
         )
         return cls.from_engine(folder, compile=compile)
 

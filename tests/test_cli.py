@@ -14,10 +14,13 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from sdfast import infotext
-from sdfast.cli import _engine_name, main
+from sdfast.cli import _engine_name, _lora, main
+from sdfast.export.build import export
+from sdfast.export.recipe import Recipe
 from sdfast.manifest import read_manifest
 from sdfast.schedulers import SAMPLERS, resolve
 from tests.backends import xformers
+from tests.export.loras import kohya, random_changes, write
 from tests.test_image_to_image import image, mask
 
 
@@ -501,6 +504,43 @@ def test_the_command_runs_as_a_module_under_its_own_name(module: str) -> None:
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.startswith("Usage: sdfast [OPTIONS] COMMAND [ARGS]...")
     assert "No such command 'paint'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "source", "scale"),
+    [
+        ("style.safetensors", "style.safetensors", 1.0),
+        ("style.safetensors=0.8", "style.safetensors", 0.8),
+        ("org/style=-1", "org/style", -1.0),
+        ("a=b.safetensors", "a=b.safetensors", 1.0),
+        ("a=b=.5", "a=b", 0.5),
+        ("a=2=1e-1", "a=2", 0.1),
+    ],
+)
+def test_the_scale_of_a_lora_is_the_number_after_the_last_equals_sign(
+    here: Path, text: str, source: str, scale: float
+) -> None:
+    assert _lora(text) == {"source": source, **({"scale": scale} if scale != 1 else {})}
+
+
+def test_loras_are_merged_told_and_rebuilt_and_stock_draws_with_them(tiny_sd: Path, here: Path) -> None:
+    write(here / "style=2", random_changes(tiny_sd), kohya)
+    arguments = ("export", tiny_sd, "-o", "engine", "--backend", "eager", "--lora")
+    ambiguous = sdfast(*arguments, "style=2")
+    assert ambiguous.exit_code == 2 and "say style=2=1, or another scale" in ambiguous.stderr
+    assert "style=2: is not a LoRA; give a .safetensors file" in refused(*arguments, "style=2=0.5")
+    (here / "style=2").rename(here / "style.safetensors")
+    made = sdfast(*arguments, "style.safetensors=0.5", "--lora", "style.safetensors=-0.25")
+    assert made.exit_code == 0, made.output
+    told = "LoRAs        style.safetensors, scale 0.5; style.safetensors, scale -0.25"
+    assert told in sdfast("info", "engine").output
+    same = sdfast("rebuild", "engine")
+    assert same.exit_code == 0 and "up to date" in same.output
+    for name, backend in (("ours.png", "engine"), ("stock.png", "diffusers")):
+        result = draw(here / "engine", "--seed", 3, "--backend", backend, "-o", name)
+        assert result.exit_code == 0, result.output
+    ours, stock = (np.asarray(Image.open(here / name), dtype=int) for name in ("ours.png", "stock.png"))
+    assert np.abs(ours - stock).max() <= 1
 
 
 def test_an_engine_is_rebuilt_from_its_own_recipe(sd_engine: Path, tiny_sd: Path, here: Path) -> None:

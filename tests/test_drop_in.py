@@ -85,3 +85,10 @@ def test_an_argument_has_one_value() -> None:
         pipe(PROMPT, None, prompt_2="a")
     with pytest.raises(RequestError, match=r"^(\d+) positional arguments; there are (\d+)$"):
         pipe(*[None] * 60)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loras_are_not_loaded_later(kind: str) -> None:
+    pipe = getattr(drop_in, kind)(FakeEngine())
+    with pytest.raises(RequestError, match=r"give them to from_pretrained\(\.\.\., loras"):
+        pipe.load_lora_weights("org/style", weight_name="style.safetensors")

@@ -577,8 +577,15 @@ def test_from_pretrained_in_float16_is_for_the_gpu_if_there_is_one(
     monkeypatch.setattr("sdfast.export.cache.export", lambda _, target, recipe, **__: recipes.append(recipe))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(StableDiffusionPipeline, "from_engine", lambda folder, **_: None)
-    StableDiffusionPipeline.from_pretrained("org/name", torch_dtype=torch.float16, provider=given)
+    loras = ["org/style", {"source": "a.safetensors", "scale": 0.5}]
+    StableDiffusionPipeline.from_pretrained(
+        "org/name", torch_dtype=torch.float16, provider=given, loras=loras
+    )
     assert [recipe.provider for recipe in recipes] == [provider]
+    assert [(lora.source, lora.scale) for lora in recipes[0].loras] == [
+        ("org/style", 1.0),
+        ("a.safetensors", 0.5),
+    ]
 
 
 def test_from_pretrained_exports_once_and_says_so(

@@ -21,6 +21,7 @@ from sdfast.backends.target import check_fp8, this_machine
 from sdfast.engine import sha256, verify
 from sdfast.errors import DependencyError, EngineError, ExportError
 from sdfast.export.checkpoint import Checkpoint, resolve
+from sdfast.export.lora import with_loras
 from sdfast.export.modules import ModuleSpec, Networks, module_specs
 from sdfast.export.publish import check_space, clear_leftovers, locked, publish, workplace
 from sdfast.export.recipe import Recipe
@@ -106,6 +107,7 @@ def export(
     progress.begin("checkpoint")
     start = time.perf_counter()
     checkpoint = resolve(source, revision=recipe.revision, variant=recipe.variant, progress=progress.say)
+    checkpoint = with_loras(checkpoint, recipe.loras, progress.say)
     digests = checkpoint.digests()
     size = sum(path.stat().st_size for part in checkpoint.components.values() for path in part.weights)
     progress.end(Stage("checkpoint", time.perf_counter() - start, 0, f"{size / 1e6:,.1f} MB of weights"))
@@ -287,6 +289,7 @@ class _Build:
             revision=made_of.revision,
             weights=self.digests,
             settings=json_digest(settings),
+            loras=tuple(lora.record() for lora in made_of.loras),
         )
 
     def _recipe(self) -> dict[str, Any]:
@@ -315,6 +318,9 @@ class _Build:
         }
         if "vae" in spec.components and self.recipe.dtype == "fp16":
             depends["vae"] = self.recipe.vae
+        loras = [[x.digest, x.scale] for x in self.checkpoint.loras if x.parts.keys() & set(spec.components)]
+        if loras:
+            depends["loras"] = loras
         if self.code_target is not None and self.code_target.device == "cuda":
             depends["kernels"] = self.recipe.kernels or "auto"
         return json_digest(depends)

@@ -3,7 +3,9 @@
 import hashlib
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,11 +34,12 @@ def cached_engine(
     backend: str,
     provider: str | None = None,
     sizes: tuple[str, ...] | None = None,
+    loras: Sequence[Any] = (),
 ) -> Path:
     """The folder of the engine of a checkpoint, built when it is not there or the checkpoint has changed.
 
-    The checkpoint's own size is compiled unless `sizes` ("512x768", width first) names others. What is built
-    is said on stderr.
+    The checkpoint's own size is compiled unless `sizes` ("512x768", width first) names others. `loras`: as a
+    recipe has them. What is built is said on stderr.
     """
     if dtype not in _DTYPES:
         raise RequestError(f"torch_dtype: {dtype} is not one of torch.float32, torch.float16")
@@ -49,6 +52,7 @@ def cached_engine(
         dtype=_DTYPES[dtype],
         provider=provider,
         sizes=sizes,
+        loras=loras,
     )
     source = str(checkpoint)
     shown = source.replace(os.sep, "--").strip("-.") or "checkpoint"

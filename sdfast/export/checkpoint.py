@@ -16,16 +16,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sdfast.errors import CheckpointError
 from sdfast.export import layout
-from sdfast.export.files import Files, load_tensors, reason, sha256, tensor_names
+from sdfast.export.files import Files, load_tensors, sha256, tensor_names
+from sdfast.export.sources import kind_of
 
 if TYPE_CHECKING:
     import torch
+
+    from sdfast.export.lora import Lora
 
 Progress = Callable[[str], None]
 """Told, in one line, what is about to take a while."""
 
 BUILT_IN = "landscapes"
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Component:
 class Checkpoint:
     """A checkpoint on this disk, in diffusers layout, verified as far as its headers go.
 
-    `source` is what the user gave; `revision` the commit it stands for on the Hub, None elsewhere.
+    `source` is what the user gave; `revision` the commit it stands for on the Hub, None elsewhere. `loras`:
+    what is merged into its weights, in this order (see `lora.with_loras`).
     """
 
     source: str
@@ -53,11 +56,13 @@ class Checkpoint:
     components: Mapping[str, Component]
     scheduler_config: Mapping[str, Any]
     tokenizers: Mapping[str, Path]
+    loras: "tuple[Lora, ...]" = ()
 
     def state_dict(self, component: str) -> "dict[str, torch.Tensor]":
         """The tensors of a component, in the dtype they are stored in, on the CPU.
 
         They are views of the mapped files: nothing is copied, and a page is read when it is first touched.
+        Those that a LoRA changes are copies, in float32: what is merged is rounded once, by who stores it.
         """
         if component not in self.components:
             raise CheckpointError(
@@ -66,10 +71,12 @@ class Checkpoint:
         tensors: dict[str, torch.Tensor] = {}
         for path in self.components[component].weights:
             tensors.update(load_tensors(path, self.source))
+        for lora in self.loras:
+            lora.merge_into(component, tensors)
         return tensors
 
     def digests(self) -> dict[str, str]:
-        """The SHA-256 of every weights file, by its name relative to the folder. Hashed once."""
+        """The SHA-256 of every weights file of its own, by its name relative to the folder. Hashed once."""
         return dict(self._digests)
 
     @cached_property
@@ -148,30 +155,9 @@ def _silent(message: str) -> None:
 
 
 def _kind(source: str | Path) -> Literal["built-in", "folder", "file", "hub"]:
-    """What a source is. What is on this disk wins over the Hub; a Path never means the built-in one."""
-    name = os.fspath(source)
-    if source == BUILT_IN:
-        return "built-in"
-    try:
-        path = Path(name).expanduser()
-        if name and path.is_dir():
-            return "folder"
-        if name and path.exists():
-            return "file"
-    except (OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{name!r}: {reason(error)}; give a folder, a file or a Hub id") from error
-    if "://" in name:
-        raise CheckpointError(
-            f"{name}: sdfast fetches no URLs; give the Hub id (org/name), or the path of a downloaded file"
-        )
-    if name.lower().endswith((".safetensors", *layout.PICKLE_SUFFIXES)):
-        raise CheckpointError(f"{name}: no such file; check the path")
-    if isinstance(source, Path) or not _HUB_ID.fullmatch(name):
-        raise CheckpointError(
-            f"{name!r}: no such folder or file, and not a Hub id (org/name); a checkpoint is '{BUILT_IN}', "
-            "a diffusers folder, a .safetensors file, or a Hub id"
-        )
-    return "hub"
+    """What a source is; a Path never means the built-in one."""
+    wanted = f"a checkpoint is '{BUILT_IN}', a diffusers folder, a .safetensors file, or a Hub id"
+    return "built-in" if source == BUILT_IN else kind_of(source, wanted)
 
 
 def _refuse_unused(name: str, kind: str, **given: object) -> None:

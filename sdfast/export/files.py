@@ -93,6 +93,16 @@ def tensor_names(path: Path, source: str) -> list[str]:
         raise unreadable(path, source, error) from error
 
 
+def tensor_shapes(path: Path, source: str) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """The shape of every tensor in a safetensors header, by name, and the texts that the header holds."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            return shapes, dict(file.metadata() or {})
+    except (SafetensorError, OSError, ValueError) as error:
+        raise unreadable(path, source, error) from error
+
+
 def load_tensors(path: Path, source: str) -> "dict[str, torch.Tensor]":
     try:
         with safe_open(path, framework="pt") as file:

@@ -64,6 +64,38 @@ def download(
     return folder, commit
 
 
+def download_file(
+    repo: str,
+    choose: Callable[[Collection[str]], str],
+    *,
+    revision: str | None = None,
+    progress: Callable[[str], None],
+) -> tuple[Path, str, str]:
+    """One file of a repository: where it lies, its name there, and the commit. Raises CheckpointError.
+
+    choose: the file, of all names that there are; of those in the cache, where the Hub cannot be reached.
+    """
+    if revision is not None and not re.fullmatch(_REVISION, revision):
+        raise CheckpointError(f"{repo}: {revision!r} is not the name of a branch, a tag or a commit")
+    hub = _huggingface_hub()
+    try:
+        progress(f"looking up {repo} on {hub.constants.ENDPOINT}")
+        try:
+            found = hub.HfApi().model_info(repo, revision=revision)
+            names = [entry.rfilename for entry in found.siblings or ()]
+        except (hub.errors.OfflineModeIsEnabled, *_transport_errors()) as error:
+            if getattr(error, "response", None) is not None:
+                raise  # it was reached, and said no
+            folder = Path(hub.snapshot_download(repo, revision=revision, local_files_only=True))
+            names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        name = choose(names)
+        progress(f"fetching {name} of {repo}")
+        path = Path(hub.hf_hub_download(repo, name, revision=revision))  # by its name: that is found offline
+    except _failures(hub) as error:
+        raise CheckpointError(_explain(hub, error, repo, revision)) from error
+    return path, name, path.parents[name.count("/")].name
+
+
 def _huggingface_hub() -> ModuleType:
     try:
         import huggingface_hub

@@ -1,5 +1,6 @@
 """Recipes: what to build, as a TOML file or as arguments."""
 
+import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -69,6 +71,30 @@ class SizeRange(_Part):
         return self
 
 
+def _path_as_text(given: Any) -> Any:
+    return os.fspath(given) if isinstance(given, os.PathLike) else given
+
+
+class LoraSetting(_Part):
+    """A LoRA to be merged into the weights. A text in its place is its source.
+
+    source: a .safetensors file, a folder that holds one, or a Hub id.
+    weight_name: which file of a folder or Hub repository, where it is not plain.
+    revision: branch, tag or commit on the Hub.
+    scale: how much of it: 1 is all, 0 nothing, less than that the opposite.
+    """
+
+    source: Annotated[str, Field(min_length=1), BeforeValidator(_path_as_text)]
+    weight_name: str | None = None
+    revision: str | None = None
+    scale: Annotated[float, Field(strict=True, allow_inf_nan=False)] = 1.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_source(cls, given: Any) -> Any:
+        return {"source": given} if isinstance(given, str | os.PathLike) else given
+
+
 class Recipe(_Part):
     """How to build one engine.
 
@@ -89,6 +115,7 @@ class Recipe(_Part):
     fp8: "inductor" and "eager" in fp16: the U-Net's linear layers in FP8, an approximation. For GPUs of
         compute capability 8.9 and above; eager engines of it also run on a CPU, slowly, for checks.
     vae: of fp16 engines: "auto" (default), float16 wherever its numbers can be made to fit, or "fp32".
+    loras: what is merged into the weights; several add up.
 
     A field that has no use in a recipe is None there, and refused when it is given.
     """
@@ -107,6 +134,7 @@ class Recipe(_Part):
     winograd: Annotated[bool | None, Field(validate_default=True)] = None
     fp8: bool = False
     vae: Annotated[Literal["auto", "fp32"] | None, Field(validate_default=True)] = None
+    loras: tuple[LoraSetting, ...] = ()
 
     @field_validator("batch")
     @classmethod
@@ -281,7 +309,8 @@ def _explain(error: ValidationError) -> str:
     deepest = max(error.errors(), key=lambda found: (len(found["loc"]), found["type"] == "value_error"))
     field, message = deepest["loc"][0], deepest["msg"].removeprefix("Value error, ")
     if deepest["type"] == "extra_forbidden":
-        known = ", ".join(SizeRange.model_fields if field == "sizes" else Recipe.model_fields)
+        parts: dict[Any, type[BaseModel]] = {"sizes": SizeRange, "loras": LoraSetting}
+        known = ", ".join(parts.get(field, Recipe).model_fields)
         return f"{field}: unknown field {deepest['loc'][-1]!r}; there are: {known}"
     if deepest["type"] == "missing":
         return f"{field}: {deepest['loc'][-1]!r} is missing"

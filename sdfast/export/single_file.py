@@ -89,8 +89,9 @@ def read_header(path: Path) -> Header:
         raise unreadable(path, str(path), error) from error
     if not dtype:
         raise CheckpointError(
-            f"{path} holds no U-Net in the original layout ({_FIRST_CONV} is missing): a LoRA, a VAE or "
-            "another kind of model; give a whole SD 1.x, 2.x or SDXL checkpoint, or a diffusers folder"
+            f"{path} holds no U-Net in the original layout ({_FIRST_CONV} is missing): a LoRA (for --lora), "
+            "a VAE or another kind of model; give a whole SD 1.x, 2.x or SDXL checkpoint, or a diffusers "
+            "folder"
         )
     return Header(shapes, dtype, metadata)
 

@@ -16,6 +16,7 @@ from sdfast.engine import Engine
 from sdfast.errors import CheckpointError, EngineError, RequestError
 from sdfast.export.checkpoint import Checkpoint
 from sdfast.export.checkpoint import resolve as resolve_checkpoint
+from sdfast.export.lora import settings_of, with_loras
 from sdfast.first_latents import Over, check_edits
 from sdfast.pipeline import Pipeline, check_channels
 from sdfast.request import Request
@@ -37,7 +38,16 @@ STOCHASTIC = "Euler a"  # draws noise at every step: its pictures prove the orde
 KNOWN = "DPM++ 2M Karras"  # in place of a checkpoint's own scheduler, where sdfast does not have that
 STRENGTH = 0.6  # of the picture that is drawn over another
 OBSERVED_STEPS = 5  # of each picture, at which the U-Net is compared: the first, the last, and between
-PACKAGES = ("torch", "diffusers", "transformers", "onnxruntime", "onnxruntime-gpu", "numpy", "scikit-image")
+PACKAGES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "peft",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "numpy",
+    "scikit-image",
+)
 
 Progress = Callable[[str], None]
 
@@ -135,14 +145,18 @@ def _checkpoint(engine: Engine, given: str | Path | None) -> tuple[Checkpoint, l
             found = resolve_checkpoint(
                 made_from.source, revision=made_from.revision, variant=engine.manifest.recipe.get("variant")
             )
+            found = with_loras(found, settings_of(made_from))
         except CheckpointError as error:
             raise EngineError(
-                f"{engine.folder}: the checkpoint it was exported from is not there any more: {error}. "
-                "Give it with --checkpoint"
+                f"{engine.folder}: what it was exported from is not there any more: {error}. Put it back, or "
+                "give the checkpoint with --checkpoint"
             ) from error
     else:
-        found = resolve_checkpoint(given)
-    changed = _changed(made_from.weights, found.digests())
+        found = with_loras(resolve_checkpoint(given), settings_of(made_from))
+    changed = _changed(
+        {**made_from.weights, **{lora.name: lora.digest for lora in made_from.loras}},
+        {**found.digests(), **{lora.name: lora.digest for lora in found.loras}},
+    )
     if not changed:
         return found, []
     if given is None:
@@ -345,6 +359,7 @@ def _setting(engine: Engine, reference: Checkpoint, request: Request, start: flo
         checkpoint=reference.source
         if reference.revision is None
         else f"{reference.source}@{reference.revision}",
+        loras=tuple(str(lora.record()) for lora in reference.loras),
         reference=f"diffusers {versions['diffusers']} {stock_name} in float32",
         height=request.height,
         width=request.width,

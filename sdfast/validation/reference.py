@@ -8,13 +8,15 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ContextDecorator, contextmanager
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch.overrides import TorchFunctionMode
 
-from sdfast.errors import BackendError, DependencyError, RequestError
+from sdfast.errors import BackendError, CheckpointError, DependencyError, RequestError, first_line
 from sdfast.export.checkpoint import Checkpoint
 from sdfast.first_latents import Over
 from sdfast.noise import generator
@@ -23,6 +25,7 @@ from sdfast.schedulers import resolve
 
 if TYPE_CHECKING:
     from sdfast.backends.attention import Attention
+    from sdfast.export.lora import Lora
 
 PIPELINES = {"sd": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
 # Over an image, and with a mask.
@@ -31,6 +34,7 @@ OVER = {
     True: ("StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"),
 }
 INPAINTED_CHANNELS = (4, 9)  # of the U-Nets that diffusers' inpainting pipelines take
+_ADAPTER = "sdfast"  # what diffusers is to call a LoRA while it is loaded
 _VARIANT = re.compile(r"\.(\w+?)(?:-\d+-of-\d+)?\.safetensors$")
 
 
@@ -55,10 +59,13 @@ def reference_pipeline(
 ) -> Any:
     """diffusers' own text-to-image pipeline of `checkpoint`, in `dtype`, without its safety checker.
 
+    LoRAs are loaded and fused in float32, by diffusers' own code and peft's.
+
     attention: what computes that of the U-Net, for a stock pipeline that is drawn with; the reference of a
         comparison leaves it out, and PyTorch chooses.
 
-    Raises `DependencyError` without diffusers, `BackendError` when the device is not there.
+    Raises `DependencyError` without diffusers, or without peft where there are LoRAs, `BackendError` when the
+    device is not there, `CheckpointError` for a LoRA that diffusers does not load.
     """
     diffusers, device = stock(), torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -76,6 +83,8 @@ def reference_pipeline(
             variant=_variant(checkpoint),
             **without,
         )
+        for lora in checkpoint.loras:
+            _fuse(pipe, lora)
         pipe = pipe.to(device, dtype)
     _restore_text_model(pipe)
     if attention is not None:
@@ -83,6 +92,47 @@ def reference_pipeline(
         pipe.unet.set_attn_processor({name: _Attending(stock, attention) for name, stock in processors})
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _fuse(pipe: Any, lora: "Lora") -> None:
+    """Load a LoRA as diffusers' users do, fuse it into the pipeline's weights, and let go of it."""
+    if find_spec("peft") is None:
+        raise DependencyError(
+            f'the reference pipeline needs peft for LoRA {lora.name}: pip install "sdfast[export]"'
+        )
+    try:
+        pipe.load_lora_weights(_as_trained(pipe, lora), adapter_name=_ADAPTER)
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"LoRA {lora.name}: diffusers does not load it ({first_line(error)}), so there is no reference"
+        ) from error
+    components = [name for name, adapters in pipe.get_list_adapters().items() if _ADAPTER in adapters]
+    if set(components) != set(lora.parts):
+        raise CheckpointError(
+            f"LoRA {lora.name}: diffusers finds {' and '.join(sorted(components)) or 'nothing'} in it, where "
+            f"there is {' and '.join(sorted(lora.parts))}, so there is no reference"
+        )
+    pipe.fuse_lora(components, lora_scale=lora.scale, adapter_names=[_ADAPTER])
+    pipe.unload_lora_weights()
+
+
+def _as_trained(pipe: Any, lora: "Lora") -> Any:
+    """What to give to `load_lora_weights`: the file.
+
+    Where its alphas differ, its tensors by diffusers' own names for them, each times its alpha / rank, since
+    diffusers loses the alphas of attention, and takes the most frequent one.
+    """
+    with safe_open(lora.path, framework="pt") as file:
+        alphas = {float(file.get_tensor(name)) for name in file.keys() if name.endswith(".alpha")}  # noqa: SIM118
+    if len(alphas) < 2:
+        return str(lora.path)
+    # What `load_lora_weights` tells it: of SDXL, whose layers kohya's files name after the original layout.
+    config = {"unet_config": pipe.unet.config} if hasattr(pipe, "text_encoder_2") else {}
+    tensors, scaled = pipe.lora_state_dict(str(lora.path), **config)
+    for name, tensor in tensors.items():
+        if ".down." in name:
+            tensors[name] = tensor.float() * (scaled[f"{name.split('.lora.')[0]}.alpha"] / tensor.shape[0])
+    return tensors
 
 
 class _Attending:

@@ -76,7 +76,8 @@ class Setting(_Part):
     """What was compared, how, and where.
 
     fp8: how many layers of the engine's U-Net are in FP8. inpaints: whether all pictures were drawn over the
-    masked part of one image.
+    masked part of one image. loras: that were merged into the engine, and fused into the reference, each with
+    its scale.
     """
 
     engine: str
@@ -87,6 +88,7 @@ class Setting(_Part):
     inpaints: bool = False
     device: str
     checkpoint: str
+    loras: tuple[str, ...] = ()
     reference: str
     height: int
     width: int
@@ -174,6 +176,7 @@ class Report(_Part):
             f"{setting.engine}: {setting.backend} {setting.dtype}{' with FP8' * bool(setting.fp8)} on "
             f"{setting.device}, "
             f"against {setting.reference}",
+            *(f"with LoRA {lora}" for lora in setting.loras),
             f"{setting.width}x{setting.height}, {setting.steps} steps, guidance {setting.guidance_scale:g}, "
             f"seed {setting.seed}{', over the masked part of one image' * setting.inpaints}",
             "",

@@ -24,7 +24,7 @@ from sdfast.export.checkpoint import resolve
 from sdfast.export.code_store import CodeStore
 from sdfast.export.inductor import Compiler
 from sdfast.export.modules import Form, ModuleSpec, Networks, module_specs
-from sdfast.export.recipe import Recipe
+from sdfast.export.recipe import LoraSetting, Recipe
 from sdfast.export.tracing import traced_with
 from sdfast.manifest import Span, Target, read_manifest
 from sdfast.models import ops
@@ -32,6 +32,7 @@ from sdfast.models.fp8 import Conv1x1FP8, LinearFP8
 from sdfast.models.layers import Conv1x1, Linear
 from sdfast.pipeline import Pipeline
 from tests import checkpoints
+from tests.export.loras import kohya, random_changes, write
 from tests.models.conftest import randomise
 from tests.sealing import reseal
 from tests.test_pipeline import assert_same
@@ -158,6 +159,18 @@ def test_another_checkpoint_of_the_same_networks_is_not_compiled(
     ours = picture(swapped)
     assert_same(ours, picture(eager))
     assert torch.linalg.norm(ours - picture(engine)) > 0.1 * torch.linalg.norm(ours)
+
+
+def test_a_lora_is_not_compiled(tiny_sd: Path, engine: Path, tmp_path: Path, compiled: list[str]) -> None:
+    """It is other weights, of the same networks."""
+    lora = write(tmp_path / "lora.safetensors", random_changes(tiny_sd), kohya)
+    ours = export(
+        tiny_sd, tmp_path / "ours", ONE.model_copy(update={"loras": (LoraSetting(source=str(lora)),)})
+    )
+    assert compiled == []
+    eager = export(tiny_sd, tmp_path / "eager", Recipe.make(backend="eager", sizes=["64x64"], loras=[lora]))
+    assert_same(picture(ours), picture(eager))
+    assert torch.linalg.norm(picture(ours) - picture(engine)) > 0.1 * torch.linalg.norm(picture(ours))
 
 
 def test_engines_of_one_checkpoint_share_their_weights(

@@ -16,14 +16,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sdfast
-from sdfast.engine import Engine
+from sdfast.engine import Engine, sha256
 from sdfast.errors import CheckpointError, DependencyError, ExportError
 from sdfast.export import build, publish
 from sdfast.export.build import Silent, Stage, export
 from sdfast.export.recipe import Recipe
-from sdfast.manifest import MANIFEST_NAME, read_manifest
+from sdfast.manifest import MANIFEST_NAME, MergedLora, read_manifest
 from sdfast.pipeline import Pipeline
 from tests import checkpoints
+from tests.export.loras import ATTENTION, kohya, random_changes, write
 
 EAGER = Recipe(backend="eager")
 MODULES = {"unet", "context", "time_shift", "vae_decoder", "vae_encoder", "text_encoder"}
@@ -112,6 +113,53 @@ def test_other_weights_of_one_network_build_that_alone(engine: Path, checkpoint:
     other = checkpoints.build_sd(checkpoint.parent / "other", seed=7)
     shutil.copytree(other / "vae", checkpoint / "vae", dirs_exist_ok=True)
     assert again(checkpoint, engine).built == {"vae_decoder", "vae_encoder"}
+
+
+def test_a_lora_builds_what_it_touches_and_is_told(
+    engine: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And leaves the plain engine beside it, with which it shares the rest on disk."""
+    monkeypatch.setattr("sdfast.export.sharing.LARGE", 1)
+    plain = Path(shutil.copytree(engine, engine.parent / "plain"))
+    changes = random_changes(checkpoint, ATTENTION, components=["unet"])
+    file = write(tmp_path / "style.safetensors", changes, kohya)
+
+    def with_scale(scale: float) -> Recipe:
+        return Recipe.make(backend="eager", loras=[{"source": file, "scale": scale}])
+
+    def again_beside(recipe: Recipe) -> Log:
+        log = Log()
+        export(checkpoint, engine, recipe, progress=log)
+        return log
+
+    merged = {"unet", "context", "time_shift"}
+    assert again_beside(with_scale(0.5)).built == merged
+    manifest = read_manifest(engine)
+    told = MergedLora(source=str(file), digest=sha256(file), scale=0.5)
+    assert manifest.checkpoint.loras == (told,)
+    assert f"LoRAs        {file}, scale 0.5" in manifest.summary().splitlines()
+    assert (engine / "text_encoder.safetensors").samefile(plain / "text_encoder.safetensors")
+    assert (engine / "unet.safetensors").read_bytes() != (plain / "unet.safetensors").read_bytes()
+    assert not again_beside(with_scale(0.5)).built
+    assert again_beside(with_scale(0.25)).built == merged
+    write(file, random_changes(checkpoint, ATTENTION, components=["text_encoder"]), kohya)
+    assert again_beside(with_scale(0.25)).built == {*merged, "text_encoder"}
+    assert (engine / "unet.safetensors").samefile(plain / "unet.safetensors")
+    assert again_beside(EAGER).built == {"text_encoder"}
+    assert read_manifest(engine).checkpoint == read_manifest(plain).checkpoint
+    assert (engine / "text_encoder.safetensors").samefile(plain / "text_encoder.safetensors")
+    Engine.open(plain).load()
+
+
+def test_a_lora_that_does_not_fit_changes_nothing(engine: Path, checkpoint: Path, tmp_path: Path) -> None:
+    before = inodes(engine)
+    save_file({"lora_unet_none.alpha": torch.ones(())}, tmp_path / "lora.safetensors")
+    recipe = Recipe.make(backend="eager", loras=[tmp_path / "lora.safetensors"])
+    with pytest.raises(
+        CheckpointError, match=r"LoRA .*lora\.safetensors: lora_unet_none\.alpha meets no layer"
+    ):
+        export(checkpoint, engine, recipe)
+    assert inodes(engine) == before
 
 
 def test_a_vae_without_an_encoder_makes_an_engine_that_takes_no_images(

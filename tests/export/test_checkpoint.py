@@ -585,7 +585,7 @@ def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "b.safetensors").write_bytes(b"hello")
     assert "truncated, or not safetensors" in refused(tmp_path / "b.safetensors")
     save_file({"lora_down.weight": torch.zeros(2)}, tmp_path / "lora.safetensors")
-    assert "a LoRA, a VAE or another kind of model" in refused(tmp_path / "lora.safetensors")
+    assert "a LoRA (for --lora), a VAE or another kind of model" in refused(tmp_path / "lora.safetensors")
 
 
 def shapes(**changes: tuple[int, ...]) -> single_file.Header:

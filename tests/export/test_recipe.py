@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from sdfast.errors import ExportError
-from sdfast.export.recipe import Recipe
+from sdfast.export.recipe import LoraSetting, Recipe
 from sdfast.manifest import Span
 
 FREE = {"min": "64x64", "max": "128x128"}
@@ -123,6 +123,17 @@ RECIPES = sorted((Path(__file__).parents[2] / "export").glob("*.toml"))
         ({"dtype": "fp16", "vae": "fp16"}, "vae: must be 'auto' or 'fp32' (got 'fp16')"),
         ({"revision": 5}, "revision: must be a valid string"),
         ({"checkpoint": ["a"]}, "checkpoint: must be a valid string"),
+        ({"loras": "a"}, "loras: must be a list (got 'a')"),
+        ({"loras": [{"scale": 1.0}]}, "loras: 'source' is missing"),
+        ({"loras": [{"source": ""}]}, "loras: String should have at least 1 character (got '')"),
+        ({"loras": [{"source": "a", "scale": float("nan")}]}, "loras: must be a finite number (got nan)"),
+        ({"loras": [{"source": "a", "scale": float("-inf")}]}, "loras: must be a finite number (got -inf)"),
+        ({"loras": [{"source": "a", "scale": "0.5"}]}, "loras: must be a valid number (got '0.5')"),
+        ({"loras": [{"source": "a", "scale": True}]}, "loras: must be a valid number (got True)"),
+        (
+            {"loras": [{"source": "a", "weight": 1.0}]},
+            "loras: unknown field 'weight'; there are: source, weight_name, revision, scale",
+        ),
         ({"chekpoint": "a"}, "chekpoint: unknown field 'chekpoint'; there are: checkpoint, revision"),
     ],
     ids=lambda value: repr(value)[:40],
@@ -133,6 +144,21 @@ def test_a_bad_field_is_named_with_what_is_allowed(fields: dict[str, Any], messa
     assert str(caught.value).startswith(f"recipe: {message}")
     assert len(str(caught.value).splitlines()) == 1
     assert len(str(caught.value)) < 250
+
+
+def test_loras_are_tables_or_sources(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(
+        '[[loras]]\nsource = "org/oil"\nweight_name = "a.safetensors"\nscale = -1\n[[loras]]\nsource = "b"'
+    )
+    oil = LoraSetting(source="org/oil", weight_name="a.safetensors", scale=-1.0)
+    assert Recipe.read(path).loras == (oil, LoraSetting(source="b"))
+    assert Recipe.make(loras=["org/oil", Path("b")]).loras == (
+        LoraSetting(source="org/oil", scale=1.0),
+        LoraSetting(source="b"),
+    )
+    recorded = Recipe.make(loras=[oil]).model_dump(mode="json", exclude_none=True)
+    assert Recipe.recorded(recorded).loras == (oil,)
 
 
 @pytest.mark.parametrize(

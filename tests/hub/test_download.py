@@ -269,3 +269,43 @@ def test_a_folder_of_the_same_name_wins(
     monkeypatch.chdir(tmp_path)
     found = resolve("org/tiny")
     assert found.folder == folder.resolve() and found.revision is None
+
+
+LORAS = """
+import json, sys
+from sdfast.errors import CheckpointError
+from sdfast.export import hub
+for line in sys.stdin:
+    asked = json.loads(line)
+    choose = lambda names: next(name for name in sorted(names) if name.endswith("lora.safetensors"))
+    try:
+        revision = asked.get("revision")
+        path, name, commit = hub.download_file(asked["source"], choose, revision=revision, progress=len)
+        answer = {"content": path.read_text(), "name": name, "commit": commit}
+    except CheckpointError as error:
+        answer = {"error": str(error)}
+    print(json.dumps(answer), flush=True)
+"""
+
+
+def test_one_file_of_a_repository(hub: Hub, tmp_path: Path) -> None:
+    """As LoRAs are: the one that is chosen and no other, at the revision that is asked for, offline too."""
+    for name in ("old", "new"):
+        (tmp_path / name / "deep").mkdir(parents=True)
+        (tmp_path / name / "deep" / "lora.safetensors").write_text(name)
+        (tmp_path / name / "other.safetensors").write_text("other")
+    hub.repos["org/lora"] = Repo({"main": tmp_path / "new", "v1": tmp_path / "old"})
+    home = tmp_path / "home"
+    with start(hub, IMPATIENT + LORAS, HF_HOME=str(home)) as process:
+        new = ask(process, "org/lora", home)
+        old = ask(process, "org/lora", home, revision="v1")
+        none, no_revision = ask(process, "org/none", home), ask(process, "org/lora", home, revision="v9")
+        process.terminate()
+    assert new == {"content": "new", "name": "deep/lora.safetensors", "commit": commit_of(tmp_path / "new")}
+    assert old == {"content": "old", "name": "deep/lora.safetensors", "commit": commit_of(tmp_path / "old")}
+    assert hub.fetched() == {"deep/lora.safetensors"}
+    assert "org/none: no such model" in none["error"]
+    assert "has no revision 'v9'" in no_revision["error"]
+    with start(hub, IMPATIENT + LORAS, HF_HOME=str(home), HF_HUB_OFFLINE="1") as process:
+        assert ask(process, "org/lora", home) == new
+        process.terminate()

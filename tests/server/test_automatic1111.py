@@ -127,6 +127,7 @@ async def test_a_random_seed_is_told(api: Client, studio: FakeStudio) -> None:
         ("save_images", True, "saves nothing"),
         ("refiner_checkpoint", "xl-refiner", "one engine"),
         ("prompt", "a <lora:oil:0.8> boat", "<lora:oil:0.8>"),
+        ("prompt", "a <lora:oil:0.8> boat", "`sdfast export --lora`"),
         ("denoizing", 1, "unknown"),
         ("steps", 0, "greater than or equal to 1"),
         ("n_iter", 200, "128"),

@@ -16,6 +16,7 @@ from sdfast.export.modules import Networks
 from sdfast.models.unet import UNet
 from sdfast.validation import Report, validate
 from sdfast.validation.rule import RELATIVE_L2
+from tests.export.loras import ATTENTION, kohya, random_changes, write
 from tests.validation import engines
 
 PROMPT = ["a cabin in misty mountains, watercolor style"]
@@ -141,9 +142,10 @@ def test_another_tokenizer(engine: Path) -> None:
 
 
 def test_one_weight_of_an_onnx_engine(checkpoint: Path, tmp_path: Path) -> None:
-    """The same through ONNX Runtime: sound as exported, and not when its external data is changed."""
+    """The same through ONNX Runtime, with a LoRA: sound as exported, not when external data is changed."""
     pytest.importorskip("onnxruntime")
-    folder = engines.build(checkpoint, tmp_path / "onnx", backend="onnx")
+    lora = write(tmp_path / "lora.safetensors", random_changes(checkpoint, ATTENTION), kohya)
+    folder = engines.build(checkpoint, tmp_path / "onnx", backend="onnx", loras=[lora])
     report = validate(folder, prompts=PROMPT, steps=4)
     assert report.passed, report.table()
     assert max(errors(report).values()) < SOUND

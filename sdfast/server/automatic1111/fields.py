@@ -120,8 +120,8 @@ class Generation(BaseModel):
         found = _EXTRA_NETWORK.search(prompt or "")
         if found:
             raise ValueError(
-                f"{found[0]:.60} is not supported: a LoRA is merged into an engine when that is exported; "
-                "leave it out"
+                f"{found[0]:.60} is not supported: a LoRA is merged into an engine when that is exported "
+                "(`sdfast export --lora`); leave it out"
             )
         return prompt
 
