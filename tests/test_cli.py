@@ -15,8 +15,6 @@ from PIL import Image
 
 from sdfast import infotext
 from sdfast.cli import _engine_name, _lora, main
-from sdfast.export.build import export
-from sdfast.export.recipe import Recipe
 from sdfast.manifest import read_manifest
 from sdfast.schedulers import SAMPLERS, resolve
 from tests.backends import xformers
