@@ -51,7 +51,7 @@ def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
 @pytest.fixture(scope="session")
 def tiny_sd(shared: Path) -> Path:
     """A tiny SD 1.x checkpoint, shared: copy it before changing it."""
-    return made_once(shared / "tiny-sd", checkpoints.build_sd)
+    return made_once(shared / "sd", checkpoints.build_sd)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,14 @@ from sdfast.validation.reference import quiet, stock_scheduler
 
 
 def draw_with(pipe: Any, workload: Workload, draw: Draw, output_type: str, seeds: list[int]) -> Any:
-    """Pictures of the prompt by a diffusers pipeline, one for each seed."""
+    """Pictures of the prompt by a diffusers pipeline, one for each seed.
+
+    The first latents are drawn in float32 whatever the pipeline is in: asked for half precision, a generator
+    on the CPU may draw other numbers, so another picture.
+    """
+    unet, scale = pipe.unet, pipe.vae_scale_factor
+    shape = (unet.config.in_channels, workload.height // scale, workload.width // scale)
+    latents = torch.stack([torch.randn(shape, generator=generator(seed)) for seed in seeds])
     with quiet():
         return pipe(
             prompt=PROMPT,
@@ -23,7 +30,7 @@ def draw_with(pipe: Any, workload: Workload, draw: Draw, output_type: str, seeds
             height=workload.height,
             width=workload.width,
             num_images_per_prompt=len(seeds),
-            generator=[generator(seed) for seed in seeds],
+            latents=latents.to(unet.device, unet.dtype),
             output_type=output_type,
         ).images
 

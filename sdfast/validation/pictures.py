@@ -13,6 +13,7 @@ from sdfast.pipeline import Given, Pipeline
 from sdfast.request import Request
 from sdfast.validation.metrics import relative_l2
 from sdfast.validation.observe import Run, observed_run
+from sdfast.validation.reference import DrawnInFloat32
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ def _reduced_run(same: Any | None, request: Request, over: Over | None) -> Run |
     if same is None:
         return None
     try:
-        return observed_run(same, request, over=over)
+        with DrawnInFloat32():
+            return observed_run(same, request, over=over)
     except RuntimeError as error:  # torch has no type for an operation that a device lacks in float16
         raise BackendError(
             f"stock diffusers does not run in float16 on {same.device} ({str(error).splitlines()[0]}), so an "

@@ -216,6 +216,23 @@ def quiet() -> Iterator[None]:
             log.enable_progress_bar()
 
 
+class DrawnInFloat32(TorchFunctionMode):
+    """Noise in half precision is that of float32, rounded, as long as this is entered.
+
+    torch 2.11 draws other numbers from a generator on the CPU when it is asked for half precision, from 2.13
+    on (at the latest) the same ones: the pipeline in half precision would draw another picture, not one with
+    an error, and its error would be no bar.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.randn and kwargs.get("dtype") in (torch.float16, torch.bfloat16):
+            return func(*args, **{**kwargs, "dtype": torch.float32}).to(kwargs["dtype"])
+        return func(*args, **kwargs)
+
+
 def stock_scheduler(pipe: Any, name: str | None) -> Any:
     """A new diffusers scheduler with the config of the checkpoint, which the name may override in part.
 

@@ -1,10 +1,12 @@
 """The stock pipeline takes the same request as sdfast's and draws the same pictures."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 from sdfast.backends.attention import Attention
 from sdfast.errors import DependencyError
@@ -12,7 +14,7 @@ from sdfast.export.checkpoint import resolve
 from sdfast.pipeline import Pipeline
 from sdfast.request import Request
 from sdfast.validation import generate, reference_pipeline
-from sdfast.validation.reference import _Answering
+from sdfast.validation.reference import DrawnInFloat32, _Answering
 from tests.backends import xformers
 
 ONE = Request.make(
@@ -120,3 +122,25 @@ def test_stock_pipelines_of_one_process_keep_their_own_attention(checkpoint: Pat
     images = {kind: generate(pipes[kind], ONE, output_type="pt") for kind in kinds}
     assert not torch.equal(images["flash"], images["math"])
     assert torch.equal(generate(pipes["flash"], ONE, output_type="pt"), images["flash"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_noise_in_half_precision_is_rounded_noise(dtype: torch.dtype) -> None:
+    """Also where torch would draw other numbers, as torch 2.11 does; other functions are left alone."""
+    from diffusers.utils.torch_utils import randn_tensor
+
+    def draw(dtype: torch.dtype) -> torch.Tensor:
+        return randn_tensor((1, 4, 8, 8), generator=torch.Generator().manual_seed(0), dtype=dtype)
+
+    exact, asked = draw(torch.float32), []
+
+    class Seen(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.randn:
+                asked.append(kwargs["dtype"])
+            return func(*args, **(kwargs or {}))
+
+    with Seen(), DrawnInFloat32():
+        assert torch.equal(draw(dtype), exact.to(dtype))
+        assert torch.zeros(2, dtype=dtype).dtype == dtype
+    assert asked == [torch.float32]
