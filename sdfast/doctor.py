@@ -31,7 +31,8 @@ def examine() -> list[Finding]:
         *(_package(name, 'pip install "sdfast"') for name in _RUNTIME),
         *(_package(name, 'for export and validation: pip install "sdfast[export]"') for name in _EXPORT),
         *_onnxruntime(),
-        _cuda(),
+        _compiler(),
+        *_cuda(),
         _attention(),
         _package("xformers", 'optional, CUDA only: pip install "sdfast[xformers]"'),
     ]
@@ -73,12 +74,27 @@ def _attention() -> Finding:
     return Finding("attention", f"{', '.join(available(device))} on {device}")
 
 
-def _cuda() -> Finding:
+def _compiler() -> Finding:
+    """For `--backend inductor`: only to export, not to run."""
+    from sdfast.export.toolkit import NO_COMPILER, compiler
+
+    found = compiler()
+    return Finding("C++ compiler", found or "missing", "" if found else NO_COMPILER)
+
+
+def _cuda() -> list[Finding]:
     import torch
+
+    from sdfast.export.toolkit import NO_HEADERS, cuda_home
 
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        return Finding("cuda", f"{torch.version.cuda}: {', '.join(names)}")
+        headers = cuda_home()
+        return [
+            Finding("cuda", f"{torch.version.cuda}: {', '.join(names)}"),
+            Finding("cuda headers", str(headers or "missing"), "" if headers else NO_HEADERS),
+        ]
     if torch.version.cuda is None:
-        return Finding("cuda", "this torch is built without it", "install a CUDA build of torch to use a GPU")
-    return Finding("cuda", "no device", "check the NVIDIA driver with nvidia-smi")
+        advice = "install a CUDA build of torch to use a GPU"
+        return [Finding("cuda", "this torch is built without it", advice)]
+    return [Finding("cuda", "no device", "check the NVIDIA driver with nvidia-smi")]

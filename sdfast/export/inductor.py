@@ -27,6 +27,7 @@ from sdfast.export.code_store import CodeStore
 from sdfast.export.kernels import WITHOUT, OwnKernels, has_place, own_version, use_own
 from sdfast.export.modules import Form, ModuleSpec
 from sdfast.export.quiet import quiet_compiler
+from sdfast.export.toolkit import advice, with_cuda_headers
 from sdfast.export.tracing import Dynamic, dynamic_shapes, example, file_stem, traced_with
 from sdfast.export.weights import save_weights
 from sdfast.manifest import Target, Variant, json_digest
@@ -237,11 +238,11 @@ def _compile(
     from torch._inductor.package.package import package_aoti
 
     try:
-        with torch.no_grad(), quiet_compiler():
+        with torch.no_grad(), quiet_compiler(), with_cuda_headers():
             files: Any = aot_compile(program.module(), tuple(inputs.values()), options=dict(options))
             package_aoti(str(path), [file for file in files if isinstance(file, str)])
     except Exception as error:  # compilers fail in as many ways as there are
-        raise ExportError(f"{path.stem} cannot be compiled: {_advice(cause_line(error))}") from error
+        raise ExportError(f"{path.stem} cannot be compiled: {advice(error)}") from error
     found = [file for file in files if not isinstance(file, str)]
     return {name: tensor for weights in found for name, (tensor, _) in weights.items()}
 
@@ -306,9 +307,3 @@ def _as_it_lies(tensor: Tensor) -> Tensor:
     strides = tensor.stride()
     order = sorted(range(tensor.dim()), key=lambda axis: -strides[axis])
     return tensor.permute(order).contiguous().cpu()
-
-
-def _advice(cause: str) -> str:
-    if "compiler" in cause.lower() or "g++" in cause:
-        return f"{cause}; Inductor needs a C++ compiler: apt-get install g++"
-    return cause
