@@ -38,7 +38,7 @@ slow: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable ".[cpu,export,sde,serve,dev]" --constraint constraints.txt
+	$(BIN)/pip install --quiet --no-compile --editable ".[cpu,export,sde,serve,dev]" --constraint constraints.txt
 	touch $@
 
 clean:
