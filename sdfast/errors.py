@@ -50,8 +50,13 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def cause_line(error: BaseException) -> str:
-    """The first line of the innermost cause: exporters and compilers wrap it in pages about themselves."""
+def root_cause(error: BaseException) -> BaseException:
+    """The innermost cause: exporters and compilers wrap it in pages about themselves."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return first_line(error)
+    return error
+
+
+def cause_line(error: BaseException) -> str:
+    """The first line of the innermost cause."""
+    return first_line(root_cause(error))

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from sdfast.errors import first_line, root_cause
+
 # What compiled modules include, and what that includes in turn.
 HEADERS = ("cuda.h", "cuda_runtime_api.h", "crt/host_defines.h")
 NO_COMPILER = "Inductor needs a C++ compiler: apt-get install g++, or set CXX"
@@ -54,11 +56,9 @@ def with_cuda_headers() -> Iterator[None]:
 
 def advice(failure: BaseException) -> str:
     """What a compiler's failure says, in a line, and what to do where that is known."""
-    while failure.__cause__ is not None:
-        failure = failure.__cause__
-    lines = str(failure).strip().splitlines() or [type(failure).__name__]
-    told = next((line.strip() for line in lines[1:] if _ERROR.match(line)), "")
-    first = f"{lines[0]}: {told}" if told else lines[0]
+    cause = root_cause(failure)
+    told = next((line.strip() for line in str(cause).strip().splitlines()[1:] if _ERROR.match(line)), "")
+    first = f"{first_line(cause)}: {told}" if told else first_line(cause)
     if any(f"{name}: No such file" in told for name in HEADERS):
         return f"{first}; {NO_HEADERS}"
     if compiler() is None or "compiler" in first.lower():
