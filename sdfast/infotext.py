@@ -133,10 +133,12 @@ def unet_digest(weights: Mapping[str, str]) -> str | None:
 
 def _extra(request: Request) -> dict[str, str]:
     """What is told only of requests that ask for it."""
-    strength, clip_skip = request.strength, request.clip_skip
+    strength, clip_skip, emphasis = request.strength, request.clip_skip, request.emphasis
     return {
         **({} if strength is None else {"Denoising strength": _number(strength)}),
         **({} if clip_skip is None else {"Clip skip": str(clip_skip + 1)}),
+        **({} if emphasis is None else {"Emphasis": emphasis.capitalize().replace("_", " ")}),
+        **({} if request.long_prompts == "truncate" else {"Long prompts": request.long_prompts}),
     }
 
 

@@ -54,6 +54,8 @@ class Job:
     size: str | None = None
     count: int = 1
     clip_skip: int | None = None
+    long_prompts: str = "truncate"
+    emphasis: str | None = None
     device: str | None = None
     backend: str = "engine"
     compile: bool = False
@@ -94,6 +96,8 @@ class Job:
             guidance_scale=self.guidance,
             num_images_per_prompt=self.count,
             clip_skip=self.clip_skip,
+            long_prompts=self.long_prompts,
+            emphasis=self.emphasis,
             strength=strength,
             **seed,
         )
@@ -176,7 +180,8 @@ class Stock:
         )
         pipe.set_progress_bar_config(disable=None)
         images: list[Image.Image] = generate(pipe, request, over=over)
-        _tell_cut(_cut(pipe.tokenizer, request.prompts[0]))
+        if request.long_prompts == "truncate":
+            _tell_cut(_cut(pipe.tokenizer, request.prompts[0]))
         _tell_measured(self.attention)
         return images
 
@@ -247,7 +252,7 @@ def _cut(tokenizer: Any, prompt: str) -> str:
 
 def _tell_cut(text: str) -> None:
     if text:
-        _say(f"the text encoder reads no more than 77 tokens; left out: {text!r}")
+        _say(f"the text encoder reads no more than 77 tokens; left out: {text!r} (see --long-prompts)")
 
 
 def _tell_unread(request: Request, model: Model) -> None:

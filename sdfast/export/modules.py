@@ -13,7 +13,7 @@ from sdfast.errors import CheckpointError, ExportError
 from sdfast.export.checkpoint import Checkpoint
 from sdfast.export.magnitudes import DoesNotFit, extents, scales_for
 from sdfast.export.recipe import Recipe
-from sdfast.manifest import HalfRange, Model, Span
+from sdfast.manifest import CHUNK, ONE_CHUNK, HalfRange, Model, Span
 from sdfast.models.fp8 import MULTIPLE, convert, fp8_layers
 from sdfast.models.half_range import VAE, rescale
 from sdfast.models.text import TextEncoder
@@ -27,11 +27,13 @@ V = TypeVar("V", VAEDecoder, VAEEncoder)
 
 @dataclass(frozen=True)
 class Form:
-    """One form to compile a module in: its batch, and the picture's height and width in pixels."""
+    """One form to compile a module in: its batch, the picture's height and width in pixels, and the tokens of
+    the prompts that it is told of."""
 
     batch: Span
     height: Span | None = None
     width: Span | None = None
+    tokens: Span = ONE_CHUNK
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ class ModuleSpec:
     """One module to be compiled.
 
     load: builds the network on its weights; called when its turn comes, so that one is in memory at a time.
-    inputs: example inputs for (batch, height, width in pixels).
-    free: the axes of each input that follow the batch, height or width.
+    inputs: example inputs for (batch, height, width in pixels, tokens).
+    free: the axes of each input that follow the batch, height, width or tokens.
     components: the checkpoint's components that it is made of.
     fp8: names of its layers that are in FP8.
     half_range: how a half of the VAE fits float16; known once it was loaded, None of all else.
@@ -48,7 +50,7 @@ class ModuleSpec:
 
     name: str
     load: Callable[[], nn.Module]
-    inputs: Callable[[int, int, int], dict[str, Tensor]]
+    inputs: Callable[[int, int, int, int], dict[str, Tensor]]
     free: Mapping[str, Mapping[int, str]]
     outputs: tuple[str, ...]
     components: tuple[str, ...]
@@ -128,7 +130,7 @@ def module_specs(networks: Networks, recipe: Recipe) -> list[ModuleSpec]:
     load = _UNetParts(networks, dtype, networks.fp8() if recipe.fp8 else ())
     vae = _VAEHalves(networks, half=dtype == torch.float16 and recipe.vae == "auto")
     return [
-        _unet(model, load, dtype, recipe.unet_batches(), sizes),
+        _unet(model, load, dtype, recipe.unet_batches(), sizes, recipe.prompt_lengths()),
         _context(model, load, dtype),
         _time_shift(networks.unet, model, load, dtype),
         _vae_decoder(vae, model, sizes),
@@ -164,28 +166,34 @@ def _unet(
     dtype: torch.dtype,
     batches: list[Span],
     sizes: list[tuple[Span, Span]],
+    lengths: list[Span],
 ) -> ModuleSpec:
-    def inputs(batch: int, height: int, width: int) -> dict[str, Tensor]:
+    def inputs(batch: int, height: int, width: int, tokens: int) -> dict[str, Tensor]:
         factor = model.vae_scale_factor
         latents = torch.randn(batch, model.in_channels, height // factor, width // factor, dtype=dtype)
         return {
             "sample": latents,
             "time_shift": torch.randn(batch, model.time_shift_width, dtype=dtype),
-            "context": torch.randn(batch, 77, model.context_width, dtype=dtype),
+            "context": torch.randn(batch, tokens, model.context_width, dtype=dtype),
         }
 
     free = {
         "sample": {0: "batch", 2: "height", 3: "width"},
         "time_shift": {0: "batch"},
-        "context": {0: "batch"},
+        "context": {0: "batch", 1: "tokens"},
     }
-    forms = tuple(Form(batch, height, width) for height, width in sizes for batch in batches)
+    forms = tuple(
+        Form(batch, height, width, tokens)
+        for height, width in sizes
+        for batch in batches
+        for tokens in lengths
+    )
     return ModuleSpec("unet", load.unet, inputs, free, ("output",), ("unet",), forms, load.fp8)
 
 
 def _context(model: Model, load: _UNetParts, dtype: torch.dtype) -> ModuleSpec:
-    def inputs(batch: int, height: int, width: int) -> dict[str, Tensor]:
-        return {"hidden_states": torch.randn(batch, 77, model.text_width, dtype=dtype)}
+    def inputs(batch: int, height: int, width: int, tokens: int) -> dict[str, Tensor]:
+        return {"hidden_states": torch.randn(batch, CHUNK, model.text_width, dtype=dtype)}
 
     return ModuleSpec("context", load.context, inputs, {}, ("context",), ("unet",), (Form(ONE),))
 
@@ -198,7 +206,7 @@ def _time_shift(config: UNetConfig, model: Model, load: _UNetParts, dtype: torch
     }
     conditions = {name: (width, kind) for name, (width, kind) in widths.items() if width}
 
-    def inputs(batch: int, height: int, width: int) -> dict[str, Tensor]:
+    def inputs(batch: int, height: int, width: int, tokens: int) -> dict[str, Tensor]:
         given = {"timesteps": torch.linspace(0, 999, batch)}
         for name, (size, kind) in conditions.items():
             given[name] = torch.rand(batch, size).to(kind)
@@ -252,7 +260,7 @@ class _VAEHalves:
 
 
 def _vae_decoder(vae: _VAEHalves, model: Model, sizes: list[tuple[Span, Span]]) -> ModuleSpec:
-    def inputs(batch: int, height: int, width: int) -> dict[str, Tensor]:
+    def inputs(batch: int, height: int, width: int, tokens: int) -> dict[str, Tensor]:
         factor = model.vae_scale_factor
         shape = (batch, model.latent_channels, height // factor, width // factor)
         return {"latents": torch.randn(shape)}
@@ -277,7 +285,7 @@ def _vae_encoder(vae: _VAEHalves, networks: Networks, sizes: list[tuple[Span, Sp
     if not has_encoder(networks.checkpoint.state_dict("vae")):
         return
 
-    def inputs(batch: int, height: int, width: int) -> dict[str, Tensor]:
+    def inputs(batch: int, height: int, width: int, tokens: int) -> dict[str, Tensor]:
         return {"image": torch.rand(batch, networks.vae.in_channels, height, width) * 2 - 1}
 
     free = {"image": {2: "height", 3: "width"}}
@@ -297,8 +305,8 @@ def _vae_encoder(vae: _VAEHalves, networks: Networks, sizes: list[tuple[Span, Sp
 def _text_encoder(networks: Networks, name: str, dtype: torch.dtype) -> ModuleSpec:
     vocabulary = int(networks.checkpoint.components[name].config["vocab_size"])
 
-    def inputs(batch: int, height: int, width: int) -> dict[str, Tensor]:
-        return {"input_ids": torch.randint(0, vocabulary, (batch, 77))}
+    def inputs(batch: int, height: int, width: int, tokens: int) -> dict[str, Tensor]:
+        return {"input_ids": torch.randint(0, vocabulary, (batch, CHUNK))}
 
     def load() -> TextEncoder:
         model = load_text_model(networks.checkpoint, name, dtype)
