@@ -238,7 +238,7 @@ class Recipe(_Part):
     def _compiled_beside(cls, long_prompts: bool | None, info: ValidationInfo) -> bool | None:
         backend = info.data.get("backend")
         if long_prompts is not None and backend in ("onnx", "eager"):
-            _idle(info, f"{backend} engines take long prompts as they are; leave it out")
+            _idle(info, f"{backend} engines take long prompts anyway; leave it out")
             return None
         return long_prompts
 
