@@ -20,7 +20,7 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from sdfast import __version__
 from sdfast.errors import RequestError
-from sdfast.request import Request
+from sdfast.request import TOLD_SIZES, Request
 from sdfast.schedulers import Schedule
 
 PNG_KEY = "parameters"
@@ -122,7 +122,7 @@ def infotext_of(
         model=model,
         model_hash=digest[:10] if digest else None,
         version=f"sdfast {__version__}",
-        extra=_extra(request),
+        extra=_extra(request, prompt),
     )
 
 
@@ -131,14 +131,25 @@ def unet_digest(weights: Mapping[str, str]) -> str | None:
     return next((value for name, value in sorted(weights.items()) if name.startswith("unet/")), None)
 
 
-def _extra(request: Request) -> dict[str, str]:
-    """What is told only of requests that ask for it."""
+def _extra(request: Request, prompt: int) -> dict[str, str]:
+    """What is told only of requests that ask for it, of the picture of prompt `prompt`."""
     strength, clip_skip, emphasis = request.strength, request.clip_skip, request.emphasis
+    second = request.pairs[prompt][1], request.negative_pairs[prompt][1]
     return {
         **({} if strength is None else {"Denoising strength": _number(strength)}),
         **({} if clip_skip is None else {"Clip skip": str(clip_skip + 1)}),
         **({} if emphasis is None else {"Emphasis": emphasis.capitalize().replace("_", " ")}),
         **({} if request.long_prompts == "truncate" else {"Long prompts": request.long_prompts}),
+        **{
+            name: text
+            for name, text in zip(("Prompt 2", "Negative prompt 2"), second, strict=True)
+            if text is not None
+        },
+        **{
+            name.capitalize().replace("_", " "): f"{size[1]}x{size[0]}"
+            for name in TOLD_SIZES
+            if (size := getattr(request, name)) not in (None, (0, 0))
+        },
     }
 
 

@@ -21,7 +21,7 @@ from sdfast.images import read_images, read_masks
 from sdfast.loop import Buckets, Row, Rows
 from sdfast.manifest import Model
 from sdfast.noise import BrownianNoise, NoiseSource, OwnNoise, SharedNoise, generator
-from sdfast.prompts import Prompts, PromptState, Reading, check_tensor, joined
+from sdfast.prompts import Prompts, PromptState, Reading, check_tensor, joined, told_sizes
 from sdfast.request import Request
 from sdfast.schedulers import SOLVERS, Schedule, own_config, schedule
 
@@ -32,8 +32,6 @@ DEFAULT_STRENGTH = {"sd": (0.8, 1.0), "sdxl": (0.3, 0.9999)}
 
 # Arguments of diffusers' that are not supported, at the values at which they ask for nothing.
 NEUTRAL = {
-    "crops_coords_top_left": (0, 0),
-    "negative_crops_coords_top_left": (0, 0),
     "aesthetic_score": 6.0,
     "negative_aesthetic_score": 2.5,
 }
@@ -243,6 +241,14 @@ class Pipeline:
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
         *,
+        prompt_2: str | Sequence[str] | None = None,
+        negative_prompt_2: str | Sequence[str] | None = None,
+        original_size: tuple[int, int] | None = None,
+        crops_coords_top_left: tuple[int, int] = (0, 0),
+        target_size: tuple[int, int] | None = None,
+        negative_original_size: tuple[int, int] | None = None,
+        negative_crops_coords_top_left: tuple[int, int] = (0, 0),
+        negative_target_size: tuple[int, int] | None = None,
         image: Any = None,
         mask_image: Any = None,
         strength: float | None = None,
@@ -260,6 +266,7 @@ class Pipeline:
         long_prompts: "truncate" cuts prompts after 75 tokens, as diffusers does; "chunk" reads all of them,
             75 at a time. emphasis: how `(words:1.3)` count, "original" as with AUTOMATIC1111, "no_norm" or
             "ignore"; by default brackets are text. See `sdfast.emphasis`.
+        prompt_2, negative_prompt_2, and the sizes and crops: for SDXL, as in diffusers.
         image: what is drawn over, of the picture's size; mask_image: white where it is drawn anew; see
             `sdfast.images`. strength: the share of the steps that is done, as in diffusers, and by default
             what it is there: 0.8, or 1 with a mask; for SDXL 0.3 and 0.9999.
@@ -297,7 +304,13 @@ class Pipeline:
         if given.over is not None and strength is None:
             strength = DEFAULT_STRENGTH[model.family][given.over.mask is not None]
         fields = {
-            **_texts(prompt, negative_prompt, prompt_embeds),
+            **_texts(prompt, negative_prompt, prompt_embeds, prompt_2, negative_prompt_2),
+            "original_size": original_size,
+            "crops_coords_top_left": crops_coords_top_left,
+            "target_size": target_size,
+            "negative_original_size": negative_original_size,
+            "negative_crops_coords_top_left": negative_crops_coords_top_left,
+            "negative_target_size": negative_target_size,
             "height": own_height if height is None else height,
             "width": own_width if width is None else width,
             "num_inference_steps": num_inference_steps,
@@ -345,6 +358,7 @@ class Pipeline:
         check_strength(request, over=given.over is not None)
         masked = given.over is not None and given.over.mask is not None
         check_channels(self.engine.manifest.model, masked)
+        self.prompts.check(request)
         plan = self.schedule_of(request)
         positive, negative, truncated = self._encode(request, given)
         return Prepared(self._rows(request, given, plan, positive, negative), plan, truncated)
@@ -393,14 +407,14 @@ class Pipeline:
             ]
             truncated: tuple[str, ...] = ("",) * len(request.prompts)
         else:
-            positive, truncated = prompts.encode(request.prompts, request.clip_skip, reading)
+            positive, truncated = prompts.encode(request.pairs, request.clip_skip, reading)
         negative: list[PromptState] = []
-        if self._guided(request):
+        if prompts.guided(request):
             embeds, pooled = given.negative_prompt_embeds, given.negative_pooled_prompt_embeds
             if embeds is not None:
                 negative = [self._given("negative_prompt_embeds", embeds, pooled, request)]
             else:
-                negative = prompts.encode_negative(request.negative_prompts, reading)
+                negative = prompts.encode_negative(request.negative_pairs, reading)
         states, first = prompts.alike([*positive, *negative]), len(positive)
         count = request.num_images_per_prompt
         return (
@@ -414,10 +428,6 @@ class Pipeline:
     ) -> PromptState:
         return self.prompts.from_embeds(name, embeds, pooled, len(request.prompts))
 
-    def _guided(self, request: Request) -> bool:
-        # An LCM takes the guidance as an embedding instead.
-        return request.guidance_scale > 1 and self.engine.manifest.model.guidance_embedding is None
-
     def _rows(
         self,
         request: Request,
@@ -428,8 +438,9 @@ class Pipeline:
     ) -> list[Row]:
         noise = self._noise(request, given, plan)
         start = self._start(request, given, plan, noise)
-        told = self.prompts.conditionings(positive, plan, request)
-        told_negative = self.prompts.conditionings(negative, plan, request) if negative else None
+        sizes, away = told_sizes(request, over=given.over is not None)
+        told = self.prompts.conditionings(positive, plan, request, sizes)
+        told_negative = self.prompts.conditionings(negative, plan, request, away) if negative else None
         return [
             Row(
                 schedule=plan,
@@ -542,11 +553,15 @@ def _texts(
     prompt: str | Sequence[str] | None,
     negative: str | Sequence[str | None] | None,
     embeds: torch.Tensor | None,
+    second: str | Sequence[str] | None,
+    negative_second: str | Sequence[str | None] | None,
 ) -> dict[str, Any]:
-    """The prompts and one negative prompt for each."""
+    """The prompts, one negative prompt for each, and what a second text encoder reads."""
     if (prompt is None) == (embeds is None):
         raise RequestError("give prompt or prompt_embeds, one of them")
     if embeds is not None:
+        if second is not None:
+            raise RequestError("prompt_2: with prompt_embeds no prompt is read; leave it out")
         if not isinstance(embeds, torch.Tensor) or embeds.ndim != 3:
             raise RequestError("prompt_embeds: must be a tensor of shape (prompts, tokens, width)")
         prompts: Any = ("",) * len(embeds)
@@ -554,13 +569,25 @@ def _texts(
         prompts = (prompt,) if isinstance(prompt, str) else prompt
     if not isinstance(prompts, (list, tuple)):
         raise RequestError(f"prompt: must be a string or a list of strings (got {type(prompt).__name__})")
-    if negative is None or isinstance(negative, str):
-        negative = (negative,) * len(prompts)
-    elif not isinstance(negative, (list, tuple)):
-        raise RequestError(
-            f"negative_prompt: must be a string or a list of strings (got {type(negative).__name__})"
-        )
-    return {"prompts": prompts, "negative_prompts": negative}
+    count = len(prompts)
+    return {
+        "prompts": prompts,
+        "negative_prompts": _for_each("negative_prompt", negative, count),
+        # diffusers takes an empty one for none
+        "prompts_2": _for_each("prompt_2", second, count) if second else None,
+        "negative_prompts_2": _for_each("negative_prompt_2", negative_second, count)
+        if negative_second
+        else None,
+    }
+
+
+def _for_each(name: str, texts: str | Sequence[str | None] | None, count: int) -> Sequence[str | None]:
+    """A text for each of `count` prompts."""
+    if texts is None or isinstance(texts, str):
+        return (texts,) * count
+    if not isinstance(texts, (list, tuple)):
+        raise RequestError(f"{name}: must be a string or a list of strings (got {type(texts).__name__})")
+    return texts
 
 
 def _refuse(given: Mapping[str, Any], where: str, neutral: Mapping[str, Any] | None = None) -> None:

@@ -13,11 +13,15 @@ from sdfast.emphasis import Emphasis, Piece, parse
 from sdfast.engine import Engine
 from sdfast.errors import RequestError
 from sdfast.loop import Conditioning
-from sdfast.request import Request
+from sdfast.request import TOLD_SIZES, Request
 from sdfast.schedulers import Schedule
 from sdfast.tokenizer import Chunks
 
 CACHE_BYTES = 256 * 2**20
+Text = tuple[str | None, str | None]
+"""A prompt, and what a second text encoder reads in its place."""
+_SDXL = ("prompts_2", "negative_prompts_2", *TOLD_SIZES)
+"""Fields of requests that are for its text encoders and time embedding."""
 
 
 @dataclass(frozen=True)
@@ -104,30 +108,36 @@ class Prompts:
         self._cache = PromptCache()
 
     def check(self, request: Request) -> None:
-        """Raises `RequestError` for prompts that cannot be read, or are too long for the engine."""
-        reading = Reading.of(request)
-        texts = {prompt or "" for prompt in (*request.prompts, *request.negative_prompts)}
-        length = self._engine.tokenizers[0].max_length
+        """Raises `RequestError` for what the engine cannot read: too long prompts, and what is SDXL's."""
+        given = [name for name in _SDXL if getattr(request, name) != Request.model_fields[name].default]
+        if given and self._model.pooled_width is None:
+            raise RequestError(f"{given[0]}: only engines of SDXL have a use for it; leave it out")
+        reading, length = Reading.of(request), self._engine.tokenizers[0].max_length
+        texts = [*request.pairs, *(request.negative_pairs if self.guided(request) else ())]
         check_lengths([length * len(self._read(text, reading)[0].input_ids) for text in texts], self._most)
+
+    def guided(self, request: Request) -> bool:
+        """Whether negative prompts are read. An LCM takes the guidance as an embedding instead."""
+        return request.guidance_scale > 1 and self._model.guidance_embedding is None
 
     def count(self, request: Request) -> int:
         """How many tokens of a request's prompts are read, without start and end."""
-        texts = (*request.prompts, *request.negative_prompts)
-        return sum(self._read(text, Reading.of(request))[0].read for text in texts if text)
+        texts = (*request.pairs, *request.negative_pairs)
+        return sum(self._read(text, Reading.of(request))[0].read for text in texts)
 
     def encode(
-        self, prompts: Sequence[str], clip_skip: int | None, reading: Reading
+        self, prompts: Sequence[Text], clip_skip: int | None, reading: Reading
     ) -> tuple[list[PromptState], tuple[str, ...]]:
         """The state of each prompt, and the text cut from it. `clip_skip`: last text layers left out."""
         found = [self._cached(prompt, clip_skip, reading) for prompt in prompts]
         return [state for state, _ in found], tuple(cut for _, cut in found)
 
-    def encode_negative(self, prompts: Sequence[str | None], reading: Reading) -> list[PromptState]:
+    def encode_negative(self, prompts: Sequence[Text], reading: Reading) -> list[PromptState]:
         """The state of each negative prompt. diffusers applies `clip_skip` to positive prompts only."""
         return [
             self._zeros()
-            if prompt is None and self._model.zero_empty_negative
-            else self._cached(prompt or "", None, reading)[0]
+            if prompt[0] is None and self._model.zero_empty_negative
+            else self._cached(prompt, None, reading)[0]
             for prompt in prompts
         ]
 
@@ -162,8 +172,10 @@ class Prompts:
             pooled = pooled.to(engine.device, engine.dtype)
         return PromptState(self._context(embeds.to(engine.device, engine.dtype)), pooled)
 
-    def conditionings(self, state: PromptState, plan: Schedule, request: Request) -> list[Conditioning]:
-        """What the U-Net is told of each picture, at every step of `plan`."""
+    def conditionings(
+        self, state: PromptState, plan: Schedule, request: Request, sizes: Sequence[int]
+    ) -> list[Conditioning]:
+        """What the U-Net is told of each picture, at every step of `plan`. `sizes`: see `told_sizes`."""
         # through a list: a schedule's array may be a reversed view, which torch does not take
         timesteps = torch.tensor(plan.timesteps.tolist(), dtype=torch.float32, device=self._engine.device)
         inputs = {"timesteps": timesteps}
@@ -175,9 +187,8 @@ class Prompts:
         if state.pooled is None:
             shift = self._engine.call("time_shift", inputs)["time_shift"]
             return [Conditioning(context, shift) for context in state.context]
-        sizes = [request.height, request.width, 0, 0, request.height, request.width]
         inputs["time_ids"] = torch.tensor(
-            [sizes] * len(plan), dtype=torch.float32, device=self._engine.device
+            [list(sizes)] * len(plan), dtype=torch.float32, device=self._engine.device
         )
         told = []
         for context, pooled in zip(state.context, state.pooled, strict=True):
@@ -189,13 +200,18 @@ class Prompts:
     def _most(self) -> int:
         return self._engine.manifest.max_tokens
 
-    def _read(self, prompt: str, reading: Reading) -> list[Chunks]:
-        """A prompt as each text encoder takes it."""
-        parts = reading.parts(prompt)
-        tokenizers = self._engine.tokenizers
-        return [one.chunks(parts) if reading.chunked else one.cut(parts[0]) for one in tokenizers]
+    def _read(self, prompt: Text, reading: Reading) -> list[Chunks]:
+        """A prompt as each text encoder takes it, in as many chunks as the other."""
+        tokenizers, (first, second) = self._engine.tokenizers, prompt
+        texts = [first or "", first or "" if second is None else second][: len(tokenizers)]
+        parts = [reading.parts(text) for text in texts]
+        if not reading.chunked:
+            return [one.cut(text[0]) for one, text in zip(tokenizers, parts, strict=True)]
+        read = [one.chunks(text) for one, text in zip(tokenizers, parts, strict=True)]
+        most = max(len(chunks.input_ids) for chunks in read)
+        return [one.chunks(text, least=most) for one, text in zip(tokenizers, parts, strict=True)]
 
-    def _cached(self, prompt: str, clip_skip: int | None, reading: Reading) -> tuple[PromptState, str]:
+    def _cached(self, prompt: Text, clip_skip: int | None, reading: Reading) -> tuple[PromptState, str]:
         key = (prompt, clip_skip, reading)
         found = self._cache.get(key)
         if found is None:
@@ -203,7 +219,7 @@ class Prompts:
             self._cache.put(key, *found)
         return found
 
-    def _encode_one(self, prompt: str, clip_skip: int | None, reading: Reading) -> tuple[PromptState, str]:
+    def _encode_one(self, prompt: Text, clip_skip: int | None, reading: Reading) -> tuple[PromptState, str]:
         hidden, pooled, read = [], None, self._read(prompt, reading)
         for name, chunks in zip(self._text_encoders(), read, strict=True):
             ids = torch.from_numpy(chunks.input_ids).to(self._engine.device)
@@ -270,6 +286,23 @@ def weighted(hidden: torch.Tensor, weights: torch.Tensor, emphasis: Emphasis) ->
         told = told * (exact.mean(dim=(1, 2), keepdim=True) / told.mean(dim=(1, 2), keepdim=True))
     plain = (weights == 1).all(dim=1)[:, None, None].to(hidden.device)
     return torch.where(plain, hidden, told.to(hidden.dtype))
+
+
+def told_sizes(request: Request, *, over: bool) -> tuple[list[int], list[int]]:
+    """The six numbers that SDXL is told of a picture, and of what it is guided away from.
+
+    As diffusers' pipelines tell them: without an image, the negative ones are the picture's own unless both
+    sizes are given; over an image, each is for itself, and the crop is the picture's.
+    """
+    own = (request.height, request.width)
+    original, target = request.original_size or own, request.target_size or own
+    told = [*original, *request.crops_coords_top_left, *target]
+    away = request.negative_original_size, request.negative_target_size
+    if over:
+        return told, [*(away[0] or original), *request.crops_coords_top_left, *(away[1] or target)]
+    if None in away:
+        return told, told
+    return told, [*(away[0] or own), *request.negative_crops_coords_top_left, *(away[1] or own)]
 
 
 def guidance_embedding(scale: torch.Tensor, width: int) -> torch.Tensor:

@@ -3,7 +3,7 @@
 import math
 import secrets
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -15,9 +15,22 @@ MAX_PROMPT = 32_768  # characters
 MAX_STEPS = 1_000
 MAX_IMAGES = 128  # of one request
 MAX_SIDE = 8_192  # pixels
+MAX_TOLD = 65_536  # pixels of a size that is only told
 MAX_GUIDANCE = 100.0
 SEED_LIMIT = 2**64
 _SHOWN = 60  # characters of a bad value that an error repeats
+
+
+TOLD_SIZES = (
+    "original_size",
+    "crops_coords_top_left",
+    "target_size",
+    "negative_original_size",
+    "negative_crops_coords_top_left",
+    "negative_target_size",
+)
+"""Fields of what SDXL is told of a picture's size."""
+ToldSize = tuple[Annotated[int, Field(ge=0, le=MAX_TOLD)], Annotated[int, Field(ge=0, le=MAX_TOLD)]]
 
 
 class Request(BaseModel):
@@ -30,6 +43,10 @@ class Request(BaseModel):
     `long_prompts`: what becomes of prompts longer than the text encoder reads (75 tokens): "truncate" cuts
     them, as diffusers does, "chunk" reads them 75 tokens at a time, as AUTOMATIC1111 does. `emphasis`: how
     `(words:1.3)` count, see `sdfast.emphasis`; by default brackets are text.
+
+    For SDXL alone: `prompts_2` and `negative_prompts_2`, what its second text encoder reads in place of the
+    prompts, `None` for the same; and the sizes (height, width) and crops (top, left) in pixels that
+    it is told, by default the picture's own (Podell et al. 2023, section 2.2).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -50,6 +67,14 @@ class Request(BaseModel):
     clip_skip: int | None = Field(default=None, ge=0, le=64)
     long_prompts: Literal["truncate", "chunk"] = "truncate"
     emphasis: Emphasis | None = None
+    prompts_2: tuple[str | None, ...] | None = None
+    negative_prompts_2: tuple[str | None, ...] | None = None
+    original_size: ToldSize | None = None
+    crops_coords_top_left: ToldSize = (0, 0)
+    target_size: ToldSize | None = None
+    negative_original_size: ToldSize | None = None
+    negative_crops_coords_top_left: ToldSize = (0, 0)
+    negative_target_size: ToldSize | None = None
     seed: int = Field(default_factory=lambda: secrets.randbelow(2**32), ge=0, lt=SEED_LIMIT)
 
     @classmethod
@@ -71,10 +96,21 @@ class Request(BaseModel):
         """One seed for each picture."""
         return tuple(self.seed + i for i in range(self.images))
 
-    @field_validator("prompts", "negative_prompts")
+    @property
+    def pairs(self) -> list[tuple[str, str | None]]:
+        """Each prompt, and what a second text encoder reads in its place."""
+        return list(zip(self.prompts, self.prompts_2 or (None,) * len(self.prompts), strict=True))
+
+    @property
+    def negative_pairs(self) -> list[tuple[str | None, str | None]]:
+        """Each negative prompt likewise."""
+        seconds = self.negative_prompts_2 or (None,) * len(self.prompts)
+        return list(zip(self.negative_prompts, seconds, strict=True))
+
+    @field_validator("prompts", "negative_prompts", "prompts_2", "negative_prompts_2")
     @classmethod
-    def _drawable(cls, texts: tuple[str | None, ...]) -> tuple[str | None, ...]:
-        for text in texts:
+    def _drawable(cls, texts: tuple[str | None, ...] | None) -> tuple[str | None, ...] | None:
+        for text in texts or ():
             if text is not None:
                 check_text(text)
         return texts
@@ -98,6 +134,17 @@ class Request(BaseModel):
             raise ValueError(
                 f"negative_prompts: {len(self.negative_prompts)} for {len(self.prompts)} prompts; "
                 "give one for each, or a single one for all"
+            )
+        for name in ("prompts_2", "negative_prompts_2"):
+            texts = getattr(self, name)
+            if texts is not None and len(texts) != len(self.prompts):
+                raise ValueError(
+                    f"{name}: {len(texts)} for {len(self.prompts)} prompts; "
+                    "give one for each, or a single one for all"
+                )
+        if any(second is not None and first is None for first, second in self.negative_pairs):
+            raise ValueError(
+                "negative_prompts_2: its first text encoder has none; give a negative prompt too"
             )
         if self.images > MAX_IMAGES:
             raise ValueError(

@@ -100,8 +100,8 @@ class Tokenizer:
             truncated = pieces[number].text[offset:] + "".join(piece.text for piece in pieces[number + 1 :])
         return self._chunks([first], truncated)
 
-    def chunks(self, parts: Sequence[Sequence[Piece]]) -> Chunks:
-        """All of a prompt, each part of it in chunks of its own.
+    def chunks(self, parts: Sequence[Sequence[Piece]], least: int = 1) -> Chunks:
+        """All of a prompt, each part of it in chunks of its own; the last ones empty to be at least so many.
 
         Where a comma is among the last `BACKTRACK` tokens of a full chunk, the next one begins after it, as
         with AUTOMATIC1111: what stands between two commas belongs together.
@@ -109,7 +109,7 @@ class Tokenizer:
         filled = [chunk for part in parts for chunk in self._filled(self._tokens(part)) or [[]]]
         if len(filled) > 1 and not filled[-1]:
             filled.pop()  # nothing follows the last break
-        return self._chunks(filled)
+        return self._chunks([*filled, *[[]] * (least - len(filled))])
 
     @property
     def room(self) -> int:

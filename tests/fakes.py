@@ -127,7 +127,7 @@ class FakeTokenizer:
         text = "".join(piece.text for piece in pieces)
         return self._chunks([text[:LENGTH]], text[LENGTH:])
 
-    def chunks(self, parts: Sequence[Sequence[Piece]]) -> Chunks:
+    def chunks(self, parts: Sequence[Sequence[Piece]], least: int = 1) -> Chunks:
         texts = ["".join(piece.text for piece in part) for part in parts]
         return self._chunks(
             [text[i : i + LENGTH] for text in texts for i in range(0, max(len(text), 1), LENGTH)]

@@ -160,6 +160,15 @@ def test_sdxl_equals_stock_diffusers(pairs: dict[Any, Any], call: str, masked: b
     assert_same(*both(pairs["sdxl", masked], guidance_scale=4.0, **fields))
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_sizes_that_sdxl_is_told_equal_stock_diffusers(pairs: dict[Any, Any], masked: bool) -> None:
+    """Over an image diffusers takes negative sizes one by one, and the crop of the picture for both."""
+    given = {"mask_image": mask()} if masked else {}
+    sizes = {"original_size": (512, 96), "negative_target_size": (9, 9)}
+    crops = {"crops_coords_top_left": (8, 40), "negative_crops_coords_top_left": (100, 100)}
+    assert_same(*both(pairs["sdxl", masked], guidance_scale=4.0, strength=0.6, **given, **sizes, **crops))
+
+
 @pytest.mark.parametrize(("family", "masked"), KINDS)
 def test_the_usual_strength_is_diffusers(pairs: dict[Any, Any], family: str, masked: bool) -> None:
     given = {"mask_image": mask()} if masked else {}

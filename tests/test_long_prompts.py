@@ -67,6 +67,20 @@ def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual - expected).norm() / expected.norm())
 
 
+SECOND: dict[str, dict[str, Any]] = {
+    "another prompt for the second encoder": {"prompts_2": (LONG,), "negative_prompts_2": ("the (sea:1.2)",)},
+    "and one that is shorter": {"prompts": (LONG,), "prompts_2": ("a boat",)},
+}
+
+
+@pytest.mark.parametrize("ask", SECOND)
+def test_second_prompts_are_read_in_as_many_chunks(tiny_sdxl: Path, sdxl_engine: Path, ask: str) -> None:
+    stock, pipe = reference_pipeline(resolve(str(tiny_sdxl))), Pipeline.from_engine(sdxl_engine, threads=1)
+    texts = {"prompts": ("a (cabin:1.4)",), "negative_prompts": ("mist",), **SECOND[ask]}
+    request = request_of(texts, long_prompts="chunk", emphasis="original")
+    assert error(drawn(pipe, request), generate(stock, request, output_type="pt")) < 1e-5
+
+
 @pytest.mark.parametrize("ask", ASKS)
 def test_pictures_are_those_of_stock_diffusers(pair: tuple[Any, Pipeline], ask: str) -> None:
     stock, pipe = pair
@@ -163,6 +177,7 @@ def test_older_engines_take_one_chunk(sd_engine: Path, tmp_path: Path) -> None:
         RequestError, match=r"a prompt is 154 tokens long, .*takes 77; .*export the engine again"
     ):
         drawn(pipe, request_of({"prompts": (LONG,)}, long_prompts="chunk"))
+    pipe.prompts.check(request_of({"prompts": ("a",), "negative_prompts": (LONG,)}, guidance_scale=1.0))
     with pytest.raises(RequestError, match="a prompt is 100 tokens long"):
         pipe(prompt_embeds=torch.zeros(1, 100, pipe.engine.manifest.model.text_width))
 
@@ -186,3 +201,9 @@ def test_the_parameters_say_how_prompts_were_read() -> None:
 
     assert extra() == {}
     assert extra(emphasis="no_norm", long_prompts="chunk") == {"Emphasis": "No norm", "Long prompts": "chunk"}
+    sizes = {"target_size": (512, 768), "crops_coords_top_left": (0, 8)}
+    assert extra(prompts_2=("the sea, a boat",), **sizes) == {
+        "Prompt 2": "the sea, a boat",
+        "Crops coords top left": "8x0",
+        "Target size": "768x512",
+    }

@@ -153,6 +153,38 @@ def test_sdxl_equals_stock_diffusers(sdxl: tuple[Any, Pipeline], call: str) -> N
     assert_same(*both(sdxl, **request))
 
 
+SDXL_CALLS: dict[str, dict[str, Any]] = {
+    "a second prompt": {"prompt_2": "the sea", "negative_prompt": "mist"},
+    "second prompts for each": {
+        "prompt": ["a boat", "a cabin"],
+        "prompt_2": ["the sea", ""],
+        "negative_prompt": ["mist", "style"],
+        "negative_prompt_2": "in the forest",
+    },
+    "sizes": {"original_size": (512, 96), "crops_coords_top_left": (8, 40), "target_size": (1024, 768)},
+    "negative sizes": {
+        "negative_original_size": (16, 24),
+        "negative_crops_coords_top_left": (3, 5),
+        "negative_target_size": (32, 48),
+    },
+    "one negative size, which is not told": {
+        "negative_original_size": (16, 24),
+        "crops_coords_top_left": (8, 40),
+    },
+}
+
+
+@pytest.mark.parametrize("call", SDXL_CALLS)
+def test_what_is_sdxls_equals_stock_diffusers(sdxl: tuple[Any, Pipeline], call: str) -> None:
+    expected, actual = both(sdxl, **SDXL_CALLS[call])
+    assert_same(expected, actual)
+    plain = {
+        name: SDXL_CALLS[call][name] for name in ("prompt", "negative_prompt") if name in SDXL_CALLS[call]
+    }
+    without = both(sdxl, **plain)[0]
+    assert (without - expected).norm() > 1e-3 * expected.norm(), "it says nothing"
+
+
 def test_sdxl_layers_left_out_equal_stock_diffusers(sdxl: tuple[Any, Pipeline]) -> None:
     assert_same(*both(sdxl, clip_skip=1))
 
@@ -402,7 +434,21 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "ip adapter tensor": ({"ip_adapter_image": torch.zeros(2, 2)}, "ip_adapter_image: not supported"),
     "attention kwargs": ({"cross_attention_kwargs": {"scale": 0.5}}, "cross_attention_kwargs"),
     "a typing error": ({"num_inference_step": 5}, "num_inference_step: not supported"),
-    "SDXL's second prompt": ({"prompt_2": "a"}, "prompt_2"),
+    "SDXL's second prompt": ({"prompt_2": "a"}, "prompts_2: only engines of SDXL"),
+    "SDXL's sizes": ({"target_size": (8, 8)}, "target_size: only engines of SDXL"),
+    "SDXL's crops": ({"crops_coords_top_left": (0, 1)}, "crops_coords_top_left: only engines of SDXL"),
+    "half a size": ({"original_size": (8,)}, "^original_size.1: is missing"),
+    "a size below zero": ({"original_size": (8, -1)}, "^original_size.1: must be greater"),
+    "too few second prompts": (
+        {"prompt": ["a", "b"], "prompt_2": ["c"]},
+        "^prompts_2: 1 for 2 prompts",
+    ),
+    "a second negative prompt alone": ({"negative_prompt_2": "a"}, "give a negative prompt too"),
+    "a number for a second prompt": ({"prompt_2": 5}, "^prompt_2: must be a string"),
+    "a second prompt and embeddings": (
+        {"prompt": None, "prompt_embeds": torch.zeros(1, 77, 32), "prompt_2": "a"},
+        "^prompt_2: with prompt_embeds",
+    ),
     "no prompt": ({"prompt": None}, "prompt or prompt_embeds"),
     "no prompts": ({"prompt": []}, "^prompts: .*at least 1"),
     "a number for a prompt": ({"prompt": 5}, "^prompt: must be a string or a list of strings"),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sdfast.emphasis import Piece
-from sdfast.prompts import Reading
+from sdfast.prompts import Reading, Text
 from sdfast.request import Request
 
 _COMMA, _NEAR = ",</w>", 20
@@ -28,9 +28,9 @@ def embeddings(pipe: Any, request: Request, index: int) -> dict[str, Any]:
     """What the stock pipeline is to be called with in place of prompt `index` and its negative prompt."""
     reading, sdxl = Reading.of(request), hasattr(pipe, "text_encoder_2")
     negative = request.negative_prompts[index]
-    positive_told = _read(pipe, request.prompts[index], reading, request.clip_skip)
+    positive_told = _read(pipe, request.pairs[index], reading, request.clip_skip)
     # diffusers leaves layers out of the prompt alone
-    negative_told = _read(pipe, negative or "", reading, None)
+    negative_told = _read(pipe, request.negative_pairs[index], reading, None)
     if sdxl and negative is None and pipe.config.force_zeros_for_empty_prompt:
         hidden, pooled = positive_told
         negative_told = torch.zeros_like(hidden), pooled if pooled is None else torch.zeros_like(pooled)
@@ -43,15 +43,17 @@ def embeddings(pipe: Any, request: Request, index: int) -> dict[str, Any]:
     return told
 
 
-def _read(pipe: Any, prompt: str, reading: Reading, clip_skip: int | None) -> Told:
-    parts = reading.parts(prompt)
-    encoders = [(pipe.tokenizer, pipe.text_encoder)]
+def _read(pipe: Any, prompt: Text, reading: Reading, clip_skip: int | None) -> Told:
+    first, second = prompt[0] or "", prompt[1]
+    encoders = [(pipe.tokenizer, pipe.text_encoder, first)]
     if hasattr(pipe, "text_encoder_2"):
-        encoders.append((pipe.tokenizer_2, pipe.text_encoder_2))
+        encoders.append((pipe.tokenizer_2, pipe.text_encoder_2, first if second is None else second))
+    read = [_chunks(tokenizer, reading.parts(text), reading.chunked) for tokenizer, _, text in encoders]
+    most = max(map(len, read))
     hidden, pooled = [], None
-    for tokenizer, encoder in encoders:
+    for (tokenizer, encoder, _), chunks in zip(encoders, read, strict=True):
         states = []
-        for number, chunk in enumerate(_chunks(tokenizer, parts, reading.chunked)):
+        for number, chunk in enumerate(chunks + [[]] * (most - len(chunks))):
             state, whole = _encode(tokenizer, encoder, [id for id, _ in chunk], clip_skip, len(encoders) == 2)
             states.append(_emphasised(state, chunk, reading))
             pooled = whole if number == 0 else pooled

@@ -20,7 +20,7 @@ from sdfast.errors import BackendError, CheckpointError, DependencyError, Reques
 from sdfast.export.checkpoint import Checkpoint
 from sdfast.first_latents import Over
 from sdfast.noise import generator
-from sdfast.request import Request
+from sdfast.request import TOLD_SIZES, Request
 from sdfast.schedulers import resolve
 from sdfast.validation.reading import embeddings, is_plain
 
@@ -312,7 +312,7 @@ def _over_arguments(request: Request, rows: range, over: Over) -> dict[str, Any]
 
 def _generate_one(pipe: Any, request: Request, index: int, output_type: str, over: Over | None = None) -> Any:
     """The pictures of one prompt: diffusers takes a missing negative prompt for all prompts or for none."""
-    count = request.num_images_per_prompt
+    count, sdxl = request.num_images_per_prompt, hasattr(pipe, "text_encoder_2")
     rows = range(index * count, (index + 1) * count)
     seeds = [request.seeds[i] for i in rows]
     run: dict[str, Any] = {"num_inference_steps": request.num_inference_steps}
@@ -330,9 +330,18 @@ def _generate_one(pipe: Any, request: Request, index: int, output_type: str, ove
     if "guidance_rescale" in inspect.signature(pipe.__call__).parameters:
         run["guidance_rescale"] = request.guidance_rescale
     if is_plain(request):
-        run |= {"prompt": request.prompts[index], "negative_prompt": request.negative_prompts[index]}
+        run["prompt"], run["negative_prompt"] = request.prompts[index], request.negative_prompts[index]
+        if sdxl:
+            # as lists, in which diffusers takes an empty text for one
+            seconds = {
+                "prompt_2": request.pairs[index][1],
+                "negative_prompt_2": request.negative_pairs[index][1],
+            }
+            run |= {name: None if text is None else [text] for name, text in seconds.items()}
     else:
         run |= embeddings(pipe, request, index)
+    if sdxl:
+        run |= {name: getattr(request, name) for name in TOLD_SIZES}
     return pipe(
         guidance_scale=request.guidance_scale,
         num_images_per_prompt=count,
