@@ -153,6 +153,10 @@ def rebuild(engine: Path, checkpoint: str | None) -> None:
 @click.option("--negative", help="What the picture should not show.")
 @click.option("--steps", type=int, default=20, show_default=True)
 @click.option("--guidance", type=float, default=7.0, show_default=True)
+@click.option(
+    "--guidance-start", type=float, default=0.0, help="The share of the steps before guidance begins."
+)
+@click.option("--guidance-end", type=float, default=1.0, help="That at which it ends; the rest costs half.")
 @click.option("--scheduler", default="dpmpp_2m_karras", show_default=True, help="See `sdfast schedulers`.")
 @click.option("--seed", type=int, help="Picture i gets seed + i. [default: random]")
 @click.option("--size", help="WIDTHxHEIGHT in pixels. [default: the image's, or the engine's own]")

@@ -137,6 +137,11 @@ def _extra(request: Request, prompt: int) -> dict[str, str]:
     second = request.pairs[prompt][1], request.negative_pairs[prompt][1]
     return {
         **({} if strength is None else {"Denoising strength": _number(strength)}),
+        **{
+            name.capitalize().replace("_", " "): _number(share)
+            for name, usual in (("guidance_start", 0.0), ("guidance_end", 1.0))
+            if (share := getattr(request, name)) != usual
+        },
         **({} if clip_skip is None else {"Clip skip": str(clip_skip + 1)}),
         **({} if emphasis is None else {"Emphasis": emphasis.capitalize().replace("_", " ")}),
         **({} if request.long_prompts == "truncate" else {"Long prompts": request.long_prompts}),

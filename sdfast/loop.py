@@ -66,6 +66,7 @@ class Row:
     """One picture to be denoised; two rows are the same only if they are one object.
 
     latents: the first ones, [C, h, w] float32, scaled by the schedule's `init_noise_sigma`.
+    guided: the steps in which it is guided away from its negative, if it has one; default: all.
     noise: unit noise for the steps that draw some. keep: what it keeps of an image that it is drawn over.
     beside: what an inpainting U-Net is told beside the latents, [E, h, w].
     """
@@ -79,6 +80,10 @@ class Row:
     guidance_rescale: float = 0.0
     keep: Keep | None = None
     beside: torch.Tensor | None = None
+    guided: range | None = None
+
+    def guided_at(self, step: int) -> bool:
+        return self.negative is not None and (self.guided is None or step in self.guided)
 
 
 @dataclass(frozen=True)
@@ -196,13 +201,32 @@ class Member:
     """A row among others: where it stands, and while no bucket holds it, its registers [r, C, h, w].
 
     One that has left may join again, the same rows or others, and goes on where it was.
+
+    plan: what it was placed with. stale: whether it is to be placed anew before its next step, since that is
+    guided and its last was not, or the other way round.
     """
 
     def __init__(self, row: Row) -> None:
         self.row, self.noise = row, _Drawn(row.noise)
-        self.plan = _plan(row, self.noise)
         self.step, self.end = 0, len(row.schedule)
+        self.plan = self._plan()
         self.registers = row.latents[None]
+
+    @property
+    def stale(self) -> bool:
+        return self.step < self.end and self.plan.guided != self.row.guided_at(self.step)
+
+    def renew(self) -> None:
+        """Have the plan for the step where it stands."""
+        if self.stale:
+            self.plan = self._plan()
+
+    def _plan(self) -> Plan:
+        row, told = self.row, [self.row.positive]
+        if row.negative is not None and row.guided_at(self.step):
+            told.insert(0, row.negative)
+        shifts = [one.time_shift for one in told]
+        return Plan(row.schedule, shifts, row.guidance, row.guidance_rescale, self.noise, row.keep)
 
     def advance(self) -> None:
         if self.step < self.end:
@@ -303,9 +327,14 @@ class Rows:
         return self._arithmetic.output(self._index(row)).clone()
 
     def tick(self) -> None:
-        """Advance every row by one step. A row that has no steps left keeps its latents."""
+        """Advance every row by one step. A row that has no steps left keeps its latents.
+
+        Where a row's guidance begins or ends, all of them move to another bucket first.
+        """
         if not self._members:
             return
+        if any(m.stale for m in self._members):
+            self.change()
         self._arithmetic.feed([m.step for m in self._placed])
         self._occupied.tick()
         for member in self._placed:
@@ -340,6 +369,8 @@ class Rows:
         self._bucket, self._placed = None, []
 
     def _place(self) -> None:
+        for member in self._members:
+            member.renew()
         self._order = sorted(range(len(self._members)), key=lambda i: not self._members[i].plan.guided)
         self._caller_order = torch.tensor(np.argsort(self._order), device=self._engine.device)
         placed = [self._members[i] for i in self._order]
@@ -349,9 +380,10 @@ class Rows:
             self._key, lambda: Bucket.make(self._engine, first, capacity, *self._size, self._chosen)
         )
         steps = [m.step for m in placed]
-        told = [m.row.negative for m in placed if m.row.negative is not None]
-        for i, conditioning in enumerate([*told, *(m.row.positive for m in placed)]):
-            bucket.context[i] = conditioning.context
+        away = [m.row.negative for m in placed if m.plan.guided]
+        for i, conditioning in enumerate([*away, *(m.row.positive for m in placed)]):
+            if conditioning is not None:
+                bucket.context[i] = conditioning.context
         for i, row in enumerate([*(m.row for m in placed if m.plan.guided), *(m.row for m in placed)]):
             if row.beside is not None:
                 bucket.buffers.sample[i, -len(row.beside) :] = row.beside
@@ -367,10 +399,3 @@ def check_finite(latents: torch.Tensor) -> None:
             "the latents are not finite numbers: the networks overflowed; "
             "export the engine in fp32, or lower the guidance scale"
         )
-
-
-def _plan(row: Row, noise: Noise) -> Plan:
-    told = [row.positive] if row.negative is None else [row.negative, row.positive]
-    return Plan(
-        row.schedule, [c.time_shift for c in told], row.guidance, row.guidance_rescale, noise, row.keep
-    )

@@ -49,6 +49,8 @@ class Job:
     negative: str | None = None
     steps: int = 20
     guidance: float = 7.0
+    guidance_start: float = 0.0
+    guidance_end: float = 1.0
     scheduler: str = "dpmpp_2m_karras"
     seed: int | None = None
     size: str | None = None
@@ -94,6 +96,8 @@ class Job:
             num_inference_steps=self.steps,
             scheduler=self.scheduler,
             guidance_scale=self.guidance,
+            guidance_start=self.guidance_start,
+            guidance_end=self.guidance_end,
             num_images_per_prompt=self.count,
             clip_skip=self.clip_skip,
             long_prompts=self.long_prompts,

@@ -254,6 +254,8 @@ class Pipeline:
         strength: float | None = None,
         seed: int | None = None,
         scheduler: str | None = None,
+        guidance_start: float = 0.0,
+        guidance_end: float = 1.0,
         long_prompts: str = "truncate",
         emphasis: str | None = None,
         **refused: Any,
@@ -263,6 +265,7 @@ class Pipeline:
         seed: image i gets its own generator, seeded with seed + i (default: a random seed, told in the
             output). `scheduler`: for this call only, by diffusers, AUTOMATIC1111 or short name.
         guidance_scale: 7.5 by default, 5 for SDXL, as in diffusers.
+        guidance_start, guidance_end: between which shares of the steps is guidance; the others cost half.
         long_prompts: "truncate" cuts prompts after 75 tokens, as diffusers does; "chunk" reads all of them,
             75 at a time. emphasis: how `(words:1.3)` count, "original" as with AUTOMATIC1111, "no_norm" or
             "ignore"; by default brackets are text. See `sdfast.emphasis`.
@@ -319,6 +322,8 @@ class Pipeline:
             "scheduler": scheduler,
             "guidance_scale": DEFAULT_GUIDANCE[model.family] if guidance_scale is None else guidance_scale,
             "guidance_rescale": guidance_rescale,
+            "guidance_start": guidance_start,
+            "guidance_end": guidance_end,
             "eta": eta,
             "strength": strength,
             "num_images_per_prompt": num_images_per_prompt,
@@ -450,6 +455,7 @@ class Pipeline:
                 guidance=request.guidance_scale,
                 noise=noise.of_row(i),
                 guidance_rescale=request.guidance_rescale,
+                guided=request.guided(len(plan)),
                 keep=start.keeps[i],
                 beside=None if start.beside is None else start.beside[i],
             )

@@ -342,15 +342,40 @@ def _generate_one(pipe: Any, request: Request, index: int, output_type: str, ove
         run |= embeddings(pipe, request, index)
     if sdxl:
         run |= {name: getattr(request, name) for name in TOLD_SIZES}
-    return pipe(
-        guidance_scale=request.guidance_scale,
-        num_images_per_prompt=count,
-        eta=request.eta,
-        clip_skip=request.clip_skip,
-        generator=[generator(seed) for seed in seeds],
-        output_type=output_type,
-        **run,
-    ).images
+    with _guided(pipe, request):
+        return pipe(
+            guidance_scale=request.guidance_scale,
+            num_images_per_prompt=count,
+            eta=request.eta,
+            clip_skip=request.clip_skip,
+            generator=[generator(seed) for seed in seeds],
+            output_type=output_type,
+            **run,
+        ).images
+
+
+@contextmanager
+def _guided(pipe: Any, request: Request) -> Iterator[None]:
+    """Guidance in the steps that have some: in the others the U-Net's answer to the negative prompt is made
+    that to the prompt, so that the pipeline, which knows of no such steps, is guided nowhere."""
+    if (request.guidance_start, request.guidance_end) == (0.0, 1.0):
+        yield
+        return
+    calls = 0
+
+    def answer(_: Any, __: Any, output: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if pipe.do_classifier_free_guidance and calls - 1 not in request.guided(pipe.num_timesteps):
+            positive = output[0].chunk(2)[1]
+            return (torch.cat([positive, positive]), *output[1:])
+        return output
+
+    hook = pipe.unet.register_forward_hook(answer)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _whole(timestep: float) -> float:

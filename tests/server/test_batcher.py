@@ -235,6 +235,8 @@ def test_many_jobs_at_once_are_each_as_if_alone(open_batcher: Open) -> None:
             num_inference_steps=chance.randint(1, 9),
             guidance_scale=chance.choice([1.0, 3.0, 7.5]),
             guidance_rescale=chance.choice([0.0, 0.5]),
+            guidance_start=chance.choice([0.0, 0.0, 0.4]),
+            guidance_end=chance.choice([1.0, 1.0, 0.6]),
             long_prompts=chance.choice(["truncate", "chunk"]),
         )
         jobs.append((f"job{i}", asked, submit(batcher, asked, f"job{i}")))

@@ -47,6 +47,8 @@ async def test_plain_fields_reach_the_engine(sdk: openai.AsyncOpenAI, studio: Fa
         "num_inference_steps": 9,
         "guidance_scale": 3,
         "guidance_rescale": 0.5,
+        "guidance_start": 0.25,
+        "guidance_end": 0.75,
         "scheduler": "Euler a",
         "eta": 0.25,
         "clip_skip": 1,

@@ -71,6 +71,8 @@ class Generation(BaseModel):
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     guidance_rescale: float | None = None
+    guidance_start: float | None = None
+    guidance_end: float | None = None
     scheduler: str | None = None
     eta: float | None = None
     clip_skip: int | None = None
@@ -168,6 +170,8 @@ _SAME = {
     "num_inference_steps",
     "guidance_scale",
     "guidance_rescale",
+    "guidance_start",
+    "guidance_end",
     "eta",
     "clip_skip",
     "long_prompts",

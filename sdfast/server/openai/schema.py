@@ -42,6 +42,16 @@ _SAID: Mapping[str, dict[str, Any]] = {
     "num_inference_steps": {"default": STEPS, "minimum": 1, "maximum": MAX_STEPS},
     "guidance_scale": {"default": GUIDANCE, "minimum": 0, "maximum": MAX_GUIDANCE},
     "guidance_rescale": {"minimum": 0, "maximum": 1},
+    "guidance_start": {
+        "description": "The share of the steps before guidance begins.",
+        "minimum": 0,
+        "maximum": 1,
+    },
+    "guidance_end": {
+        "description": "The share at which it ends; steps without cost half.",
+        "minimum": 0,
+        "maximum": 1,
+    },
     "eta": {"minimum": 0, "maximum": 1},
     "clip_skip": {"minimum": 0, "maximum": 64},
     "long_prompts": {
