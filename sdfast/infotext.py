@@ -133,9 +133,12 @@ def unet_digest(weights: Mapping[str, str]) -> str | None:
 
 def _extra(request: Request) -> dict[str, str]:
     """What is told only of requests that ask for it."""
-    strength, clip_skip = request.strength, request.clip_skip
+    strength, clip_skip, control = request.strength, request.clip_skip, request.controlnet_conditioning_scale
+    start, end = request.control_guidance_start, request.control_guidance_end
     return {
         **({} if strength is None else {"Denoising strength": _number(strength)}),
+        **({} if control is None else {"ControlNet scale": _number(control)}),
+        **({} if (start, end) == (0.0, 1.0) else {"ControlNet steps": f"{_number(start)}-{_number(end)}"}),
         **({} if clip_skip is None else {"Clip skip": str(clip_skip + 1)}),
     }
 

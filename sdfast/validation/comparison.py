@@ -16,8 +16,10 @@ from sdfast.engine import Engine
 from sdfast.errors import CheckpointError, EngineError, RequestError
 from sdfast.export.checkpoint import Checkpoint
 from sdfast.export.checkpoint import resolve as resolve_checkpoint
-from sdfast.export.lora import settings_of, with_loras
+from sdfast.export.controlnet import setting_of, with_controlnet
+from sdfast.export.lora import Lora, settings_of, with_loras
 from sdfast.first_latents import Over, check_edits
+from sdfast.manifest import AddedControlNet, MergedLora
 from sdfast.pipeline import Pipeline, check_channels
 from sdfast.request import Request
 from sdfast.schedulers import Schedule, resolve, schedule
@@ -26,7 +28,7 @@ from sdfast.validation.inpainting import Scene, measure_told
 from sdfast.validation.modules import Stock, measure, scheduler_error, token_ids
 from sdfast.validation.pictures import Picture, Repetition, compare_picture, repeat
 from sdfast.validation.proof import publish_proof
-from sdfast.validation.reference import OVER, PIPELINES, reference_pipeline, stock
+from sdfast.validation.reference import pipeline_class, reference_pipeline, stock
 from sdfast.validation.report import Check, ModuleFigures, PictureFigures, Report, Setting
 from sdfast.versions import installed
 
@@ -146,6 +148,7 @@ def _checkpoint(engine: Engine, given: str | Path | None) -> tuple[Checkpoint, l
                 made_from.source, revision=made_from.revision, variant=engine.manifest.recipe.get("variant")
             )
             found = with_loras(found, settings_of(made_from))
+            found = with_controlnet(found, setting_of(engine.manifest))
         except CheckpointError as error:
             raise EngineError(
                 f"{engine.folder}: what it was exported from is not there any more: {error}. Put it back, or "
@@ -153,9 +156,10 @@ def _checkpoint(engine: Engine, given: str | Path | None) -> tuple[Checkpoint, l
             ) from error
     else:
         found = with_loras(resolve_checkpoint(given), settings_of(made_from))
+        found = with_controlnet(found, setting_of(engine.manifest))
     changed = _changed(
-        {**made_from.weights, **{lora.name: lora.digest for lora in made_from.loras}},
-        {**found.digests(), **{lora.name: lora.digest for lora in found.loras}},
+        _all_digests(made_from.weights, made_from.loras, made_from.controlnet),
+        _all_digests(found.digests(), found.loras, found.controlnet.record() if found.controlnet else None),
     )
     if not changed:
         return found, []
@@ -165,6 +169,18 @@ def _checkpoint(engine: Engine, given: str | Path | None) -> tuple[Checkpoint, l
             "so a comparison would mean nothing; export it again, or name a checkpoint with --checkpoint"
         )
     return found, [f"compared, as asked, with weights that the engine was not exported from: {changed}"]
+
+
+def _all_digests(
+    weights: Mapping[str, str], loras: Sequence[Lora | MergedLora], controlnet: AddedControlNet | None
+) -> dict[str, str]:
+    """What a network is made of: digests by name."""
+    added = {} if controlnet is None else controlnet.weights
+    return {
+        **weights,
+        **{lora.name: lora.digest for lora in loras},
+        **{f"ControlNet {name}": digest for name, digest in added.items()},
+    }
 
 
 def _changed(exported: Mapping[str, str], found: Mapping[str, str]) -> str:
@@ -347,7 +363,8 @@ def _same_scheduler(engine: Engine, reference: Checkpoint) -> Check:
 def _setting(engine: Engine, reference: Checkpoint, request: Request, start: float) -> Setting:
     manifest, versions = engine.manifest, _versions()
     inpaints = manifest.model.inpaints
-    stock_name = OVER[reference.family == "sdxl"][True] if inpaints else PIPELINES[reference.family]
+    controlled = manifest.model.controlled
+    stock_name = pipeline_class(reference.family, controlnet=controlled, masked=True if inpaints else None)
     return Setting(
         engine=manifest.name,
         folder=str(engine.folder),
