@@ -144,7 +144,8 @@ def build_sdxl(
 def build_controlnet(folder: Path, checkpoint: Path, *, seed: int = 0, **overrides: Any) -> Path:
     """Write a tiny ControlNet for the U-Net of a tiny checkpoint into `folder` and return it.
 
-    What a ControlNet begins with at zero, so that it adds nothing, is random here.
+    What a ControlNet begins with at zero, so that it adds nothing, is random here; and the weights of the
+    control image's embedding are large enough for the image to matter.
     """
     from diffusers import ControlNetModel, UNet2DConditionModel
 
@@ -157,9 +158,10 @@ def build_controlnet(folder: Path, checkpoint: Path, *, seed: int = 0, **overrid
     }
     made = ControlNetModel(**{**config, **overrides})
     with torch.no_grad():
-        for tensor in made.parameters():
-            if tensor.ndim == 4 and not tensor.any():
-                tensor.copy_(torch.randn(tensor.shape) / tensor[0].numel() ** 0.5)
+        for name, tensor in made.named_parameters():
+            embeds = name.startswith("controlnet_cond_embedding.")
+            if tensor.ndim == 4 and (embeds or not tensor.any()):
+                tensor.copy_(torch.randn(tensor.shape) * (1.8 if embeds else 1.0) / tensor[0].numel() ** 0.5)
     _stir(made, seed + 4).save_pretrained(folder)
     return folder
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import sdfast
 from sdfast.engine import Engine
@@ -24,6 +25,7 @@ from sdfast.pipeline import Pipeline, check_channels
 from sdfast.request import Request
 from sdfast.schedulers import Schedule, resolve, schedule
 from sdfast.validation import rule
+from sdfast.validation.control import END, SCALE, control_image, measure_control
 from sdfast.validation.inpainting import Scene, measure_told
 from sdfast.validation.modules import Stock, measure, scheduler_error, token_ids
 from sdfast.validation.pictures import Picture, Repetition, compare_picture, repeat
@@ -81,7 +83,8 @@ def validate(
         changed since. scheduler: names to run; default: the checkpoint's own, and one that draws noise.
     device: of both sides; default: the engine's.
 
-    What an engine whose U-Net is for inpainting draws, it draws over the masked part of an image (`Scene`).
+    What an engine whose U-Net is for inpainting draws, it draws over the masked part of an image (`Scene`);
+    and what one with a ControlNet draws, under the guidance of `control_image`.
 
     Writes `validation/report.json` and `validation/report.html` into the engine, and the figures into its
     manifest. An engine that differs makes a report whose `passed` is False, not an error.
@@ -108,7 +111,8 @@ def validate(
     requests, more = _requests(engine, reference, prompts, steps, guidance_scale, scheduler, seed)
     first = requests[0][0]
     scene = Scene.make(first.height, first.width) if engine.manifest.model.inpaints else None
-    trials = [_trial(engine, sides, own, scene, tell) for own in requests]
+    control = control_image(first.height, first.width) if engine.manifest.model.controlled else None
+    trials = [_trial(engine, sides, own, scene, control, tell) for own in requests]
     over = _over_trial(engine, sides, trials[0], scene, tell) if engine.manifest.edits else []
     tell("modules")
     judged, figures, checks = _judge(engine, reference, sides, trials, over, scene)
@@ -210,6 +214,8 @@ def _requests(
     if not prompts:
         raise RequestError("prompts: none given; give at least one")
     strength = 1.0 if engine.manifest.model.inpaints else None
+    controlled = engine.manifest.model.controlled
+    control = {"controlnet_conditioning_scale": SCALE, "control_guidance_end": END} if controlled else {}
     requests = [
         [
             Request.make(
@@ -222,6 +228,7 @@ def _requests(
                 guidance_scale=float(guidance_scale),
                 strength=strength,
                 seed=seed + i,
+                **control,
             )
             for i, prompt in enumerate(prompts)
         ]
@@ -262,7 +269,12 @@ def _size(engine: Engine) -> tuple[int, int, list[str]]:
 
 
 def _trial(
-    engine: Engine, sides: Stock, requests: Sequence[Request], scene: Scene | None, tell: Progress
+    engine: Engine,
+    sides: Stock,
+    requests: Sequence[Request],
+    scene: Scene | None,
+    control: Tensor | None,
+    tell: Progress,
 ) -> _Trial:
     pipe = Pipeline(engine)
     pipe.set_progress_bar_config(disable=True)
@@ -277,7 +289,7 @@ def _trial(
     pictures = []
     for i, request in enumerate(requests):
         tell(f"{name}: picture {i + 1} of {len(requests)}")
-        pictures.append(compare_picture(pipe, sides.exact, sides.same, request, wanted, over))
+        pictures.append(compare_picture(pipe, sides.exact, sides.same, request, wanted, over, control))
     return _Trial(name, plan, pictures)
 
 
@@ -297,7 +309,8 @@ def _over_trial(
     pipe.set_progress_bar_config(disable=True)
     request = trial.pictures[0].request.model_copy(update={"strength": STRENGTH})
     drawn_over = scene.over if scene else Over(trial.pictures[-1].truth.image[None])
-    picture = compare_picture(pipe, sides.exact, sides.same, request, over=drawn_over)
+    control = trial.pictures[0].control
+    picture = compare_picture(pipe, sides.exact, sides.same, request, over=drawn_over, control=control)
     return [_Trial(name, trial.plan, [picture])]
 
 
@@ -321,6 +334,8 @@ def _judge(
     measured = measure(engine, sides, ["", *prompts], runs, steps)
     if scene is not None:
         measured += measure_told(engine, sides, scene, trials[0].pictures)
+    if engine.manifest.model.controlled:
+        measured += measure_control(engine, sides, trials[0].pictures)
     checks = [_same_tokens(engine, sides.exact, ["", *prompts]), _same_scheduler(engine, reference)]
     whole = rule.measured_pictures([picture for trial in [*trials, *over] for picture in trial.pictures])
     figures = []
@@ -372,6 +387,7 @@ def _setting(engine: Engine, reference: Checkpoint, request: Request, start: flo
         dtype=manifest.dtype,
         fp8=len(manifest.fp8),
         inpaints=inpaints,
+        controlnet=None if reference.controlnet is None else str(reference.controlnet.record()),
         device=str(engine.device),
         checkpoint=reference.source
         if reference.revision is None
