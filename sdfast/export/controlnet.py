@@ -100,11 +100,7 @@ def _resolve(setting: ControlNetSetting, progress: Progress) -> ControlNetSource
 
 def _read(files: Files, variant: str | None) -> Component:
     """Scripts that lie beside the weights are none of sdfast's business: nothing of them is run."""
-    if "config.json" not in files.names:
-        raise CheckpointError(
-            f"{files.source}: no config.json, so not a ControlNet; give the folder that "
-            "controlnet.save_pretrained() wrote"
-        )
+    layout.check_controlnet(files.names, files.source)
     config = files.json("config.json")
     stated = config.get("_class_name")
     if stated != CLASS:

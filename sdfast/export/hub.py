@@ -48,13 +48,13 @@ def download_controlnet(
     repo: str, *, revision: str | None = None, variant: str | None = None, progress: Callable[[str], None]
 ) -> tuple[Path, str]:
     """The same of a ControlNet."""
-    return _snapshot(
-        repo,
-        layout.controlnet_config_files(variant),
-        lambda files, names: _component_weights(files, names, layout.CONTROLNET, variant),
-        revision=revision,
-        progress=progress,
-    )
+
+    def choose(files: Files, names: Collection[str]) -> list[str]:
+        layout.check_controlnet(names, repo)
+        return _component_weights(files, names, layout.CONTROLNET, variant)
+
+    configs = layout.controlnet_config_files(variant)
+    return _snapshot(repo, configs, choose, revision=revision, progress=progress)
 
 
 def _snapshot(

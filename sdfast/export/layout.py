@@ -82,6 +82,15 @@ def controlnet_config_files(variant: str | None) -> list[str]:
     return ["config.json", _index_name(CONTROLNET, variant)]
 
 
+def check_controlnet(names: Collection[str], source: str) -> None:
+    """Refuse a folder that is not a ControlNet's."""
+    if "config.json" not in names:
+        raise CheckpointError(
+            f"{source}: no config.json, so not a ControlNet; give the folder that "
+            "controlnet.save_pretrained() wrote"
+        )
+
+
 def check_index(index: Mapping[str, Any], source: str) -> Family:
     """The family of the pipeline in a `model_index.json`; what is not supported is refused by name."""
     name = index.get("_class_name")

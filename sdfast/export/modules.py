@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sdfast.engine import DTYPES
 from sdfast.errors import CheckpointError, ExportError
 from sdfast.export.checkpoint import Checkpoint
+from sdfast.export.controlnet import ControlNetSource
 from sdfast.export.layout import CONTROLNET
 from sdfast.export.magnitudes import DoesNotFit, extents, scales_for
 from sdfast.export.recipe import Recipe
@@ -87,11 +88,17 @@ class Networks:
             UNetConfig.from_diffusers(parts["unet"].config),
             VAEConfig.from_diffusers(parts["vae"].config),
             tuple(sorted(name for name in parts if name.startswith("text_encoder"))),
-            _controlnet_config(checkpoint),
         )
-        if networks.controlnet is not None:
-            networks.controlnet.check_fits(networks.unet, networks.vae.latent_channels, networks.factor)
-        return networks
+        return networks if checkpoint.controlnet is None else networks._with(checkpoint.controlnet)
+
+    def _with(self, added: ControlNetSource) -> "Networks":
+        """These and a ControlNet's. Raises `CheckpointError` for one that does not fit."""
+        try:
+            config = ControlNetConfig.from_diffusers(added.component.config)
+            config.check_fits(self.unet, self.vae.latent_channels, self.factor)
+        except CheckpointError as error:
+            raise CheckpointError(f"{added.source}: {error}") from error
+        return replace(self, controlnet=config)
 
     @property
     def factor(self) -> int:
@@ -162,15 +169,6 @@ def module_specs(networks: Networks, recipe: Recipe) -> list[ModuleSpec]:
         *_vae_encoder(vae, networks, sizes),
         *(_text_encoder(networks, name, dtype) for name in networks.text),
     ]
-
-
-def _controlnet_config(checkpoint: Checkpoint) -> ControlNetConfig | None:
-    if checkpoint.controlnet is None:
-        return None
-    try:
-        return ControlNetConfig.from_diffusers(checkpoint.controlnet.component.config)
-    except CheckpointError as error:
-        raise CheckpointError(f"{checkpoint.controlnet.source}: {error}") from error
 
 
 class _UNetParts:
