@@ -156,7 +156,14 @@ class NoNetwork:
     def __init__(self, output: torch.Tensor) -> None:
         self.output = output
 
-    def rows(self, name: str, batch: int, height: int | None = None, width: int | None = None) -> int:
+    def rows(
+        self,
+        name: str,
+        batch: int,
+        height: int | None = None,
+        width: int | None = None,
+        tokens: int | None = None,
+    ) -> int:
         return batch
 
     def bind(

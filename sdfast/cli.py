@@ -80,6 +80,12 @@ def main(debug: bool) -> None:
 )
 @click.option("--fp8", is_flag=True, default=None, help="The U-Net's linear layers in FP8: an approximation.")
 @click.option(
+    "--long-prompts",
+    is_flag=True,
+    default=None,
+    help="Inductor: compile for prompts over 75 tokens too; other backends take them anyway.",
+)
+@click.option(
     "--vae-dtype",
     "vae",
     type=click.Choice(["auto", "fp32"]),
@@ -157,6 +163,18 @@ def rebuild(engine: Path, checkpoint: str | None) -> None:
 @click.option("--size", help="WIDTHxHEIGHT in pixels. [default: the image's, or the engine's own]")
 @click.option("--count", type=int, default=1, show_default=True, help="How many pictures.")
 @click.option("--clip-skip", type=int, help="Text layers to leave out, as diffusers counts them.")
+@click.option(
+    "--long-prompts",
+    type=click.Choice(["truncate", "chunk"]),
+    default="truncate",
+    show_default=True,
+    help="What becomes of prompts over 75 tokens: cut, or read 75 at a time.",
+)
+@click.option(
+    "--emphasis",
+    type=click.Choice(["original", "no_norm", "ignore"]),
+    help="(words:1.3) count more, as AUTOMATIC1111's option of that name says. [default: brackets are text]",
+)
 @click.option("--image", type=click.Path(path_type=Path), help="Draw over this PNG, JPEG or WebP.")
 @click.option("--mask", type=click.Path(path_type=Path), help="Of it, draw anew only what is white here.")
 @click.option("--strength", type=float, help="The share of the steps that is done. [default: diffusers']")

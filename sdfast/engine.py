@@ -177,9 +177,19 @@ class Engine:
         """Whether calls of `bind` can be part of a CUDA graph; ONNX Runtime's cannot, it has its own."""
         return self.manifest.backend != "onnx"
 
-    def rows(self, name: str, batch: int, height: int | None = None, width: int | None = None) -> int:
-        """How many rows `bind` wants for `batch` rows of module `name`: more where all forms are larger."""
-        return sum(size for size, _ in self._cover(name, batch, height, width))
+    def rows(
+        self,
+        name: str,
+        batch: int,
+        height: int | None = None,
+        width: int | None = None,
+        tokens: int | None = None,
+    ) -> int:
+        """How many rows `bind` wants for `batch` rows of module `name`: more where all forms are larger.
+
+        tokens: of the context that a U-Net is told.
+        """
+        return sum(size for size, _ in self._cover(name, batch, height, width, tokens))
 
     def call(
         self,
@@ -191,7 +201,7 @@ class Engine:
         """Run module `name` once on inputs whose first axis is the batch; outputs are new tensors."""
         batch = len(next(iter(inputs.values())))
         parts, start = [], 0
-        for size, variant in self._cover(name, batch, height, width):
+        for size, variant in self._cover(name, batch, height, width, _tokens(inputs)):
             part = {key: _padded(value[start : start + size], size) for key, value in inputs.items()}
             self._tell()
             parts.append(self._module(variant)(part))
@@ -227,7 +237,7 @@ class Engine:
         """
         calls, start = [], 0
         batch = len(next(iter(inputs.values())))
-        for size, variant in self._cover(name, batch, height, width):
+        for size, variant in self._cover(name, batch, height, width, _tokens(inputs)):
             rows = slice(start, start + size)
             part_in = {key: value[rows] for key, value in inputs.items()}
             part_out = {key: value[rows] for key, value in outputs.items()}
@@ -248,11 +258,12 @@ class Engine:
             self.on_call()
 
     def _cover(
-        self, name: str, batch: int, height: int | None, width: int | None
+        self, name: str, batch: int, height: int | None, width: int | None, tokens: int | None
     ) -> list[tuple[int, Variant]]:
-        variants = [v for v in self.manifest.modules[name].variants if v.fits(height, width)]
+        variants = [v for v in self.manifest.modules[name].variants if v.fits(height, width, tokens)]
         if not variants:
-            raise EngineError(f"module {name!r} has no form for {width}x{height}")
+            told = "" if tokens is None else f" and prompts of {tokens} tokens"
+            raise EngineError(f"module {name!r} has no form for {width}x{height}{told}")
         sizes = cover(batch, [variant.batch for variant in variants])
         return [(size, next(v for v in variants if size in v.batch)) for size in sizes]
 
@@ -260,6 +271,11 @@ class Engine:
         if variant.file not in self._loaded:
             self._loaded[variant.file] = self._load(self.folder / variant.file)
         return self._loaded[variant.file]
+
+
+def _tokens(inputs: Mapping[str, torch.Tensor]) -> int | None:
+    """The length of the prompts that a module is told of; None of one that is told of none."""
+    return inputs["context"].shape[1] if "context" in inputs else None
 
 
 def _looped(manifest: Manifest) -> frozenset[str]:

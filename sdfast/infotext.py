@@ -133,13 +133,16 @@ def unet_digest(weights: Mapping[str, str]) -> str | None:
 
 def _extra(request: Request) -> dict[str, str]:
     """What is told only of requests that ask for it."""
-    strength, clip_skip, control = request.strength, request.clip_skip, request.controlnet_conditioning_scale
-    start, end = request.control_guidance_start, request.control_guidance_end
+    strength, clip_skip, emphasis = request.strength, request.clip_skip, request.emphasis
+    control, start = request.controlnet_conditioning_scale, request.control_guidance_start
+    end = request.control_guidance_end
     return {
         **({} if strength is None else {"Denoising strength": _number(strength)}),
         **({} if control is None else {"ControlNet scale": _number(control)}),
         **({} if (start, end) == (0.0, 1.0) else {"ControlNet steps": f"{_number(start)}-{_number(end)}"}),
         **({} if clip_skip is None else {"Clip skip": str(clip_skip + 1)}),
+        **({} if emphasis is None else {"Emphasis": emphasis.capitalize().replace("_", " ")}),
+        **({} if request.long_prompts == "truncate" else {"Long prompts": request.long_prompts}),
     }
 
 

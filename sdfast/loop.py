@@ -30,7 +30,14 @@ class StepNetwork(Protocol):
     @property
     def capturable(self) -> bool: ...
 
-    def rows(self, name: str, batch: int, height: int | None = None, width: int | None = None) -> int: ...
+    def rows(
+        self,
+        name: str,
+        batch: int,
+        height: int | None = None,
+        width: int | None = None,
+        tokens: int | None = None,
+    ) -> int: ...
 
     def bind(
         self,
@@ -101,7 +108,8 @@ class Bucket:
         arithmetic: Callable[[Buffers, Capacity], Arithmetic],
     ) -> "Bucket":
         """On the engine's device. like: a row, for the shapes of what it is told."""
-        rows = engine.rows("unet", capacity.rows + capacity.guided, height, width)
+        tokens = len(like.positive.context)
+        rows = engine.rows("unet", capacity.rows + capacity.guided, height, width, tokens)
 
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(rows, *shape, device=engine.device, dtype=engine.dtype)
@@ -211,6 +219,8 @@ class Member:
 
 class Rows:
     """Rows of one picture size, stepping together on one engine; others may join and leave between ticks.
+
+    Their prompts are of one length.
 
     Between two changes they have a bucket of just their capacity, and a tick is the bucket's. At a change
     every row's registers move to the next bucket, where it goes on from its own step with its own noise.
@@ -341,7 +351,7 @@ class Rows:
         self._caller_order = torch.tensor(np.argsort(self._order), device=self._engine.device)
         placed = [self._members[i] for i in self._order]
         capacity, first = Capacity.of([m.plan for m in placed]), placed[0].row
-        self._key = (capacity, *self._size, self._chosen)
+        self._key = (capacity, *self._size, len(first.positive.context), self._chosen)
         bucket = self._buckets.take(
             self._key, lambda: Bucket.make(self._engine, first, capacity, *self._size, self._chosen)
         )

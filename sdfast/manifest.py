@@ -67,6 +67,13 @@ class Span(_Part):
         return cls(low=value, high=value)
 
 
+CHUNK = 77
+"""Tokens that CLIP's text encoders read at a time, start and end among them."""
+ONE_CHUNK = Span.exactly(CHUNK)
+LONG_PROMPTS = Span(low=CHUNK, high=12 * CHUNK)
+"""The prompts of engines that take long ones: any two of up to four chunks can be repeated to one length."""
+
+
 class File(_Part):
     """One file of the engine."""
 
@@ -78,6 +85,7 @@ class File(_Part):
 class Variant(_Part):
     """One compiled form of a module, and the sizes it serves. Sizes are those of the picture, in pixels.
 
+    tokens: of the prompts that the U-Net is told of; older engines take those of one chunk alone.
     attention: what computes each shape of it, where an export measured that. kernels: likewise of group norms
     and gated products: an own kernel, or the compiler's. Older engines do not say.
     """
@@ -86,14 +94,14 @@ class Variant(_Part):
     batch: Span
     height: Span | None = None
     width: Span | None = None
+    tokens: Span = ONE_CHUNK
     attention: dict[str, str] = {}
     kernels: dict[str, str] = {}
 
-    def serves(self, batch: int, height: int | None = None, width: int | None = None) -> bool:
-        return batch in self.batch and self.fits(height, width)
-
-    def fits(self, height: int | None, width: int | None) -> bool:
-        """Whether this form takes pictures of `height` × `width`."""
+    def fits(self, height: int | None, width: int | None, tokens: int | None = None) -> bool:
+        """Whether this form takes pictures of `height` × `width`, and prompts of so many tokens."""
+        if tokens is not None and tokens not in self.tokens:
+            return False
         if self.height is None or self.width is None:
             return True
         return height is not None and width is not None and height in self.height and width in self.width
@@ -143,8 +151,8 @@ class Model(_Part):
     vae_scale_factor: int = Field(ge=1)  # pixels a latent
     default_height: int = Field(ge=1)  # pixels
     default_width: int = Field(ge=1)
-    text_width: int = Field(ge=1)  # D of the text encoders' joined hidden states [B, 77, D]
-    context_width: int = Field(ge=1)  # KV of the packed context [B, 77, KV]
+    text_width: int = Field(ge=1)  # D of the text encoders' joined hidden states [B, L, D]
+    context_width: int = Field(ge=1)  # KV of the packed context [B, L, KV]
     time_shift_width: int = Field(ge=1)  # T of the packed time projections [B, T]
     control_channels: int | None = None  # C_0 of the embedded control image, of engines with a ControlNet
     pooled_width: int | None = None  # P of the pooled text embedding that SDXL adds to the time embedding
@@ -293,6 +301,11 @@ class Manifest(_Part):
             f"size {width}x{height} is not one of this engine's (width x height: {', '.join(sizes)}); "
             "ask for one of these, or export an engine with that size"
         )
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest prompts that the U-Net takes, in tokens, start and end of each chunk among them."""
+        return max(form.tokens.high for form in self.modules["unet"].variants)
 
     @property
     def edits(self) -> bool:

@@ -56,6 +56,8 @@ class Job:
     size: str | None = None
     count: int = 1
     clip_skip: int | None = None
+    long_prompts: str = "truncate"
+    emphasis: str | None = None
     device: str | None = None
     backend: str = "engine"
     compile: bool = False
@@ -113,6 +115,8 @@ class Job:
             guidance_scale=self.guidance,
             num_images_per_prompt=self.count,
             clip_skip=self.clip_skip,
+            long_prompts=self.long_prompts,
+            emphasis=self.emphasis,
             strength=strength,
             controlnet_conditioning_scale=scale,
             control_guidance_start=0.0 if self.control_start is None else self.control_start,
@@ -199,7 +203,8 @@ class Stock:
         )
         pipe.set_progress_bar_config(disable=None)
         images: list[Image.Image] = generate(pipe, request, over=given.over, control=given.control)
-        _tell_cut(_cut(pipe.tokenizer, request.prompts[0]))
+        if request.long_prompts == "truncate":
+            _tell_cut(_cut(pipe.tokenizer, request.prompts[0]))
         _tell_measured(self.attention)
         return images
 
@@ -272,7 +277,7 @@ def _cut(tokenizer: Any, prompt: str) -> str:
 
 def _tell_cut(text: str) -> None:
     if text:
-        _say(f"the text encoder reads no more than 77 tokens; left out: {text!r}")
+        _say(f"the text encoder reads no more than 77 tokens; left out: {text!r} (see --long-prompts)")
 
 
 def _tell_unread(request: Request, model: Model) -> None:

@@ -22,7 +22,7 @@ from sdfast.images import read_controls, read_images, read_masks
 from sdfast.loop import Buckets, Row, Rows
 from sdfast.manifest import Model
 from sdfast.noise import BrownianNoise, NoiseSource, OwnNoise, SharedNoise, generator
-from sdfast.prompts import Prompts, PromptState, check_tensor
+from sdfast.prompts import Prompts, PromptState, Reading, check_tensor, joined
 from sdfast.request import Request
 from sdfast.schedulers import SOLVERS, Schedule, own_config, schedule
 
@@ -259,6 +259,8 @@ class Pipeline:
         control_guidance_end: float = 1.0,
         seed: int | None = None,
         scheduler: str | None = None,
+        long_prompts: str = "truncate",
+        emphasis: str | None = None,
         **refused: Any,
     ) -> Any:
         """Draw pictures. The arguments are those of diffusers' pipelines; beyond them:
@@ -266,6 +268,9 @@ class Pipeline:
         seed: image i gets its own generator, seeded with seed + i (default: a random seed, told in the
             output). `scheduler`: for this call only, by diffusers, AUTOMATIC1111 or short name.
         guidance_scale: 7.5 by default, 5 for SDXL, as in diffusers.
+        long_prompts: "truncate" cuts prompts after 75 tokens, as diffusers does; "chunk" reads all of them,
+            75 at a time. emphasis: how `(words:1.3)` count, "original" as with AUTOMATIC1111, "no_norm" or
+            "ignore"; by default brackets are text. See `sdfast.emphasis`.
         image: what is drawn over, of the picture's size; mask_image: white where it is drawn anew; see
             `sdfast.images`. strength: the share of the steps that is done, as in diffusers, and by default
             what it is there: 0.8, or 1 with a mask; for SDXL 0.3 and 0.9999.
@@ -325,6 +330,8 @@ class Pipeline:
             "control_guidance_end": control_guidance_end,
             "num_images_per_prompt": num_images_per_prompt,
             "clip_skip": clip_skip,
+            "long_prompts": long_prompts,
+            "emphasis": emphasis,
         }
         if seed is not None:
             fields["seed"] = seed
@@ -402,26 +409,33 @@ class Pipeline:
         self, request: Request, given: Given
     ) -> tuple[PromptState, PromptState | None, tuple[str, ...]]:
         """The prompts' states, one line a picture, and those of the negative prompts when guidance is on."""
+        prompts, reading = self.prompts, Reading.of(request)
         if given.prompt_embeds is not None:
-            positive = self.prompts.from_embeds(
-                "prompt_embeds", given.prompt_embeds, given.pooled_prompt_embeds, len(request.prompts)
-            )
+            positive = [
+                self._given("prompt_embeds", given.prompt_embeds, given.pooled_prompt_embeds, request)
+            ]
             truncated: tuple[str, ...] = ("",) * len(request.prompts)
         else:
-            positive, truncated = self.prompts.encode(request.prompts, request.clip_skip)
-        negative = None
+            positive, truncated = prompts.encode(request.prompts, request.clip_skip, reading)
+        negative: list[PromptState] = []
         if self._guided(request):
-            if given.negative_prompt_embeds is not None:
-                negative = self.prompts.from_embeds(
-                    "negative_prompt_embeds",
-                    given.negative_prompt_embeds,
-                    given.negative_pooled_prompt_embeds,
-                    len(request.prompts),
-                )
+            embeds, pooled = given.negative_prompt_embeds, given.negative_pooled_prompt_embeds
+            if embeds is not None:
+                negative = [self._given("negative_prompt_embeds", embeds, pooled, request)]
             else:
-                negative = self.prompts.encode_negative(request.negative_prompts)
+                negative = prompts.encode_negative(request.negative_prompts, reading)
+        states, first = prompts.alike([*positive, *negative]), len(positive)
         count = request.num_images_per_prompt
-        return positive.repeat(count), negative.repeat(count) if negative else None, truncated
+        return (
+            joined(states[:first]).repeat(count),
+            joined(states[first:]).repeat(count) if negative else None,
+            truncated,
+        )
+
+    def _given(
+        self, name: str, embeds: torch.Tensor, pooled: torch.Tensor | None, request: Request
+    ) -> PromptState:
+        return self.prompts.from_embeds(name, embeds, pooled, len(request.prompts))
 
     def _guided(self, request: Request) -> bool:
         # An LCM takes the guidance as an embedding instead.

@@ -1,20 +1,45 @@
 """Prompts: text → tokens → hidden states → packed context, remembered for the next time."""
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Lock
-from typing import Any
+from typing import Any, Self
 
 import torch
 
+from sdfast.emphasis import Emphasis, Piece, parse
 from sdfast.engine import Engine
 from sdfast.errors import RequestError
 from sdfast.loop import Conditioning
 from sdfast.request import Request
 from sdfast.schedulers import Schedule
+from sdfast.tokenizer import Chunks
 
 CACHE_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the text of prompts is read; see `Request`."""
+
+    emphasis: Emphasis | None = None
+    chunked: bool = False
+
+    @classmethod
+    def of(cls, request: Request) -> Self:
+        return cls(request.emphasis, request.long_prompts == "chunk")
+
+    def parts(self, prompt: str) -> list[list[Piece]]:
+        """A prompt's text as what counts differently. Raises `RequestError` for what cannot be read so."""
+        parts = [[Piece(prompt)]] if self.emphasis is None else parse(prompt)
+        if len(parts) > 1 and not self.chunked:
+            raise RequestError(
+                f"prompt: BREAK begins part 2 of {len(parts)}, and long_prompts is 'truncate'; "
+                "ask for 'chunk', or leave BREAK out"
+            )
+        return parts
 
 
 @dataclass(frozen=True)
@@ -33,6 +58,11 @@ class PromptState:
             return self
         pooled = None if self.pooled is None else self.pooled.repeat_interleave(count, 0)
         return PromptState(self.context.repeat_interleave(count, 0), pooled)
+
+    def repeated_to(self, length: int) -> "PromptState":
+        """The context again and again, until it has this length, a multiple of its own."""
+        times = length // self.context.shape[1]
+        return self if times == 1 else PromptState(self.context.repeat(1, times, 1), self.pooled)
 
     @property
     def nbytes(self) -> int:
@@ -73,29 +103,55 @@ class Prompts:
         self._model = engine.manifest.model
         self._cache = PromptCache()
 
-    def encode(self, prompts: Sequence[str], clip_skip: int | None) -> tuple[PromptState, tuple[str, ...]]:
-        """The states of `prompts`, and the text cut from each. `clip_skip`: last text layers left out."""
-        found = [self._cached(prompt, clip_skip) for prompt in prompts]
-        return _joined([state for state, _ in found]), tuple(cut for _, cut in found)
+    def check(self, request: Request) -> None:
+        """Raises `RequestError` for prompts that cannot be read, or are too long for the engine."""
+        reading = Reading.of(request)
+        texts = {prompt or "" for prompt in (*request.prompts, *request.negative_prompts)}
+        length = self._engine.tokenizers[0].max_length
+        check_lengths([length * len(self._read(text, reading)[0].input_ids) for text in texts], self._most)
 
-    def encode_negative(self, prompts: Sequence[str | None]) -> PromptState:
-        """The states of negative prompts. diffusers applies `clip_skip` to positive prompts only."""
-        return _joined(
-            [
-                self._zeros()
-                if prompt is None and self._model.zero_empty_negative
-                else self._cached(prompt or "", None)[0]
-                for prompt in prompts
-            ]
-        )
+    def count(self, request: Request) -> int:
+        """How many tokens of a request's prompts are read, without start and end."""
+        texts = (*request.prompts, *request.negative_prompts)
+        return sum(self._read(text, Reading.of(request))[0].read for text in texts if text)
+
+    def encode(
+        self, prompts: Sequence[str], clip_skip: int | None, reading: Reading
+    ) -> tuple[list[PromptState], tuple[str, ...]]:
+        """The state of each prompt, and the text cut from it. `clip_skip`: last text layers left out."""
+        found = [self._cached(prompt, clip_skip, reading) for prompt in prompts]
+        return [state for state, _ in found], tuple(cut for _, cut in found)
+
+    def encode_negative(self, prompts: Sequence[str | None], reading: Reading) -> list[PromptState]:
+        """The state of each negative prompt. diffusers applies `clip_skip` to positive prompts only."""
+        return [
+            self._zeros()
+            if prompt is None and self._model.zero_empty_negative
+            else self._cached(prompt or "", None, reading)[0]
+            for prompt in prompts
+        ]
+
+    def alike(self, states: Sequence[PromptState]) -> list[PromptState]:
+        """The states with contexts of one length: the shorter ones repeated.
+
+        That changes nothing: attention weighs every key as often as every other. Raises `RequestError` where
+        the length is more than the engine takes.
+        """
+        length = check_lengths([state.context.shape[1] for state in states], self._most)
+        return [state.repeated_to(length) for state in states]
 
     def from_embeds(self, name: str, embeds: Any, pooled: Any, count: int) -> PromptState:
         """The state of hidden states [count, L, D], and pooled embeddings [count, P], that the caller made.
 
+        L: that of the text encoder, or where the engine takes long prompts, any from there up to its most.
+
         `name`: "prompt_embeds" or "negative_prompt_embeds". Raises `RequestError` for what does not fit.
         """
         engine, model = self._engine, self._model
-        check_tensor(name, embeds, (count, engine.tokenizers[0].max_length, model.text_width))
+        length = engine.tokenizers[0].max_length
+        if isinstance(embeds, torch.Tensor) and embeds.ndim == 3 and embeds.shape[1] > length:
+            length = check_lengths([embeds.shape[1]], self._most)
+        check_tensor(name, embeds, (count, length, model.text_width))
         name_pooled = name.replace("prompt", "pooled_prompt")
         if model.pooled_width is None and pooled is not None:
             raise RequestError(f"{name_pooled}: only engines of SDXL take one; leave it out")
@@ -129,26 +185,39 @@ class Prompts:
             told.append(Conditioning(context, self._engine.call("time_shift", inputs)["time_shift"]))
         return told
 
-    def _cached(self, prompt: str, clip_skip: int | None) -> tuple[PromptState, str]:
-        key = (prompt, clip_skip)
+    @property
+    def _most(self) -> int:
+        return self._engine.manifest.max_tokens
+
+    def _read(self, prompt: str, reading: Reading) -> list[Chunks]:
+        """A prompt as each text encoder takes it."""
+        parts = reading.parts(prompt)
+        tokenizers = self._engine.tokenizers
+        return [one.chunks(parts) if reading.chunked else one.cut(parts[0]) for one in tokenizers]
+
+    def _cached(self, prompt: str, clip_skip: int | None, reading: Reading) -> tuple[PromptState, str]:
+        key = (prompt, clip_skip, reading)
         found = self._cache.get(key)
         if found is None:
-            found = self._encode_one(prompt, clip_skip)
+            found = self._encode_one(prompt, clip_skip, reading)
             self._cache.put(key, *found)
         return found
 
-    def _encode_one(self, prompt: str, clip_skip: int | None) -> tuple[PromptState, str]:
-        hidden, pooled, truncated = [], None, ""
-        for name, tokenizer in zip(self._text_encoders(), self._engine.tokenizers, strict=True):
-            tokens = tokenizer([prompt])
-            truncated = truncated or tokens.truncated[0]
-            ids = torch.from_numpy(tokens.input_ids).to(self._engine.device)
+    def _encode_one(self, prompt: str, clip_skip: int | None, reading: Reading) -> tuple[PromptState, str]:
+        hidden, pooled, read = [], None, self._read(prompt, reading)
+        for name, chunks in zip(self._text_encoders(), read, strict=True):
+            ids = torch.from_numpy(chunks.input_ids).to(self._engine.device)
             outputs = self._engine.call(name, {"input_ids": ids})
-            hidden.append(self._layer(outputs["hidden_states"], clip_skip))
+            states = self._layer(outputs["hidden_states"], clip_skip)
+            if reading.emphasis is not None:
+                states = weighted(states, torch.from_numpy(chunks.weights), reading.emphasis)
+            hidden.append(states)
             pooled = outputs.get("text_embeds", pooled)
-        if self._model.pooled_width is None:
-            pooled = None
-        return PromptState(self._context(torch.cat(hidden, dim=-1)), pooled), truncated
+        if pooled is not None:
+            # The first chunk's, as AUTOMATIC1111 takes it; where the U-Net takes none, it is left out.
+            pooled = None if self._model.pooled_width is None else pooled[:1]
+        context = self._context(torch.cat(hidden, dim=-1).flatten(0, 1)[None])
+        return PromptState(context, pooled), next((one.truncated for one in read if one.truncated), "")
 
     def _text_encoders(self) -> list[str]:
         return sorted(name for name in self._engine.manifest.modules if name.startswith("text_encoder"))
@@ -168,7 +237,12 @@ class Prompts:
         return hidden_states[:, -back]
 
     def _context(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self._engine.call("context", {"hidden_states": hidden})["context"]
+        """[n, L, D] -> [n, L, KV]. Each token has its own, and the module takes one chunk at a time."""
+        count, length, width = hidden.shape
+        room = self._engine.tokenizers[0].max_length
+        tokens = torch.nn.functional.pad(hidden.flatten(0, 1), (0, 0, 0, -count * length % room))
+        context = self._engine.call("context", {"hidden_states": tokens.reshape(-1, room, width)})["context"]
+        return context.flatten(0, 1)[: count * length].reshape(count, length, -1)
 
     def _zeros(self) -> PromptState:
         """SDXL's state of a missing negative prompt: hidden states and pooled embedding of zeros."""
@@ -181,6 +255,21 @@ class Prompts:
             found = PromptState(self._context(hidden), pooled), ""
             self._cache.put(None, *found)
         return found[0]
+
+
+def weighted(hidden: torch.Tensor, weights: torch.Tensor, emphasis: Emphasis) -> torch.Tensor:
+    """Hidden states [n, L, D] of n parts of a prompt, each token's times its weight [n, L] float32.
+
+    Computed in float64, returned in the dtype of `hidden`. Parts without emphasis stay as they are.
+    """
+    if emphasis == "ignore" or bool((weights == 1).all()):
+        return hidden
+    exact = hidden.double()  # the mean is small beside the numbers
+    told = exact * weights[..., None].to(hidden.device)
+    if emphasis == "original":
+        told = told * (exact.mean(dim=(1, 2), keepdim=True) / told.mean(dim=(1, 2), keepdim=True))
+    plain = (weights == 1).all(dim=1)[:, None, None].to(hidden.device)
+    return torch.where(plain, hidden, told.to(hidden.dtype))
 
 
 def guidance_embedding(scale: torch.Tensor, width: int) -> torch.Tensor:
@@ -204,7 +293,25 @@ def check_tensor(name: str, given: Any, shape: tuple[int, ...]) -> None:
         raise RequestError(f"{name}: must hold finite floating point numbers")
 
 
-def _joined(states: Sequence[PromptState]) -> PromptState:
+def check_lengths(lengths: Sequence[int], most: int) -> int:
+    """The length that contexts of these can be repeated to. Raises `RequestError` if it is over `most`."""
+    longest, common = max(lengths), math.lcm(*lengths)
+    if longest > most:
+        raise RequestError(
+            f"a prompt is {longest} tokens long, start and end of each chunk counted, and this engine takes "
+            f"{most}; shorten it, or export the engine again (backend inductor: with --long-prompts)"
+        )
+    if common > most:
+        told = " and ".join(map(str, sorted(set(lengths))))
+        raise RequestError(
+            f"prompts of {told} tokens, start and end of each chunk counted, have no common multiple up to "
+            f"{most}, which this engine takes; make prompt and negative prompt more alike in length"
+        )
+    return common
+
+
+def joined(states: Sequence[PromptState]) -> PromptState:
+    """States of contexts of one length, one after the other."""
     pooled = [state.pooled for state in states if state.pooled is not None]
     context = torch.cat([state.context for state in states])
     return PromptState(context, torch.cat(pooled) if pooled else None)

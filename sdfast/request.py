@@ -3,11 +3,12 @@
 import math
 import secrets
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from sdfast.emphasis import Emphasis
 from sdfast.errors import RequestError
 
 MAX_PROMPT = 32_768  # characters
@@ -28,6 +29,10 @@ class Request(BaseModel):
     `strength`, with an image to draw over: the share of the steps that is done, as in diffusers.
     `controlnet_conditioning_scale`, with a control image: how much the ControlNet adds, in the steps between
     `control_guidance_start` and `control_guidance_end`, which are shares of all steps, as in diffusers.
+
+    `long_prompts`: what becomes of prompts longer than the text encoder reads (75 tokens): "truncate" cuts
+    them, as diffusers does, "chunk" reads them 75 tokens at a time, as AUTOMATIC1111 does. `emphasis`: how
+    `(words:1.3)` count, see `sdfast.emphasis`; by default brackets are text.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -49,6 +54,8 @@ class Request(BaseModel):
     control_guidance_end: float = Field(default=1.0, ge=0.0, le=1.0)
     num_images_per_prompt: int = Field(default=1, ge=1, le=MAX_IMAGES)
     clip_skip: int | None = Field(default=None, ge=0, le=64)
+    long_prompts: Literal["truncate", "chunk"] = "truncate"
+    emphasis: Emphasis | None = None
     seed: int = Field(default_factory=lambda: secrets.randbelow(2**32), ge=0, lt=SEED_LIMIT)
 
     @classmethod

@@ -1,5 +1,7 @@
 """Prompts to token ids, as CLIP reads them: byte-level BPE between a start and an end token, padded.
 
+One longer than the text encoder reads is cut, as diffusers does, or read in chunks, as AUTOMATIC1111 does.
+
 It runs on the `tokenizers` library alone, on two files that `sdfast/export/tokenizer.py` writes:
 `tokenizer.json`, the vocabulary and merges, and `sdfast_tokenizer.json`, the length and the special ids.
 """
@@ -7,16 +9,20 @@ It runs on the `tokenizers` library alone, on two files that `sdfast/export/toke
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import tokenizers
 
+from sdfast.emphasis import Piece
 from sdfast.errors import EngineError, RequestError
 
 VOCABULARY_FILE = "tokenizer.json"
 SETTINGS_FILE = "sdfast_tokenizer.json"
+BACKTRACK = 20
+"""So many tokens back from the end of a full chunk a comma is looked for."""
 _SETTINGS = ("model_max_length", "bos", "eos", "pad")
 
 
@@ -26,6 +32,27 @@ class Tokens:
 
     input_ids: npt.NDArray[np.int64]
     truncated: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Token:
+    """place: the number of its piece, and where in that it begins."""
+
+    id: int
+    weight: float
+    place: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """A prompt as n prompts of the text encoder's length: `input_ids` int64 [n, L], and how much each token
+    counts, `weights` float32 [n, L]; `read`, how many tokens of the text they hold; `truncated`, what was cut
+    off, or ""."""
+
+    input_ids: npt.NDArray[np.int64]
+    weights: npt.NDArray[np.float32]
+    read: int
+    truncated: str = ""
 
 
 @dataclass(frozen=True)
@@ -58,19 +85,68 @@ class Tokenizer:
 
     def __call__(self, prompts: Sequence[str]) -> Tokens:
         """Ids [B, L] of B prompts: start, text, end, padding. What does not fit is cut, and returned."""
-        input_ids = np.full((len(prompts), self.max_length), self.pad, dtype=np.int64)
-        truncated = []
-        for row, prompt in zip(input_ids, prompts, strict=True):
-            text = self._encode(prompt)
-            room = self.max_length - 2
-            ids = [self.bos, *text.ids[:room], self.eos]
-            row[: len(ids)] = ids
-            truncated.append(prompt[text.offsets[room][0] :] if len(text.ids) > room else "")
-        return Tokens(input_ids, tuple(truncated))
+        read = [self.cut([Piece(prompt)]) for prompt in prompts]
+        none = np.empty((0, self.max_length), dtype=np.int64)
+        ids = np.concatenate([none, *(one.input_ids for one in read)])
+        return Tokens(ids, tuple(one.truncated for one in read))
 
-    def count(self, prompt: str) -> int:
-        """How many tokens of a prompt are read, without start and end."""
-        return min(len(self._encode(prompt).ids), self.max_length - 2)
+    def cut(self, pieces: Sequence[Piece]) -> Chunks:
+        """The beginning of a prompt, as much as one chunk holds."""
+        tokens = self._tokens(pieces)
+        first, rest = tokens[: self.room], tokens[self.room :]
+        truncated = ""
+        if rest:
+            number, offset = rest[0].place
+            truncated = pieces[number].text[offset:] + "".join(piece.text for piece in pieces[number + 1 :])
+        return self._chunks([first], truncated)
+
+    def chunks(self, parts: Sequence[Sequence[Piece]]) -> Chunks:
+        """All of a prompt, each part of it in chunks of its own.
+
+        Where a comma is among the last `BACKTRACK` tokens of a full chunk, the next one begins after it, as
+        with AUTOMATIC1111: what stands between two commas belongs together.
+        """
+        filled = [chunk for part in parts for chunk in self._filled(self._tokens(part)) or [[]]]
+        if len(filled) > 1 and not filled[-1]:
+            filled.pop()  # nothing follows the last break
+        return self._chunks(filled)
+
+    @property
+    def room(self) -> int:
+        """How many tokens of a text a chunk holds, between start and end."""
+        return self.max_length - 2
+
+    @cached_property
+    def _comma(self) -> int | None:
+        return self.bpe.token_to_id(",</w>")
+
+    def _filled(self, tokens: "list[_Token]") -> "list[list[_Token]]":
+        chunks: list[list[_Token]] = []
+        while len(tokens) > self.room:
+            end = self.room
+            if tokens[end].id != self._comma:
+                near = range(end - 1, max(end - 1 - BACKTRACK, -1), -1)
+                end = next((i + 1 for i in near if tokens[i].id == self._comma), end)
+            chunks.append(tokens[:end])
+            tokens = tokens[end:]
+        return [*chunks, tokens] if tokens else chunks
+
+    def _chunks(self, filled: "Sequence[Sequence[_Token]]", truncated: str = "") -> Chunks:
+        input_ids = np.full((len(filled), self.max_length), self.pad, dtype=np.int64)
+        weights = np.ones((len(filled), self.max_length), dtype=np.float32)
+        for ids, weight, chunk in zip(input_ids, weights, filled, strict=True):
+            ids[: len(chunk) + 2] = [self.bos, *(token.id for token in chunk), self.eos]
+            weight[1 : len(chunk) + 1] = [token.weight for token in chunk]
+        return Chunks(input_ids, weights, sum(map(len, filled)), truncated)
+
+    def _tokens(self, pieces: Sequence[Piece]) -> "list[_Token]":
+        """The tokens of a text without start and end; each piece of it is read for itself."""
+        return [
+            _Token(id, piece.weight, (number, offset))
+            for number, piece in enumerate(pieces)
+            for text in [self._encode(piece.text)]
+            for id, (offset, _) in zip(text.ids, text.offsets, strict=True)
+        ]
 
     def _encode(self, prompt: str) -> tokenizers.Encoding:
         """The tokens of a prompt, without start and end, each with its place in the prompt."""

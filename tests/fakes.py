@@ -16,15 +16,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from sdfast.emphasis import Piece
 from sdfast.engine import Engine
 from sdfast.errors import BackendError
 from sdfast.manifest import Builder, Manifest, Model, Module, Source, Span, Variant
-from sdfast.tokenizer import Tokens
+from sdfast.tokenizer import Chunks
 
 TEXT_WIDTH = 4  # D
 CONTEXT_WIDTH = 6  # KV
 SHIFT_WIDTH = 2  # T
-LENGTH = 8  # tokens
+LENGTH = 8  # tokens of a chunk
 LAYERS = 3
 FACTOR = 8  # pixels a latent
 NO_DIGEST = "0" * 64
@@ -118,18 +119,25 @@ class FakeModule:
 
 
 class FakeTokenizer:
-    """A token a character; longer prompts are cut."""
+    """A token a character, without start and end; no letter counts more than another."""
 
     max_length = LENGTH
 
-    def __call__(self, prompts: Sequence[str]) -> Tokens:
-        ids = np.zeros((len(prompts), LENGTH), dtype=np.int64)
-        for row, prompt in zip(ids, prompts, strict=True):
-            row[: len(prompt)] = [1 + ord(letter) % 50 for letter in prompt[:LENGTH]]
-        return Tokens(ids, tuple(prompt[LENGTH:] for prompt in prompts))
+    def cut(self, pieces: Sequence[Piece]) -> Chunks:
+        text = "".join(piece.text for piece in pieces)
+        return self._chunks([text[:LENGTH]], text[LENGTH:])
 
-    def count(self, prompt: str) -> int:
-        return min(len(prompt), LENGTH)
+    def chunks(self, parts: Sequence[Sequence[Piece]]) -> Chunks:
+        texts = ["".join(piece.text for piece in part) for part in parts]
+        return self._chunks(
+            [text[i : i + LENGTH] for text in texts for i in range(0, max(len(text), 1), LENGTH)]
+        )
+
+    def _chunks(self, texts: Sequence[str], truncated: str = "") -> Chunks:
+        ids = np.zeros((len(texts), LENGTH), dtype=np.int64)
+        for row, text in zip(ids, texts, strict=True):
+            row[: len(text)] = [1 + ord(letter) % 50 for letter in text]
+        return Chunks(ids, np.ones(ids.shape, np.float32), sum(map(len, texts)), truncated)
 
 
 class FakeEngine(Engine):
@@ -170,7 +178,10 @@ def _manifest(
         name: [Variant(file=name, batch=Span.exactly(1))] for name in _FUNCTIONS
     }
     forms["time_shift"] = [Variant(file="time_shift", batch=Span(low=1, high=1000))]
-    forms["unet"] = [Variant(file="unet", batch=b, height=h, width=w) for h, w in sizes for b in batches]
+    lengths = Span(low=LENGTH, high=12 * LENGTH)
+    forms["unet"] = [
+        Variant(file="unet", batch=b, height=h, width=w, tokens=lengths) for h, w in sizes for b in batches
+    ]
     for name in ("vae_decoder", "vae_encoder"):
         forms[name] = [Variant(file=name, batch=Span.exactly(1), height=h, width=w) for h, w in sizes]
     modules = {

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sdfast.emphasis import Piece
 from sdfast.errors import CheckpointError, EngineError, RequestError
 from sdfast.export.single_file import write_clip_vocabulary
 from sdfast.export.tokenizer import save_runtime_tokenizer
 from sdfast.tokenizer import SETTINGS_FILE, VOCABULARY_FILE, Tokenizer
+from sdfast.validation.reading import _chunks
 from tests.checkpoints import save_tokenizer
 
 PROMPTS = [
@@ -100,7 +102,46 @@ def test_what_was_cut_is_said(pair: tuple[Tokenizer, Any]) -> None:
 def test_the_tokens_that_are_read_are_counted(pair: tuple[Tokenizer, Any]) -> None:
     ours, theirs = pair
     for prompt in PROMPTS:
-        assert ours.count(prompt) == min(len(theirs(prompt, verbose=False).input_ids), 77) - 2
+        tokens = len(theirs(prompt, verbose=False).input_ids) - 2
+        assert ours.cut([Piece(prompt)]).read == min(tokens, 75)
+        assert ours.chunks([[Piece(prompt)]]).read == tokens
+
+
+def test_chunks_end_after_a_comma_that_is_near(pair: tuple[Tokenizer, Any]) -> None:
+    """At most 20 tokens before the end of a full one, as with AUTOMATIC1111; the rest begins the next."""
+    ours, _ = pair
+
+    def lengths(text: str) -> list[int]:
+        chunks = ours.chunks([[Piece(text)]])
+        assert (chunks.input_ids[:, 0] == ours.bos).all()
+        ends = [row.tolist().index(ours.eos) for row in chunks.input_ids]
+        assert sum(end - 1 for end in ends) == chunks.read
+        return [end - 1 for end in ends]
+
+    assert lengths("z " * 75) == [75] and lengths("z " * 76) == [75, 1]
+    assert lengths("z " * 55 + ", " + "z " * 20) == [56, 20]
+    assert lengths("z " * 54 + ", " + "z " * 21) == [75, 1]
+    assert lengths("z " * 54 + ", " + "z " * 19 + ", z") == [75, 1]
+    assert lengths("z " * 75 + ", z") == [75, 2]  # a comma there belongs to what follows
+    assert lengths("z " * 60 + ", " + "z " * 13 + ", " + "z " * 90) == [75, 75, 15]
+
+
+def test_chunks_of_random_text_are_those_of_the_reference(pair: tuple[Tokenizer, Any]) -> None:
+    ours, reference = pair
+    chance = random.Random(1)
+    for _ in range(100):
+        words = chance.choices(
+            ["the", "cabin", ",", "misty!", "x"], [4, 4, chance.choice([0.3, 3]), 1, 1], k=300
+        )
+        parts = [
+            [Piece(" ".join(words[:cut]), 1.5), Piece(" ".join(words[cut : 2 * cut])), Piece("", 2)]
+            for cut in [chance.randrange(150)]
+        ]
+        chunks, expected = ours.chunks(parts), _chunks(reference, parts, chunked=True)
+        for ids, weights, chunk in zip(chunks.input_ids, chunks.weights, expected, strict=True):
+            assert ids[1 : len(chunk) + 2].tolist() == [*(id for id, _ in chunk), ours.eos]
+            assert weights[1 : len(chunk) + 1].tolist() == [weight for _, weight in chunk]
+            assert (weights[len(chunk) + 1 :] == 1).all() and weights[0] == 1
 
 
 def test_padding_is_the_checkpoints(source: Path, pair: tuple[Tokenizer, Any]) -> None:

@@ -29,6 +29,7 @@ from sdfast.export.recipe import Recipe
 from sdfast.export.sharing import link_or_copy, share_with
 from sdfast.export.tokenizer import save_runtime_tokenizer
 from sdfast.manifest import (
+    CHUNK,
     MANIFEST_NAME,
     Builder,
     File,
@@ -191,7 +192,7 @@ class _Build:
         with self._stage(spec.name, place):
             variants = self._compiler()(spec, place)
         files = sorted(path.name for path in set(place.iterdir()) - before)
-        inputs = tuple(spec.inputs(1, self.networks.default_side, self.networks.default_side))
+        inputs = tuple(spec.inputs(1, self.networks.default_side, self.networks.default_side, CHUNK))
         half_range = spec.half_range()
         if half_range is not None:
             self.progress.say(f"{spec.name}: {half_range}")

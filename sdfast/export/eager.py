@@ -33,5 +33,8 @@ def compile_eager(spec: ModuleSpec, place: Path, checkpoint: Checkpoint) -> list
     path = place / f"{spec.name}.safetensors"
     save_weights(state, path, {HEADER: json.dumps(header)})
     batch = Span(low=1, high=max(form.batch.high for form in spec.forms))
-    sizes = dict.fromkeys((form.height, form.width) for form in spec.forms)
-    return [Variant(file=path.name, batch=batch, height=height, width=width) for height, width in sizes]
+    sizes = dict.fromkeys((form.height, form.width, form.tokens) for form in spec.forms)
+    return [
+        Variant(file=path.name, batch=batch, height=height, width=width, tokens=tokens)
+        for height, width, tokens in sizes
+    ]

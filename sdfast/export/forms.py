@@ -32,7 +32,15 @@ def compile_onnx(spec: ModuleSpec, place: Path, table: Lowerings) -> list[Varian
         export_module(network, inputs, dynamic, spec.outputs, path, table)
         for weights in sorted(set(place.glob("*.data")) - before):
             _share(weights, stored)
-        variants.append(Variant(file=path.name, batch=form.batch, height=form.height, width=form.width))
+        variants.append(
+            Variant(
+                file=path.name,
+                batch=form.batch,
+                height=form.height,
+                width=form.width,
+                tokens=form.tokens,
+            )
+        )
     return variants
 
 

@@ -107,6 +107,7 @@ class Compiler:
                 batch=form.batch,
                 height=form.height,
                 width=form.width,
+                tokens=form.tokens,
                 attention=taken[form].attention_taken,
                 kernels=taken[form].kernels_taken,
             )

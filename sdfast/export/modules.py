@@ -15,7 +15,7 @@ from sdfast.export.controlnet import ControlNetSource
 from sdfast.export.layout import CONTROLNET
 from sdfast.export.magnitudes import DoesNotFit, extents, scales_for
 from sdfast.export.recipe import Recipe
-from sdfast.manifest import CONTROL, HalfRange, Model, Span
+from sdfast.manifest import CHUNK, CONTROL, ONE_CHUNK, HalfRange, Model, Span
 from sdfast.models.controlnet import (
     ControlEmbedding,
     Controlled,
@@ -40,11 +40,13 @@ V = TypeVar("V", VAEDecoder, VAEEncoder)
 
 @dataclass(frozen=True)
 class Form:
-    """One form to compile a module in: its batch, and the picture's height and width in pixels."""
+    """One form to compile a module in: its batch, the picture's height and width in pixels, and the tokens of
+    the prompts that it is told of."""
 
     batch: Span
     height: Span | None = None
     width: Span | None = None
+    tokens: Span = ONE_CHUNK
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ class ModuleSpec:
     """One module to be compiled.
 
     load: builds the network on its weights; called when its turn comes, so that one is in memory at a time.
-    inputs: example inputs for (batch, height, width in pixels).
-    free: the axes of each input that follow the batch, height or width.
+    inputs: example inputs for (batch, height, width in pixels, tokens).
+    free: the axes of each input that follow the batch, height, width or tokens.
     components: the checkpoint's components that it is made of; its ControlNet is named as one, too.
     fp8: names of its layers that are in FP8.
     half_range: how a half of the VAE fits float16; known once it was loaded, None of all else.
@@ -61,7 +63,7 @@ class ModuleSpec:
 
     name: str
     load: Callable[[], nn.Module]
-    inputs: Callable[[int, int, int], dict[str, Tensor]]
+    inputs: Callable[[int, int, int, int], dict[str, Tensor]]
     free: Mapping[str, Mapping[int, str]]
     outputs: tuple[str, ...]
     components: tuple[str, ...]
@@ -161,7 +163,7 @@ def module_specs(networks: Networks, recipe: Recipe) -> list[ModuleSpec]:
     load = _UNetParts(networks, dtype, networks.fp8() if recipe.fp8 else ())
     vae = _VAEHalves(networks, half=dtype == torch.float16 and recipe.vae == "auto")
     return [
-        _unet(model, load, dtype, recipe.unet_batches(), sizes),
+        _unet(model, load, dtype, recipe.unet_batches(), sizes, recipe.prompt_lengths()),
         _context(model, load, dtype),
         _time_shift(networks.unet, model, load, dtype),
         *_control_embedding(networks, dtype, sizes),
@@ -206,30 +208,36 @@ def _unet(
     dtype: torch.dtype,
     batches: list[Span],
     sizes: list[tuple[Span, Span]],
+    lengths: list[Span],
 ) -> ModuleSpec:
-    def inputs(batch: int, height: int, width: int) -> dict[str, Tensor]:
+    def inputs(batch: int, height: int, width: int, tokens: int) -> dict[str, Tensor]:
         factor = model.vae_scale_factor
         size = (height // factor, width // factor)
         given = {
             "sample": torch.randn(batch, model.in_channels, *size, dtype=dtype),
             "time_shift": torch.randn(batch, model.time_shift_width, dtype=dtype),
-            "context": torch.randn(batch, 77, model.context_width, dtype=dtype),
+            "context": torch.randn(batch, tokens, model.context_width, dtype=dtype),
         }
         if model.control_channels is not None:
             given["control"] = torch.randn(batch, model.control_channels, *size, dtype=dtype)
         return given
 
     image = {0: "batch", 2: "height", 3: "width"}
-    free = {"sample": image, "time_shift": {0: "batch"}, "context": {0: "batch"}}
+    free = {"sample": image, "time_shift": {0: "batch"}, "context": {0: "batch", 1: "tokens"}}
     if model.controlled:
         free["control"] = image
-    forms = tuple(Form(batch, height, width) for height, width in sizes for batch in batches)
+    forms = tuple(
+        Form(batch, height, width, tokens)
+        for height, width in sizes
+        for batch in batches
+        for tokens in lengths
+    )
     return ModuleSpec("unet", load.unet, inputs, free, ("output",), load.components, forms, load.fp8)
 
 
 def _context(model: Model, load: _UNetParts, dtype: torch.dtype) -> ModuleSpec:
-    def inputs(batch: int, height: int, width: int) -> dict[str, Tensor]:
-        return {"hidden_states": torch.randn(batch, 77, model.text_width, dtype=dtype)}
+    def inputs(batch: int, height: int, width: int, tokens: int) -> dict[str, Tensor]:
+        return {"hidden_states": torch.randn(batch, CHUNK, model.text_width, dtype=dtype)}
 
     return ModuleSpec("context", load.context, inputs, {}, ("context",), load.components, (Form(ONE),))
 
@@ -242,7 +250,7 @@ def _time_shift(config: UNetConfig, model: Model, load: _UNetParts, dtype: torch
     }
     conditions = {name: (width, kind) for name, (width, kind) in widths.items() if width}
 
-    def inputs(batch: int, height: int, width: int) -> dict[str, Tensor]:
+    def inputs(batch: int, height: int, width: int, tokens: int) -> dict[str, Tensor]:
         given = {"timesteps": torch.linspace(0, 999, batch)}
         for name, (size, kind) in conditions.items():
             given[name] = torch.rand(batch, size).to(kind)
@@ -264,7 +272,7 @@ def _control_embedding(
     def load() -> ControlEmbedding:
         return load_embedding(config, added.state_dict(), dtype)
 
-    def inputs(batch: int, height: int, width: int) -> dict[str, Tensor]:
+    def inputs(batch: int, height: int, width: int, tokens: int) -> dict[str, Tensor]:
         return {"image": torch.rand(batch, 3, height, width, dtype=dtype)}
 
     free = {"image": {2: "height", 3: "width"}}
@@ -315,7 +323,7 @@ class _VAEHalves:
 
 
 def _vae_decoder(vae: _VAEHalves, model: Model, sizes: list[tuple[Span, Span]]) -> ModuleSpec:
-    def inputs(batch: int, height: int, width: int) -> dict[str, Tensor]:
+    def inputs(batch: int, height: int, width: int, tokens: int) -> dict[str, Tensor]:
         factor = model.vae_scale_factor
         shape = (batch, model.latent_channels, height // factor, width // factor)
         return {"latents": torch.randn(shape)}
@@ -340,7 +348,7 @@ def _vae_encoder(vae: _VAEHalves, networks: Networks, sizes: list[tuple[Span, Sp
     if not has_encoder(networks.checkpoint.state_dict("vae")):
         return
 
-    def inputs(batch: int, height: int, width: int) -> dict[str, Tensor]:
+    def inputs(batch: int, height: int, width: int, tokens: int) -> dict[str, Tensor]:
         return {"image": torch.rand(batch, networks.vae.in_channels, height, width) * 2 - 1}
 
     free = {"image": {2: "height", 3: "width"}}
@@ -360,8 +368,8 @@ def _vae_encoder(vae: _VAEHalves, networks: Networks, sizes: list[tuple[Span, Sp
 def _text_encoder(networks: Networks, name: str, dtype: torch.dtype) -> ModuleSpec:
     vocabulary = int(networks.checkpoint.components[name].config["vocab_size"])
 
-    def inputs(batch: int, height: int, width: int) -> dict[str, Tensor]:
-        return {"input_ids": torch.randint(0, vocabulary, (batch, 77))}
+    def inputs(batch: int, height: int, width: int, tokens: int) -> dict[str, Tensor]:
+        return {"input_ids": torch.randint(0, vocabulary, (batch, CHUNK))}
 
     def load() -> TextEncoder:
         model = load_text_model(networks.checkpoint, name, dtype)

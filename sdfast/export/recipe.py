@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from sdfast.errors import ExportError
-from sdfast.manifest import Span
+from sdfast.manifest import LONG_PROMPTS, ONE_CHUNK, Span
 from sdfast.request import MAX_IMAGES, MAX_SIDE
 
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
@@ -131,6 +131,8 @@ class Recipe(_Part):
         Default there: true.
     fp8: "inductor" and "eager" in fp16: the U-Net's linear layers in FP8, an approximation. For GPUs of
         compute capability 8.9 and above; eager engines of it also run on a CPU, slowly, for checks.
+    long_prompts: "inductor": a further form of the U-Net, for prompts of more than 75 tokens; the one for
+        shorter ones stays as it is. Default: false. Engines of other backends take long prompts anyway.
     vae: of fp16 engines: "auto" (default), float16 wherever its numbers can be made to fit, or "fp32".
     loras: what is merged into the weights; several add up.
     controlnet: under whose guidance every picture is drawn, by a control image.
@@ -151,6 +153,7 @@ class Recipe(_Part):
     kernels: Literal["auto", "compiler"] | None = None
     winograd: Annotated[bool | None, Field(validate_default=True)] = None
     fp8: bool = False
+    long_prompts: bool | None = None
     vae: Annotated[Literal["auto", "fp32"] | None, Field(validate_default=True)] = None
     loras: tuple[LoraSetting, ...] = ()
     controlnet: ControlNetSetting | None = None
@@ -249,6 +252,15 @@ class Recipe(_Part):
             raise ValueError("compiled for device cuda alone; on a CPU take backend eager, for checks")
         return fp8
 
+    @field_validator("long_prompts")
+    @classmethod
+    def _compiled_beside(cls, long_prompts: bool | None, info: ValidationInfo) -> bool | None:
+        backend = info.data.get("backend")
+        if long_prompts is not None and backend in ("onnx", "eager"):
+            _idle(info, f"{backend} engines take long prompts anyway; leave it out")
+            return None
+        return long_prompts
+
     @field_validator("vae")
     @classmethod
     def _where_vae_may_differ(cls, vae: str | None, info: ValidationInfo) -> str | None:
@@ -304,6 +316,13 @@ class Recipe(_Part):
         if isinstance(self.batch, int):
             return [Span(low=1, high=2 * self.batch)]
         return [Span.exactly(rows) for rows in sorted({n * m for n in self.batch for m in (1, 2)})]
+
+    def prompt_lengths(self) -> list[Span]:
+        """The tokens of the prompts that the U-Net is told of, a form for each span."""
+        if self.backend != "inductor":
+            return [LONG_PROMPTS]
+        longer = Span(low=ONE_CHUNK.high + 1, high=LONG_PROMPTS.high)
+        return [ONE_CHUNK, longer] if self.long_prompts else [ONE_CHUNK]
 
     def size_spans(self, default: int) -> list[tuple[Span, Span]]:
         """The (height, width) spans to compile. `default`: the checkpoint's own side in pixels."""

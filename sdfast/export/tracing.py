@@ -7,14 +7,14 @@ from torch import Tensor, export
 
 from sdfast.errors import ExportError
 from sdfast.export.modules import Form, ModuleSpec
-from sdfast.manifest import Span
+from sdfast.manifest import ONE_CHUNK, Span
 
 Dynamic = Mapping[str, Mapping[int, tuple[str, int, int]]]  # input → {axis: (name, lowest, highest)}
 
 
 def traced_with(spec: ModuleSpec, form: Form) -> tuple[dict[str, Tensor], Dynamic]:
     """Example inputs of a form, and its free axes: those that span a range; the others are fixed."""
-    spans = {"batch": form.batch, "height": form.height, "width": form.width}
+    spans = {"batch": form.batch, "height": form.height, "width": form.width, "tokens": form.tokens}
     inputs = spec.inputs(*(span.low if span else 8 for span in spans.values()))
     dynamic = {}
     for name, axes in spec.free.items():
@@ -53,7 +53,7 @@ def dynamic_shapes(inputs: Mapping[str, Tensor], dynamic: Dynamic) -> tuple[dict
 
 
 def file_stem(spec: ModuleSpec, form: Form) -> str:
-    """`unet` when there is one form, else `unet-512x768-b2`."""
+    """`unet` when there is one form, else `unet-512x768-b2`, and with `-long` for long prompts."""
     if len(spec.forms) == 1:
         return spec.name
     parts = [spec.name]
@@ -61,4 +61,6 @@ def file_stem(spec: ModuleSpec, form: Form) -> str:
         parts.append(f"{form.width}x{form.height}".replace("..", "to"))
     if len({other.batch for other in spec.forms}) > 1:
         parts.append(f"b{form.batch}".replace("..", "to"))
+    if form.tokens != ONE_CHUNK and len({other.tokens for other in spec.forms}) > 1:
+        parts.append("long")
     return "-".join(parts)

@@ -1,8 +1,8 @@
 """The batcher: jobs come in, their pictures share the loop as rows, events go out.
 
 One thread owns the engine. Each of its turns lets rows come and go, ticks the rows of one size, and decodes
-at most one picture, so that nobody's step waits for more than that. Sizes take turns. The clerk writes PNG
-files, in a thread of its own.
+at most one picture, so that nobody's step waits for more than that. Sizes take turns, and so do rows whose
+prompts are of different lengths. The clerk writes PNG files, in a thread of its own.
 
 Which pictures have the places in the loop, when there are more pictures than places, is said in `places`.
 """
@@ -106,10 +106,11 @@ class Batcher:
         self._closing = False
         self._healthy = True
         self._begun: list[Work] = []
-        self._rooms: dict[tuple[int, int], Room] = {}  # by height and width; the next one to tick comes first
+        # By height, width and tokens of the context; the next one to tick comes first.
+        self._rooms: dict[tuple[int, int, int], Room] = {}
         self._estimates: list[Latents] = []  # both wait for the decoder
         self._finished: list[Latents] = []  # who is due the earliest comes first
-        self._clerk = Clerk(engine, behind=self._max_rows)
+        self._clerk = Clerk(engine, self.pipeline.prompts, behind=self._max_rows)
         self._ahead: deque[torch.cuda.Event] = deque()
         self._pace, self._considered = Pace(), 0  # of the jobs that have arrived, when places were last given
         self._run_seconds = 1.0  # that a row takes from its place to its picture, about
@@ -135,6 +136,7 @@ class Batcher:
         """
         self._engine.check_size(job.request.height, job.request.width)
         steps = len(self.pipeline.schedule_of(job.request))
+        self.pipeline.prompts.check(job.request)
         check_over(self._engine, job)
         with self._changed:
             if self._closing or not self._healthy:
@@ -318,9 +320,10 @@ class Batcher:
 
     def _room(self, work: Work) -> Room:
         size = (work.job.request.height, work.job.request.width)
-        if size not in self._rooms:
-            self._rooms[size] = Room(Rows(self._engine, [], *size, buckets=self._buckets))
-        return self._rooms[size]
+        key = (*size, len(work.ready.rows[0].positive.context))
+        if key not in self._rooms:
+            self._rooms[key] = Room(Rows(self._engine, [], *size, buckets=self._buckets))
+        return self._rooms[key]
 
     def _tell_positions(self) -> None:
         with self._changed:
@@ -330,7 +333,7 @@ class Batcher:
 
     def _settle(self) -> None:
         """Let rows come and go; the last to come of those for whom there is no memory ends its job."""
-        for size, room in list(self._rooms.items()):
+        for key, room in list(self._rooms.items()):
             while True:
                 try:
                     room.settle()
@@ -338,14 +341,14 @@ class Batcher:
                 except torch.OutOfMemoryError as error:
                     self._no_memory(room, error)
             if room.empty:
-                del self._rooms[size]
+                del self._rooms[key]
 
     def _tick(self) -> None:
-        """A step of the rows of the size whose turn it is."""
+        """A step of the rows of the room whose turn it is."""
         if not self._rooms:
             return
-        size = next(iter(self._rooms))
-        room = self._rooms[size] = self._rooms.pop(size)  # the last one now
+        key = next(iter(self._rooms))
+        room = self._rooms[key] = self._rooms.pop(key)  # the last one now
         due, start = self._previews_due(room.rows), time.monotonic()
         try:
             room.rows.tick()
@@ -353,7 +356,7 @@ class Batcher:
             self._no_memory(room, error)
             return
         self._stay_near()
-        self._count_tick(time.monotonic() - start, len(room.rows.rows), size)
+        self._count_tick(time.monotonic() - start, len(room.rows.rows), key[:2])
         present = set(room.rows.rows)
         for work in self._begun:
             if stepped := len(present & work.running.keys()):

@@ -12,7 +12,7 @@ from PIL import Image
 from sdfast.engine import Engine
 from sdfast.errors import SdfastError, first_line
 from sdfast.infotext import infotext_of, png
-from sdfast.request import Request
+from sdfast.prompts import Prompts
 from sdfast.server.jobs import Failed, Preview
 from sdfast.server.work import Work
 
@@ -24,9 +24,10 @@ log = logging.getLogger(__name__)
 class Clerk:
     """What is handed in is done in that order. All methods are the batcher's thread's."""
 
-    def __init__(self, engine: Engine, *, behind: int) -> None:
-        """behind: so many pictures may wait for the clerk; whoever hands in another waits, too."""
-        self._engine, self._behind = engine, behind
+    def __init__(self, engine: Engine, prompts: Prompts, *, behind: int) -> None:
+        """prompts: of the engine, for the tokens that were read.
+        behind: so many pictures may wait for the clerk; whoever hands in another waits, too."""
+        self._engine, self._prompts, self._behind = engine, prompts, behind
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sdfast-png")
         self._writing: deque[Future[Any]] = deque()
 
@@ -70,15 +71,11 @@ class Clerk:
         pixels.save(file, format="PNG", compress_level=1)  # to be looked at once, and soon
         work.tell(Preview(index, file.getvalue()))
 
-    def _tokens(self, request: Request) -> int:
-        """How many are read of a request's prompts; here, where nobody's step waits for it."""
-        texts = (*request.prompts, *request.negative_prompts)
-        return sum(self._engine.tokenizers[0].count(text) for text in texts if text)
-
     def _deliver(self, work: Work, before: Callable[[Work], None]) -> None:
         before(work)
         try:
-            work.deliver(self._tokens(work.job.request))
+            # The tokens are counted here, where nobody's step waits for it.
+            work.deliver(self._prompts.count(work.job.request))
         except (SdfastError, OSError, ValueError) as error:
             log.error("a picture could not be written as PNG", exc_info=error)
             work.tell(Failed("engine", f"a picture could not be written as PNG: {first_line(error)}"))

@@ -1,4 +1,5 @@
-"""A job under way: what has become of it so far, and the rows of one size that jobs have in the loop."""
+"""A job under way: what has become of it so far, and the rows of one size and length of prompts that jobs
+have in the loop."""
 
 import threading
 import time
@@ -158,7 +159,8 @@ class Work:
 
 
 class Room:
-    """The rows of one size: those in the loop, and who joins and leaves at its next change."""
+    """The rows of one size and length of prompts: those in the loop, and who joins and leaves at the next
+    change."""
 
     def __init__(self, rows: Rows) -> None:
         self.rows = rows

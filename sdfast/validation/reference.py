@@ -22,6 +22,7 @@ from sdfast.first_latents import Over
 from sdfast.noise import generator
 from sdfast.request import Request
 from sdfast.schedulers import resolve
+from sdfast.validation.reading import embeddings, is_plain
 
 if TYPE_CHECKING:
     from sdfast.backends.attention import Attention
@@ -367,9 +368,11 @@ def _generate_one(
         run |= _control_arguments(request, rows, control, over)
     if "guidance_rescale" in inspect.signature(pipe.__call__).parameters:
         run["guidance_rescale"] = request.guidance_rescale
+    if is_plain(request):
+        run |= {"prompt": request.prompts[index], "negative_prompt": request.negative_prompts[index]}
+    else:
+        run |= embeddings(pipe, request, index)
     return pipe(
-        prompt=request.prompts[index],
-        negative_prompt=request.negative_prompts[index],
         guidance_scale=request.guidance_scale,
         num_images_per_prompt=count,
         eta=request.eta,

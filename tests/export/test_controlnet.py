@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sdfast.errors import CheckpointError, ExportError
+from sdfast.errors import CheckpointError, EngineError, ExportError
 from sdfast.export.build import export
 from sdfast.export.checkpoint import resolve
 from sdfast.export.controlnet import with_controlnet
@@ -16,6 +16,7 @@ from sdfast.export.modules import Networks
 from sdfast.export.recipe import ControlNetSetting, Recipe
 from sdfast.manifest import read_manifest
 from tests import checkpoints
+from tests.sealing import reseal
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -82,11 +83,16 @@ def test_what_is_no_folder_or_has_other_settings_is_refused(tiny_sd: Path, contr
 def test_an_engine_records_it_and_is_made_again_when_it_changes(
     tiny_sd: Path, controlnet: Path, controlled_engine: Path, tmp_path: Path
 ) -> None:
-    """Shards are read as one file is."""
+    """And is not read without its module for the control image."""
     recorded = read_manifest(controlled_engine).checkpoint.controlnet
     assert recorded is not None
     assert recorded.weights == {WEIGHTS: sha256(controlnet / WEIGHTS, "")}
     assert read_manifest(controlled_engine).recipe["controlnet"]["source"] == recorded.source
+
+    broken = shutil.copytree(controlled_engine, tmp_path / "broken")
+    reseal(broken, lambda document: document["modules"].pop("control_embedding"))
+    with pytest.raises(EngineError, match="no module 'control_embedding'"):
+        read_manifest(broken)
 
     recipe, target = Recipe.make(backend="eager", controlnet=controlnet), tmp_path / "engine"
     export(tiny_sd, target, recipe)

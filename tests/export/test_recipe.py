@@ -96,6 +96,8 @@ RECIPES = sorted((Path(__file__).parents[2] / "export").glob("*.toml"))
             "winograd: only graphs for the CPU have it: backend onnx, provider cpu; leave it out (got True)",
         ),
         ({"winograd": False, "backend": "inductor"}, "winograd: only graphs for the CPU have it"),
+        ({"long_prompts": False}, "long_prompts: onnx engines take long prompts anyway; leave it out"),
+        ({"long_prompts": True, "backend": "eager"}, "long_prompts: eager engines take long prompts"),
         (
             {"vae": "auto"},
             "vae: only fp16 engines choose it, and this one is fp32 as a whole; leave it out (got 'auto')",
@@ -236,6 +238,7 @@ def test_what_has_a_use_is_recorded_and_nothing_else() -> None:
     assert recorded(dtype="fp16", provider="cpu", vae="fp32") == half_on_cpu
     assert recorded(backend="eager") == recorded(backend="inductor") == {}
     assert recorded(backend="inductor", autotune=False) == {"autotune": False}
+    assert recorded(backend="inductor", long_prompts=True) == {"long_prompts": True}
     fixed = {"backend": "inductor", "batch": [1], "autotune": True}
     assert recorded(**fixed) == {"autotune": True}
     on_cuda = {"kernels": "auto", "autotune": True}
@@ -246,10 +249,16 @@ def test_what_has_a_use_is_recorded_and_nothing_else() -> None:
 
 def test_a_recorded_recipe_may_name_what_meant_nothing_to_its_backend() -> None:
     all_of_them = {"dtype": "fp32", "provider": "cpu", "device": "cpu", "batch": 2, "fp8": False}
-    all_of_them |= {"autotune": True, "kernels": "auto", "winograd": True, "vae": "auto"}
+    all_of_them |= {
+        "autotune": True,
+        "kernels": "auto",
+        "winograd": True,
+        "vae": "auto",
+        "long_prompts": False,
+    }
     for backend, meant in (
         ("onnx", {"provider": "cpu", "winograd": True}),
-        ("inductor", {"device": "cpu"}),
+        ("inductor", {"device": "cpu", "long_prompts": False}),
         ("eager", {}),
     ):
         recipe = Recipe.recorded({"backend": backend, **all_of_them})

@@ -138,6 +138,8 @@ async def test_a_random_seed_is_told(api: Client, studio: FakeStudio) -> None:
         ("override_settings", {"sd_vae": "other.pt"}, "has its VAE inside"),
         ("override_settings", {"lora_dir": "/"}, "lora_dir"),
         ("override_settings", {"CLIP_stop_at_last_layers": 13}, "1 to 12"),
+        ("override_settings", {"emphasis": "Strong"}, "must be one of Original, No norm, Ignore, None"),
+        ("override_settings", {"comma_padding_backtrack": 0}, "parted at commas"),
         ("scheduler", "bogus", "bogus"),
     ],
 )
@@ -218,6 +220,20 @@ async def test_layers_are_counted_from_one(api: Client, studio: FakeStudio) -> N
     assert [job.request.clip_skip for job in studio.jobs] == [None, 1, None]
     message = await api.refused("txt2img", 422, override_settings={"CLIP_stop_at_last_layers": 3})
     assert "1 to 2" in message
+
+
+async def test_prompts_are_read_whole_and_with_emphasis(api: Client, studio: FakeStudio) -> None:
+    for name in ("Original", "No norm", "Ignore", "None"):
+        told = await api.post("txt2img", prompt="a (boat:1.3)", override_settings={"emphasis": name})
+    assert infotext.parse(json.loads(told["info"])["infotexts"][0]).prompt == "a (boat:1.3)"
+    await api.post("txt2img", prompt="a (boat:1.3)")
+    readings = [(job.request.emphasis, job.request.long_prompts) for job in studio.jobs]
+    assert readings == [
+        (emphasis, "chunk") for emphasis in ("original", "no_norm", "ignore", None, "original")
+    ]
+    assert (await api.get("options"))["emphasis"] == "Original"
+    await api.post("options", emphasis="Original")
+    assert "override_settings" in await api.refused("options", 422, emphasis="None")
 
 
 async def test_a_request_may_name_its_checkpoint(api: Client, studio: FakeStudio) -> None:

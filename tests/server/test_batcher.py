@@ -135,6 +135,7 @@ def test_the_tokens_that_were_read_are_told(open_batcher: Open) -> None:
         ({"prompt": "the sea"}, 7),
         ({"prompt": "the sea", "images": 2, "negative_prompts": ("fog",)}, 10),
         ({"prompt": "a" * (most + 9)}, most),
+        ({"prompt": "a" * (most + 9), "long_prompts": "chunk"}, most + 9),
     ):
         assert submit(batcher, request(**fields)).done().tokens == tokens
 
@@ -234,6 +235,7 @@ def test_many_jobs_at_once_are_each_as_if_alone(open_batcher: Open) -> None:
             num_inference_steps=chance.randint(1, 9),
             guidance_scale=chance.choice([1.0, 3.0, 7.5]),
             guidance_rescale=chance.choice([0.0, 0.5]),
+            long_prompts=chance.choice(["truncate", "chunk"]),
         )
         jobs.append((f"job{i}", asked, submit(batcher, asked, f"job{i}")))
         if chance.random() < 0.3:
@@ -260,6 +262,7 @@ def test_on_a_real_network_alone_and_beside_others(open_batcher: Open, sd_engine
         request("the sea", seed=9, images=2, height=64, width=64, scheduler="ddim", num_inference_steps=3),
         request("a dog", seed=4, height=64, width=96, scheduler="unipc", num_inference_steps=5),
         request("a boat", seed=3, height=64, width=64, guidance_scale=1.0, scheduler="dpmpp_2m"),
+        request("a (cat:1.3), " * 30, seed=5, height=64, width=64, long_prompts="chunk", emphasis="original"),
     ]
     ears = [(one, submit(batcher, one)) for one in [others[0], asked, *others[1:]]]
     for one, ear in ears:

@@ -50,6 +50,8 @@ async def test_plain_fields_reach_the_engine(sdk: openai.AsyncOpenAI, studio: Fa
         "scheduler": "Euler a",
         "eta": 0.25,
         "clip_skip": 1,
+        "long_prompts": "chunk",
+        "emphasis": "no_norm",
     }
     await sdk.images.generate(**CALL, size="96x64", n=2, user="someone", extra_body=extra)
     [job] = studio.jobs

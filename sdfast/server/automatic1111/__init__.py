@@ -7,8 +7,9 @@
 What is asked for is done or refused by name, never ignored. A field that means nothing in a call, such as
 `hr_scale` without `enable_hr`, is taken, since clients send them all. Where this differs from AUTOMATIC1111:
 
-- A prompt's text is the text: `(word:1.2)` and `[word]` are read as they stand (the option `emphasis` is
-  "None"), and `<lora:…>` is refused. Seeds make other pictures than there, which draws its noise on the GPU.
+- Prompts are read as there, in chunks of 75 tokens and with `(word:1.2)`, `[word]` and BREAK (the option
+  `emphasis`, of a request). `[from:to:when]`, `[this|that]`, AND and `<lora:…>` are refused. Seeds make other
+  pictures than there, which draws its noise on the GPU.
 - img2img does `int(steps * denoising_strength)` steps, as diffusers does; AUTOMATIC1111 does one more.
 - mask_blur is Pillow's Gaussian blur, which is very nearly the one there.
 - A call is one job: all its pictures are drawn beside each other, so `/skip` ends the call that is the first

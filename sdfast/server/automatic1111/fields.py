@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from sdfast.errors import RequestError
 from sdfast.request import MAX_GUIDANCE, MAX_IMAGES, MAX_STEPS, SEED_LIMIT, Request, check_text
 from sdfast.schedulers import Sampler
-from sdfast.server.automatic1111.options import clip_skip_of
+from sdfast.server.automatic1111.options import clip_skip_of, emphasis_of
 from sdfast.server.automatic1111.samplers import eta_of, sampler_of
 from sdfast.server.body import Neutral, check_neutral
 from sdfast.server.jobs import EngineInfo
@@ -174,6 +174,8 @@ class Generation(BaseModel):
             strength=self.strength,
             num_images_per_prompt=self.images,
             clip_skip=clip_skip_of(self.override_settings or {}, engine),
+            long_prompts="chunk",
+            emphasis=emphasis_of(self.override_settings or {}),
             **({} if self.seed in (None, -1) else {"seed": self.seed}),
         )
 

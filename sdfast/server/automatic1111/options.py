@@ -3,17 +3,26 @@
 from collections.abc import Mapping
 from typing import Any
 
+from sdfast.emphasis import Emphasis
 from sdfast.server.jobs import EngineInfo, Studio
 from sdfast.server.problems import Problem
 
 CHECKPOINT, DIGEST, CLIP_SKIP = "sd_model_checkpoint", "sd_checkpoint_hash", "CLIP_stop_at_last_layers"
+EMPHASIS = "emphasis"
+EMPHASES: Mapping[str, Emphasis | None] = {
+    "Original": "original",
+    "No norm": "no_norm",
+    "Ignore": "ignore",
+    "None": None,
+}
+"""AUTOMATIC1111's names, its default first."""
 MAX_CLIP_SKIP = 12  # AUTOMATIC1111's
 
 _FIXED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "sd_vae": (("Automatic", "None"), "an engine has its VAE inside"),
     "samples_format": (("png",), "pictures are PNG here"),
     "enable_pnginfo": ((True,), "PNGs have their parameters inside"),
-    "emphasis": (("None",), "a prompt's text is read as it stands"),
+    "comma_padding_backtrack": ((20,), "long prompts are parted at commas as with AUTOMATIC1111's default"),
     "randn_source": (("CPU",), "noise is drawn on the CPU, the same for every device"),
     "eta_noise_seed_delta": ((0,), "noise is of the picture's seed"),
     "eta_ddim": ((0, 0.0), "give eta in the request"),
@@ -34,7 +43,7 @@ _FIXED: Mapping[str, tuple[tuple[Any, ...], str]] = {
 }
 """Options with the values that are true here, the first of which is told, and why there are no others."""
 
-NAMES = (CHECKPOINT, DIGEST, CLIP_SKIP, *_FIXED)
+NAMES = (CHECKPOINT, DIGEST, CLIP_SKIP, EMPHASIS, *_FIXED)
 
 
 def short_hash(engine: EngineInfo) -> str:
@@ -78,12 +87,13 @@ class Options:
         """`GET /sdapi/v1/options`."""
         fixed = {name: values[0] for name, (values, _) in _FIXED.items()}
         checkpoint = {CHECKPOINT: title(self.engine), DIGEST: self.engine.unet_digest}
-        return {**checkpoint, CLIP_SKIP: 1, **fixed}
+        return {**checkpoint, CLIP_SKIP: 1, EMPHASIS: next(iter(EMPHASES)), **fixed}
 
     def set(self, given: Mapping[str, Any]) -> None:
         """`POST /sdapi/v1/options`, all of it or nothing. Raises `Problem`."""
-        if (given.get(CLIP_SKIP) or 1) != 1:
-            raise _refused(CLIP_SKIP, given[CLIP_SKIP], "put it into a request's override_settings")
+        for name, usual in ((CLIP_SKIP, 1), (EMPHASIS, next(iter(EMPHASES)))):
+            if (given.get(name) or usual) != usual:
+                raise _refused(name, given[name], "put it into a request's override_settings")
         engine = self.chosen(given, "")
         if given.get(CHECKPOINT) is not None:
             self._chosen = engine.name
@@ -127,6 +137,16 @@ def clip_skip_of(given: Mapping[str, Any], engine: EngineInfo) -> int | None:
     if type(layers) is not int or not 1 <= layers <= most:
         raise _refused(f"override_settings.{CLIP_SKIP}", layers, f"must be a whole number from 1 to {most}")
     return layers - 1 if layers > 1 and engine.family != "sdxl" else None
+
+
+def emphasis_of(given: Mapping[str, Any]) -> Emphasis | None:
+    """How a prompt's brackets count. Raises `Problem`."""
+    name = given.get(EMPHASIS)
+    if name is None:
+        return next(iter(EMPHASES.values()))
+    if not isinstance(name, str) or name not in EMPHASES:
+        raise _refused(f"override_settings.{EMPHASIS}", name, f"must be one of {', '.join(EMPHASES)}")
+    return EMPHASES[name]
 
 
 def _among(value: Any, allowed: tuple[Any, ...]) -> bool:

@@ -161,7 +161,10 @@ def _picture(order: Order, done: Done, i: int, picture: bytes, kept: bool) -> di
     truncated = done.truncated[0] if done.truncated else ""
     warnings = []
     if truncated:
-        warnings.append(f"the text encoder reads no more than 77 tokens; left out: {truncated!r}")
+        warnings.append(
+            f"the text encoder reads no more than 77 tokens; left out: {truncated!r}; "
+            'long_prompts: "chunk" reads all of it'
+        )
     if not kept:
         warnings.append(
             f"{order.asked.format} has no room for the parameters; ask for png to have them inside"

@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
+from sdfast.emphasis import Emphasis
 from sdfast.errors import RequestError
 from sdfast.request import Request, check_text
 from sdfast.schedulers import resolve
@@ -73,6 +74,8 @@ class Generation(BaseModel):
     scheduler: str | None = None
     eta: float | None = None
     clip_skip: int | None = None
+    long_prompts: Literal["truncate", "chunk"] | None = None
+    emphasis: Emphasis | None = None
     progress: bool | None = None
 
     @field_validator("*")
@@ -167,6 +170,8 @@ _SAME = {
     "guidance_rescale",
     "eta",
     "clip_skip",
+    "long_prompts",
+    "emphasis",
     "strength",
 }
 _DEFAULTS: Mapping[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}

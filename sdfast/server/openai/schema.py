@@ -44,6 +44,14 @@ _SAID: Mapping[str, dict[str, Any]] = {
     "guidance_rescale": {"minimum": 0, "maximum": 1},
     "eta": {"minimum": 0, "maximum": 1},
     "clip_skip": {"minimum": 0, "maximum": 64},
+    "long_prompts": {
+        "description": "Of prompts longer than 75 tokens: read that much alone, or all of it in chunks.",
+        "default": "truncate",
+    },
+    "emphasis": {
+        "description": "(words) and (words:1.3) count more and [words] less, as AUTOMATIC1111's option of "
+        "that name says; brackets are text when left out."
+    },
     "scheduler": {"description": "As `sdfast schedulers` lists them.", "default": SCHEDULER},
     "strength": {
         "description": "How much of the image is drawn over, 1 all of it; "

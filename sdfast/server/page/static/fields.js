@@ -6,7 +6,10 @@ import { recall, remember } from "./memory.js";
 
 const element = (id) => document.getElementById(id);
 const OTHER = "other";
-const PLAIN = ["prompt", "negative_prompt", "scheduler", "n", "num_inference_steps", "guidance_scale", "strength"];
+const READING = ["long_prompts", "emphasis"];
+const PLAIN = [
+  "prompt", "negative_prompt", ...READING, "scheduler", "n", "num_inference_steps", "guidance_scale", "strength",
+];
 const NUMBERS = { num_inference_steps: "Steps", guidance_scale: "Guidance", n: "Pictures", strength: "Strength" };
 
 /** Fill the choices, recall what was chosen last, and keep what is chosen from now on. */
@@ -48,6 +51,7 @@ export function read() {
   const body = { model: element("model").value, prompt: element("prompt").value };
   const negative = element("negative_prompt").value;
   if (negative) body.negative_prompt = negative;
+  for (const name of READING) if (element(name).value) body[name] = element(name).value;
   body.n = number("n");
   body.size = size();
   for (const name of ["num_inference_steps", "guidance_scale"]) body[name] = number(name);
@@ -75,7 +79,7 @@ export function putBack(body) {
 
 /** Reuse a picture's parameters: as if they had been typed. */
 export function reuse(body) {
-  putBack({ negative_prompt: "", ...body });
+  putBack({ negative_prompt: "", long_prompts: "truncate", emphasis: "", ...body });
   element("form").dispatchEvent(new Event("input"));
 }
 

@@ -10,6 +10,8 @@ const NAMES = {
   num_inference_steps: "Steps",
   guidance_scale: "Guidance",
   scheduler: "Scheduler",
+  long_prompts: "Long prompts",
+  emphasis: "Emphasis",
   strength: "Strength",
   seed: "Seed",
   model: "Engine",
