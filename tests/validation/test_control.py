@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from sdfast import control, pipeline
+from sdfast.errors import EngineError
 from sdfast.manifest import read_manifest
 from sdfast.models import ops
 from sdfast.models.controlnet import ControlNet
 from sdfast.validation import Report, validate
 from sdfast.validation.control import control_image
+from tests import checkpoints
+from tests.validation import engines
 
 PROMPT = ["a cabin in misty mountains, watercolor style"]
 SOUND = 1e-5  # ten times below the bar: what float32 rounding leaves in a sound engine
@@ -120,6 +123,20 @@ def test_a_fault_is_named(engine: Path, monkeypatch: pytest.MonkeyPatch, fault: 
     report = short(engine)
     assert at_fault(report) == parts, report.table()
     assert max(value for name, value in errors(report).items() if name not in parts) < SOUND
+
+
+def test_a_controlnet_that_has_changed_since_is_told(
+    tiny_sd: Path, tiny_controlnet: Path, tmp_path: Path
+) -> None:
+    own = shutil.copytree(tiny_controlnet, tmp_path / "controlnet")
+    folder = engines.build(tiny_sd, tmp_path / "engine", controlnet=own)
+    shutil.rmtree(own)
+    checkpoints.build_controlnet(own, tiny_sd, seed=3)
+    with pytest.raises(EngineError, match=r"ControlNet diffusion_pytorch_model\.safetensors: exported"):
+        short(folder)
+    shutil.rmtree(own)
+    with pytest.raises(EngineError, match="what it was exported from is not there any more"):
+        short(folder)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (512, 512), (96, 128)])
