@@ -10,9 +10,11 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from sdfast.drop_in import (
+        StableDiffusionControlNetPipeline,
         StableDiffusionImg2ImgPipeline,
         StableDiffusionInpaintPipeline,
         StableDiffusionPipeline,
+        StableDiffusionXLControlNetPipeline,
         StableDiffusionXLImg2ImgPipeline,
         StableDiffusionXLInpaintPipeline,
         StableDiffusionXLPipeline,
@@ -43,6 +45,8 @@ _HOMES = {
     "StableDiffusionInpaintPipeline": "sdfast.drop_in",
     "StableDiffusionXLImg2ImgPipeline": "sdfast.drop_in",
     "StableDiffusionXLInpaintPipeline": "sdfast.drop_in",
+    "StableDiffusionControlNetPipeline": "sdfast.drop_in",
+    "StableDiffusionXLControlNetPipeline": "sdfast.drop_in",
     "export": "sdfast.export.build",
     "validate": "sdfast.validation",
     "SdfastError": "sdfast.errors",
@@ -69,9 +73,11 @@ __all__ = [
     "RequestError",
     "SdfastError",
     "SettingsError",
+    "StableDiffusionControlNetPipeline",
     "StableDiffusionImg2ImgPipeline",
     "StableDiffusionInpaintPipeline",
     "StableDiffusionPipeline",
+    "StableDiffusionXLControlNetPipeline",
     "StableDiffusionXLImg2ImgPipeline",
     "StableDiffusionXLInpaintPipeline",
     "StableDiffusionXLPipeline",

@@ -99,6 +99,11 @@ def main(debug: bool) -> None:
     help="Merge a LoRA into the weights: a .safetensors file, a folder, or a Hub id. Repeatable: several add "
     "up, in place of the recipe's. [default scale: 1]",
 )
+@click.option(
+    "--controlnet",
+    metavar="SOURCE",
+    help="Put a ControlNet beside the U-Net: a diffusers folder, or a Hub id.",
+)
 def export(
     source: str | None,
     output: Path | None,
@@ -177,6 +182,10 @@ def rebuild(engine: Path, checkpoint: str | None) -> None:
 @click.option("--image", type=click.Path(path_type=Path), help="Draw over this PNG, JPEG or WebP.")
 @click.option("--mask", type=click.Path(path_type=Path), help="Of it, draw anew only what is white here.")
 @click.option("--strength", type=float, help="The share of the steps that is done. [default: diffusers']")
+@click.option("--control", type=click.Path(path_type=Path), help="For a ControlNet: the control image.")
+@click.option("--control-scale", type=float, help="How much of the ControlNet is added. [default: 1]")
+@click.option("--control-start", type=float, help="From this share of the steps on. [default: 0]")
+@click.option("--control-end", type=float, help="To this share of the steps. [default: 1]")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="A PNG file, or a directory.")
 @click.option("--overwrite", is_flag=True, help="Replace files that are there.")
 @click.option("--device", help='"cpu", "cuda" or "cuda:N". [default: what the engine is for]')

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, NoReturn
 
 from sdfast.errors import RequestError
-from sdfast.first_latents import Over
-from sdfast.pipeline import Pipeline
+from sdfast.pipeline import Given, Pipeline
 
 _STEPS = ("num_inference_steps", "timesteps", "sigmas")
 _CALLBACK = ("clip_skip", "callback_on_step_end", "callback_on_step_end_tensor_inputs")
@@ -22,6 +21,7 @@ _SIZES = (
     "negative_crops_coords_top_left",
     "negative_target_size",
 )
+_CONTROL = ("controlnet_conditioning_scale", "guess_mode", "control_guidance_start", "control_guidance_end")
 _SCORES = ("aesthetic_score", "negative_aesthetic_score")
 _EMBEDS = ("prompt_embeds", "negative_prompt_embeds")
 _EMBEDS_XL = (*_EMBEDS, "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
@@ -35,11 +35,13 @@ _REST_XL = (*_DRAWN, "latents", *_EMBEDS_XL, *_ADAPTER, *_OUTPUT, "guidance_resc
 
 class _InOrder(Pipeline):
     """order: of the positional arguments. defaults: where they are others than `Pipeline`'s. needs: what has
-    to be given."""
+    to be given, for what `needed_for`. names: what `Pipeline` calls arguments that are called otherwise."""
 
     order: ClassVar[tuple[str, ...]]
     defaults: ClassVar[Mapping[str, Any]]
     needs: ClassVar[tuple[str, ...]] = ()
+    needed_for: ClassVar[str] = "draws over an image"
+    names: ClassVar[Mapping[str, str]] = {}
 
     def __call__(self, *args: Any, **given: Any) -> Any:
         if len(args) > len(self.order):
@@ -50,8 +52,8 @@ class _InOrder(Pipeline):
         call = {**self.defaults, **placed, **given}
         for name in self.needs:
             if call.get(name) is None:
-                raise RequestError(f"{name}: is missing; {type(self).__name__} draws over an image")
-        return super().__call__(**call)
+                raise RequestError(f"{name}: is missing; {type(self).__name__} {self.needed_for}")
+        return super().__call__(**{self.names.get(name, name): value for name, value in call.items()})
 
     def load_lora_weights(self, *_args: Any, **_options: Any) -> NoReturn:
         """Raises `RequestError`: an engine has its LoRAs from its export."""
@@ -84,9 +86,9 @@ class StableDiffusionXLPipeline(_InOrder):
 class _Inpainting(_InOrder):
     needs = ("image", "mask_image")
 
-    def _size_of(self, over: Over | None) -> tuple[int, int]:
+    def _size_of(self, given: Given) -> tuple[int, int]:
         """The engine's own, as in diffusers: there the size of the image says nothing."""
-        return super()._size_of(None)
+        return super()._size_of(Given())
 
 
 class StableDiffusionImg2ImgPipeline(_InOrder):
@@ -108,6 +110,33 @@ class StableDiffusionInpaintPipeline(_Inpainting):
         *_REST,
     )
     defaults: ClassVar[Mapping[str, Any]] = {"strength": 1.0, "guidance_scale": 7.5}
+
+
+class _Controlled(_InOrder):
+    needs = ("image",)
+    needed_for = "draws under the guidance of a control image"
+    names: ClassVar[Mapping[str, str]] = {"image": "control_image"}
+
+
+class StableDiffusionControlNetPipeline(_Controlled):
+    """The drop-in for diffusers' class of this name: `image` is the control image."""
+
+    order = (
+        *("prompt", "image", "height", "width", *_STEPS, *_GUIDED, *_DRAWN, "latents", *_EMBEDS),
+        *(*_ADAPTER, *_OUTPUT, *_CONTROL, *_CALLBACK),
+    )
+    defaults: ClassVar[Mapping[str, Any]] = {"guidance_scale": 7.5}
+
+
+class StableDiffusionXLControlNetPipeline(_Controlled):
+    """The drop-in for diffusers' class of this name: `image` is the control image."""
+
+    order = (
+        *("prompt", "prompt_2", "image", "height", "width", *_STEPS, "denoising_end", *_GUIDED),
+        *("negative_prompt_2", *_DRAWN, "latents", *_EMBEDS_XL, *_ADAPTER, *_OUTPUT, *_CONTROL),
+        *(*_SIZES, *_CALLBACK),
+    )
+    defaults: ClassVar[Mapping[str, Any]] = {"guidance_scale": 5.0}
 
 
 class StableDiffusionXLImg2ImgPipeline(_InOrder):

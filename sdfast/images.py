@@ -33,6 +33,19 @@ def read_images(given: Any, latent_channels: int) -> Tensor:
     return read
 
 
+def read_controls(given: Any) -> Tensor:
+    """[n, 3, H, W] float32: control images.
+
+    In [0, 1]; of arrays and tensors also negative numbers as low as -1, by which ControlNets for inpainting
+    are told what is drawn anew. Raises `RequestError` for what is no image.
+    """
+    read = _joined(
+        "control_image", [_image(one, 3, "control_image") for one in _several("control_image", given)]
+    )
+    _check_range("control_image", read, lowest=-1)
+    return read
+
+
 def read_masks(given: Any) -> Tensor:
     """[n, 1, H, W] float32: 1 where the image is drawn anew (white), 0 where it stays.
 
@@ -87,21 +100,21 @@ def _several(name: str, given: Any) -> Sequence[Any]:
     return several
 
 
-def _image(given: Any, latent_channels: int) -> Tensor:
+def _image(given: Any, latent_channels: int, name: str = "image") -> Tensor:
     """One image, or a batch of them: [n, 3, H, W], or latents."""
     if isinstance(given, Image.Image):
         return _of_uint8(np.asarray(given.convert("RGB")))
     if isinstance(given, np.ndarray):
-        _check_float("image", given.dtype.kind == "f", given.dtype)
+        _check_float(name, given.dtype.kind == "f", given.dtype)
         array = given[None] if given.ndim == 3 else given
         if array.ndim == 4 and array.shape[3] == 3:
             return torch.from_numpy(array.astype(np.float32)).permute(0, 3, 1, 2)
     elif isinstance(given, Tensor):
-        _check_float("image", given.is_floating_point(), given.dtype)
+        _check_float(name, given.is_floating_point(), given.dtype)
         tensor = given[None] if given.ndim == 3 else given
         if tensor.ndim == 4 and tensor.shape[1] in (3, latent_channels):
             return tensor.float().cpu()
-    raise _no_image("image", given, "a PIL image, an array [H, W, 3] or a tensor [3, H, W]")
+    raise _no_image(name, given, "a PIL image, an array [H, W, 3] or a tensor [3, H, W]")
 
 
 def _mask(given: Any) -> Tensor:
@@ -150,10 +163,10 @@ def _check_float(name: str, is_float: bool, dtype: Any) -> None:
         )
 
 
-def _check_range(name: str, read: Tensor) -> None:
+def _check_range(name: str, read: Tensor, lowest: int = 0) -> None:
     low, high = float(read.min()), float(read.max())
-    if not (low >= 0 and high <= 1):  # so for NaN, too
-        raise RequestError(f"{name}: numbers from {low:g} to {high:g}, but they lie in [0, 1]")
+    if not (low >= lowest and high <= 1):  # so for NaN, too
+        raise RequestError(f"{name}: numbers from {low:g} to {high:g}, but they lie in [{lowest}, 1]")
 
 
 def _no_image(name: str, given: Any, wanted: str) -> RequestError:

@@ -134,7 +134,8 @@ def unet_digest(weights: Mapping[str, str]) -> str | None:
 def _extra(request: Request, prompt: int) -> dict[str, str]:
     """What is told only of requests that ask for it, of the picture of prompt `prompt`."""
     strength, clip_skip, emphasis = request.strength, request.clip_skip, request.emphasis
-    second = request.pairs[prompt][1], request.negative_pairs[prompt][1]
+    control, start = request.controlnet_conditioning_scale, request.control_guidance_start
+    end, second = request.control_guidance_end, (request.pairs[prompt][1], request.negative_pairs[prompt][1])
     return {
         **({} if strength is None else {"Denoising strength": _number(strength)}),
         **{
@@ -142,6 +143,8 @@ def _extra(request: Request, prompt: int) -> dict[str, str]:
             for name, usual in (("guidance_start", 0.0), ("guidance_end", 1.0))
             if (share := getattr(request, name)) != usual
         },
+        **({} if control is None else {"ControlNet scale": _number(control)}),
+        **({} if (start, end) == (0.0, 1.0) else {"ControlNet steps": f"{_number(start)}-{_number(end)}"}),
         **({} if clip_skip is None else {"Clip skip": str(clip_skip + 1)}),
         **({} if emphasis is None else {"Emphasis": emphasis.capitalize().replace("_", " ")}),
         **({} if request.long_prompts == "truncate" else {"Long prompts": request.long_prompts}),

@@ -68,7 +68,8 @@ class Row:
     latents: the first ones, [C, h, w] float32, scaled by the schedule's `init_noise_sigma`.
     guided: the steps in which it is guided away from its negative, if it has one; default: all.
     noise: unit noise for the steps that draw some. keep: what it keeps of an image that it is drawn over.
-    beside: what an inpainting U-Net is told beside the latents, [E, h, w].
+    beside: what an inpainting U-Net is told beside the latents, [E, h, w]. control: the embedded control
+    image of a ControlNet, [C_0, h, w]; every row of an engine has one, or none has.
     """
 
     schedule: Schedule
@@ -80,6 +81,7 @@ class Row:
     guidance_rescale: float = 0.0
     keep: Keep | None = None
     beside: torch.Tensor | None = None
+    control: torch.Tensor | None = None
     guided: range | None = None
 
     def guided_at(self, step: int) -> bool:
@@ -90,13 +92,15 @@ class Row:
 class Bucket:
     """The tensors of as many rows of one size as a U-Net call has, and the tick that works on them.
 
-    context: [B, L, KV]. One set of rows at a time; others of the same capacity may follow.
+    context: [B, L, KV]. control: [B, C_0, h, w], where there is a ControlNet. One set of rows at a time;
+    others of the same capacity may follow.
     """
 
     buffers: Buffers
     context: torch.Tensor
     arithmetic: Arithmetic
     tick: Callable[[], None]
+    control: torch.Tensor | None = None
 
     @classmethod
     def make(
@@ -121,9 +125,12 @@ class Bucket:
         buffers = Buffers(sample, output, zeros(told.time_shift.shape[1]))
         context = zeros(*told.context.shape)
         inputs = {"sample": buffers.sample, "time_shift": buffers.time_shift, "context": context}
+        control = None if like.control is None else zeros(*like.control.shape)
+        if control is not None:
+            inputs["control"] = control
         run_unet = engine.bind("unet", inputs, {"output": buffers.output}, height, width)
         worker = arithmetic(buffers, capacity)
-        return cls(buffers, context, worker, _tick(engine, run_unet, worker))
+        return cls(buffers, context, worker, _tick(engine, run_unet, worker), control)
 
 
 def _tick(engine: StepNetwork, run_unet: Callable[[], None], arithmetic: Arithmetic) -> Callable[[], None]:
@@ -387,6 +394,8 @@ class Rows:
         for i, row in enumerate([*(m.row for m in placed if m.plan.guided), *(m.row for m in placed)]):
             if row.beside is not None:
                 bucket.buffers.sample[i, -len(row.beside) :] = row.beside
+            if bucket.control is not None and row.control is not None:
+                bucket.control[i] = row.control
         bucket.arithmetic.place([m.plan for m in placed], steps, [m.registers for m in placed])
         bucket.arithmetic.prepare(steps)
         self._bucket, self._placed = bucket, placed

@@ -21,6 +21,7 @@ from sdfast.tokenizer import SETTINGS_FILE, VOCABULARY_FILE
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 MODULES = {"text_encoder", "context", "time_shift", "unet", "vae_decoder"}  # what no engine can do without
+CONTROL = "control_embedding"  # nor one with a ControlNet without this
 
 
 def _inside(path: str) -> str:
@@ -153,6 +154,7 @@ class Model(_Part):
     text_width: int = Field(ge=1)  # D of the text encoders' joined hidden states [B, L, D]
     context_width: int = Field(ge=1)  # KV of the packed context [B, L, KV]
     time_shift_width: int = Field(ge=1)  # T of the packed time projections [B, T]
+    control_channels: int | None = None  # C_0 of the embedded control image, of engines with a ControlNet
     pooled_width: int | None = None  # P of the pooled text embedding that SDXL adds to the time embedding
     guidance_embedding: int | None = None  # W of an LCM's guidance embedding
     zero_empty_negative: bool = False  # SDXL: a missing negative prompt is a context of zeros, not of ""
@@ -161,6 +163,11 @@ class Model(_Part):
     def inpaints(self) -> bool:
         """Whether the U-Net is told, beside the latents, of a mask and of the latents of the masked image."""
         return self.in_channels == 2 * self.latent_channels + 1
+
+    @property
+    def controlled(self) -> bool:
+        """Whether pictures are drawn under the guidance of a control image."""
+        return self.control_channels is not None
 
 
 class MergedLora(_Part):
@@ -184,14 +191,27 @@ class MergedLora(_Part):
         return f"{self.name}{at}, scale {self.scale:g}"
 
 
+class AddedControlNet(_Part):
+    """The ControlNet beside the checkpoint's U-Net. weights: as those of a checkpoint."""
+
+    source: str
+    revision: str | None = None
+    weights: dict[str, Digest]
+
+    def __str__(self) -> str:
+        return self.source if self.revision is None else f"{self.source} at {self.revision[:8]}"
+
+
 class Source(_Part):
-    """The checkpoint the engine was made from, and what was merged into its weights, in this order."""
+    """The checkpoint the engine was made from, what was merged into its weights, in this order, and what was
+    put beside them."""
 
     source: str
     revision: str | None = None
     weights: dict[str, Digest]  # file name in the checkpoint → sha256
     settings: Digest | None = None  # of its tokenizers and its scheduler config
     loras: tuple[MergedLora, ...] = ()
+    controlnet: AddedControlNet | None = None
 
 
 class Target(_Part):
@@ -251,7 +271,8 @@ class Manifest(_Part):
         """Nothing is missing, and what is loaded is listed, so that its digest is checked first."""
         if self.backend == "inductor" and self.builder.target is None:
             raise ValueError("native code, but no target that it was compiled for")
-        if missing := sorted(MODULES - set(self.modules)):
+        needed = MODULES | ({CONTROL} if self.model.controlled else set())
+        if missing := sorted(needed - set(self.modules)):
             raise ValueError(f"no module {missing[0]!r}")
         listed = {file.path for file in self.files}
         loaded = {self.scheduler_config}
@@ -318,6 +339,7 @@ class Manifest(_Part):
             "created": self.created,
             "checkpoint": " ".join(filter(None, [self.checkpoint.source, self.checkpoint.revision])),
             **({"LoRAs": "; ".join(map(str, self.checkpoint.loras))} if self.checkpoint.loras else {}),
+            **({"ControlNet": str(self.checkpoint.controlnet)} if self.checkpoint.controlnet else {}),
             "family": self.model.family,
             "backend": " ".join(filter(None, [self.backend, self.dtype, self.provider])),
             **self._measured(),

@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 
 from sdfast.backends import check_device, parse_device
+from sdfast.control import DEFAULT_SCALE, check_control
 from sdfast.engine import DTYPES, Engine
 from sdfast.errors import BackendError, RequestError
 from sdfast.first_latents import Over, check_fit
-from sdfast.images import open_image, read_images, read_masks
+from sdfast.images import open_image, read_controls, read_images, read_masks
 from sdfast.infotext import Infotext, infotext_of, png
 from sdfast.manifest import Model
 from sdfast.pipeline import DEFAULT_STRENGTH, Given, Pipeline, check_channels
@@ -40,6 +41,7 @@ class Job:
     backend: "engine" for whatever the engine is, "onnx", "inductor" or "eager" for one that must be that, or
         "diffusers" for the stock pipeline of its checkpoint.
     image, mask: files of what is drawn over, and of what of it is drawn anew (white).
+    control: file of a ControlNet's control image; the other controls are the request's.
     """
 
     prompt: str
@@ -65,8 +67,22 @@ class Job:
     image: Path | None = None
     mask: Path | None = None
     strength: float | None = None
+    control: Path | None = None
+    control_scale: float | None = None
+    control_start: float | None = None
+    control_end: float | None = None
 
-    def over(self, model: Model) -> Over | None:
+    def given(self, model: Model) -> Given:
+        """What it is drawn over, and the control image. Raises `RequestError` for what is no image."""
+        settings = (self.control_scale, self.control_start, self.control_end)
+        if self.control is None and any(value is not None for value in settings):
+            raise RequestError(
+                "control-scale, control-start and control-end are for a control image; give --control too"
+            )
+        control = None if self.control is None else read_controls(open_image(self.control))
+        return Given(over=self._over(model), control=control)
+
+    def _over(self, model: Model) -> Over | None:
         """What is drawn over. Raises `RequestError` for files that are no images."""
         if self.image is None:
             if self.mask is not None or self.strength is not None:
@@ -75,13 +91,16 @@ class Job:
         mask = None if self.mask is None else read_masks(open_image(self.mask))
         return Over(read_images(open_image(self.image), model.latent_channels), mask)
 
-    def request(self, model: Model, over: Over | None = None) -> Request:
-        """The checked request, of the size of what it is drawn over. Raises `RequestError`."""
+    def request(self, model: Model, given: Given) -> Request:
+        """The checked request, of the size of what it is drawn over or under. Raises `RequestError`."""
         match = _SIZE.fullmatch(self.size) if self.size else None
         if self.size and match is None:
             raise RequestError(f"size: {self.size!r} is not WIDTHxHEIGHT in pixels, such as 512x512")
         width, height = model.default_width, model.default_height
-        strength = self.strength
+        strength, scale, over = self.strength, self.control_scale, given.over
+        if given.control is not None:
+            height, width = given.control.shape[2:]
+            scale = DEFAULT_SCALE if scale is None else scale
         if over is not None:
             height, width = over.image.shape[2:]
             strength = DEFAULT_STRENGTH[model.family][over.mask is not None] if strength is None else strength
@@ -103,6 +122,9 @@ class Job:
             long_prompts=self.long_prompts,
             emphasis=self.emphasis,
             strength=strength,
+            controlnet_conditioning_scale=scale,
+            control_guidance_start=0.0 if self.control_start is None else self.control_start,
+            control_guidance_end=1.0 if self.control_end is None else self.control_end,
             **seed,
         )
 
@@ -116,7 +138,7 @@ class Painter:
     scheduler_config: Mapping[str, Any]
     weights: Mapping[str, str]  # file name in the checkpoint → sha256
     check_size: Callable[[int, int], None]  # height, width
-    paint: Callable[[Request, Over | None], list[Image.Image]]
+    paint: Callable[[Request, Given], list[Image.Image]]
 
 
 def draw(job: Job, output: Path | None, overwrite: bool) -> list[tuple[Path, int]]:
@@ -125,12 +147,13 @@ def draw(job: Job, output: Path | None, overwrite: bool) -> list[tuple[Path, int
     output: a `.png` file (numbered when there are several pictures) or a directory; default `outputs/`.
     """
     painter = _painter(job)
-    over = job.over(painter.model)
-    check_channels(painter.model, masked=over is not None and over.mask is not None)
-    request = job.request(painter.model, over)
+    given = job.given(painter.model)
+    check_channels(painter.model, masked=given.over is not None and given.over.mask is not None)
+    request = job.request(painter.model, given)
     painter.check_size(request.height, request.width)
-    if over is not None:
-        check_fit(request, over, painter.model.vae_scale_factor)
+    if given.over is not None:
+        check_fit(request, given.over, painter.model.vae_scale_factor)
+    check_control(painter.model, request, given.control)
     plan = schedule(
         job.scheduler,
         painter.scheduler_config,
@@ -139,7 +162,7 @@ def draw(job: Job, output: Path | None, overwrite: bool) -> list[tuple[Path, int
     )
     paths = _paths(output or Path("outputs"), request, overwrite)
     _tell_unread(request, painter.model)
-    images = painter.paint(request, over)
+    images = painter.paint(request, given)
     for path, seed, image in zip(paths, request.seeds, images, strict=True):
         text = infotext_of(request, plan, seed, model=painter.name, weights=painter.weights)
         _save(image, path, text, overwrite)
@@ -175,7 +198,7 @@ class Stock:
         return cls(device, Attention(job.attention, device) if job.attention else None)
 
     def paint(
-        self, checkpoint: "Checkpoint", dtype: str, request: Request, over: Over | None
+        self, checkpoint: "Checkpoint", dtype: str, request: Request, given: Given
     ) -> list[Image.Image]:
         from sdfast.validation.reference import generate, reference_pipeline
 
@@ -183,7 +206,7 @@ class Stock:
             checkpoint, dtype=DTYPES[dtype], device=self.device, attention=self.attention
         )
         pipe.set_progress_bar_config(disable=None)
-        images: list[Image.Image] = generate(pipe, request, over=over)
+        images: list[Image.Image] = generate(pipe, request, over=given.over, control=given.control)
         if request.long_prompts == "truncate":
             _tell_cut(_cut(pipe.tokenizer, request.prompts[0]))
         _tell_measured(self.attention)
@@ -197,22 +220,24 @@ def _engine_painter(job: Job, folder: Path) -> Painter:
             f"{folder}: --backend {job.backend}, but the engine is {engine.manifest.backend}; leave "
             f"--backend out, or make another with `sdfast export SOURCE --backend {job.backend}`"
         )
-    return _painter_of(engine, lambda request, over: _images(engine, request, over))
+    return _painter_of(engine, lambda request, given: _images(engine, request, given))
 
 
 def _stock_painter(job: Job, folder: Path) -> Painter:
     """The stock pipeline of the checkpoint that an engine was made from, in the engine's dtype."""
     from sdfast.export.checkpoint import resolve
+    from sdfast.export.controlnet import setting_of, with_controlnet
     from sdfast.export.lora import settings_of, with_loras
 
     stock, engine = Stock.of(job), Engine.open(folder, job.device)
     made_of, dtype = engine.manifest.checkpoint, engine.manifest.dtype
     variant = engine.manifest.recipe.get("variant")
 
-    def paint(request: Request, over: Over | None) -> list[Image.Image]:
+    def paint(request: Request, given: Given) -> list[Image.Image]:
         checkpoint = resolve(made_of.source, revision=made_of.revision, variant=variant, progress=_say)
         checkpoint = with_loras(checkpoint, settings_of(made_of), _say)
-        return stock.paint(checkpoint, dtype, request, over)
+        checkpoint = with_controlnet(checkpoint, setting_of(engine.manifest), _say)
+        return stock.paint(checkpoint, dtype, request, given)
 
     return _painter_of(engine, paint)
 
@@ -229,18 +254,18 @@ def _checkpoint_painter(job: Job, source: str) -> Painter:
         scheduler_config=checkpoint.scheduler_config,
         weights=checkpoint.digests(),
         check_size=lambda height, width: None,  # the stock pipeline takes every size that a request may have
-        paint=lambda request, over: stock.paint(checkpoint, job.dtype or "fp32", request, over),
+        paint=lambda request, given: stock.paint(checkpoint, job.dtype or "fp32", request, given),
     )
 
 
-def _painter_of(engine: Engine, paint: Callable[[Request, Over | None], list[Image.Image]]) -> Painter:
+def _painter_of(engine: Engine, paint: Callable[[Request, Given], list[Image.Image]]) -> Painter:
     manifest, config = engine.manifest, engine.scheduler_config
     weights = manifest.checkpoint.weights
     return Painter(manifest.name, manifest.model, config, weights, engine.check_size, paint)
 
 
-def _images(engine: Engine, request: Request, over: Over | None) -> list[Image.Image]:
-    output = Pipeline(engine).generate(request, Given(over=over))
+def _images(engine: Engine, request: Request, given: Given) -> list[Image.Image]:
+    output = Pipeline(engine).generate(request, given)
     _tell_cut(output.truncated[0])
     _tell_measured(engine.attention)
     images: list[Image.Image] = output.images

@@ -14,10 +14,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from sdfast.backends import check_options, parse_device
+from sdfast.control import DEFAULT_SCALE, check_control, embedded, scales, with_scales
 from sdfast.engine import Engine
 from sdfast.errors import NumericalError, RequestError
 from sdfast.first_latents import Over, Start, check_strength, start_over
-from sdfast.images import read_images, read_masks
+from sdfast.images import read_controls, read_images, read_masks
 from sdfast.loop import Buckets, Row, Rows
 from sdfast.manifest import Model
 from sdfast.noise import BrownianNoise, NoiseSource, OwnNoise, SharedNoise, generator
@@ -34,6 +35,7 @@ DEFAULT_STRENGTH = {"sd": (0.8, 1.0), "sdxl": (0.3, 0.9999)}
 NEUTRAL = {
     "aesthetic_score": 6.0,
     "negative_aesthetic_score": 2.5,
+    "guess_mode": False,
 }
 
 StepCallback = Callable[[Any, int, float, dict[str, torch.Tensor]], Mapping[str, torch.Tensor] | None]
@@ -77,7 +79,8 @@ class PipelineOutput:
 
 @dataclass(frozen=True)
 class Given:
-    """Tensors that a caller may give in place of what the pipeline would make; and what is drawn over."""
+    """Tensors that a caller may give in place of what the pipeline would make; what is drawn over; and the
+    control images of a ControlNet, [m, 3, H, W] float32, which the pictures take in turn."""
 
     generators: torch.Generator | Sequence[torch.Generator] | None = None
     latents: torch.Tensor | None = None
@@ -86,6 +89,7 @@ class Given:
     pooled_prompt_embeds: torch.Tensor | None = None
     negative_pooled_prompt_embeds: torch.Tensor | None = None
     over: Over | None = None
+    control: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,7 @@ class Pipeline:
         provider: str | None = None,
         sizes: Sequence[str] | None = None,
         loras: Sequence[str | Path | Mapping[str, Any]] = (),
+        controlnet: str | Path | Mapping[str, Any] | None = None,
         compile: bool = False,
         **refused: Any,
     ) -> Self:
@@ -152,8 +157,9 @@ class Pipeline:
         own size, or `sizes` ("512x768", width first). `provider` ("cpu", "cuda", "tensorrt"): what ONNX
         graphs are written for, which is where they run; default: "cuda" for float16 where there is a GPU,
         else "cpu". `loras`: what is merged into the weights, each a file, a folder or a Hub id, or a mapping
-        of `source`, `weight_name`, `revision` and `scale`. `compile`, for `backend="eager"`: see
-        `Engine.open`.
+        of `source`, `weight_name`, `revision` and `scale`. `controlnet`: what is put beside the U-Net, a
+        folder or a Hub id, or a mapping of `source`, `revision` and `variant`. `compile`, for
+        `backend="eager"`: see `Engine.open`.
         """
         from sdfast.export.cache import cached_engine
 
@@ -168,6 +174,7 @@ class Pipeline:
             provider=provider,
             sizes=tuple(sizes) if sizes else None,
             loras=loras,
+            controlnet=controlnet,
         )
         return cls.from_engine(folder, compile=compile)
 
@@ -252,6 +259,10 @@ class Pipeline:
         image: Any = None,
         mask_image: Any = None,
         strength: float | None = None,
+        control_image: Any = None,
+        controlnet_conditioning_scale: float | None = None,
+        control_guidance_start: float = 0.0,
+        control_guidance_end: float = 1.0,
         seed: int | None = None,
         scheduler: str | None = None,
         guidance_start: float = 0.0,
@@ -273,9 +284,12 @@ class Pipeline:
         image: what is drawn over, of the picture's size; mask_image: white where it is drawn anew; see
             `sdfast.images`. strength: the share of the steps that is done, as in diffusers, and by default
             what it is there: 0.8, or 1 with a mask; for SDXL 0.3 and 0.9999.
+        control_image: what guides an engine with a ControlNet, of the picture's size; see `sdfast.images`.
+            controlnet_conditioning_scale: how much of the ControlNet is added, by default 1;
+            control_guidance_start, control_guidance_end: between which shares of the steps.
 
-        Sizes are in pixels; by default the image's, or else the engine's own. Returns a `PipelineOutput`, or
-        (images, None) with `return_dict=False`.
+        Sizes are in pixels; by default the image's, or the control image's, or else the engine's own. Returns
+        a `PipelineOutput`, or (images, None) with `return_dict=False`.
         """
         _refuse(refused, "the call", NEUTRAL)
         if output_type not in ("pil", "np", "pt", "latent"):
@@ -297,15 +311,18 @@ class Pipeline:
             pooled_prompt_embeds,
             negative_pooled_prompt_embeds,
             self._over(image, mask_image, strength, latents),
+            None if control_image is None else read_controls(control_image),
         )
         if timesteps is not None or sigmas is not None:
             num_inference_steps = None  # their length is the number of steps, as in diffusers
         elif num_inference_steps is None:
             num_inference_steps = DEFAULT_STEPS
         model = self.engine.manifest.model
-        own_height, own_width = self._size_of(given.over)
+        own_height, own_width = self._size_of(given)
         if given.over is not None and strength is None:
             strength = DEFAULT_STRENGTH[model.family][given.over.mask is not None]
+        if given.control is not None and controlnet_conditioning_scale is None:
+            controlnet_conditioning_scale = DEFAULT_SCALE
         fields = {
             **_texts(prompt, negative_prompt, prompt_embeds, prompt_2, negative_prompt_2),
             "original_size": original_size,
@@ -326,6 +343,9 @@ class Pipeline:
             "guidance_end": guidance_end,
             "eta": eta,
             "strength": strength,
+            "controlnet_conditioning_scale": controlnet_conditioning_scale,
+            "control_guidance_start": control_guidance_start,
+            "control_guidance_end": control_guidance_end,
             "num_images_per_prompt": num_images_per_prompt,
             "clip_skip": clip_skip,
             "long_prompts": long_prompts,
@@ -364,6 +384,7 @@ class Pipeline:
         masked = given.over is not None and given.over.mask is not None
         check_channels(self.engine.manifest.model, masked)
         self.prompts.check(request)
+        check_control(self.engine.manifest.model, request, given.control)
         plan = self.schedule_of(request)
         positive, negative, truncated = self._encode(request, given)
         return Prepared(self._rows(request, given, plan, positive, negative), plan, truncated)
@@ -392,12 +413,14 @@ class Pipeline:
         channels = self.engine.manifest.model.latent_channels
         return Over(read_images(image, channels), None if mask is None else read_masks(mask))
 
-    def _size_of(self, over: Over | None) -> tuple[int, int]:
+    def _size_of(self, given: Given) -> tuple[int, int]:
         """Height and width in pixels of a picture of which nobody says more."""
         model = self.engine.manifest.model
-        if over is None:
+        if given.over is None:
+            if given.control is not None:
+                return given.control.shape[2], given.control.shape[3]
             return model.default_height, model.default_width
-        _, channels, height, width = over.image.shape
+        _, channels, height, width = given.over.image.shape
         factor = 1 if channels == 3 else model.vae_scale_factor
         return height * factor, width * factor
 
@@ -446,6 +469,11 @@ class Pipeline:
         sizes, away = told_sizes(request, over=given.over is not None)
         told = self.prompts.conditionings(positive, plan, request, sizes)
         told_negative = self.prompts.conditionings(negative, plan, request, away) if negative else None
+        control = None if given.control is None else embedded(self.engine, given.control)
+        if control is not None:
+            by_step = scales(request, len(plan))
+            told = with_scales(told, by_step)
+            told_negative = with_scales(told_negative, by_step) if told_negative else None
         return [
             Row(
                 schedule=plan,
@@ -458,6 +486,7 @@ class Pipeline:
                 guided=request.guided(len(plan)),
                 keep=start.keeps[i],
                 beside=None if start.beside is None else start.beside[i],
+                control=None if control is None else control[i % len(control)],
             )
             for i in range(request.images)
         ]

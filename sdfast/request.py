@@ -17,6 +17,7 @@ MAX_IMAGES = 128  # of one request
 MAX_SIDE = 8_192  # pixels
 MAX_TOLD = 65_536  # pixels of a size that is only told
 MAX_GUIDANCE = 100.0
+MAX_CONTROL = 10.0
 SEED_LIMIT = 2**64
 _SHOWN = 60  # characters of a bad value that an error repeats
 
@@ -39,6 +40,8 @@ class Request(BaseModel):
     `seed` gives image i of the request the generator of seed + i; `None` picks one at random when the request
     is made, so that it can always be told. `num_inference_steps`, `timesteps` and `sigmas` are alternatives.
     `strength`, with an image to draw over: the share of the steps that is done, as in diffusers.
+    `controlnet_conditioning_scale`, with a control image: how much the ControlNet adds, in the steps between
+    `control_guidance_start` and `control_guidance_end`, which are shares of all steps, as in diffusers.
 
     `guidance_start` and `guidance_end`: the shares of the steps between which there is guidance (Kynkäänniemi
     et al. 2024). The others cost half as much; the picture is another one than with guidance in all.
@@ -68,6 +71,9 @@ class Request(BaseModel):
     guidance_end: float = Field(default=1.0, ge=0.0, le=1.0)
     eta: float = Field(default=0.0, ge=0.0, le=1.0)
     strength: float | None = Field(default=None, gt=0.0, le=1.0)
+    controlnet_conditioning_scale: float | None = Field(default=None, ge=0.0, le=MAX_CONTROL)
+    control_guidance_start: float = Field(default=0.0, ge=0.0, le=1.0)
+    control_guidance_end: float = Field(default=1.0, ge=0.0, le=1.0)
     num_images_per_prompt: int = Field(default=1, ge=1, le=MAX_IMAGES)
     clip_skip: int | None = Field(default=None, ge=0, le=64)
     long_prompts: Literal["truncate", "chunk"] = "truncate"
@@ -163,6 +169,16 @@ class Request(BaseModel):
             raise ValueError(
                 f"num_images_per_prompt: {self.num_images_per_prompt} for {len(self.prompts)} prompts are "
                 f"{self.images} pictures; at most {MAX_IMAGES} in one request"
+            )
+        span = (self.control_guidance_start, self.control_guidance_end)
+        if span[0] >= span[1]:
+            raise ValueError(
+                f"control_guidance_start: {span[0]:g} is not below control_guidance_end, {span[1]:g}"
+            )
+        if self.controlnet_conditioning_scale is None and span != (0.0, 1.0):
+            raise ValueError(
+                "control_guidance_start and control_guidance_end are for a control image; give one, or leave "
+                "them out"
             )
         if self.seed + self.images > SEED_LIMIT:
             raise ValueError(f"seed: {self.seed} leaves no seeds below 2**64 for {self.images} pictures")

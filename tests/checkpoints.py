@@ -4,6 +4,7 @@ Pictures are 64x64 (latents 8x8), text is 77 tokens of a byte-level CLIP vocabul
 checkpoint is built in about a second. Weights are random yet not degenerate: norms and biases too.
 """
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,31 @@ def build_sdxl(
         "force_zeros_for_empty_prompt": force_zeros_for_empty_prompt,
     }
     return _save_index(folder, pipeline, entries)
+
+
+def build_controlnet(folder: Path, checkpoint: Path, *, seed: int = 0, **overrides: Any) -> Path:
+    """Write a tiny ControlNet for the U-Net of a tiny checkpoint into `folder` and return it.
+
+    What a ControlNet begins with at zero, so that it adds nothing, is random here; and the weights of the
+    control image's embedding are large enough for the image to matter.
+    """
+    from diffusers import ControlNetModel, UNet2DConditionModel
+
+    torch.manual_seed(seed + 5)
+    unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(checkpoint / "unet"))
+    names = inspect.signature(ControlNetModel.__init__).parameters.keys() & unet.config.keys()
+    config = {name: unet.config[name] for name in names} | {
+        "in_channels": 4,
+        "conditioning_embedding_out_channels": (4, 8, 12, 16),
+    }
+    made = ControlNetModel(**{**config, **overrides})
+    with torch.no_grad():
+        for name, tensor in made.named_parameters():
+            embeds = name.startswith("controlnet_cond_embedding.")
+            if tensor.ndim == 4 and (embeds or not tensor.any()):
+                tensor.copy_(torch.randn(tensor.shape) * (1.8 if embeds else 1.0) / tensor[0].numel() ** 0.5)
+    _stir(made, seed + 4).save_pretrained(folder)
+    return folder
 
 
 def _text_encoder(

@@ -68,6 +68,19 @@ def tiny_inpainting(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_controlnet(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny ControlNet for `tiny_sd`."""
+    return checkpoints.build_controlnet(tmp_path_factory.mktemp("tiny") / "controlnet", tiny_sd)
+
+
+@pytest.fixture(scope="session")
+def controlled_engine(tiny_sd: Path, tiny_controlnet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny SD checkpoint with its ControlNet as an eager engine: copy it before changing it."""
+    recipe = Recipe.make(backend="eager", controlnet=tiny_controlnet)
+    return export(tiny_sd, tmp_path_factory.mktemp("eager") / "controlled", recipe)
+
+
+@pytest.fixture(scope="session")
 def sd_engine(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny SD checkpoint as an eager engine, for 64 to 128 pixels: copy it before changing it."""
     sizes = {"min": "64x64", "max": "128x128"}

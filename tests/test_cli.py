@@ -541,6 +541,33 @@ def test_loras_are_merged_told_and_rebuilt_and_stock_draws_with_them(tiny_sd: Pa
     assert np.abs(ours - stock).max() <= 1
 
 
+def test_a_controlnet_is_told_and_rebuilt_and_stock_draws_with_it(
+    tiny_sd: Path, tiny_controlnet: Path, sd_engine: Path, files: Path
+) -> None:
+    made = sdfast("export", tiny_sd, "-o", "engine", "--backend", "eager", "--controlnet", tiny_controlnet)
+    assert made.exit_code == 0, made.output
+    assert f"ControlNet   {tiny_controlnet}" in sdfast("info", "engine").output
+    same = sdfast("rebuild", "engine")
+    assert same.exit_code == 0 and "up to date" in same.output
+    control = ["--control", "image.png", "--control-scale", 0.8, "--control-end", 0.5, "--steps", 4]
+    for name, backend in (("ours.png", "engine"), ("stock.png", "diffusers")):
+        result = draw(files / "engine", "--seed", 3, "--backend", backend, *control, "-o", name)
+        assert result.exit_code == 0, result.output
+    ours, stock = (np.asarray(Image.open(files / name), dtype=int) for name in ("ours.png", "stock.png"))
+    assert np.abs(ours - stock).max() <= 1
+    told = infotext.read(files / "ours.png")
+    assert told == infotext.read(files / "stock.png")
+    assert told.extra == {"ControlNet scale": "0.8", "ControlNet steps": "0-0.5"}
+    asked = ("generate", "a", "-o", "a.png", "--engine")
+    assert refused(*asked, "engine").startswith("control_image: is missing; this engine has a ControlNet")
+    assert "give --control too" in refused(*asked, "engine", "--control-scale", 1)
+    assert "72x64, but the picture is 64x64" in refused(
+        *asked, "engine", "--control", "wide.png", "--size", "64x64"
+    )
+    assert "this engine has no ControlNet" in refused(*asked, sd_engine, "--control", "image.png")
+    assert not (files / "a.png").exists()
+
+
 def test_an_engine_is_rebuilt_from_its_own_recipe(sd_engine: Path, tiny_sd: Path, here: Path) -> None:
     engine = Path(shutil.copytree(sd_engine, here / "engine"))
     same = sdfast("rebuild", engine)

@@ -31,7 +31,7 @@ def unsupported() -> list[tuple[str, str]]:
 
 def test_there_is_one_for_each_class() -> None:
     xl = ("", "XL")
-    tasks = ("", "Img2Img", "Inpaint")
+    tasks = ("", "ControlNet", "Img2Img", "Inpaint")
     assert sorted(f"StableDiffusion{size}{task}Pipeline" for size in xl for task in tasks) == KINDS
 
 

@@ -102,6 +102,15 @@ def request(**fields: Any) -> Request:
             ]
         ],
         *[
+            ("controlnet_conditioning_scale", value, allowed)
+            for value, allowed in [(math.nan, "finite"), (-0.1, "0"), (10.5, "10"), ("1", "number")]
+        ],
+        *[
+            (name, value, allowed)
+            for name in ("control_guidance_start", "control_guidance_end")
+            for value, allowed in [(math.inf, "finite"), (-0.1, "0"), (1.1, "1")]
+        ],
+        *[
             ("num_images_per_prompt", value, allowed)
             for value, allowed in [(0, "1"), (-1, "1"), (10**9, "128"), (1.0, "integer"), (True, "integer")]
         ],

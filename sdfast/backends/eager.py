@@ -4,7 +4,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,18 @@ from torch import nn
 from sdfast.backends.fp8 import scaled_mm
 from sdfast.errors import BackendError, DependencyError, EngineError, first_line
 from sdfast.models import ops
+from sdfast.models.controlnet import ControlEmbedding, Controlled, ControlNetConfig
 from sdfast.models.fp8 import convert, use_product
 from sdfast.models.half_range import set_eps
-from sdfast.models.unet import Context, TimeShift, UNet, UNetConfig, context_parts, shift_parts
+from sdfast.models.unet import (
+    Attending,
+    Context,
+    TimeShift,
+    UNet,
+    UNetConfig,
+    context_parts,
+    shift_parts,
+)
 from sdfast.models.vae import VAEConfig, VAEDecoder, VAEEncoder
 
 HEADER = "sdfast"  # the key in a file's metadata that says in JSON which network it holds
@@ -25,6 +34,7 @@ _OUTPUTS = {
     "unet": ("output",),
     "context": ("context",),
     "time_shift": ("time_shift",),
+    "control_embedding": ("control",),
     "vae_decoder": ("image",),
     "vae_encoder": ("mean", "std"),
     "text_encoder": ("hidden_states", "text_embeds"),
@@ -146,9 +156,9 @@ def load_eager(
     except (RuntimeError, KeyError) as error:
         raise BackendError(f"{path.name}: its weights do not fit this version of sdfast: {error}") from error
     network.to(device).eval().requires_grad_(False)
-    if attention is not None and isinstance(network, UNet):
+    if attention is not None and isinstance(network, Attending):
         network.use_attention(attention)
-    if device.type == "cuda" and isinstance(network, UNet):
+    if device.type == "cuda" and isinstance(network, Attending):
         use_product(network, scaled_mm)
     if compile and name in _WORTH_COMPILING:
         return TorchCompiledModule(name, network, _OUTPUTS[name])
@@ -174,11 +184,20 @@ def _network(name: str, header: Mapping[str, Any]) -> nn.Module:
             return VAEDecoder(VAEConfig.from_diffusers(config))
         if name == "vae_encoder":
             return VAEEncoder(VAEConfig.from_diffusers(config))
-        unet_config = UNetConfig.from_diffusers(config)
-        unet = convert(UNet(unet_config), header.get("fp8", ()))
-        if name == "time_shift":
-            return TimeShift(unet_config, shift_parts(unet))
-        return unet if name == "unet" else Context(unet_config, context_parts(unet))
+        if name == "control_embedding":
+            return ControlEmbedding(ControlNetConfig.from_diffusers(config))
+        return _unet_part(name, header)
+
+
+def _unet_part(name: str, header: Mapping[str, Any]) -> nn.Module:
+    """One of the modules that the weights of a U-Net, and of its ControlNet, are dealt out to."""
+    config = UNetConfig.from_diffusers(header["config"])
+    unet = UNet(config)
+    own = unet, TimeShift(config, shift_parts(unet)), Context(config, context_parts(unet))
+    parts: Sequence[nn.Module] = own
+    if "controlnet" in header:
+        parts = Controlled.of(*own, ControlNetConfig.from_diffusers(header["controlnet"]))
+    return convert(parts[("unet", "time_shift", "context").index(name)], header.get("fp8", ()))
 
 
 def _text_encoder(config: dict[str, Any], header: Mapping[str, Any]) -> nn.Module:

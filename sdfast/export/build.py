@@ -21,6 +21,7 @@ from sdfast.backends.target import check_fp8, this_machine
 from sdfast.engine import sha256, verify
 from sdfast.errors import DependencyError, EngineError, ExportError
 from sdfast.export.checkpoint import Checkpoint, resolve
+from sdfast.export.controlnet import with_controlnet
 from sdfast.export.lora import with_loras
 from sdfast.export.modules import ModuleSpec, Networks, module_specs
 from sdfast.export.publish import check_space, clear_leftovers, locked, publish, workplace
@@ -109,8 +110,8 @@ def export(
     start = time.perf_counter()
     checkpoint = resolve(source, revision=recipe.revision, variant=recipe.variant, progress=progress.say)
     checkpoint = with_loras(checkpoint, recipe.loras, progress.say)
-    digests = checkpoint.digests()
-    size = sum(path.stat().st_size for part in checkpoint.components.values() for path in part.weights)
+    checkpoint = with_controlnet(checkpoint, recipe.controlnet, progress.say)
+    digests, size = checkpoint.digests(), checkpoint.nbytes
     progress.end(Stage("checkpoint", time.perf_counter() - start, 0, f"{size / 1e6:,.1f} MB of weights"))
     try:
         with locked(target, progress.say):
@@ -179,11 +180,9 @@ class _Build:
         return True
 
     def _space(self) -> int:
-        parts = self.checkpoint.components
-        stored = sum(path.stat().st_size for part in parts.values() for path in part.weights)
         itemsize = 4 if self.recipe.dtype == "fp32" else 2
         # The checkpoint may be stored in either precision: the larger of the two is never too little.
-        return stored * itemsize // 2 + SPARE
+        return self.checkpoint.nbytes * itemsize // 2 + SPARE
 
     def _module(self, spec: ModuleSpec, place: Path) -> Module:
         kept = self._kept(spec, place)
@@ -291,6 +290,7 @@ class _Build:
             weights=self.digests,
             settings=json_digest(settings),
             loras=tuple(lora.record() for lora in made_of.loras),
+            controlnet=made_of.controlnet.record() if made_of.controlnet else None,
         )
 
     def _recipe(self) -> dict[str, Any]:
@@ -298,14 +298,10 @@ class _Build:
 
     def _fingerprint(self, spec: ModuleSpec) -> str:
         """A digest of everything that the module's files depend on."""
-        parts = [self.checkpoint.components[name] for name in spec.components]
+        parts = [self.checkpoint.component(name) for name in spec.components]
         depends: dict[str, Any] = {
             "name": spec.name,
-            "weights": [
-                self.digests[path.relative_to(self.checkpoint.folder).as_posix()]
-                for part in parts
-                for path in part.weights
-            ],
+            "weights": [self.checkpoint.digest_of(path) for part in parts for path in part.weights],
             "configs": [dict(part.config) for part in parts],
             "forms": [str(form) for form in spec.forms],
             "backend": self.recipe.backend,

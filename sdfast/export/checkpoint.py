@@ -22,6 +22,7 @@ from sdfast.export.sources import kind_of
 if TYPE_CHECKING:
     import torch
 
+    from sdfast.export.controlnet import ControlNetSource
     from sdfast.export.lora import Lora
 
 Progress = Callable[[str], None]
@@ -45,7 +46,8 @@ class Checkpoint:
     """A checkpoint on this disk, in diffusers layout, verified as far as its headers go.
 
     `source` is what the user gave; `revision` the commit it stands for on the Hub, None elsewhere. `loras`:
-    what is merged into its weights, in this order (see `lora.with_loras`).
+    what is merged into its weights, in this order (see `lora.with_loras`). `controlnet`: what is put beside
+    its U-Net (see `controlnet.with_controlnet`).
     """
 
     source: str
@@ -57,6 +59,7 @@ class Checkpoint:
     scheduler_config: Mapping[str, Any]
     tokenizers: Mapping[str, Path]
     loras: "tuple[Lora, ...]" = ()
+    controlnet: "ControlNetSource | None" = None
 
     def state_dict(self, component: str) -> "dict[str, torch.Tensor]":
         """The tensors of a component, in the dtype they are stored in, on the CPU.
@@ -64,20 +67,39 @@ class Checkpoint:
         They are views of the mapped files: nothing is copied, and a page is read when it is first touched.
         Those that a LoRA changes are copies, in float32: what is merged is rounded once, by who stores it.
         """
-        if component not in self.components:
-            raise CheckpointError(
-                f"{self.source}: no component {component!r}; there are: {', '.join(self.components)}"
-            )
         tensors: dict[str, torch.Tensor] = {}
-        for path in self.components[component].weights:
+        for path in self.component(component).weights:
             tensors.update(load_tensors(path, self.source))
         for lora in self.loras:
             lora.merge_into(component, tensors)
         return tensors
 
+    def component(self, name: str) -> Component:
+        """A network of it, or its ControlNet. Raises `CheckpointError` for one that is not there."""
+        if name == layout.CONTROLNET and self.controlnet is not None:
+            return self.controlnet.component
+        if name not in self.components:
+            raise CheckpointError(
+                f"{self.source}: no component {name!r}; there are: {', '.join(self.components)}"
+            )
+        return self.components[name]
+
     def digests(self) -> dict[str, str]:
         """The SHA-256 of every weights file of its own, by its name relative to the folder. Hashed once."""
         return dict(self._digests)
+
+    def digest_of(self, path: Path) -> str:
+        """The SHA-256 of one of its weights files, or of its ControlNet's."""
+        if self.controlnet is not None and path in self.controlnet.component.weights:
+            return self.controlnet.digests[path.name]
+        return self._digests[path.relative_to(self.folder).as_posix()]
+
+    @property
+    def nbytes(self) -> int:
+        """Of all weights files."""
+        added = [self.controlnet.component] if self.controlnet else []
+        parts = [*self.components.values(), *added]
+        return sum(path.stat().st_size for part in parts for path in part.weights)
 
     @cached_property
     def _digests(self) -> dict[str, str]:
@@ -197,6 +219,13 @@ def read_folder(
 def _component(files: Files, name: str, class_name: str, variant: str | None) -> Component:
     config = files.json(f"{name}/config.json")
     _check_config(config, name, class_name, files)
+    return component_of(files, name, class_name, config, variant)
+
+
+def component_of(
+    files: Files, name: str, class_name: str, config: Mapping[str, Any], variant: str | None
+) -> Component:
+    """A component with this config, its weights found and their headers looked at."""
     weights = layout.weights_file(files.names, name, variant, files.source)
     if not weights.endswith(".json"):
         return Component(name, class_name, config, (_check_tensors(files, weights),))

@@ -6,6 +6,7 @@ from typing import Any
 
 from sdfast.backends.eager import HEADER
 from sdfast.export.checkpoint import Checkpoint
+from sdfast.export.layout import CONTROLNET
 from sdfast.export.modules import ModuleSpec
 from sdfast.export.weights import save_weights
 from sdfast.manifest import Span, Variant
@@ -15,7 +16,7 @@ from sdfast.models.vae import VAEDecoder, VAEEncoder
 
 def compile_eager(spec: ModuleSpec, place: Path, checkpoint: Checkpoint) -> list[Variant]:
     """Write `spec` to one file in `place`, which serves every size and batch that the spec's forms span."""
-    component = checkpoint.components[spec.components[0]]
+    component = checkpoint.component(spec.components[0])
     network = spec.load()
     header: dict[str, Any] = {
         "module": spec.name,
@@ -24,6 +25,8 @@ def compile_eager(spec: ModuleSpec, place: Path, checkpoint: Checkpoint) -> list
         "config": dict(component.config),
         "fp8": spec.fp8,
     }
+    if spec.components[1:] == (CONTROLNET,):
+        header[CONTROLNET] = dict(checkpoint.component(CONTROLNET).config)
     if isinstance(network, VAEDecoder | VAEEncoder) and (eps := changed_eps(network)):
         header["eps"] = eps
     state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}

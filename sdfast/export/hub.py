@@ -8,7 +8,7 @@ the layout rules choose from the repository's listing. No pickle is fetched, nor
 import errno
 import re
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -31,7 +31,45 @@ def download(
     token: str | None = None,
     progress: Callable[[str], None],
 ) -> tuple[Path, str]:
-    """The local snapshot of a Hub repository and the commit it is of. Raises CheckpointError."""
+    """The local snapshot of a checkpoint on the Hub and the commit it is of. Raises CheckpointError."""
+    return _snapshot(
+        repo,
+        layout.config_files(variant),
+        lambda files, names: _weights(files, names, variant),
+        revision=revision,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        token=token,
+        progress=progress,
+    )
+
+
+def download_controlnet(
+    repo: str, *, revision: str | None = None, variant: str | None = None, progress: Callable[[str], None]
+) -> tuple[Path, str]:
+    """The same of a ControlNet."""
+
+    def choose(files: Files, names: Collection[str]) -> list[str]:
+        layout.check_controlnet(names, repo)
+        return _component_weights(files, names, layout.CONTROLNET, variant)
+
+    configs = layout.controlnet_config_files(variant)
+    return _snapshot(repo, configs, choose, revision=revision, progress=progress)
+
+
+def _snapshot(
+    repo: str,
+    configs: Sequence[str],
+    choose: Callable[[Files, Collection[str]], list[str]],
+    *,
+    revision: str | None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    token: str | None = None,
+    progress: Callable[[str], None],
+) -> tuple[Path, str]:
+    """configs: what is fetched first. choose: of the small files that are there, and the names of all, the
+    weights that are to be fetched."""
     if revision is not None and not re.fullmatch(_REVISION, revision):
         raise CheckpointError(f"{repo}: {revision!r} is not the name of a branch, a tag or a commit")
     hub = _huggingface_hub()
@@ -50,10 +88,11 @@ def download(
 
     try:
         progress(f"looking up {repo} on {hub.constants.ENDPOINT}")
-        folder = fetch(revision, layout.config_files(variant))
+        folder = fetch(revision, configs)
         commit = folder.name
         sizes = {} if local_files_only else _listing(hub, repo, commit, token)
-        weights = _weights(Files(folder, repo), sizes, variant)
+        files = Files(folder, repo)
+        weights = choose(files, sizes.keys() or files.names)
         size = sum(sizes.get(name, 0) for name in weights)
         progress(
             f"fetching the weights of {repo} at {commit[:8]}" + (f", {size / 1e9:.2f} GB" if size else "")
@@ -120,20 +159,25 @@ def _listing(hub: ModuleType, repo: str, commit: str, token: str | None) -> dict
         return {}
 
 
-def _weights(files: Files, sizes: Mapping[str, int], variant: str | None) -> list[str]:
-    """The weights files to fetch, judged by the listing, or by the cache when there is no listing."""
-    names = sizes.keys() or files.names
+def _weights(files: Files, names: Collection[str], variant: str | None) -> list[str]:
+    """The weights files to fetch. names: of the listing, or of the cache when there is no listing."""
     if "model_index.json" not in names:
         raise CheckpointError(f"{files.source}: {layout.why_no_index(names)}")
     family = layout.check_index(files.json("model_index.json"), files.source)
-    chosen: list[str] = []
-    for component in layout.COMPONENTS[family]:
-        weights = layout.weights_file(names, component, variant, files.source)
-        if weights.endswith(".json"):
-            chosen += layout.shard_files(files.json(weights), weights, files.source)
-        else:
-            chosen.append(weights)
-    return chosen
+    return [
+        name
+        for component in layout.COMPONENTS[family]
+        for name in _component_weights(files, names, component, variant)
+    ]
+
+
+def _component_weights(
+    files: Files, names: Collection[str], component: str, variant: str | None
+) -> list[str]:
+    weights = layout.weights_file(names, component, variant, files.source)
+    if weights.endswith(".json"):
+        return list(layout.shard_files(files.json(weights), weights, files.source))
+    return [weights]
 
 
 def _transport_errors() -> tuple[type[Exception], ...]:

@@ -33,7 +33,7 @@ from sdfast.export.weights import save_weights
 from sdfast.manifest import Target, Variant, json_digest
 from sdfast.models import ops
 from sdfast.models.fp8 import use_product
-from sdfast.models.unet import UNet
+from sdfast.models.unet import Attending
 
 SHARD = 512 * 2**20  # bytes: files of weights are read and verified side by side
 LITERAL = 4096  # numbers: more than that is a weight
@@ -92,7 +92,7 @@ class Compiler:
         Raises `ExportError` if the module cannot be traced, compiled or written.
         """
         network = laid_out_for(spec.load(), self.target.device)
-        if isinstance(network, UNet):
+        if isinstance(network, Attending):
             use_product(network, scaled_mm)
         weights: dict[str, Tensor] = {}
         taken: dict[Form, _Chosen] = {}
@@ -160,9 +160,9 @@ class Compiler:
     def _choose(self, network: nn.Module, inputs: Mapping[str, Tensor], *, fixed: bool) -> _Chosen:
         """Give a network of fixed sizes the fastest kernels for each of its shapes: what was measured."""
         tries = self.autotune and fixed
-        attention = self._attention() if tries and isinstance(network, UNet) else None
+        attention = self._attention() if tries and isinstance(network, Attending) else None
         own = self._own() if tries and has_place(network) else None
-        if isinstance(network, UNet):
+        if isinstance(network, Attending):
             network.use_attention(attention or ops.attention)
         use_own(network, own)
         if attention or own:

@@ -26,7 +26,7 @@ from sdfast.errors import ExportError, cause_line
 from sdfast.export.quiet import quiet_compiler
 from sdfast.models import ops
 from sdfast.models.layers import GroupNorm, use_group_norm
-from sdfast.models.unet import UNet
+from sdfast.models.unet import Attending
 from sdfast.versions import installed
 
 COMPILER = "compiler"  # the name of what the compiler makes of the definition
@@ -200,7 +200,7 @@ def geglu_words(x: Tensor, weight: Tensor) -> str:
 def use_own(network: nn.Module, chosen: OwnKernels | None) -> None:
     """Let a network's group norms and gated products be computed by `chosen`, or by their definitions."""
     use_group_norm(network, chosen.group_norm if chosen else ops.normalised)
-    if isinstance(network, UNet):
+    if isinstance(network, Attending):
         network.use_geglu(chosen.linear_geglu if chosen else ops.linear_geglu)
 
 

@@ -42,11 +42,14 @@ TRUSTED_LIBRARIES = ("diffusers", "transformers")
 """Where a component's class may come from. Any other name means code that ships with the checkpoint."""
 
 _STEMS = {
-    "text_encoder": "model",
-    "text_encoder_2": "model",
-    "unet": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
+    "text_encoder": "text_encoder/model",
+    "text_encoder_2": "text_encoder_2/model",
+    "unet": "unet/diffusion_pytorch_model",
+    "vae": "vae/diffusion_pytorch_model",
 }
+CONTROLNET = "controlnet"
+_ALONE = {CONTROLNET: "diffusion_pytorch_model"}
+"""Components that are no part of a pipeline's folder, but have one of their own."""
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _TOKENIZER_FILES = (
     "vocab.json",
@@ -72,6 +75,20 @@ def config_files(variant: str | None) -> list[str]:
         *(_index_name(name, variant) for name in _STEMS),
         *(f"{name}/{file}" for name in TOKENIZERS["sdxl"] for file in _TOKENIZER_FILES),
     ]
+
+
+def controlnet_config_files(variant: str | None) -> list[str]:
+    """The same of a ControlNet."""
+    return ["config.json", _index_name(CONTROLNET, variant)]
+
+
+def check_controlnet(names: Collection[str], source: str) -> None:
+    """Refuse a folder that is not a ControlNet's."""
+    if "config.json" not in names:
+        raise CheckpointError(
+            f"{source}: no config.json, so not a ControlNet; give the folder that "
+            "controlnet.save_pretrained() wrote"
+        )
 
 
 def check_index(index: Mapping[str, Any], source: str) -> Family:
@@ -130,7 +147,7 @@ def weights_file(names: Collection[str], component: str, variant: str | None, so
     `names` are relative POSIX paths. A variant is taken from its own files and nowhere else: nothing falls
     back to another precision silently.
     """
-    single = f"{component}/{_STEMS[component]}{_dotted(variant)}.safetensors"
+    single = f"{_stem(component)}{_dotted(variant)}.safetensors"
     index = _index_name(component, variant)
     found = [name for name in (single, index) if name in names]
     if len(found) == 2:
@@ -140,8 +157,12 @@ def weights_file(names: Collection[str], component: str, variant: str | None, so
     return found[0]
 
 
+def _stem(component: str) -> str:
+    return _STEMS.get(component) or _ALONE[component]
+
+
 def _index_name(component: str, variant: str | None) -> str:
-    return f"{component}/{_STEMS[component]}.safetensors.index{_dotted(variant)}.json"
+    return f"{_stem(component)}.safetensors.index{_dotted(variant)}.json"
 
 
 def _dotted(variant: str | None) -> str:
@@ -149,7 +170,8 @@ def _dotted(variant: str | None) -> str:
 
 
 def _why_no_weights(names: Collection[str], component: str, variant: str | None) -> str:
-    here = sorted(name for name in names if name.startswith(f"{component}/"))
+    folder = PurePosixPath(_stem(component)).parent
+    here = sorted(name for name in names if PurePosixPath(name).parent == folder)
     variants = _variants(here, component)
     if variants:
         wanted = f"variant {variant!r}" if variant else "default variant"
@@ -158,13 +180,13 @@ def _why_no_weights(names: Collection[str], component: str, variant: str | None)
     pickles = [name for name in here if name.endswith(PICKLE_SUFFIXES)]
     if pickles:
         return f"the weights of {component} are a pickle only ({pickles[0]}). {CONVERT}"
-    expected = f"{component}/{_STEMS[component]}.safetensors"
+    expected = f"{_stem(component)}.safetensors"
     return f"the weights of {component} are missing: expected {expected} (or its .index.json and shards)"
 
 
 def _variants(here: Collection[str], component: str) -> list[str]:
     """The variants that a component's file names offer; "" stands for the default one."""
-    stem = re.escape(f"{component}/{_STEMS[component]}")
+    stem = re.escape(_stem(component))
     single = re.compile(rf"{stem}(?:\.([\w-]+))?\.safetensors")
     index = re.compile(rf"{stem}\.safetensors\.index(?:\.([\w-]+))?\.json")
     matches = (single.fullmatch(name) or index.fullmatch(name) for name in here)

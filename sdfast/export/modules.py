@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -11,9 +11,22 @@ from torch import Tensor, nn
 from sdfast.engine import DTYPES
 from sdfast.errors import CheckpointError, ExportError
 from sdfast.export.checkpoint import Checkpoint
+from sdfast.export.controlnet import ControlNetSource
+from sdfast.export.layout import CONTROLNET
 from sdfast.export.magnitudes import DoesNotFit, extents, scales_for
 from sdfast.export.recipe import Recipe
-from sdfast.manifest import CHUNK, ONE_CHUNK, HalfRange, Model, Span
+from sdfast.manifest import CHUNK, CONTROL, ONE_CHUNK, HalfRange, Model, Span
+from sdfast.models.controlnet import (
+    ControlEmbedding,
+    Controlled,
+    ControlledContext,
+    ControlledTimeShift,
+    ControlledUNet,
+    ControlNet,
+    ControlNetConfig,
+    load_controlled,
+    load_embedding,
+)
 from sdfast.models.fp8 import MULTIPLE, convert, fp8_layers
 from sdfast.models.half_range import VAE, rescale
 from sdfast.models.text import TextEncoder
@@ -43,7 +56,7 @@ class ModuleSpec:
     load: builds the network on its weights; called when its turn comes, so that one is in memory at a time.
     inputs: example inputs for (batch, height, width in pixels, tokens).
     free: the axes of each input that follow the batch, height, width or tokens.
-    components: the checkpoint's components that it is made of.
+    components: the checkpoint's components that it is made of; its ControlNet is named as one, too.
     fp8: names of its layers that are in FP8.
     half_range: how a half of the VAE fits float16; known once it was loaded, None of all else.
     """
@@ -67,16 +80,27 @@ class Networks:
     unet: UNetConfig
     vae: VAEConfig
     text: tuple[str, ...]  # names of the text encoders
+    controlnet: ControlNetConfig | None = None
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "Networks":
         parts = checkpoint.components
-        return cls(
+        networks = cls(
             checkpoint,
             UNetConfig.from_diffusers(parts["unet"].config),
             VAEConfig.from_diffusers(parts["vae"].config),
             tuple(sorted(name for name in parts if name.startswith("text_encoder"))),
         )
+        return networks if checkpoint.controlnet is None else networks._with(checkpoint.controlnet)
+
+    def _with(self, added: ControlNetSource) -> "Networks":
+        """These and a ControlNet's. Raises `CheckpointError` for one that does not fit."""
+        try:
+            config = ControlNetConfig.from_diffusers(added.component.config)
+            config.check_fits(self.unet, self.vae.latent_channels, self.factor)
+        except CheckpointError as error:
+            raise CheckpointError(f"{added.source}: {error}") from error
+        return replace(self, controlnet=config)
 
     @property
     def factor(self) -> int:
@@ -91,8 +115,7 @@ class Networks:
 
     def fp8(self) -> tuple[str, ...]:
         """The layers of the U-Net that FP8 is for. Raises `ExportError` when there are none."""
-        with torch.device("meta"):
-            layers = fp8_layers(UNet(self.unet))
+        layers = fp8_layers(self.step())
         if not layers:
             raise ExportError(
                 f"fp8: {self.checkpoint.source}: no linear layer of this U-Net has widths that are multiples "
@@ -100,10 +123,19 @@ class Networks:
             )
         return layers
 
-    def model(self) -> Model:
-        """What the manifest says of the networks."""
+    def step(self) -> UNet | ControlledUNet:
+        """The network of a step, without weights."""
         with torch.device("meta"):
             unet = UNet(self.unet)
+            return (
+                unet
+                if self.controlnet is None
+                else ControlledUNet(unet, ControlNet(self.controlnet.way_down))
+            )
+
+    def model(self) -> Model:
+        """What the manifest says of the networks."""
+        step = self.step()
         sdxl = self.checkpoint.family == "sdxl"  # where diffusers' pipeline has that on by default
         widths = [int(self.checkpoint.components[name].config["hidden_size"]) for name in self.text]
         return Model(
@@ -114,8 +146,9 @@ class Networks:
             default_height=self.default_side,
             default_width=self.default_side,
             text_width=sum(widths),
-            context_width=sum(unet.context_widths),
-            time_shift_width=sum(unet.shift_widths),
+            context_width=sum(step.context_widths),
+            time_shift_width=sum(step.shift_widths),
+            control_channels=self.controlnet.channels if self.controlnet else None,
             pooled_width=self.unet.pooled_dim,
             guidance_embedding=self.unet.time_cond_proj_dim,
             zero_empty_negative=bool(self.checkpoint.index.get("force_zeros_for_empty_prompt", sdxl)),
@@ -133,6 +166,7 @@ def module_specs(networks: Networks, recipe: Recipe) -> list[ModuleSpec]:
         _unet(model, load, dtype, recipe.unet_batches(), sizes, recipe.prompt_lengths()),
         _context(model, load, dtype),
         _time_shift(networks.unet, model, load, dtype),
+        *_control_embedding(networks, dtype, sizes),
         _vae_decoder(vae, model, sizes),
         *_vae_encoder(vae, networks, sizes),
         *(_text_encoder(networks, name, dtype) for name in networks.text),
@@ -140,23 +174,31 @@ def module_specs(networks: Networks, recipe: Recipe) -> list[ModuleSpec]:
 
 
 class _UNetParts:
-    """The three modules that a U-Net's weights are dealt out to, loaded one at a time."""
+    """The modules that the weights of a U-Net, and of its ControlNet, are dealt out to, loaded one at a time.
+
+    components: which of the two there are.
+    """
 
     def __init__(self, networks: Networks, dtype: torch.dtype, fp8: tuple[str, ...]) -> None:
         self._networks = networks
         self._dtype = dtype
         self.fp8 = fp8
+        self.components = ("unet", CONTROLNET) if networks.controlnet else ("unet",)
 
-    def _load(self) -> tuple[UNet, TimeShift, Context]:
-        return load_unet(self._networks.unet, self._networks.checkpoint.state_dict("unet"), self._dtype)
+    def _load(self) -> tuple[UNet, TimeShift, Context] | Controlled:
+        unet, added = self._networks.unet, self._networks.checkpoint.controlnet
+        weights = self._networks.checkpoint.state_dict("unet")
+        if self._networks.controlnet is None or added is None:
+            return load_unet(unet, weights, self._dtype)
+        return load_controlled(unet, weights, self._networks.controlnet, added.state_dict(), self._dtype)
 
-    def unet(self) -> UNet:
+    def unet(self) -> UNet | ControlledUNet:
         return convert(self._load()[0], self.fp8)
 
-    def time_shift(self) -> TimeShift:
+    def time_shift(self) -> TimeShift | ControlledTimeShift:
         return self._load()[1]
 
-    def context(self) -> Context:
+    def context(self) -> Context | ControlledContext:
         return self._load()[2]
 
 
@@ -170,32 +212,34 @@ def _unet(
 ) -> ModuleSpec:
     def inputs(batch: int, height: int, width: int, tokens: int) -> dict[str, Tensor]:
         factor = model.vae_scale_factor
-        latents = torch.randn(batch, model.in_channels, height // factor, width // factor, dtype=dtype)
-        return {
-            "sample": latents,
+        size = (height // factor, width // factor)
+        given = {
+            "sample": torch.randn(batch, model.in_channels, *size, dtype=dtype),
             "time_shift": torch.randn(batch, model.time_shift_width, dtype=dtype),
             "context": torch.randn(batch, tokens, model.context_width, dtype=dtype),
         }
+        if model.control_channels is not None:
+            given["control"] = torch.randn(batch, model.control_channels, *size, dtype=dtype)
+        return given
 
-    free = {
-        "sample": {0: "batch", 2: "height", 3: "width"},
-        "time_shift": {0: "batch"},
-        "context": {0: "batch", 1: "tokens"},
-    }
+    image = {0: "batch", 2: "height", 3: "width"}
+    free = {"sample": image, "time_shift": {0: "batch"}, "context": {0: "batch", 1: "tokens"}}
+    if model.controlled:
+        free["control"] = image
     forms = tuple(
         Form(batch, height, width, tokens)
         for height, width in sizes
         for batch in batches
         for tokens in lengths
     )
-    return ModuleSpec("unet", load.unet, inputs, free, ("output",), ("unet",), forms, load.fp8)
+    return ModuleSpec("unet", load.unet, inputs, free, ("output",), load.components, forms, load.fp8)
 
 
 def _context(model: Model, load: _UNetParts, dtype: torch.dtype) -> ModuleSpec:
     def inputs(batch: int, height: int, width: int, tokens: int) -> dict[str, Tensor]:
         return {"hidden_states": torch.randn(batch, CHUNK, model.text_width, dtype=dtype)}
 
-    return ModuleSpec("context", load.context, inputs, {}, ("context",), ("unet",), (Form(ONE),))
+    return ModuleSpec("context", load.context, inputs, {}, ("context",), load.components, (Form(ONE),))
 
 
 def _time_shift(config: UNetConfig, model: Model, load: _UNetParts, dtype: torch.dtype) -> ModuleSpec:
@@ -214,7 +258,26 @@ def _time_shift(config: UNetConfig, model: Model, load: _UNetParts, dtype: torch
 
     free = {name: {0: "batch"} for name in ("timesteps", *conditions)}
     form = Form(Span(low=1, high=MAX_STEPS))
-    return ModuleSpec("time_shift", load.time_shift, inputs, free, ("time_shift",), ("unet",), (form,))
+    return ModuleSpec("time_shift", load.time_shift, inputs, free, ("time_shift",), load.components, (form,))
+
+
+def _control_embedding(
+    networks: Networks, dtype: torch.dtype, sizes: list[tuple[Span, Span]]
+) -> Iterator[ModuleSpec]:
+    """One, or none where there is no ControlNet."""
+    config, added = networks.controlnet, networks.checkpoint.controlnet
+    if config is None or added is None:
+        return
+
+    def load() -> ControlEmbedding:
+        return load_embedding(config, added.state_dict(), dtype)
+
+    def inputs(batch: int, height: int, width: int, tokens: int) -> dict[str, Tensor]:
+        return {"image": torch.rand(batch, 3, height, width, dtype=dtype)}
+
+    free = {"image": {2: "height", 3: "width"}}
+    forms = tuple(Form(ONE, height, width) for height, width in sizes)
+    yield ModuleSpec(CONTROL, load, inputs, free, ("control",), (CONTROLNET,), forms)
 
 
 class _VAEHalves:

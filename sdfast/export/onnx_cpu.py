@@ -155,6 +155,10 @@ def add(g: Graph, x: Value, branch: Value) -> Value:
     return g.Add(x, branch)
 
 
+def add_scaled(g: Graph, x: Value, branch: Value, scale: Value) -> Value:
+    return g.Add(x, g.Mul(branch, g.Unsqueeze(scale, g.ints(2, 3))))
+
+
 def concat_channels(g: Graph, x: Value, y: Value) -> Value:
     return g.Concat(x, y, axis=1)
 
@@ -218,6 +222,7 @@ CPU_COMPACT: Lowerings = {
         shifted_group_norm_silu,
         layer_norm,
         add,
+        add_scaled,
         concat_channels,
         attention,
         self_attention,

@@ -172,6 +172,10 @@ def _bias_add(g: Graph, branch: Value, product: Value, bias: Value, skip: Value)
     return g.Reshape(g.BiasAdd(tokens[0], bias, tokens[1], domain=MICROSOFT), g.ints(0, *sizes, channels))
 
 
+def add_scaled(g: Graph, x: Value, branch: Value, scale: Value) -> Value:
+    return image(g, g.Add(form(g, x), g.Mul(form(g, branch), g.Unsqueeze(scale, g.ints(2, 3)))))
+
+
 def concat_channels(g: Graph, x: Value, y: Value) -> Value:
     return image(g, g.Concat(form(g, x), form(g, y), axis=3))
 
@@ -263,6 +267,7 @@ CUDA: Lowerings = {
         shifted_group_norm_silu,
         onnx_cpu.layer_norm,
         add,
+        add_scaled,
         concat_channels,
         onnx_cpu.attention,
         self_attention,

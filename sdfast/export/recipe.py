@@ -95,6 +95,23 @@ class LoraSetting(_Part):
         return {"source": given} if isinstance(given, str | os.PathLike) else given
 
 
+class ControlNetSetting(_Part):
+    """A ControlNet to be put beside the U-Net. A text in its place is its source.
+
+    source: a diffusers folder of a ControlNet, or a Hub id.
+    revision, variant: as those of the checkpoint.
+    """
+
+    source: Annotated[str, Field(min_length=1), BeforeValidator(_path_as_text)]
+    revision: str | None = None
+    variant: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_source(cls, given: Any) -> Any:
+        return {"source": given} if isinstance(given, str | os.PathLike) else given
+
+
 class Recipe(_Part):
     """How to build one engine.
 
@@ -118,6 +135,7 @@ class Recipe(_Part):
         shorter ones stays as it is. Default: false. Engines of other backends take long prompts anyway.
     vae: of fp16 engines: "auto" (default), float16 wherever its numbers can be made to fit, or "fp32".
     loras: what is merged into the weights; several add up.
+    controlnet: under whose guidance every picture is drawn, by a control image.
 
     A field that has no use in a recipe is None there, and refused when it is given.
     """
@@ -138,6 +156,7 @@ class Recipe(_Part):
     long_prompts: bool | None = None
     vae: Annotated[Literal["auto", "fp32"] | None, Field(validate_default=True)] = None
     loras: tuple[LoraSetting, ...] = ()
+    controlnet: ControlNetSetting | None = None
 
     @field_validator("batch")
     @classmethod
@@ -328,7 +347,11 @@ def _explain(error: ValidationError) -> str:
     deepest = max(error.errors(), key=lambda found: (len(found["loc"]), found["type"] == "value_error"))
     field, message = deepest["loc"][0], deepest["msg"].removeprefix("Value error, ")
     if deepest["type"] == "extra_forbidden":
-        parts: dict[Any, type[BaseModel]] = {"sizes": SizeRange, "loras": LoraSetting}
+        parts: dict[Any, type[BaseModel]] = {
+            "sizes": SizeRange,
+            "loras": LoraSetting,
+            "controlnet": ControlNetSetting,
+        }
         known = ", ".join(parts.get(field, Recipe).model_fields)
         return f"{field}: unknown field {deepest['loc'][-1]!r}; there are: {known}"
     if deepest["type"] == "missing":

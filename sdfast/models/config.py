@@ -64,9 +64,12 @@ class UNetConfig:
     addition_input_dim: int | None  # SDXL: pooled text embedding and the sizes' embeddings together
 
     @classmethod
-    def from_diffusers(cls, config: Mapping[str, Any]) -> "UNetConfig":
-        """The content of a checkpoint's `unet/config.json`; CheckpointError names what is not supported."""
-        fields = Fields("unet", config)
+    def from_diffusers(cls, config: Mapping[str, Any], component: str = "unet") -> "UNetConfig":
+        """The content of a checkpoint's `unet/config.json`; CheckpointError names what is not supported.
+
+        component: whose config it is, for the message.
+        """
+        fields = Fields(component, config)
         fields.require(FIXED, IGNORED)
         fields.choose("act_fn", ("silu", "swish"), "silu")
         sizes, pooled = _addition(fields)
@@ -94,7 +97,7 @@ class UNetConfig:
         for level in (*self.down, *self.up):
             if level.channels % self.norm_num_groups or (level.depths and level.channels % level.heads):
                 raise CheckpointError(
-                    f"unet/config.json: {level.channels} channels do not divide into "
+                    f"{fields.component}/config.json: {level.channels} channels do not divide into "
                     f"{self.norm_num_groups} norm groups and {level.heads} attention heads"
                 )
         return self
@@ -129,19 +132,19 @@ def _cross_attention_dim(fields: Fields) -> int:
     dims = set(fields.integers("cross_attention_dim", 1280))
     if len(dims) != 1:
         raise CheckpointError(
-            f"unet/config.json: cross_attention_dim {sorted(dims)}: the levels must share one"
+            f"{fields.component}/config.json: cross_attention_dim {sorted(dims)}: the levels must share one"
         )
     return dims.pop()
 
 
-def _depths(block: str, depth: Any, resnets: int) -> tuple[int, ...]:
+def _depths(block: str, depth: Any, resnets: int, component: str) -> tuple[int, ...]:
     """Transformer blocks after each ResNet block: `depth` is one number, or a list with one for each."""
     if not block.startswith("CrossAttn"):
         return ()
     depths = tuple(depth) if isinstance(depth, (list, tuple)) else (depth,) * resnets
     if len(depths) < resnets:
         raise CheckpointError(
-            f"unet/config.json: transformer_layers_per_block {depth!r} for {resnets} ResNet blocks"
+            f"{component}/config.json: transformer_layers_per_block {depth!r} for {resnets} ResNet blocks"
         )
     return tuple(int(d) for d in depths[:resnets])
 
@@ -167,9 +170,10 @@ def _levels(fields: Fields) -> tuple[tuple[Level, ...], Level | None, tuple[Leve
     up_depth = depth[::-1] if up_depth[0] is None else up_depth
     forth = zip(down, channels, resnets, depth, heads, strict=True)
     back = zip(up, channels[::-1], resnets[::-1], up_depth, heads[::-1], strict=True)
-    downs = tuple(Level(c, n, _depths(t, d, n), h) for t, c, n, d, h in forth)
-    ups = tuple(Level(c, n + 1, _depths(t, d, n + 1), h) for t, c, n, d, h in back)
+    whose = fields.component
+    downs = tuple(Level(c, n, _depths(t, d, n, whose), h) for t, c, n, d, h in forth)
+    ups = tuple(Level(c, n + 1, _depths(t, d, n + 1, whose), h) for t, c, n, d, h in back)
     if mid is None:
         return downs, None, ups
-    mid_depths = _depths("CrossAttn", depth[-1], 1) if mid == "UNetMidBlock2DCrossAttn" else ()
+    mid_depths = _depths("CrossAttn", depth[-1], 1, whose) if mid == "UNetMidBlock2DCrossAttn" else ()
     return downs, Level(channels[-1], 2 if mid_depths else 1, mid_depths, heads[-1]), ups

@@ -15,14 +15,15 @@ with their channels last are linear too. Not converted, and in fp16 still:
 
 import re
 from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from sdfast.models import ops
 from sdfast.models.layers import Conv1x1, Linear
-from sdfast.models.unet import UNet
 
+N = TypeVar("N", bound=nn.Module)
 MULTIPLE = 16  # of both widths of a product
 PASS_PAYS_ABOVE = 640  # channels
 _ATTENTION_OUTPUT = re.compile(r"\.attn\d\.to_out\.0$")
@@ -51,9 +52,9 @@ class Conv1x1FP8(LinearFP8):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-def fp8_layers(unet: UNet) -> tuple[str, ...]:
+def fp8_layers(network: nn.Module) -> tuple[str, ...]:
     """The names of the layers that are to be converted."""
-    return tuple(name for name, layer in unet.named_modules() if _converts(name, layer))
+    return tuple(name for name, layer in network.named_modules() if _converts(name, layer))
 
 
 def _converts(name: str, layer: nn.Module) -> bool:
@@ -66,21 +67,21 @@ def _converts(name: str, layer: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def convert(unet: UNet, names: Iterable[str]) -> UNet:
+def convert(network: N, names: Iterable[str]) -> N:
     """Put these layers into FP8: their weights, or only their shapes if those are on the meta device."""
     for name in names:
-        layer = unet.get_submodule(name)
+        layer = network.get_submodule(name)
         if isinstance(layer, Linear):
-            unet.set_submodule(name, LinearFP8(layer))
+            network.set_submodule(name, LinearFP8(layer))
         elif isinstance(layer, Conv1x1):
-            unet.set_submodule(name, Conv1x1FP8(layer))
+            network.set_submodule(name, Conv1x1FP8(layer))
         else:
             raise TypeError(f"{name} is a {type(layer).__name__}; Linear and Conv1x1 convert")
-    return unet
+    return network
 
 
-def use_product(unet: UNet, product: ops.Product) -> None:
+def use_product(network: nn.Module, product: ops.Product) -> None:
     """Compute every converted layer by `product`, in place of the definition."""
-    for module in unet.modules():
+    for module in network.modules():
         if isinstance(module, LinearFP8):
             module.product = product

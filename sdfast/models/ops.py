@@ -157,6 +157,12 @@ def add(x: Tensor, branch: Tensor) -> Tensor:
     return x + branch
 
 
+@_named(_same)
+def add_scaled(x: Tensor, branch: Tensor, scale: Tensor) -> Tensor:
+    """x and branch [B, C, H, W], scale [B, 1] -> x + scale · branch, each row by its own scale."""
+    return x + branch * scale[:, :, None, None]
+
+
 @_named(lambda x, y: (x.shape[0], x.shape[1] + y.shape[1], *x.shape[2:]))
 def concat_channels(x: Tensor, y: Tensor) -> Tensor:
     """x [B, C, H, W], y [B, D, H, W] -> [B, C + D, H, W]."""

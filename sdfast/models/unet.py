@@ -182,27 +182,8 @@ class UpBlock(Block):
         return x
 
 
-class UNet(nn.Module):
-    def __init__(self, config: UNetConfig) -> None:
-        super().__init__()
-        self.config = config
-        first, last = config.down[0].channels, len(config.down) - 1
-        self.conv_in = Conv3x3(config.in_channels, first)
-        widths = [first] + [level.channels for level in config.down]
-        self.down_blocks = nn.ModuleList(
-            [DownBlock(config, level, widths[i], i == last) for i, level in enumerate(config.down)]
-        )
-        self.mid_block = MidBlock(config, config.mid) if config.mid else None
-        skips, x = _skip_channels(config), widths[-1]
-        self.up_blocks = nn.ModuleList()
-        for i, level in enumerate(config.up):
-            inputs = [(x if n == 0 else level.channels) + skips.pop() for n in range(level.resnets)]
-            self.up_blocks.append(UpBlock(config, level, inputs, i == last))
-            x = level.channels
-        self.conv_norm_out = GroupNorm(first, config.norm_num_groups, config.norm_eps, silu=True)
-        self.conv_out = Conv3x3(first, config.out_channels)
-        self.shift_widths = [part.rows for part in shift_parts(self)]
-        self.context_widths = [part.rows for part in context_parts(self)]
+class Attending(nn.Module):
+    """A network whose attention and gated products may be computed otherwise than by their definitions."""
 
     def use_attention(self, attend: ops.Attend) -> None:
         """Compute every attention of this network by `attend`, in place of the definition."""
@@ -216,6 +197,46 @@ class UNet(nn.Module):
             if isinstance(module, GEGLU):
                 module.compute = compute
 
+
+class WayDown(Attending):
+    """The first convolution, the levels on the way down, and the middle: what a ControlNet has of a U-Net."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        first, last = config.down[0].channels, len(config.down) - 1
+        self.conv_in = Conv3x3(config.in_channels, first)
+        widths = [first] + [level.channels for level in config.down]
+        self.down_blocks = nn.ModuleList(
+            [DownBlock(config, level, widths[i], i == last) for i, level in enumerate(config.down)]
+        )
+        self.mid_block = MidBlock(config, config.mid) if config.mid else None
+
+    def descend(
+        self, x: Tensor, shifts: Iterator[Tensor], context: Iterator[Tensor]
+    ) -> tuple[list[Tensor], Tensor]:
+        """x: what `conv_in` gave -> every skip in order, x itself the first, and what leaves the middle."""
+        skips = [x]
+        for block in self.down_blocks:
+            skips += block(skips[-1], shifts, context)
+        return skips, skips[-1] if self.mid_block is None else self.mid_block(skips[-1], shifts, context)
+
+
+class UNet(WayDown):
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__(config)
+        first, last = config.down[0].channels, len(config.up) - 1
+        skips, x = skip_channels(config), config.down[-1].channels
+        self.up_blocks = nn.ModuleList()
+        for i, level in enumerate(config.up):
+            inputs = [(x if n == 0 else level.channels) + skips.pop() for n in range(level.resnets)]
+            self.up_blocks.append(UpBlock(config, level, inputs, i == last))
+            x = level.channels
+        self.conv_norm_out = GroupNorm(first, config.norm_num_groups, config.norm_eps, silu=True)
+        self.conv_out = Conv3x3(first, config.out_channels)
+        self.shift_widths = [part.rows for part in shift_parts(self)]
+        self.context_widths = [part.rows for part in context_parts(self)]
+
     def forward(self, sample: Tensor, time_shift: Tensor, context: Tensor) -> Tensor:
         """sample [B, C, H, W], time_shift [B, T], context [B, L, KV] -> [B, C_out, H, W], all of one dtype.
 
@@ -223,18 +244,20 @@ class UNet(nn.Module):
         """
         shifts = iter(time_shift.split_with_sizes(self.shift_widths, dim=-1))
         kv = iter(context.split_with_sizes(self.context_widths, dim=-1))
-        x = self.conv_in(sample)
-        skips = [x]
-        for block in self.down_blocks:
-            skips += block(skips[-1], shifts, kv)
-        x = skips[-1] if self.mid_block is None else self.mid_block(skips[-1], shifts, kv)
+        skips, x = self.descend(self.conv_in(sample), shifts, kv)
+        return self.ascend(x, skips, shifts, kv)
+
+    def ascend(
+        self, x: Tensor, skips: list[Tensor], shifts: Iterator[Tensor], context: Iterator[Tensor]
+    ) -> Tensor:
+        """What `descend` gave -> [B, C_out, H, W]. It uses `skips` up."""
         for block in self.up_blocks:
-            x = block(x, skips, shifts, kv)
+            x = block(x, skips, shifts, context)
         y: Tensor = self.conv_out(self.conv_norm_out(x))
         return y
 
 
-def _skip_channels(config: UNetConfig) -> list[int]:
+def skip_channels(config: UNetConfig) -> list[int]:
     """Channels of every skip in the order in which the way down leaves them."""
     channels = [config.down[0].channels]
     for i, level in enumerate(config.down):
@@ -242,15 +265,15 @@ def _skip_channels(config: UNetConfig) -> list[int]:
     return channels
 
 
-def shift_parts(unet: UNet) -> list[Part]:
-    """The time projections of every ResNet block, in the order in which the U-Net consumes them."""
-    blocks = [(name, m) for name, m in unet.named_modules() if isinstance(m, ResBlock)]
+def shift_parts(network: WayDown) -> list[Part]:
+    """The time projections of every ResNet block, in the order in which the network consumes them."""
+    blocks = [(name, m) for name, m in network.named_modules() if isinstance(m, ResBlock)]
     return [Part(f"{name}.time_emb_proj", m.outputs, f"{name}.conv1.bias") for name, m in blocks]
 
 
-def context_parts(unet: UNet) -> list[Part]:
-    """Keys and values of every cross-attention, in the order in which the U-Net consumes them."""
-    layers = [(name, m) for name, m in unet.named_modules() if isinstance(m, CrossAttention)]
+def context_parts(network: WayDown) -> list[Part]:
+    """Keys and values of every cross-attention, in the order in which the network consumes them."""
+    layers = [(name, m) for name, m in network.named_modules() if isinstance(m, CrossAttention)]
     return [Part(f"{name}.{kv}", m.channels) for name, m in layers for kv in ("to_k", "to_v")]
 
 

@@ -10,23 +10,27 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import sdfast
 from sdfast.engine import Engine
 from sdfast.errors import CheckpointError, EngineError, RequestError
 from sdfast.export.checkpoint import Checkpoint
 from sdfast.export.checkpoint import resolve as resolve_checkpoint
-from sdfast.export.lora import settings_of, with_loras
+from sdfast.export.controlnet import setting_of, with_controlnet
+from sdfast.export.lora import Lora, settings_of, with_loras
 from sdfast.first_latents import Over, check_edits
+from sdfast.manifest import AddedControlNet, MergedLora
 from sdfast.pipeline import Pipeline, check_channels
 from sdfast.request import Request
 from sdfast.schedulers import Schedule, resolve, schedule
 from sdfast.validation import rule
+from sdfast.validation.control import END, SCALE, control_image, measure_control
 from sdfast.validation.inpainting import Scene, measure_told
 from sdfast.validation.modules import Stock, measure, scheduler_error, token_ids
 from sdfast.validation.pictures import Picture, Repetition, compare_picture, repeat
 from sdfast.validation.proof import publish_proof
-from sdfast.validation.reference import OVER, PIPELINES, reference_pipeline, stock
+from sdfast.validation.reference import pipeline_class, reference_pipeline, stock
 from sdfast.validation.report import Check, ModuleFigures, PictureFigures, Report, Setting
 from sdfast.versions import installed
 
@@ -79,7 +83,8 @@ def validate(
         changed since. scheduler: names to run; default: the checkpoint's own, and one that draws noise.
     device: of both sides; default: the engine's.
 
-    What an engine whose U-Net is for inpainting draws, it draws over the masked part of an image (`Scene`).
+    What an engine whose U-Net is for inpainting draws, it draws over the masked part of an image (`Scene`);
+    and what one with a ControlNet draws, under the guidance of `control_image`.
 
     Writes `validation/report.json` and `validation/report.html` into the engine, and the figures into its
     manifest. An engine that differs makes a report whose `passed` is False, not an error.
@@ -106,7 +111,8 @@ def validate(
     requests, more = _requests(engine, reference, prompts, steps, guidance_scale, scheduler, seed)
     first = requests[0][0]
     scene = Scene.make(first.height, first.width) if engine.manifest.model.inpaints else None
-    trials = [_trial(engine, sides, own, scene, tell) for own in requests]
+    control = control_image(first.height, first.width) if engine.manifest.model.controlled else None
+    trials = [_trial(engine, sides, own, scene, control, tell) for own in requests]
     over = _over_trial(engine, sides, trials[0], scene, tell) if engine.manifest.edits else []
     tell("modules")
     judged, figures, checks = _judge(engine, reference, sides, trials, over, scene)
@@ -146,6 +152,7 @@ def _checkpoint(engine: Engine, given: str | Path | None) -> tuple[Checkpoint, l
                 made_from.source, revision=made_from.revision, variant=engine.manifest.recipe.get("variant")
             )
             found = with_loras(found, settings_of(made_from))
+            found = with_controlnet(found, setting_of(engine.manifest))
         except CheckpointError as error:
             raise EngineError(
                 f"{engine.folder}: what it was exported from is not there any more: {error}. Put it back, or "
@@ -153,9 +160,10 @@ def _checkpoint(engine: Engine, given: str | Path | None) -> tuple[Checkpoint, l
             ) from error
     else:
         found = with_loras(resolve_checkpoint(given), settings_of(made_from))
+        found = with_controlnet(found, setting_of(engine.manifest))
     changed = _changed(
-        {**made_from.weights, **{lora.name: lora.digest for lora in made_from.loras}},
-        {**found.digests(), **{lora.name: lora.digest for lora in found.loras}},
+        _all_digests(made_from.weights, made_from.loras, made_from.controlnet),
+        _all_digests(found.digests(), found.loras, found.controlnet.record() if found.controlnet else None),
     )
     if not changed:
         return found, []
@@ -165,6 +173,18 @@ def _checkpoint(engine: Engine, given: str | Path | None) -> tuple[Checkpoint, l
             "so a comparison would mean nothing; export it again, or name a checkpoint with --checkpoint"
         )
     return found, [f"compared, as asked, with weights that the engine was not exported from: {changed}"]
+
+
+def _all_digests(
+    weights: Mapping[str, str], loras: Sequence[Lora | MergedLora], controlnet: AddedControlNet | None
+) -> dict[str, str]:
+    """What a network is made of: digests by name."""
+    added = {} if controlnet is None else controlnet.weights
+    return {
+        **weights,
+        **{lora.name: lora.digest for lora in loras},
+        **{f"ControlNet {name}": digest for name, digest in added.items()},
+    }
 
 
 def _changed(exported: Mapping[str, str], found: Mapping[str, str]) -> str:
@@ -194,6 +214,8 @@ def _requests(
     if not prompts:
         raise RequestError("prompts: none given; give at least one")
     strength = 1.0 if engine.manifest.model.inpaints else None
+    controlled = engine.manifest.model.controlled
+    control = {"controlnet_conditioning_scale": SCALE, "control_guidance_end": END} if controlled else {}
     requests = [
         [
             Request.make(
@@ -206,6 +228,7 @@ def _requests(
                 guidance_scale=float(guidance_scale),
                 strength=strength,
                 seed=seed + i,
+                **control,
             )
             for i, prompt in enumerate(prompts)
         ]
@@ -246,7 +269,12 @@ def _size(engine: Engine) -> tuple[int, int, list[str]]:
 
 
 def _trial(
-    engine: Engine, sides: Stock, requests: Sequence[Request], scene: Scene | None, tell: Progress
+    engine: Engine,
+    sides: Stock,
+    requests: Sequence[Request],
+    scene: Scene | None,
+    control: Tensor | None,
+    tell: Progress,
 ) -> _Trial:
     pipe = Pipeline(engine)
     pipe.set_progress_bar_config(disable=True)
@@ -261,7 +289,7 @@ def _trial(
     pictures = []
     for i, request in enumerate(requests):
         tell(f"{name}: picture {i + 1} of {len(requests)}")
-        pictures.append(compare_picture(pipe, sides.exact, sides.same, request, wanted, over))
+        pictures.append(compare_picture(pipe, sides.exact, sides.same, request, wanted, over, control))
     return _Trial(name, plan, pictures)
 
 
@@ -281,7 +309,8 @@ def _over_trial(
     pipe.set_progress_bar_config(disable=True)
     request = trial.pictures[0].request.model_copy(update={"strength": STRENGTH})
     drawn_over = scene.over if scene else Over(trial.pictures[-1].truth.image[None])
-    picture = compare_picture(pipe, sides.exact, sides.same, request, over=drawn_over)
+    control = trial.pictures[0].control
+    picture = compare_picture(pipe, sides.exact, sides.same, request, over=drawn_over, control=control)
     return [_Trial(name, trial.plan, [picture])]
 
 
@@ -305,6 +334,8 @@ def _judge(
     measured = measure(engine, sides, ["", *prompts], runs, steps)
     if scene is not None:
         measured += measure_told(engine, sides, scene, trials[0].pictures)
+    if engine.manifest.model.controlled:
+        measured += measure_control(engine, sides, trials[0].pictures)
     checks = [_same_tokens(engine, sides.exact, ["", *prompts]), _same_scheduler(engine, reference)]
     whole = rule.measured_pictures([picture for trial in [*trials, *over] for picture in trial.pictures])
     figures = []
@@ -347,7 +378,8 @@ def _same_scheduler(engine: Engine, reference: Checkpoint) -> Check:
 def _setting(engine: Engine, reference: Checkpoint, request: Request, start: float) -> Setting:
     manifest, versions = engine.manifest, _versions()
     inpaints = manifest.model.inpaints
-    stock_name = OVER[reference.family == "sdxl"][True] if inpaints else PIPELINES[reference.family]
+    controlled = manifest.model.controlled
+    stock_name = pipeline_class(reference.family, controlnet=controlled, masked=True if inpaints else None)
     return Setting(
         engine=manifest.name,
         folder=str(engine.folder),
@@ -355,6 +387,7 @@ def _setting(engine: Engine, reference: Checkpoint, request: Request, start: flo
         dtype=manifest.dtype,
         fp8=len(manifest.fp8),
         inpaints=inpaints,
+        controlnet=None if reference.controlnet is None else str(reference.controlnet.record()),
         device=str(engine.device),
         checkpoint=reference.source
         if reference.revision is None

@@ -78,7 +78,8 @@ def measure_told(
 def _told(engine: Engine, scene: Scene, picture: Picture, truth: Tensor) -> Tensor:
     """[1 + C, h, w] float32, like `truth`; NaN where the encoder gives no numbers."""
     try:
-        [row] = Pipeline(engine).prepare(picture.request, Given(over=scene.over)).rows
+        given = Given(over=scene.over, control=picture.control)
+        [row] = Pipeline(engine).prepare(picture.request, given).rows
     except NumericalError:
         return torch.full_like(truth, math.nan)
     return cast(Tensor, row.beside)  # as of every row of a U-Net for inpainting

@@ -6,16 +6,18 @@ pictures, so that the error of one module is not the drift of another.
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from sdfast.control import embedded
 from sdfast.engine import Engine
 from sdfast.errors import EngineError
+from sdfast.manifest import CONTROL
 from sdfast.noise import BrownianNoise, NoiseSource, OwnNoise, generator
 from sdfast.schedulers import Schedule
 from sdfast.validation.metrics import Error, compare
@@ -126,8 +128,8 @@ def _text_states(pipe: Any, name: str, ids: Tensor) -> dict[str, Tensor]:
 def _unet(
     engine: Engine, stock: Stock, steps: Sequence[StepInputs], height: int, width: int
 ) -> Iterator[Measured]:
-    truths = [observed_step(stock.exact.unet, step) for step in steps]
-    same = None if stock.same is None else [observed_step(stock.same.unet, step) for step in steps]
+    truths = [observed_step(stock.exact, step) for step in steps]
+    same = None if stock.same is None else [observed_step(stock.same, step) for step in steps]
 
     def error_of(values: Sequence[Tensor], part: Callable[[StepOutputs], Tensor], name: str) -> Error:
         return compare(
@@ -143,16 +145,21 @@ def _unet(
 
     contexts = [_context(engine, step) for step in steps]
     shifts = [_time_shift(engine, step) for step in steps]
+    controls = [_control(engine, step) for step in steps]
     alone = [
-        _output(engine, step, truth.time_shift, truth.context, height, width)
+        _output(engine, step, truth.time_shift, truth.context, truth.control, height, width)
         for step, truth in zip(steps, truths, strict=True)
     ]
     whole = [
-        _output(engine, step, shift, context, height, width)
-        for step, shift, context in zip(steps, shifts, contexts, strict=True)
+        _output(engine, step, shift, context, control, height, width)
+        for step, shift, context, control in zip(steps, shifts, contexts, controls, strict=True)
     ]
+    own_controls = [control for control in controls if control is not None]
     yield measured("context", "keys and values of the prompt", contexts, lambda outputs: outputs.context)
     yield measured("time_shift", "time projections", shifts, lambda outputs: outputs.time_shift)
+    if own_controls:
+        what = "the embedded control image"
+        yield measured(CONTROL, what, own_controls, lambda outputs: cast(Tensor, outputs.control))
     yield measured("unet", "on the reference's context and shifts", alone, lambda outputs: outputs.output)
     yield measured("step", "context + time_shift + unet", whole, lambda outputs: outputs.output)
 
@@ -170,10 +177,23 @@ def _time_shift(engine: Engine, step: StepInputs) -> Tensor:
     return engine.call("time_shift", inputs)["time_shift"]
 
 
+def _control(engine: Engine, step: StepInputs) -> Tensor | None:
+    return None if step.control is None else embedded(engine, step.control.image)
+
+
 def _output(
-    engine: Engine, step: StepInputs, time_shift: Tensor, context: Tensor, height: int, width: int
+    engine: Engine,
+    step: StepInputs,
+    time_shift: Tensor,
+    context: Tensor,
+    control: Tensor | None,
+    height: int,
+    width: int,
 ) -> Tensor:
-    tensors: Mapping[str, Tensor] = {"sample": step.sample, "time_shift": time_shift, "context": context}
+    tensors = {"sample": step.sample, "time_shift": time_shift, "context": context}
+    if step.control is not None and control is not None:
+        scale = time_shift.new_full((len(time_shift), 1), step.control.scale)
+        tensors |= {"time_shift": torch.cat([time_shift, scale], dim=1), "control": control}
     inputs = {name: value.to(engine.device, engine.dtype) for name, value in tensors.items()}
     return engine.call("unet", inputs, height, width)["output"]
 

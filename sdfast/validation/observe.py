@@ -1,7 +1,7 @@
 """Watching the stock pipeline at work: what it computes on the way to a picture, as it computes it."""
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +11,15 @@ from torch import Tensor
 
 from sdfast.first_latents import Over
 from sdfast.request import Request
-from sdfast.validation.reference import as_reference, generate, stock_scheduler
+from sdfast.validation.reference import as_reference, generate, step_networks, stock_scheduler
+
+
+@dataclass(frozen=True)
+class Control:
+    """What a stock ControlNet is given in a step: image [B, 3, H, W], and the scale of what it adds."""
+
+    image: Tensor
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -20,6 +28,7 @@ class StepInputs:
 
     sample: [B, C, h, w], scaled for the network. hidden_states: [B, L, D].
     conditions: text_embeds [B, P] and time_ids [B, 6] (SDXL), timestep_cond [B, W] (LCM), where it has them.
+    control: what its ControlNet is given, if it has one.
     """
 
     index: int
@@ -27,15 +36,20 @@ class StepInputs:
     sample: Tensor
     hidden_states: Tensor
     conditions: Mapping[str, Tensor]
+    control: Control | None = None
 
 
 @dataclass(frozen=True)
 class StepOutputs:
-    """What it computes: the packed context [B, L, KV] and time shifts [B, T], and the output [B, C, h, w]."""
+    """What it computes: the packed context [B, L, KV] and time shifts [B, T], and the output [B, C, h, w].
+
+    Of a ControlNet, context and time shifts follow the U-Net's; control: the embedded image [B, C_0, h, w].
+    """
 
     context: Tensor
     time_shift: Tensor
     output: Tensor
+    control: Tensor | None = None
 
 
 @dataclass
@@ -43,7 +57,8 @@ class Run:
     """One picture by the stock pipeline. masked: whether it was drawn over the masked part of an image.
 
     latents, outputs: after each evaluation of the network, [1, C, h, w] float32: the latents, and the guided
-    model output that led to them. steps: the inputs of the steps that were asked for.
+    model output that led to them. steps: the inputs of the steps that were asked for. scales: of what a
+    ControlNet adds at each evaluation.
     image: [3, H, W] float32 in [0, 1].
     """
 
@@ -53,40 +68,61 @@ class Run:
     latents: list[Tensor] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     steps: list[StepInputs] = field(default_factory=list)
+    scales: list[float] = field(default_factory=list)
     image: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 @as_reference()
-def observed_run(pipe: Any, request: Request, wanted: Collection[int] = (), over: Over | None = None) -> Run:
+def observed_run(
+    pipe: Any,
+    request: Request,
+    wanted: Collection[int] = (),
+    over: Over | None = None,
+    control: Tensor | None = None,
+) -> Run:
     """The first picture of `request` by the stock pipeline, with the U-Net's inputs at the `wanted` steps.
 
-    over: what it is drawn over.
+    over: what it is drawn over. control: the control image of a pipeline with a ControlNet, [1, 3, H, W].
     """
     run = Run(request.seed, masked=over is not None and over.mask is not None)
     scheduler = _watched_scheduler(stock_scheduler(pipe, request.scheduler), run)
-    with _watched_unet(pipe.unet, run, wanted):
-        run.image = generate(pipe, request, scheduler=scheduler, output_type="pt", over=over)[0].cpu()
+    asked = {"scheduler": scheduler, "output_type": "pt", "over": over, "control": control}
+    with _watched(step_networks(pipe), run, wanted):
+        run.image = generate(pipe, request, **asked)[0].cpu()
     return run
 
 
 @contextmanager
-def _watched_unet(unet: Any, run: Run, wanted: Collection[int]) -> Iterator[None]:
-    count = 0
+def _watched(networks: Sequence[Any], run: Run, wanted: Collection[int]) -> Iterator[None]:
+    """The U-Net, and the ControlNet, which is evaluated before it in each step."""
+    count, control = 0, None
 
-    def before(_module: Any, args: tuple[Any, ...], given: dict[str, Any]) -> None:
+    def before_unet(_module: Any, args: tuple[Any, ...], given: dict[str, Any]) -> None:
         nonlocal count
         if count in wanted:
-            run.steps.append(_step_inputs(count, args[0], args[1], given))
+            run.steps.append(_step_inputs(count, args[0], args[1], given, control))
         count += 1
 
-    handle = unet.register_forward_pre_hook(before, with_kwargs=True)
+    def before_controlnet(_module: Any, _args: tuple[Any, ...], given: dict[str, Any]) -> None:
+        nonlocal control
+        control = Control(given["controlnet_cond"], float(given["conditioning_scale"]))
+        run.scales.append(control.scale)
+
+    hooks = (before_unet, before_controlnet)
+    handles = [
+        network.register_forward_pre_hook(hook, with_kwargs=True)
+        for network, hook in zip(networks, hooks, strict=False)  # there may be no ControlNet
+    ]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
-def _step_inputs(index: int, sample: Tensor, timestep: Tensor, given: Mapping[str, Any]) -> StepInputs:
+def _step_inputs(
+    index: int, sample: Tensor, timestep: Tensor, given: Mapping[str, Any], control: Control | None
+) -> StepInputs:
     conditions = {**(given.get("added_cond_kwargs") or {}), "timestep_cond": given.get("timestep_cond")}
     return StepInputs(
         index,
@@ -94,6 +130,7 @@ def _step_inputs(index: int, sample: Tensor, timestep: Tensor, given: Mapping[st
         sample.clone(),
         given["encoder_hidden_states"].clone(),
         {name: value.clone() for name, value in conditions.items() if value is not None},
+        control,
     )
 
 
@@ -113,25 +150,48 @@ def _watched_scheduler(scheduler: Any, run: Run) -> Any:
     return scheduler
 
 
-def observed_step(unet: Any, given: StepInputs) -> StepOutputs:
-    """One evaluation of the stock U-Net, its keys, values and time projections packed as sdfast packs them.
+def observed_step(pipe: Any, given: StepInputs) -> StepOutputs:
+    """One evaluation of the stock networks, keys, values and time projections packed as sdfast packs them.
 
-    The order of the packing is not assumed: it is the order in which the network is seen to use them.
+    The order of the packing is not assumed: it is the order in which each network is seen to use them.
     """
-    context: list[Tensor] = []
-    shifts: list[Tensor] = []
-    handles = []
-    for name, module in unet.named_modules():
-        if name.endswith(("attn2.to_k", "attn2.to_v")):
-            handles.append(module.register_forward_hook(lambda _m, _args, out: context.append(out)))
-        if hasattr(module, "time_emb_proj"):
-            handles.append(module.time_emb_proj.register_forward_hook(_shift_of(module, shifts)))
+    seen = [_Seen(network) for network in step_networks(pipe)]
     try:
-        output = _evaluate(unet, given)
+        output = _evaluate(pipe, given)
     finally:
-        for handle in handles:
+        for one in seen:
+            one.close()
+    context = torch.cat([part for one in seen for part in one.context], dim=-1)
+    shifts = torch.cat([part for one in seen for part in one.shifts], dim=-1)
+    return StepOutputs(context, shifts, output, seen[-1].control)
+
+
+class _Seen:
+    """What a stock network computes on the way, in the order in which it does, until `close`."""
+
+    def __init__(self, network: Any) -> None:
+        self.context: list[Tensor] = []
+        self.shifts: list[Tensor] = []
+        self.control: Tensor | None = None
+        self._handles = []
+        for name, module in network.named_modules():
+            if name.endswith(("attn2.to_k", "attn2.to_v")):
+                self._handles.append(module.register_forward_hook(self._see_context))
+            if hasattr(module, "time_emb_proj"):
+                hook = _shift_of(module, self.shifts)
+                self._handles.append(module.time_emb_proj.register_forward_hook(hook))
+            if name == "controlnet_cond_embedding":
+                self._handles.append(module.register_forward_hook(self._see_control))
+
+    def close(self) -> None:
+        for handle in self._handles:
             handle.remove()
-    return StepOutputs(torch.cat(context, dim=-1), torch.cat(shifts, dim=-1), output)
+
+    def _see_context(self, _module: Any, _args: Any, output: Tensor) -> None:
+        self.context.append(output)
+
+    def _see_control(self, _module: Any, _args: Any, output: Tensor) -> None:
+        self.control = output
 
 
 def _shift_of(block: Any, shifts: list[Tensor]) -> Callable[[Any, Any, Tensor], None]:
@@ -144,19 +204,27 @@ def _shift_of(block: Any, shifts: list[Tensor]) -> Callable[[Any, Any, Tensor], 
 
 
 @as_reference()
-def _evaluate(unet: Any, given: StepInputs) -> Tensor:
+def _evaluate(pipe: Any, given: StepInputs) -> Tensor:
+    unet = pipe.unet
+
     def cast(tensor: Tensor) -> Tensor:
         return tensor.to(unet.device, unet.dtype)
 
     conditions = {name: cast(value) for name, value in given.conditions.items()}
     timestep_cond = conditions.pop("timestep_cond", None)
     timestep = torch.tensor(given.timestep, device=unet.device)
-    output: Tensor = unet(
-        cast(given.sample),
-        timestep,
-        encoder_hidden_states=cast(given.hidden_states),
-        timestep_cond=timestep_cond,
-        added_cond_kwargs=conditions or None,
-        return_dict=False,
-    )[0]
+    shared: dict[str, Any] = {
+        "encoder_hidden_states": cast(given.hidden_states),
+        "added_cond_kwargs": conditions or None,
+        "return_dict": False,
+    }
+    added: dict[str, Any] = {}
+    if given.control is not None:
+        latents = cast(given.sample[:, : pipe.controlnet.config.in_channels])
+        image, scale = cast(given.control.image), given.control.scale
+        down, mid = pipe.controlnet(
+            latents, timestep, controlnet_cond=image, conditioning_scale=scale, **shared
+        )
+        added = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+    output: Tensor = unet(cast(given.sample), timestep, timestep_cond=timestep_cond, **shared, **added)[0]
     return output

@@ -28,7 +28,7 @@ class Drawn:
 class Picture:
     """One picture by the engine, by the float32 stock pipeline, and by that in the engine's own dtype.
 
-    over: what it was drawn over.
+    over: what it was drawn over. control: the control image, [1, 3, H, W], of an engine with a ControlNet.
     """
 
     request: Request
@@ -36,6 +36,7 @@ class Picture:
     same: Run | None
     engine: Drawn
     over: Over | None = None
+    control: Tensor | None = None
 
     @property
     def image(self) -> Tensor:
@@ -65,7 +66,7 @@ class Repetition:
     batched: list[tuple[Tensor, Tensor]]
 
 
-def draw(pipe: Pipeline, request: Request, over: Over | None = None) -> Drawn:
+def draw(pipe: Pipeline, request: Request, over: Over | None = None, control: Tensor | None = None) -> Drawn:
     """Run the engine. A picture that it refuses to make, being no number, is a picture of NaN."""
     latents: list[Tensor] = []
 
@@ -73,7 +74,7 @@ def draw(pipe: Pipeline, request: Request, over: Over | None = None) -> Drawn:
         latents.append(tensors["latents"].float().cpu().clone())
 
     try:
-        images = pipe.generate(request, Given(over=over), "pt", keep).images.cpu()
+        images = pipe.generate(request, Given(over=over, control=control), "pt", keep).images.cpu()
     except NumericalError:
         images = torch.full((request.images, 3, request.height, request.width), torch.nan)
     return Drawn(images, latents)
@@ -86,21 +87,23 @@ def compare_picture(
     request: Request,
     wanted: Sequence[int] = (),
     over: Over | None = None,
+    control: Tensor | None = None,
 ) -> Picture:
-    """One picture on all sides, if `over` is given over that.
+    """One picture on all sides, if `over` is given over that, and if `control` is given under its guidance.
 
     wanted: steps whose U-Net inputs the float32 run keeps.
     """
-    truth = observed_run(exact, request, wanted, over)
-    return Picture(request, truth, _reduced_run(same, request, over), draw(pipe, request, over), over)
+    truth = observed_run(exact, request, wanted, over, control)
+    reduced = _reduced_run(same, request, over, control)
+    return Picture(request, truth, reduced, draw(pipe, request, over, control), over, control)
 
 
-def _reduced_run(same: Any | None, request: Request, over: Over | None) -> Run | None:
+def _reduced_run(same: Any | None, request: Request, over: Over | None, control: Tensor | None) -> Run | None:
     if same is None:
         return None
     try:
         with DrawnInFloat32():
-            return observed_run(same, request, over=over)
+            return observed_run(same, request, over=over, control=control)
     except RuntimeError as error:  # torch has no type for an operation that a device lacks in float16
         raise BackendError(
             f"stock diffusers does not run in float16 on {same.device} ({str(error).splitlines()[0]}), so an "
@@ -111,15 +114,15 @@ def _reduced_run(same: Any | None, request: Request, over: Over | None) -> Run |
 def repeat(pipe: Pipeline, pictures: Sequence[Picture]) -> Repetition:
     """Draw again what was drawn: once the same, once all in one request.
 
-    All of one scheduler and seed, and over the same image, if over any.
+    All of one scheduler and seed, and over the same image and under the same control image, if any.
     """
-    first, over = pictures[0].request, pictures[0].over
+    first, images = pictures[0].request, (pictures[0].over, pictures[0].control)
     prompts = tuple(picture.request.prompts[0] for picture in pictures)
     negatives = tuple(picture.request.negative_prompts[0] for picture in pictures)
     whole = first.model_copy(update={"prompts": prompts, "negative_prompts": negatives})
-    batch = draw(pipe, whole, over).images
+    batch = draw(pipe, whole, *images).images
     return Repetition(
-        repeated=torch.equal(draw(pipe, first, over).images, pictures[0].engine.images),
+        repeated=torch.equal(draw(pipe, first, *images).images, pictures[0].engine.images),
         batched=[(image, picture.image) for image, picture in zip(batch, pictures, strict=True)],
     )
 

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch.overrides import TorchFunctionMode
 
 from sdfast.errors import BackendError, CheckpointError, DependencyError, RequestError, first_line
-from sdfast.export.checkpoint import Checkpoint
+from sdfast.export.checkpoint import Checkpoint, Component
 from sdfast.first_latents import Over
 from sdfast.noise import generator
 from sdfast.request import TOLD_SIZES, Request
@@ -28,15 +28,16 @@ if TYPE_CHECKING:
     from sdfast.backends.attention import Attention
     from sdfast.export.lora import Lora
 
-PIPELINES = {"sd": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
-# Over an image, and with a mask.
-OVER = {
-    False: ("StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),
-    True: ("StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"),
-}
+TASKS = {None: "", False: "Img2Img", True: "Inpaint"}  # of nothing, over an image, and with a mask
 INPAINTED_CHANNELS = (4, 9)  # of the U-Nets that diffusers' inpainting pipelines take
 _ADAPTER = "sdfast"  # what diffusers is to call a LoRA while it is loaded
 _VARIANT = re.compile(r"\.(\w+?)(?:-\d+-of-\d+)?\.safetensors$")
+
+
+def pipeline_class(family: str, *, controlnet: bool = False, masked: bool | None = None) -> str:
+    """The name of diffusers' pipeline. masked: whether what it draws over has a mask; None: over nothing."""
+    parts = ("XL" * (family == "sdxl"), "ControlNet" * controlnet, TASKS[masked])
+    return f"StableDiffusion{''.join(parts)}Pipeline"
 
 
 def stock() -> Any:
@@ -58,12 +59,13 @@ def reference_pipeline(
     device: str | torch.device = "cpu",
     attention: "Attention | None" = None,
 ) -> Any:
-    """diffusers' own text-to-image pipeline of `checkpoint`, in `dtype`, without its safety checker.
+    """diffusers' own text-to-image pipeline of `checkpoint`, with its ControlNet if it has one, in `dtype`,
+    without its safety checker.
 
     LoRAs are loaded and fused in float32, by diffusers' own code and peft's.
 
-    attention: what computes that of the U-Net, for a stock pipeline that is drawn with; the reference of a
-        comparison leaves it out, and PyTorch chooses.
+    attention: what computes that of the U-Net and a ControlNet, for a stock pipeline that is drawn with; the
+        reference of a comparison leaves it out, and PyTorch chooses.
 
     Raises `DependencyError` without diffusers, or without peft where there are LoRAs, `BackendError` when the
     device is not there, `CheckpointError` for a LoRA that diffusers does not load.
@@ -73,26 +75,40 @@ def reference_pipeline(
         raise BackendError(
             "device 'cuda' was asked for, but this torch sees no CUDA device; `sdfast doctor` says more"
         )
-    without: dict[str, Any] = {"add_watermarker": False}
+    options: dict[str, Any] = {"add_watermarker": False}
     if checkpoint.family == "sd":
-        without = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    kind = pipeline_class(checkpoint.family, controlnet=checkpoint.controlnet is not None)
     with quiet():
-        pipe = getattr(diffusers, PIPELINES[checkpoint.family]).from_pretrained(
+        if checkpoint.controlnet is not None:
+            options["controlnet"] = diffusers.ControlNetModel.from_pretrained(
+                checkpoint.controlnet.folder,
+                use_safetensors=True,
+                local_files_only=True,
+                variant=_variant(checkpoint.controlnet.component),
+            )
+        pipe = getattr(diffusers, kind).from_pretrained(
             checkpoint.folder,
             use_safetensors=True,
             local_files_only=True,
-            variant=_variant(checkpoint),
-            **without,
+            variant=_variant(checkpoint.components["unet"]),
+            **options,
         )
         for lora in checkpoint.loras:
             _fuse(pipe, lora)
         pipe = pipe.to(device, dtype)
     _restore_text_model(pipe)
     if attention is not None:
-        processors = pipe.unet.attn_processors.items()
-        pipe.unet.set_attn_processor({name: _Attending(stock, attention) for name, stock in processors})
+        for network in step_networks(pipe):
+            processors = network.attn_processors.items()
+            network.set_attn_processor({name: _Attending(stock, attention) for name, stock in processors})
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def step_networks(pipe: Any) -> list[Any]:
+    """What a pipeline runs at each step: the U-Net, and its ControlNet if it has one."""
+    return [pipe.unet, *([pipe.controlnet] if hasattr(pipe, "controlnet") else [])]
 
 
 def _fuse(pipe: Any, lora: "Lora") -> None:
@@ -253,13 +269,15 @@ def generate(
     scheduler: Any = None,
     output_type: str = "pil",
     over: Over | None = None,
+    control: torch.Tensor | None = None,
 ) -> Any:
     """The pictures of `request` by the stock pipeline, the way sdfast's `Pipeline.generate` draws them.
 
     Image i has the generator of seed + i. scheduler: a diffusers scheduler in place of the one that the
     request names. over: what a request with `strength` is drawn over, by the stock pipeline for that, on the
-    networks of `pipe`. Returns a list of PIL images, or for `output_type="pt"` a tensor [n, 3, H, W] float32
-    in [0, 1].
+    networks of `pipe`. control: the control images of a pipeline with a ControlNet, [m, 3, H, W], which the
+    pictures take in turn. Returns a list of PIL images, or for `output_type="pt"` a tensor [n, 3, H, W]
+    float32 in [0, 1].
 
     Raises `RequestError` and `BackendError` for what that pipeline cannot do.
     """
@@ -269,7 +287,8 @@ def generate(
     try:
         with quiet():
             parts = [
-                _generate_one(drawing, request, i, output_type, over) for i in range(len(request.prompts))
+                _generate_one(drawing, request, i, output_type, over, control)
+                for i in range(len(request.prompts))
             ]
     finally:
         drawing.scheduler = own
@@ -286,14 +305,13 @@ def _pipeline_over(pipe: Any, request: Request, over: Over) -> Any:
             f"diffusers' inpainting takes U-Nets of 4 or 9 channels, and this one has {channels}; leave the "
             "mask out, or draw with an engine"
         )
-    sdxl = hasattr(pipe, "text_encoder_2")
-    if request.guidance_rescale and not sdxl:
+    sdxl, controlnet = hasattr(pipe, "text_encoder_2"), hasattr(pipe, "controlnet")
+    if request.guidance_rescale and (controlnet or not sdxl):
         raise RequestError("guidance_rescale: diffusers takes none over an image; leave it at 0")
     without = {"add_watermarker": False} if sdxl else {"requires_safety_checker": False}
+    kind = pipeline_class("sdxl" if sdxl else "sd", controlnet=controlnet, masked=over.mask is not None)
     with quiet():
-        made = getattr(stock(), OVER[sdxl][over.mask is not None]).from_pipe(
-            pipe, torch_dtype=pipe.unet.dtype, **without
-        )
+        made = getattr(stock(), kind).from_pipe(pipe, torch_dtype=pipe.unet.dtype, **without)
     made.set_progress_bar_config(**pipe._progress_bar_config)
     return made
 
@@ -310,7 +328,26 @@ def _over_arguments(request: Request, rows: range, over: Over) -> dict[str, Any]
     return run
 
 
-def _generate_one(pipe: Any, request: Request, index: int, output_type: str, over: Over | None = None) -> Any:
+def _control_arguments(
+    request: Request, rows: range, control: torch.Tensor, over: Over | None
+) -> dict[str, Any]:
+    """What the stock pipeline is told of a control image, which is its `image` unless it has another."""
+    return {
+        "image" if over is None else "control_image": control[[i % len(control) for i in rows]],
+        "controlnet_conditioning_scale": request.controlnet_conditioning_scale,
+        "control_guidance_start": request.control_guidance_start,
+        "control_guidance_end": request.control_guidance_end,
+    }
+
+
+def _generate_one(
+    pipe: Any,
+    request: Request,
+    index: int,
+    output_type: str,
+    over: Over | None = None,
+    control: torch.Tensor | None = None,
+) -> Any:
     """The pictures of one prompt: diffusers takes a missing negative prompt for all prompts or for none."""
     count, sdxl = request.num_images_per_prompt, hasattr(pipe, "text_encoder_2")
     rows = range(index * count, (index + 1) * count)
@@ -327,6 +364,8 @@ def _generate_one(pipe: Any, request: Request, index: int, output_type: str, ove
         run |= {"height": request.height, "width": request.width}
     else:
         run |= _over_arguments(request, rows, over)
+    if control is not None:
+        run |= _control_arguments(request, rows, control, over)
     if "guidance_rescale" in inspect.signature(pipe.__call__).parameters:
         run["guidance_rescale"] = request.guidance_rescale
     if is_plain(request):
@@ -382,7 +421,7 @@ def _whole(timestep: float) -> float:
     return int(timestep) if timestep == int(timestep) else timestep
 
 
-def _variant(checkpoint: Checkpoint) -> str | None:
+def _variant(component: Component) -> str | None:
     """The variant ("fp16") that the weights' file names speak of."""
-    match = _VARIANT.search(checkpoint.components["unet"].weights[0].name)
+    match = _VARIANT.search(component.weights[0].name)
     return match.group(1) if match else None

@@ -76,7 +76,8 @@ class Setting(_Part):
     """What was compared, how, and where.
 
     fp8: how many layers of the engine's U-Net are in FP8. inpaints: whether all pictures were drawn over the
-    masked part of one image. loras: that were merged into the engine, and fused into the reference, each with
+    masked part of one image. controlnet: that all were drawn with, under one control image. loras: that were
+    merged into the engine, and fused into the reference, each with
     its scale.
     """
 
@@ -86,6 +87,7 @@ class Setting(_Part):
     dtype: str
     fp8: int = 0
     inpaints: bool = False
+    controlnet: str | None = None
     device: str
     checkpoint: str
     loras: tuple[str, ...] = ()
@@ -177,6 +179,7 @@ class Report(_Part):
             f"{setting.device}, "
             f"against {setting.reference}",
             *(f"with LoRA {lora}" for lora in setting.loras),
+            *([f"with ControlNet {setting.controlnet}"] if setting.controlnet else []),
             f"{setting.width}x{setting.height}, {setting.steps} steps, guidance {setting.guidance_scale:g}, "
             f"seed {setting.seed}{', over the masked part of one image' * setting.inpaints}",
             "",

@@ -24,6 +24,7 @@ from sdfast.export.onnx_tensorrt import TENSORRT
 from sdfast.export.recipe import Recipe
 from sdfast.manifest import read_manifest
 from sdfast.models import layers, ops, unet, vae
+from sdfast.models.controlnet import ControlledUNet, ControlNet
 from sdfast.models.text import TextEncoder
 from sdfast.models.unet import UNet, UNetConfig
 from sdfast.models.vae import VAEConfig, load_vae
@@ -222,6 +223,22 @@ def test_unet_of_any_size(tmp_path):
     assert kinds(path)["Transpose"] == 2
     for batch, height, width in ((1, 8, 12), (3, 16, 8), (2, 7, 9)):
         check(path, network, unet_inputs(network, batch, height, width, HALF), 5e-3)
+
+
+def test_unet_with_a_controlnet(tmp_path):
+    """Neither the scales nor the sums take an image out of its form: sample and control in, output out."""
+    config = UNetConfig.from_diffusers(TINY)
+    network = randomise(ControlledUNet(UNet(config), ControlNet(config))).half()
+    inputs = {
+        "sample": torch.randn(2, 4, 8, 12, dtype=HALF),
+        "time_shift": torch.randn(2, sum(network.shift_widths), dtype=HALF),
+        "context": torch.randn(2, 77, sum(network.context_widths), dtype=HALF),
+        "control": torch.randn(2, 16, 8, 12, dtype=HALF),
+    }
+    path = tmp_path / "unet.onnx"
+    export_module(network, inputs, {}, ["output"], path, CUDA)
+    assert kinds(path)["Transpose"] == 3
+    check(path, network, inputs, 5e-3)
 
 
 def test_a_free_batch_asks_for_no_shapes(tmp_path):

@@ -309,3 +309,43 @@ def test_one_file_of_a_repository(hub: Hub, tmp_path: Path) -> None:
     with start(hub, IMPATIENT + LORAS, HF_HOME=str(home), HF_HUB_OFFLINE="1") as process:
         assert ask(process, "org/lora", home) == new
         process.terminate()
+
+
+CONTROLNETS = """
+import json, sys
+from sdfast.errors import CheckpointError
+from sdfast.export.controlnet import _resolve
+from sdfast.export.recipe import ControlNetSetting
+for line in sys.stdin:
+    asked = json.loads(line)
+    try:
+        setting = ControlNetSetting(**{name: asked[name] for name in asked if name != "cache_dir"})
+        found = _resolve(setting, len)
+        tensors = len(found.state_dict())
+        answer = {"commit": found.revision, "weights": sorted(found.digests), "tensors": tensors}
+    except CheckpointError as error:
+        answer = {"error": str(error)}
+    print(json.dumps(answer), flush=True)
+"""
+
+
+def test_a_controlnet_comes_whole_and_nothing_else(hub: Hub, tiny_controlnet: Path, tmp_path: Path) -> None:
+    """Its config and the weights that are asked for: no pickle, no script, no other precision."""
+    folder, home = copied(tiny_controlnet, tmp_path / "repo"), tmp_path / "home"
+    weights = "diffusion_pytorch_model.safetensors"
+    for name in ("diffusion_pytorch_model.bin", "canny.py", "diffusion_pytorch_model.fp16.safetensors"):
+        shutil.copy(folder / weights, folder / name)
+    unsafe = copied(tiny_controlnet, tmp_path / "unsafe")
+    (unsafe / weights).rename(unsafe / "diffusion_pytorch_model.bin")
+    hub.repos |= {"org/canny": Repo({"main": folder}), "org/unsafe": Repo({"main": unsafe})}
+    with start(hub, IMPATIENT + CONTROLNETS, HF_HOME=str(home)) as process:
+        found = ask(process, "org/canny", home)
+        assert hub.fetched() == {"config.json", weights}
+        half = ask(process, "org/canny", home, variant="fp16")
+        errors = [ask(process, name, home)["error"] for name in ("org/unsafe", "org/tiny")]
+        process.terminate()
+    assert found == {"commit": commit_of(folder), "weights": [weights], "tensors": found["tensors"]}
+    assert half["weights"] == ["diffusion_pytorch_model.fp16.safetensors"]
+    assert found["tensors"] == half["tensors"] > 30
+    assert "a pickle only (diffusion_pytorch_model.bin)" in errors[0]
+    assert errors[1].startswith("org/tiny: no config.json, so not a ControlNet")

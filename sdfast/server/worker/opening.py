@@ -36,15 +36,19 @@ def warm_up(engine: Engine) -> None:
             height=height.low if height else model.default_height,
             width=width.low if width else model.default_width,
             num_inference_steps=WARM_UP_STEPS,
+            controlnet_conditioning_scale=1.0 if model.controlled else None,
             seed=0,
         )
+        nothing = _nothing(request)
+        control = nothing.image if model.controlled else None
         try:
             if model.inpaints:
-                pipe.generate(request.model_copy(update={"strength": 1.0}), Given(over=_nothing(request)))
+                request = request.model_copy(update={"strength": 1.0})
+                pipe.generate(request, Given(over=nothing, control=control))
                 continue
             if engine.manifest.edits:
-                encoded(engine, _nothing(request).image)
-            pipe.generate(request)
+                encoded(engine, nothing.image)
+            pipe.generate(request, Given(control=control))
         except SdfastError as error:
             raise type(error)(f"engine {engine.manifest.name!r} cannot draw: {error}") from error
 

@@ -1,0 +1,108 @@
+"""ControlNets that are put beside a checkpoint's U-Net when an engine is exported: where they lie."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from sdfast.errors import CheckpointError
+from sdfast.export import layout
+from sdfast.export.checkpoint import Checkpoint, Component, Progress, component_of
+from sdfast.export.files import Files, load_tensors, sha256
+from sdfast.export.recipe import ControlNetSetting
+from sdfast.export.sources import kind_of
+from sdfast.manifest import AddedControlNet, Manifest
+from sdfast.models.controlnet import CLASS
+
+_WANTED = "a ControlNet is a diffusers folder or a Hub id"
+
+
+@dataclass(frozen=True)
+class ControlNetSource:
+    """A ControlNet on this disk, verified as far as its headers go.
+
+    source: what the user gave. revision: the commit on the Hub. digests: the SHA-256 of each of its weights
+    files, by name.
+    """
+
+    source: str
+    revision: str | None
+    component: Component
+    digests: Mapping[str, str]
+
+    @property
+    def folder(self) -> Path:
+        return self.component.weights[0].parent
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Its tensors, as `Checkpoint.state_dict` has those of a component."""
+        tensors: dict[str, Tensor] = {}
+        for path in self.component.weights:
+            tensors.update(load_tensors(path, self.source))
+        return tensors
+
+    def record(self) -> AddedControlNet:
+        """What an engine's manifest tells of it."""
+        return AddedControlNet(source=self.source, revision=self.revision, weights=dict(self.digests))
+
+
+def with_controlnet(
+    checkpoint: Checkpoint, setting: ControlNetSetting | None, progress: Progress | None = None
+) -> Checkpoint:
+    """The checkpoint with a ControlNet beside its U-Net.
+
+    Raises `CheckpointError` for one that cannot be found or read. Whether it fits is seen when the networks'
+    configs are read.
+    """
+    if setting is None:
+        return checkpoint
+    return replace(checkpoint, controlnet=_resolve(setting, progress or _silent))
+
+
+def _silent(message: str) -> None:
+    """The progress of a caller who asked for none."""
+
+
+def setting_of(manifest: Manifest) -> ControlNetSetting | None:
+    """The ControlNet that an engine was made with, to be found again."""
+    made_with = manifest.checkpoint.controlnet
+    if made_with is None:
+        return None
+    variant = manifest.recipe.get("controlnet", {}).get("variant")
+    return ControlNetSetting(source=made_with.source, revision=made_with.revision, variant=variant)
+
+
+def _resolve(setting: ControlNetSetting, progress: Progress) -> ControlNetSource:
+    source, revision = setting.source, setting.revision
+    kind = kind_of(source, _WANTED)
+    if kind == "file":
+        raise CheckpointError(
+            f"{source}: a ControlNet in a single file, which does not say what network it is of; load it "
+            "by diffusers' ControlNetModel.from_single_file, and give the folder that save_pretrained writes"
+        )
+    if kind == "folder":
+        if revision is not None:
+            raise CheckpointError(
+                f"{source}: is a ControlNet's folder, for which revision has no meaning; leave it out"
+            )
+        folder = Path(source).expanduser().resolve()
+    else:
+        from sdfast.export import hub
+
+        folder, revision = hub.download_controlnet(
+            source, revision=revision, variant=setting.variant, progress=progress
+        )
+    component = _read(Files(folder, source), setting.variant)
+    digests = {path.name: sha256(path, source) for path in component.weights}
+    return ControlNetSource(source, revision, component, digests)
+
+
+def _read(files: Files, variant: str | None) -> Component:
+    """Scripts that lie beside the weights are none of sdfast's business: nothing of them is run."""
+    layout.check_controlnet(files.names, files.source)
+    config = files.json("config.json")
+    stated = config.get("_class_name")
+    if stated != CLASS:
+        raise CheckpointError(f"{files.source}: is a {stated}, not a ControlNet; supported: {CLASS}")
+    return component_of(files, layout.CONTROLNET, CLASS, config, variant)

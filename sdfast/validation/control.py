@@ -1,0 +1,71 @@
+"""What a ControlNet adds to a validation: a control image, and what the networks are told of it."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from sdfast.engine import Engine
+from sdfast.errors import NumericalError
+from sdfast.pipeline import Given, Pipeline
+from sdfast.validation.metrics import compare
+from sdfast.validation.modules import Measured, Stock
+from sdfast.validation.observe import observed_step
+from sdfast.validation.pictures import Picture
+
+SCALE = 0.75  # which half precision holds as it is
+END = 0.75  # of the steps, so that there are steps without
+
+
+def control_image(height: int, width: int) -> Tensor:
+    """The control image of that size in pixels, the same for everybody: [1, 3, H, W] in [0, 1].
+
+    Lines on black, as of edges: an oval off the middle in red, slanting bars in green, a wave in blue.
+    Mirrored, moved by a latent or with its channels in another order, it is another.
+    """
+    y = (torch.arange(height, dtype=torch.float32)[:, None] + 0.5) / height
+    x = (torch.arange(width, dtype=torch.float32)[None] + 0.5) / width
+    oval = (((x - 0.42) / 0.3) ** 2 + ((y - 0.38) / 0.24) ** 2 - 1).abs() < 0.25
+    bars = (3 * x + 5 * y) % 1 < 0.2
+    wave = (y - 0.7 - 0.1 * torch.sin(2 * math.pi * (x + 0.1))).abs() < 0.06
+    return torch.stack([oval, bars, wave]).float()[None]
+
+
+def measure_control(engine: Engine, stock: Stock, pictures: Sequence[Picture]) -> tuple[Measured, Measured]:
+    """The control image and the scales as the engine tells them to its networks, against those of stock.
+
+    pictures: with a control image; their float32 runs hold the inputs of the first step.
+    """
+    truths = [_embedded(stock.exact, picture) for picture in pictures]
+    scales = [torch.tensor(picture.truth.scales) for picture in pictures]
+    told = [_told(engine, picture, *like) for picture, *like in zip(pictures, truths, scales, strict=True)]
+    same = None
+    if stock.same is not None:
+        same = compare((_embedded(stock.same, p), truth) for p, truth in zip(pictures, truths, strict=True))
+    images = compare((control, truth) for (control, _), truth in zip(told, truths, strict=True))
+    return (
+        Measured("control", "as the ControlNet is told it", images, same),
+        Measured(
+            "control_scale",
+            "of every step",
+            compare((own, truth) for (_, own), truth in zip(told, scales, strict=True)),
+        ),
+    )
+
+
+def _embedded(pipe: Any, picture: Picture) -> Tensor:
+    """The control image as stock embeds it, [C_0, h, w]."""
+    return cast(Tensor, observed_step(pipe, picture.truth.steps[0]).control)[-1].float()
+
+
+def _told(engine: Engine, picture: Picture, control: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """The embedded image and the scales, like those given; NaN where the engine's numbers are none."""
+    try:
+        given = Given(over=picture.over, control=picture.control)
+        [row] = Pipeline(engine).prepare(picture.request, given).rows
+    except NumericalError:
+        return torch.full_like(control, math.nan), torch.full_like(scales, math.nan)
+    own = cast(Tensor, row.control)  # as of every row of an engine with a ControlNet
+    return own.to(control), row.positive.time_shift[:, -1].to(scales)

@@ -1,0 +1,251 @@
+"""Pictures under the guidance of a control image, beside stock diffusers' ControlNet pipelines."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+
+from sdfast import drop_in
+from sdfast.arithmetic import DeviceArithmetic
+from sdfast.control import scales
+from sdfast.errors import RequestError
+from sdfast.export.build import export
+from sdfast.export.recipe import Recipe
+from sdfast.images import read_controls
+from sdfast.loop import Rows
+from sdfast.manifest import read_manifest
+from sdfast.pipeline import Given, Pipeline
+from sdfast.request import Request
+from sdfast.server.batcher import Batcher
+from sdfast.server.jobs import Job
+from sdfast.server.worker.opening import warm_up
+from tests import checkpoints
+from tests.fakes import FakeEngine
+from tests.test_image_to_image import image, mask
+from tests.test_pipeline import PROMPT, assert_same, ours, seeded
+
+STEPS = 4
+SIDE = 64
+
+
+def stock(checkpoint: Path, controlnet: Path, kind: str) -> Any:
+    """diffusers' pipeline of that name."""
+    without = {"add_watermarker": False} if "XL" in kind else {"safety_checker": None}
+    network = diffusers.ControlNetModel.from_pretrained(controlnet)
+    pipe = getattr(diffusers, kind).from_pretrained(
+        checkpoint, controlnet=network, local_files_only=True, **without
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def over(pipe: Any, task: str) -> Any:
+    """The pipeline that draws over an image, on the networks of `pipe`."""
+    kind = type(pipe).__name__.replace("ControlNet", f"ControlNet{task}")
+    made = getattr(diffusers, kind).from_pipe(pipe, torch_dtype=torch.float32)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+Pair = tuple[Any, Pipeline]
+
+
+@pytest.fixture(scope="module")
+def sd(tiny_sd: Path, tiny_controlnet: Path, controlled_engine: Path) -> Pair:
+    return stock(tiny_sd, tiny_controlnet, "StableDiffusionControlNetPipeline"), ours(controlled_engine)
+
+
+@pytest.fixture(scope="module")
+def sdxl(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """One that reads blue first, and is less deep than the U-Net."""
+    place = tmp_path_factory.mktemp("controlled")
+    controlnet = checkpoints.build_controlnet(
+        place / "controlnet",
+        tiny_sdxl,
+        transformer_layers_per_block=[1, 1],
+        controlnet_conditioning_channel_order="bgr",
+    )
+    engine = export(tiny_sdxl, place / "engine", Recipe.make(backend="eager", controlnet=controlnet))
+    return stock(tiny_sdxl, controlnet, "StableDiffusionXLControlNetPipeline"), ours(engine)
+
+
+def both(pair: Pair, seeds: tuple[int, ...] = (0,), output_type: str = "latent", **call: Any) -> Any:
+    """The images of the same call, by stock diffusers and by sdfast."""
+    reference, pipe = pair
+    scheduler = call.pop("scheduler", "DDIMScheduler")
+    chosen = getattr(diffusers, scheduler).from_config(pipe.engine.scheduler_config)
+    reference.scheduler = pipe.scheduler = chosen
+    call = {"prompt": PROMPT, "num_inference_steps": STEPS, "output_type": output_type, **call}
+    named = call if "image" in call else {**call, "image": call["control_image"]}
+    named = {k: v for k, v in named.items() if "image" in call or k != "control_image"}
+    return (
+        reference(**named, generator=seeded(*seeds)).images,
+        pipe(**call, generator=seeded(*seeds)).images,
+    )
+
+
+CALLS: dict[str, dict[str, Any]] = {
+    "one picture": {},
+    "a scale": {"controlnet_conditioning_scale": 0.6},
+    "in the middle of the run": {"control_guidance_start": 0.2, "control_guidance_end": 0.75},
+    "no guidance": {"guidance_scale": 1.0},
+    "an image each": {
+        "prompt": ["a boat", "the sea"],
+        "control_image": [image(1), image(2)],
+        "controlnet_conditioning_scale": 1.4,
+    },
+    "two evaluations a step": {"scheduler": "HeunDiscreteScheduler", "control_guidance_end": 0.6},
+    "noise at each step": {"scheduler": "EulerAncestralDiscreteScheduler", "num_images_per_prompt": 2},
+    "a tensor with places to be drawn anew": {
+        "control_image": read_controls(image()).masked_fill(torch.ones(64, 64).triu() > 0, -1.0)
+    },
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_equals_stock_diffusers(sd: Pair, call: str) -> None:
+    assert_same(*both(sd, **{"control_image": image(), **CALLS[call]}))
+
+
+@pytest.mark.parametrize("call", ["a scale", "an image each"])
+def test_sdxl_equals_stock_diffusers(sdxl: Pair, call: str) -> None:
+    assert_same(*both(sdxl, **{"control_image": image(), "guidance_scale": 4.0, **CALLS[call]}))
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+@pytest.mark.parametrize("task", ["Img2Img", "Inpaint"])
+def test_over_an_image_equals_stock_diffusers(request: pytest.FixtureRequest, family: str, task: str) -> None:
+    reference, pipe = request.getfixturevalue(family)
+    masked = {"mask_image": mask(), "height": SIDE, "width": SIDE} if task == "Inpaint" else {}
+    call = {
+        **{"image": image(1), "control_image": image(2), "strength": 0.6, "num_inference_steps": 5},
+        **{"controlnet_conditioning_scale": 0.7, "control_guidance_end": 0.7, "guidance_scale": 4.0},
+    }
+    scheduler = "EulerAncestralDiscreteScheduler"
+    assert_same(*both((over(reference, task), pipe), scheduler=scheduler, **call, **masked))
+
+
+def test_an_onnx_engine_equals_stock_diffusers(
+    sd: Pair, sd_onnx: Path, tiny_sd: Path, tiny_controlnet: Path, tmp_path: Path
+) -> None:
+    """Made of one without: what a ControlNet does not change is kept."""
+    engine = shutil.copytree(sd_onnx, tmp_path / "engine")
+    pipe = ours(export(tiny_sd, engine, Recipe.make(controlnet=tiny_controlnet)))
+    told = {name: module.fingerprint for name, module in pipe.engine.manifest.modules.items()}
+    before = {name: module.fingerprint for name, module in read_manifest(sd_onnx).modules.items()}
+    changed = {name for name in told if told[name] != before.get(name)}
+    assert changed == {"unet", "time_shift", "context", "control_embedding"}
+    call = {"control_image": image(), "controlnet_conditioning_scale": 0.6, "num_images_per_prompt": 2}
+    expected, drawn = both((sd[0], pipe), **call, output_type="pt")
+    assert 10 * torch.log10(1 / (expected - drawn).square().mean()) > 100
+
+
+def request_of(**fields: Any) -> Request:
+    usual = {
+        **{"prompts": (PROMPT,), "negative_prompts": (None,), "height": SIDE, "width": SIDE, "seed": 1},
+        **{"num_inference_steps": 3, "scheduler": "euler", "controlnet_conditioning_scale": 1.0},
+    }
+    return Request.make(**{**usual, **fields})
+
+
+@pytest.mark.parametrize("arithmetic", [None, DeviceArithmetic])
+def test_rows_of_different_scales_and_images_share_a_batch(sd: Pair, arithmetic: Any) -> None:
+    pipe = sd[1]
+    asked = [
+        (request_of(controlnet_conditioning_scale=0.4, seed=2, num_inference_steps=4), image(3)),
+        (request_of(control_guidance_start=0.5, guidance_scale=1.0), image(4)),
+        (request_of(control_guidance_end=0.4), image(5)),
+    ]
+    given = [Given(control=read_controls(one)) for _, one in asked]
+    alone = [pipe.generate(r, g, "latent").images[0] for (r, _), g in zip(asked, given, strict=True)]
+    prepared = [pipe.prepare(r, g) for (r, _), g in zip(asked, given, strict=True)]
+    rows = Rows(pipe.engine, [row for one in prepared for row in one.rows], SIDE, SIDE, arithmetic)
+    while rows.active:
+        rows.tick()
+    for expected, got in zip(alone, rows.latents, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert (alone[1] - alone[2]).norm() > 0.05 * alone[1].norm()
+
+
+def test_nothing_is_added_outside_of_the_steps_asked_for() -> None:
+    assert scales(request_of(), 3) == [1.0, 1.0, 1.0]
+    asked = request_of(
+        controlnet_conditioning_scale=0.5, control_guidance_start=0.25, control_guidance_end=0.75
+    )
+    assert scales(asked, 4) == [0.0, 0.5, 0.5, 0.0]
+    assert scales(asked, 3) == [0.0, 0.5, 0.0]
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "no control image": ({"control_image": None}, "^control_image: is missing; this engine has a ControlNet"),
+    "a scale alone": (
+        {"control_image": None, "controlnet_conditioning_scale": 0.5},
+        "^control_image: is missing",
+    ),
+    "another size": (
+        {"control_image": image(0, 72, 64), "height": SIDE, "width": SIDE},
+        "^control_image: 72x64, but the picture is 64x64",
+    ),
+    "too many": ({"control_image": [image()] * 3}, "^control_image: 3 for 1 pictures"),
+    "too large a number": (
+        {"control_image": torch.full((3, SIDE, SIDE), 2.0)},
+        r"^control_image: numbers from 2 to 2, but they lie in \[-1, 1\]",
+    ),
+    "whole numbers": (
+        {"control_image": torch.zeros(3, SIDE, SIDE, dtype=torch.uint8)},
+        "^control_image: numbers of torch.uint8",
+    ),
+    "latents": ({"control_image": torch.zeros(4, 8, 8)}, r"^control_image: Tensor of shape \(4, 8, 8\)"),
+    "a negative scale": ({"controlnet_conditioning_scale": -0.1}, "^controlnet_conditioning_scale: must be"),
+    "no steps": (
+        {"control_guidance_start": 0.5, "control_guidance_end": 0.5},
+        r"^control_guidance_start: 0\.5 is not below control_guidance_end, 0\.5",
+    ),
+    "guess mode": ({"guess_mode": True}, "^guess_mode: not supported"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_call_is_refused_by_name(sd: Pair, case: str) -> None:
+    fields, message = BAD[case]
+    call = {"control_image": image(), "num_inference_steps": 4, "scheduler": "ddim", **fields}
+    with pytest.raises(RequestError, match=message):
+        sd[1](PROMPT, **call)
+
+
+def test_an_engine_without_a_controlnet_takes_no_control_image() -> None:
+    pipe = Pipeline(FakeEngine())
+    with pytest.raises(RequestError, match=r"has no ControlNet; leave it out, or export .* --controlnet"):
+        pipe("a", control_image=image(0, 16, 16))
+    with pytest.raises(RequestError, match="controlnet_conditioning_scale and a control image go together"):
+        pipe("a", controlnet_conditioning_scale=0.5)
+    with pytest.raises(RequestError, match="and control_guidance_end are for a control image"):
+        pipe("a", control_guidance_end=0.5)
+    pipe("a", guess_mode=False, num_inference_steps=1)
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_a_drop_in_draws_what_diffusers_class_draws(request: pytest.FixtureRequest, family: str) -> None:
+    """By places alone, most of them at diffusers' defaults."""
+    reference, pipe = request.getfixturevalue(family)
+    kind = type(reference).__name__
+    own = getattr(drop_in, kind)(pipe.engine)
+    own.set_progress_bar_config(disable=True)
+    reference.scheduler = own.scheduler = diffusers.DDIMScheduler.from_config(pipe.engine.scheduler_config)
+    args = (PROMPT, *[None] * (family == "sdxl"), image(), None, None, 3)
+    results = [call(*args, generator=seeded(1), output_type="latent").images for call in (reference, own)]
+    assert_same(*results)
+    with pytest.raises(RequestError, match=f"image: is missing; {kind} draws under the guidance"):
+        own(PROMPT)
+
+
+def test_a_server_refuses_such_jobs_at_once(sd: Pair) -> None:
+    """Its engine is warmed up, and jobs bring no control images."""
+    warm_up(sd[1].engine)
+    batcher = Batcher(sd[1].engine)
+    with pytest.raises(RequestError, match=r"^control_image: is missing"):
+        batcher.submit(Job("1", "engine", request_of(controlnet_conditioning_scale=None)), print)
+    assert batcher.close(timeout=20)
