@@ -19,7 +19,16 @@ def check_control(model: Model, request: Request, control: Tensor | None) -> Non
 
     control: [m, 3, H, W]; m divides the number of pictures, which take them in turn.
     """
-    check_controlled(model, given=control is not None)
+    if model.controlled and control is None:
+        raise RequestError(
+            "control_image: is missing; this engine has a ControlNet, which draws every picture under the "
+            "guidance of one"
+        )
+    if control is not None and not model.controlled:
+        raise RequestError(
+            "control_image: this engine has no ControlNet; leave it out, or export one with "
+            "`sdfast export SOURCE -o DIR --controlnet CONTROLNET`"
+        )
     if (request.controlnet_conditioning_scale is not None) != (control is not None):
         raise RequestError(
             "controlnet_conditioning_scale and a control image go together; give both, or neither"
@@ -35,20 +44,6 @@ def check_control(model: Model, request: Request, control: Tensor | None) -> Non
     if request.images % count:
         raise RequestError(
             f"control_image: {count} for {request.images} pictures; give one for all, or one for each"
-        )
-
-
-def check_controlled(model: Model, *, given: bool) -> None:
-    """Raises `RequestError` unless a control image is given where there is a ControlNet, and nowhere else."""
-    if model.controlled and not given:
-        raise RequestError(
-            "control_image: is missing; this engine has a ControlNet, which draws every picture under the "
-            "guidance of one"
-        )
-    if given and not model.controlled:
-        raise RequestError(
-            "control_image: this engine has no ControlNet; leave it out, or export one with "
-            "`sdfast export SOURCE -o DIR --controlnet CONTROLNET`"
         )
 
 

@@ -11,7 +11,7 @@ import torch
 from sdfast import drop_in
 from sdfast.arithmetic import DeviceArithmetic
 from sdfast.control import scales
-from sdfast.errors import RequestError
+from sdfast.errors import ExportError, RequestError
 from sdfast.export.build import export
 from sdfast.export.recipe import Recipe
 from sdfast.images import read_controls
@@ -242,10 +242,20 @@ def test_a_drop_in_draws_what_diffusers_class_draws(request: pytest.FixtureReque
         own(PROMPT)
 
 
+def test_from_pretrained_takes_the_source_of_a_controlnet(
+    tiny_sd: Path, tiny_controlnet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sd: Pair
+) -> None:
+    monkeypatch.setenv("SDFAST_CACHE", str(tmp_path))
+    pipe = Pipeline.from_pretrained(tiny_sd, backend="eager", controlnet={"source": tiny_controlnet})
+    assert pipe.engine.manifest.checkpoint.controlnet == sd[1].engine.manifest.checkpoint.controlnet
+    with pytest.raises(ExportError, match="controlnet: must be a folder or a Hub id, or a table of source"):
+        Pipeline.from_pretrained(tiny_sd, backend="eager", controlnet=sd[0].controlnet)
+
+
 def test_a_server_refuses_such_jobs_at_once(sd: Pair) -> None:
     """Its engine is warmed up, and jobs bring no control images."""
     warm_up(sd[1].engine)
     batcher = Batcher(sd[1].engine)
-    with pytest.raises(RequestError, match=r"^control_image: is missing"):
+    with pytest.raises(RequestError, match="has a ControlNet and needs a control image, which the server"):
         batcher.submit(Job("1", "engine", request_of(controlnet_conditioning_scale=None)), print)
     assert batcher.close(timeout=20)

@@ -109,7 +109,11 @@ class ControlNetSetting(_Part):
     @model_validator(mode="before")
     @classmethod
     def _from_source(cls, given: Any) -> Any:
-        return {"source": given} if isinstance(given, str | os.PathLike) else given
+        if isinstance(given, str | os.PathLike):
+            return {"source": given}
+        if not isinstance(given, Mapping | cls):  # such as a network that was loaded already
+            raise ValueError("must be a folder or a Hub id, or a table of source, revision and variant")
+        return given
 
 
 class Recipe(_Part):

@@ -1,6 +1,5 @@
 """What a job is drawn over, on the engine's side: bytes checked, and as tensors."""
 
-from sdfast.control import check_controlled
 from sdfast.engine import Engine
 from sdfast.errors import RequestError
 from sdfast.first_latents import Over, check_edits, check_strength
@@ -12,7 +11,11 @@ from sdfast.server.jobs import Job
 def check_over(engine: Engine, job: Job) -> None:
     """Raises `RequestError` for an image or a mask that the engine cannot take, or not with this request."""
     height, width = job.request.height, job.request.width
-    check_controlled(engine.manifest.model, given=False)  # jobs bring no control images
+    if engine.manifest.model.controlled:
+        raise RequestError(
+            "this engine has a ControlNet and needs a control image, which the server does not take; draw "
+            "with `sdfast generate --control FILE`, or ask an engine without"
+        )
     check_channels(engine.manifest.model, masked=job.mask is not None)
     check_strength(job.request, over=job.image is not None)
     if job.mask is not None:

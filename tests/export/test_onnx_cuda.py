@@ -24,7 +24,6 @@ from sdfast.export.onnx_tensorrt import TENSORRT
 from sdfast.export.recipe import Recipe
 from sdfast.manifest import read_manifest
 from sdfast.models import layers, ops, unet, vae
-from sdfast.models.controlnet import ControlledUNet, ControlNet
 from sdfast.models.text import TextEncoder
 from sdfast.models.unet import UNet, UNetConfig
 from sdfast.models.vae import VAEConfig, load_vae
@@ -225,19 +224,21 @@ def test_unet_of_any_size(tmp_path):
         check(path, network, unet_inputs(network, batch, height, width, HALF), 5e-3)
 
 
-def test_unet_with_a_controlnet(tmp_path):
-    """Neither the scales nor the sums take an image out of its form: sample and control in, output out."""
-    config = UNetConfig.from_diffusers(TINY)
-    network = randomise(ControlledUNet(UNet(config), ControlNet(config))).half()
-    inputs = {
-        "sample": torch.randn(2, 4, 8, 12, dtype=HALF),
-        "time_shift": torch.randn(2, sum(network.shift_widths), dtype=HALF),
-        "context": torch.randn(2, 77, sum(network.context_widths), dtype=HALF),
-        "control": torch.randn(2, 16, 8, 12, dtype=HALF),
-    }
-    path = tmp_path / "unet.onnx"
+class ScaledSum(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.x, self.branch = (randomise(layers.Conv1x1(8, 6), seed).to(HALF) for seed in (0, 1))
+
+    def forward(self, x, branch, scale):
+        return ops.add_scaled(self.x(x), self.branch(branch), scale)
+
+
+def test_a_scaled_sum_takes_no_image_out_of_its_form(tmp_path):
+    inputs = {name: torch.randn(2, 8, 4, 5, dtype=HALF) for name in ("x", "branch")}
+    inputs["scale"] = torch.tensor([[0.5], [-2.0]], dtype=HALF)
+    network, path = ScaledSum(), tmp_path / "sum.onnx"
     export_module(network, inputs, {}, ["output"], path, CUDA)
-    assert kinds(path)["Transpose"] == 3
+    assert kinds(path)["Transpose"] == 3  # the two that enter, and the one that leaves
     check(path, network, inputs, 5e-3)
 
 

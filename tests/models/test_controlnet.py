@@ -22,13 +22,11 @@ def config_for(unet: dict[str, Any], **overrides: Any) -> dict[str, Any]:
 
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "sd15": (SD15, {}),
-    "sd21": (UNETS["sd21"], {}),
     "sdxl": (SDXL, {}),
     "shallower": (SDXL, {"transformer_layers_per_block": [0, 1, 1], "down_block_types": ["DownBlock2D"] * 3}),
     "bgr": (SD15, {"controlnet_conditioning_channel_order": "bgr"}),
     "lcm": (UNETS["lcm"], {}),
     "inpainting": (UNETS["inpainting"], {"in_channels": 4}),
-    "plain middle": (UNETS["plain_mid"], {}),
 }
 
 
