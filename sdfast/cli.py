@@ -243,19 +243,29 @@ def serve(engines: tuple[Path, ...], config: Path | None, device: str | None, **
 @click.option("--checkpoint", help="The reference. [default: the checkpoint the engine was made from]")
 @click.option("--prompts", type=click.Path(path_type=Path), help="A text file, one prompt a line.")
 @click.option("--steps", type=int, default=20, show_default=True)
+@click.option(
+    "--guidance-start", type=float, default=0.0, help="Price guidance from this share of the steps on."
+)
+@click.option("--guidance-end", type=float, default=1.0, help="Price guidance to this share of the steps.")
 @click.option("--device", help="[default: what the engine is for]")
 @click.option("--compile", is_flag=True, help="For eager engines: run through torch.compile.")
 @click.option("--attention", type=click.Choice(ATTENTION), help="For eager engines.")
 def validate(
-    engine: Path, checkpoint: str | None, prompts: Path | None, steps: int, device: str | None, **opening: Any
+    engine: Path,
+    checkpoint: str | None,
+    prompts: Path | None,
+    device: str | None,
+    compile: bool,
+    attention: str | None,
+    **how: Any,
 ) -> None:
     """Run stock diffusers beside ENGINE and compare modules, steps and pictures."""
     from sdfast.engine import Engine
     from sdfast.validation import validate as run
 
     lines = _prompt_lines(prompts) if prompts else None
-    opened = Engine.open(engine, device, **opening)
-    report = run(opened, checkpoint=checkpoint, prompts=lines, steps=steps, progress=click.echo)
+    opened = Engine.open(engine, device, compile=compile, attention=attention)
+    report = run(opened, checkpoint=checkpoint, prompts=lines, progress=click.echo, **how)
     click.echo(report.table())
     click.echo(f"report: {engine / 'validation' / 'report.html'}")
     if not report.passed:

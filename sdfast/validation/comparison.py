@@ -27,11 +27,12 @@ from sdfast.schedulers import Schedule, resolve, schedule
 from sdfast.validation import rule
 from sdfast.validation.control import END, SCALE, control_image, measure_control
 from sdfast.validation.inpainting import Scene, measure_told
+from sdfast.validation.metrics import psnr, ssim
 from sdfast.validation.modules import Stock, measure, scheduler_error, token_ids
-from sdfast.validation.pictures import Picture, Repetition, compare_picture, repeat
+from sdfast.validation.pictures import Picture, Repetition, compare_picture, draw, repeat
 from sdfast.validation.proof import publish_proof
 from sdfast.validation.reference import pipeline_class, reference_pipeline, stock
-from sdfast.validation.report import Check, ModuleFigures, PictureFigures, Report, Setting
+from sdfast.validation.report import Check, ModuleFigures, PictureFigures, Price, Report, Setting
 from sdfast.versions import installed
 
 PROMPTS = (
@@ -72,6 +73,8 @@ def validate(
     prompts: Sequence[str] | None = None,
     steps: int = 20,
     guidance_scale: float = 7.5,
+    guidance_start: float = 0.0,
+    guidance_end: float = 1.0,
     scheduler: str | Sequence[str] | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
@@ -80,7 +83,9 @@ def validate(
     """Run the stock diffusers pipeline beside `engine`, and judge the engine by the rule of `rule.py`.
 
     checkpoint: what to compare with; default: the one the engine was exported from, which must not have
-        changed since. scheduler: names to run; default: the checkpoint's own, and one that draws noise.
+        changed since. guidance_start, guidance_end: where not all steps, the report also prices guidance in
+        these alone (see `Request`); what is judged has guidance in all. scheduler: names to run; default: the
+        checkpoint's own, and one that draws noise.
     device: of both sides; default: the engine's.
 
     What an engine whose U-Net is for inpainting draws, it draws over the masked part of an image (`Scene`);
@@ -110,10 +115,12 @@ def validate(
     )
     requests, more = _requests(engine, reference, prompts, steps, guidance_scale, scheduler, seed)
     first = requests[0][0]
+    _guided_in(first, guidance_start, guidance_end)  # or else it would be refused at the end of a long run
     scene = Scene.make(first.height, first.width) if engine.manifest.model.inpaints else None
     control = control_image(first.height, first.width) if engine.manifest.model.controlled else None
     trials = [_trial(engine, sides, own, scene, control, tell) for own in requests]
     over = _over_trial(engine, sides, trials[0], scene, tell) if engine.manifest.edits else []
+    price = _price(engine, trials, guidance_start, guidance_end, tell)
     tell("modules")
     judged, figures, checks = _judge(engine, reference, sides, trials, over, scene)
     report = Report(
@@ -123,6 +130,7 @@ def validate(
         checks=tuple(checks),
         failures=tuple(rule.failures(judged, figures, checks)),
         notes=(*notes, *more),
+        guidance=price,
     )
     tell("report")
     publish_proof(engine, report, [picture for trial in [*trials, *over] for picture in trial.pictures])
@@ -316,6 +324,36 @@ def _over_trial(
 
 def _observed(steps: int) -> list[int]:
     return sorted({int(k) for k in np.linspace(0, steps - 1, min(steps, OBSERVED_STEPS)).round()})
+
+
+def _price(
+    engine: Engine, trials: Sequence[_Trial], start: float, end: float, tell: Progress
+) -> Price | None:
+    """What guidance in some of the steps saves and costs; None where it is to be in all."""
+    if (start, end) == (0.0, 1.0):
+        return None
+    pipe = Pipeline(engine)
+    pipe.set_progress_bar_config(disable=True)
+    rows, all_rows, drawn = 0, 0, []
+    for trial in trials:
+        for picture in trial.pictures:
+            tell(f"{trial.name}: the price of guidance from {start:g} to {end:g}")
+            fewer, steps = _guided_in(picture.request, start, end), len(trial.plan)
+            guided = pipe.prompts.guided(fewer)
+            rows, all_rows = rows + steps + guided * len(fewer.guided(steps)), all_rows + steps * (1 + guided)
+            image = draw(pipe, fewer, picture.over, picture.control).images[0]
+            drawn.append((image, picture.truth.image))
+    return Price(
+        guidance_start=start,
+        guidance_end=end,
+        rows=rows / all_rows,
+        psnr_min=min(psnr(image, truth) for image, truth in drawn),
+        ssim_min=min(ssim(image, truth) for image, truth in drawn),
+    )
+
+
+def _guided_in(request: Request, start: float, end: float) -> Request:
+    return Request.make(**{**dict(request), "guidance_start": float(start), "guidance_end": float(end)})
 
 
 def _judge(

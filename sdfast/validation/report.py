@@ -65,6 +65,27 @@ class Check(_Part):
     detail: str
 
 
+class Price(_Part):
+    """What guidance in a share of the steps saves and costs: another picture, so no failure.
+
+    rows: of the U-Net's, of those with guidance in all steps. psnr_min, ssim_min: of the picture that is the
+    furthest from the reference's with guidance in all steps.
+    """
+
+    guidance_start: float
+    guidance_end: float
+    rows: float
+    psnr_min: float
+    ssim_min: float
+
+    def __str__(self) -> str:
+        return (
+            f"the price of guidance from {self.guidance_start:.0%} to {self.guidance_end:.0%} of the steps: "
+            f"{self.rows:.0%} of the U-Net's rows, and the furthest picture is {decibels(self.psnr_min)} dB "
+            f"(SSIM {self.ssim_min:.3f}) from the reference's with guidance in all"
+        )
+
+
 class Failure(_Part):
     """Why the engine failed: the part at fault, and what is wrong with it."""
 
@@ -112,6 +133,7 @@ class Report(_Part):
     checks: tuple[Check, ...]
     failures: tuple[Failure, ...]
     notes: tuple[str, ...] = ()
+    guidance: Price | None = None
 
     @property
     def passed(self) -> bool:
@@ -126,10 +148,13 @@ class Report(_Part):
         return f"failed: {self.failures[0].part}: {self.failures[0].reason}{more}"
 
     @property
-    def price(self) -> str | None:
-        """What FP8 costs: the error beside that of stock in fp16. None for an engine without."""
-        if not self.setting.fp8:
-            return None
+    def prices(self) -> list[str]:
+        """What approximations cost that were asked for by name."""
+        fp8 = [self._price_of_fp8()] if self.setting.fp8 else []
+        return fp8 + ([str(self.guidance)] if self.guidance else [])
+
+    def _price_of_fp8(self) -> str:
+        """The error beside that of stock in fp16."""
         unet = next(module for module in self.modules if module.name == "unet")
         return (
             f"the price of FP8 in {self.setting.fp8} layers: the U-Net's relative L2 is "
@@ -188,7 +213,7 @@ class Report(_Part):
             *_columns(_PICTURE_HEAD, [_picture_line(picture) for picture in self.pictures]),
             "",
             *_columns(("check", "", ""), [(c.name, c.detail, _mark(c.passed)) for c in self.checks]),
-            *([f"\n{self.price}"] if self.price else []),
+            *[f"\n{price}" for price in self.prices],
             *([f"\n{self.stand_in}"] if self.stand_in else []),
             *[f"\nnote: {note}" for note in self.notes],
             "",

@@ -1,5 +1,6 @@
 """What validate() leaves behind, refuses, and says."""
 
+import html
 import json
 import shutil
 from pathlib import Path
@@ -195,6 +196,22 @@ def test_zero_guidance_and_one_step(engine: Path) -> None:
     assert torch.isfinite(torch.tensor(report.pictures[0].drift)).all()
 
 
+def test_guidance_in_some_steps_is_priced_and_not_judged(sound: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(sound, tmp_path / "engine"))
+    call = {"prompts": ["boat"], "steps": 4, "scheduler": "DDIM"}
+    report = validate(folder, **call, guidance_end=0.5)
+    price = report.guidance
+    assert report.passed and price is not None
+    assert price.rows == (2 + 2 + 1 + 1) / 8
+    assert price.psnr_min < report.pictures[0].psnr - 20
+    page = (folder / "validation" / "report.html").read_text("utf-8")
+    for told in (report.table(), page):
+        assert "rice of guidance from 0% to 50% of the steps: 75% of the U-Net's rows" in html.unescape(told)
+    assert validate(folder, **call).guidance is None
+    with pytest.raises(RequestError, match="is not below guidance_end"):
+        validate(folder, **call, guidance_start=0.6, guidance_end=0.6)
+
+
 def test_fp8_has_bars_of_its_own_and_its_price_is_told(checkpoint: Path, tmp_path: Path) -> None:
     folder = engines.build(checkpoint, tmp_path / "fp8", dtype="fp16", fp8=True)
     report = validate(folder, prompts=["boat"], steps=2, scheduler="DDIM")
@@ -208,7 +225,7 @@ def test_fp8_has_bars_of_its_own_and_its_price_is_told(checkpoint: Path, tmp_pat
     assert untouched.bar == pytest.approx(max(1e-4, 1.1 * (untouched.stock_relative_l2 or 0)))
     assert report.setting.fp8 == len(read_manifest(folder).fp8) > 0
     furthest, stock = report.pictures[0].psnr, report.pictures[0].stock_psnr
-    assert report.price is not None and stock is not None and furthest < stock
+    assert len(report.prices) == 1 and stock is not None and furthest < stock
     for told in (report.table(), (folder / "validation" / "report.html").read_text("utf-8")):
         assert f"{furthest:.1f} dB from the reference, stock" in told
         assert f"{modules['unet'].relative_l2:.2e}, that of stock in fp16" in told
