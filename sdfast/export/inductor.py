@@ -167,7 +167,7 @@ class Compiler:
         use_own(network, own)
         if attention or own:
             with torch.no_grad():
-                network(*inputs.values())  # each shape is measured when it is met, which tracing could not
+                network(**inputs)  # each shape is measured when it is met, which tracing could not
         return _Chosen(
             attention=tuple(sorted(attention.report())) if attention else (),
             kernels=tuple(sorted(own.report())) if own else (),
@@ -226,7 +226,7 @@ def _trace(network: nn.Module, inputs: Mapping[str, Tensor], dynamic: Dynamic) -
     shapes = dynamic_shapes(inputs, dynamic)
     try:
         with torch.no_grad(), quiet_compiler():
-            return torch.export.export(network, tuple(inputs.values()), dynamic_shapes=shapes, strict=False)
+            return torch.export.export(network, (), dict(inputs), dynamic_shapes=shapes, strict=False)
     except Exception as error:  # torch.export raises many unrelated types
         raise ExportError(f"{type(network).__name__} cannot be traced: {cause_line(error)}") from error
 
@@ -240,7 +240,7 @@ def _compile(
 
     try:
         with torch.no_grad(), quiet_compiler(), with_cuda_headers():
-            files: Any = aot_compile(program.module(), tuple(inputs.values()), options=dict(options))
+            files: Any = aot_compile(program.module(), (), dict(inputs), options=dict(options))
             package_aoti(str(path), [file for file in files if isinstance(file, str)])
     except Exception as error:  # compilers fail in as many ways as there are
         raise ExportError(f"{path.stem} cannot be compiled: {advice(error)}") from error

@@ -40,9 +40,9 @@ def export_module(
     More than `SHARD` bytes of weights go to several files (NAME-00001-of-00008.onnx.data), which are read and
     verified side by side.
 
-    inputs: an example of each input by name, in the order in which `forward` takes them; an axis that is not
-    in `dynamic` has the example's size for ever. dynamic: input name -> {axis: (name, lowest, highest)}; axes
-    of one name are the same number. outputs: names for what `forward` returns. The weights keep their dtype
+    inputs: an example of each input, by the name that `forward` has for it; an axis that is not in `dynamic`
+    has the example's size for ever. dynamic: input name -> {axis: (name, lowest, highest)}; axes of one name
+    are the same number. outputs: names for what `forward` returns. The weights keep their dtype
     and go from where they lie to the file, so those of a memory-mapped checkpoint never fill memory.
 
     Raises ExportError if the module cannot be traced or written.
@@ -85,7 +85,7 @@ def trace(
         with torch.no_grad(), quiet("torch.onnx"), ops.as_nodes():
             program = torch.onnx.export(
                 module.eval(),
-                tuple(example(tensor, dynamic.get(name, {})) for name, tensor in inputs.items()),
+                kwargs={name: example(tensor, dynamic.get(name, {})) for name, tensor in inputs.items()},
                 dynamo=True,
                 verbose=False,
                 input_names=list(inputs),

@@ -38,7 +38,7 @@ def example(tensor: Tensor, axes: Mapping[int, Any]) -> Tensor:
     return tensor
 
 
-def dynamic_shapes(inputs: Mapping[str, Tensor], dynamic: Dynamic) -> tuple[dict[int, Any], ...] | None:
+def dynamic_shapes(inputs: Mapping[str, Tensor], dynamic: Dynamic) -> dict[str, dict[int, Any]] | None:
     """torch.export's form of the free axes; axes of one name are the same number."""
     unknown = set(dynamic) - set(inputs)
     if unknown:
@@ -49,7 +49,7 @@ def dynamic_shapes(inputs: Mapping[str, Tensor], dynamic: Dynamic) -> tuple[dict
     for axes in dynamic.values():
         for name, low, high in axes.values():
             dims.setdefault((name, low, high), export.Dim(name, min=low, max=high))
-    return tuple({axis: dims[dim] for axis, dim in dynamic.get(name, {}).items()} for name in inputs)
+    return {name: {axis: dims[dim] for axis, dim in dynamic.get(name, {}).items()} for name in inputs}
 
 
 def file_stem(spec: ModuleSpec, form: Form) -> str:

@@ -9,6 +9,7 @@ from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 from sdfast.errors import ExportError
+from sdfast.export import inductor
 from sdfast.export.onnx import export_module
 from sdfast.export.onnx_cpu import CPU, CPU_COMPACT
 from sdfast.export.onnx_tensorrt import TENSORRT
@@ -18,7 +19,7 @@ from sdfast.models.text import TextEncoder
 from sdfast.models.unet import SelfAttention, UNetConfig, load_unet
 from sdfast.models.vae import VAEConfig, load_vae
 from tests.export.microsoft import OPERATORS
-from tests.models.conftest import SDXL, TINY, VAES, randomise
+from tests.models.conftest import SD15, SDXL, TINY, VAES, randomise
 
 BATCH = ("batch", 1, 8)
 HEIGHT, WIDTH = ("height", 4, 64), ("width", 4, 64)
@@ -159,6 +160,19 @@ def test_conditioning_of_sdxl(tmp_path):
     check(path, context, {"hidden_states": torch.randn(3, 77, 56)})
 
 
+def test_conditioning_of_an_lcm_whose_inputs_are_not_all_of_them(tmp_path):
+    """It takes the guidance's embedding, which comes last, and no pooled prompt, which would come before."""
+    _, time_shift, _ = unet_modules({**SD15, "time_cond_proj_dim": 17})
+    inputs = {"timesteps": torch.tensor([981.0, 17.25]), "timestep_cond": torch.randn(2, 17)}
+    dynamic, path = {n: {0: ("steps", 1, 2000)} for n in inputs}, tmp_path / "time_shift.onnx"
+    export_module(time_shift, inputs, dynamic, ["time_shift"], path)
+    check(path, time_shift, inputs)
+    program = inductor._trace(time_shift, inputs, dynamic)
+    names = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
+    assert names == list(inputs)  # in which order compiled code is called
+    torch.testing.assert_close(program.module()(**inputs), time_shift(**inputs))
+
+
 @pytest.mark.parametrize("half", [0, 1], ids=["decoder", "encoder"])
 def test_vae(tmp_path, half):
     from diffusers import AutoencoderKL
@@ -267,7 +281,7 @@ def test_dynamic_axes_of_an_unknown_input_are_refused(tmp_path):
 
 def test_a_folder_that_is_not_there_is_an_export_error(tmp_path):
     with pytest.raises(ExportError, match="cannot write"):
-        export_module(nn.Linear(64, 64), {"x": torch.ones(2, 64)}, {}, ["y"], tmp_path / "none" / "m.onnx")
+        export_module(nn.Linear(64, 64), {"input": torch.ones(2, 64)}, {}, ["y"], tmp_path / "none" / "m.onnx")
 
 
 @pytest.mark.parametrize("config", [SDXL, TINY | {"upcast_attention": True}], ids=["sdxl", "upcast"])
