@@ -18,6 +18,8 @@ from tests.sealing import reseal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach the real Hub
 os.environ.setdefault("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")  # a third of a compile's time
+os.environ.setdefault("AOT_INDUCTOR_ENABLE_LINE_TABLES", "0")  # for debuggers: a tenth of it
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # or four compiles ask what the compiler knows
 
 
 @pytest.fixture(scope="session")
