@@ -18,7 +18,7 @@ from sdfast.models.text import TextEncoder
 from sdfast.models.unet import SelfAttention, UNetConfig, load_unet
 from sdfast.models.vae import VAEConfig, load_vae
 from tests.export.microsoft import OPERATORS
-from tests.models.conftest import SDXL, TINY, VAES, randomise
+from tests.models.conftest import SDXL, SHALLOW, SHALLOW_XL, VAES, randomise
 
 BATCH = ("batch", 1, 8)
 HEIGHT, WIDTH = ("height", 4, 64), ("width", 4, 64)
@@ -66,7 +66,7 @@ def test_every_operation_has_a_lowering():
 
 
 def test_unet_of_fixed_size(tmp_path):
-    unet, _, _ = unet_modules(TINY)
+    unet, _, _ = unet_modules(SHALLOW)
     inputs = unet_inputs(unet, 2, 8, 12)
     export_module(unet, inputs, {}, ["model_output"], tmp_path / "unet.onnx")
     check(tmp_path / "unet.onnx", unet, inputs)
@@ -75,17 +75,16 @@ def test_unet_of_fixed_size(tmp_path):
 
 def test_many_weights_go_to_several_files(tmp_path, monkeypatch):
     monkeypatch.setattr("sdfast.export.onnx.SHARD", 100_000)
-    unet, _, _ = unet_modules(TINY)
-    inputs = unet_inputs(unet, 2, 8, 12)
-    export_module(unet, inputs, {}, ["model_output"], tmp_path / "unet.onnx")
-    check(tmp_path / "unet.onnx", unet, inputs)
-    weights = sorted(tmp_path.glob("unet*-of-*.data"))
+    module, inputs = nn.Sequential(*(nn.Linear(160, 160) for _ in range(5))), {"input": torch.randn(2, 160)}
+    export_module(module, inputs, {}, ["output"], tmp_path / "layers.onnx")
+    check(tmp_path / "layers.onnx", module, inputs)
+    weights = sorted(tmp_path.glob("layers*-of-*.data"))
     assert len(weights) > 3
     assert len(list(tmp_path.iterdir())) == len(weights) + 1
 
 
 def test_unet_of_any_size(tmp_path):
-    unet, _, _ = unet_modules(TINY)
+    unet, _, _ = unet_modules(SHALLOW)
     dynamic = {
         "sample": {0: BATCH, 2: HEIGHT, 3: WIDTH},
         "time_shift": {0: BATCH},
@@ -206,7 +205,7 @@ def test_text_encoder(tmp_path, projected, eos, table):
 
 def test_half_precision_keeps_what_must_stay_single(tmp_path):
     """upcast_attention: the scores are computed in float32, all else in float16."""
-    unet, _, _ = unet_modules(TINY | {"upcast_attention": True}, torch.float16)
+    unet, _, _ = unet_modules(SHALLOW | {"upcast_attention": True}, torch.float16)
     path = tmp_path / "unet.onnx"
     export_module(unet, unet_inputs(unet, 2, 8, 8, torch.float16), {}, ["out"], path)
     graph = onnx.load(path, load_external_data=False).graph
@@ -226,7 +225,7 @@ def test_half_precision_keeps_what_must_stay_single(tmp_path):
 
 def overflowing_unet(upcast):
     """Queries and keys of some hundreds, whose products are beyond float16's 65504."""
-    unet, _, _ = unet_modules(TINY | {"upcast_attention": upcast}, torch.float16)
+    unet, _, _ = unet_modules(SHALLOW | {"upcast_attention": upcast}, torch.float16)
     attentions = [m for m in unet.modules() if isinstance(m, SelfAttention)]
     assert attentions
     for attention in attentions:
@@ -270,7 +269,7 @@ def test_a_folder_that_is_not_there_is_an_export_error(tmp_path):
         export_module(nn.Linear(64, 64), {"x": torch.ones(2, 64)}, {}, ["y"], tmp_path / "none" / "m.onnx")
 
 
-@pytest.mark.parametrize("config", [SDXL, TINY | {"upcast_attention": True}], ids=["sdxl", "upcast"])
+@pytest.mark.parametrize("config", [SHALLOW_XL, SHALLOW | {"upcast_attention": True}], ids=["sdxl", "upcast"])
 def test_graphs_for_tensorrt_are_of_standard_operators(tmp_path, config):
     unet, _, _ = unet_modules(config)
     path, inputs = tmp_path / "unet.onnx", unet_inputs(unet, 2, 8, 12)
@@ -282,7 +281,7 @@ def test_graphs_for_tensorrt_are_of_standard_operators(tmp_path, config):
 
 
 def test_graphs_for_tensorrt_upcast_the_scores_alone(tmp_path):
-    unet, _, _ = unet_modules(TINY | {"upcast_attention": True}, torch.float16)
+    unet, _, _ = unet_modules(SHALLOW | {"upcast_attention": True}, torch.float16)
     path = tmp_path / "unet.onnx"
     export_module(unet, unet_inputs(unet, 2, 8, 8, torch.float16), {}, ["out"], path, TENSORRT)
     graph = onnx.load(path, load_external_data=False).graph
