@@ -77,6 +77,19 @@ def sd_engine(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def shallow_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of few layers, to be compiled, shared: copy it before changing it."""
+    return checkpoints.build_shallow_sd(tmp_path_factory.mktemp("shallow") / "sd")
+
+
+@pytest.fixture(scope="session")
+def shallow_engine(shallow_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as an eager engine, for 16 to 32 pixels: copy it before changing it."""
+    recipe = Recipe.make(backend="eager", sizes={"min": "16x16", "max": "32x32"})
+    return export(shallow_sd, tmp_path_factory.mktemp("shallow") / "engine", recipe)
+
+
+@pytest.fixture(scope="session")
 def sdxl_engine(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny SDXL checkpoint as an eager engine: copy it before changing it."""
     return export(tiny_sdxl, tmp_path_factory.mktemp("eager") / "sdxl", Recipe.make(backend="eager"))

@@ -52,17 +52,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def shallow_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return checkpoints.build_shallow_sd(tmp_path_factory.mktemp("shallow") / "sd")
-
-
-@pytest.fixture(scope="module")
-def eager_engine(shallow_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    recipe = Recipe.make(backend="eager", sizes={"min": "16x16", "max": "32x32"})
-    return export(shallow_sd, tmp_path_factory.mktemp("eager") / "sd", recipe)
-
-
-@pytest.fixture(scope="module")
 def engine(shallow_sd: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export(shallow_sd, tmp_path_factory.mktemp("inductor") / "sd", ONE)
 
@@ -82,15 +71,15 @@ def picture(folder: Path, prompt: str = "the sea", **call: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("guidance", [1.0, 7.0])
 @pytest.mark.parametrize("pictures", [1, 3])
-def test_the_picture_is_the_eager_engines(
-    engine: Path, eager_engine: Path, guidance: float, pictures: int
+def test_the_picture_is_the_shallow_engines(
+    engine: Path, shallow_engine: Path, guidance: float, pictures: int
 ) -> None:
     call = {"guidance_scale": guidance, "num_images_per_prompt": pictures, "height": 16, "width": 16}
-    assert_same(picture(engine, **call), picture(eager_engine, **call))
+    assert_same(picture(engine, **call), picture(shallow_engine, **call))
 
 
-def test_every_module_is_the_eager_one(engine: Path, eager_engine: Path) -> None:
-    compiled, eager = Engine.open(engine, load=True), Engine.open(eager_engine)
+def test_every_module_is_the_eager_one(engine: Path, shallow_engine: Path) -> None:
+    compiled, eager = Engine.open(engine, load=True), Engine.open(shallow_engine)
     model = compiled.manifest.model
     generator = torch.Generator().manual_seed(0)
 
@@ -323,7 +312,7 @@ def unet_spec(checkpoint: Path) -> ModuleSpec:
 
 @pytest.mark.slow
 def test_an_autotuned_engine_draws_the_same_picture(
-    shallow_sd: Path, eager_engine: Path, tmp_path: Path
+    shallow_sd: Path, shallow_engine: Path, tmp_path: Path
 ) -> None:
     recipe = Recipe.make(backend="inductor", sizes=["16x16"], batch=[1], autotune=True)
     tuned = export(shallow_sd, tmp_path / "tuned", recipe)
@@ -335,19 +324,19 @@ def test_an_autotuned_engine_draws_the_same_picture(
         line.partition(" (")[0] for line in code.attention
     ]
     assert "\nattention    " in manifest.summary()
-    assert_same(picture(tuned), picture(eager_engine, width=16, height=16))
+    assert_same(picture(tuned), picture(shallow_engine, width=16, height=16))
 
 
 @pytest.mark.slow
-def test_free_sizes_and_batches(shallow_sd: Path, eager_engine: Path, tmp_path: Path) -> None:
+def test_free_sizes_and_batches(shallow_sd: Path, shallow_engine: Path, tmp_path: Path) -> None:
     """One package for a range of sizes: also for a batch of one, which tracing would have made static."""
     sizes = {"min": "16x16", "max": "32x32"}
     free = export(shallow_sd, tmp_path / "free", Recipe.make(backend="inductor", sizes=sizes, batch=2))
     assert [v.file for v in read_manifest(free).modules["unet"].variants] == ["unet.pt2"]
     for call in ({"width": 16, "height": 24}, {"width": 32, "height": 24, "guidance_scale": 1.0}):
-        assert_same(picture(free, **call), picture(eager_engine, **call))
+        assert_same(picture(free, **call), picture(shallow_engine, **call))
     three = {"num_images_per_prompt": 3, "width": 24, "height": 16}
-    assert_same(picture(free, **three), picture(eager_engine, **three))
+    assert_same(picture(free, **three), picture(shallow_engine, **three))
 
 
 class CompiledAgain(Exception):
