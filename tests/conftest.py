@@ -1,6 +1,7 @@
 """Fixtures that more than one room's tests use."""
 
 import gc
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -20,6 +21,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach the real Hub
 os.environ.setdefault("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")  # a third of a compile's time
 os.environ.setdefault("AOT_INDUCTOR_ENABLE_LINE_TABLES", "0")  # for debuggers: a tenth of it
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # or four compiles ask what the compiler knows
+# Or else pytest hangs its handlers on it too, and torch writes down all that it traces for them.
+logging.getLogger("torch.__trace").propagate = True
 
 
 @pytest.fixture(scope="session")
