@@ -6,7 +6,9 @@ checkpoint is built in about a second. Weights are random yet not degenerate: no
 
 import inspect
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -80,15 +82,18 @@ def build_sd(
     pipeline: str = "StableDiffusionPipeline",
     variant: str | None = None,
     max_shard_size: str = "10GB",
+    text_layers: int = 3,
+    vae: Mapping[str, Any] = MappingProxyType({}),
     **unet: Any,
 ) -> Path:
-    """Write a tiny SD 1.x checkpoint into `folder` and return it. `unet` overrides the U-Net's config."""
+    """Write a tiny SD 1.x checkpoint into `folder` and return it. `vae` and `unet` override their configs."""
     torch.manual_seed(seed)
     save = {"variant": variant, "max_shard_size": max_shard_size}
     size = save_tokenizer(folder / "tokenizer")
-    _text_encoder("CLIPTextModel", size, seed, width=32).save_pretrained(folder / "text_encoder", **save)
+    text = _text_encoder("CLIPTextModel", size, seed, width=32, layers=text_layers)
+    text.save_pretrained(folder / "text_encoder", **save)
     _unet(seed, in_channels=in_channels, **unet).save_pretrained(folder / "unet", **save)
-    _vae(seed).save_pretrained(folder / "vae", **save)
+    _vae(seed, **vae).save_pretrained(folder / "vae", **save)
     _save_scheduler(folder, prediction_type)
     entries = {
         "text_encoder": ["transformers", "CLIPTextModel"],
@@ -99,6 +104,26 @@ def build_sd(
         "requires_safety_checker": False,
     }
     return _save_index(folder, pipeline, entries)
+
+
+def build_shallow_sd(folder: Path, *, seed: int = 0) -> Path:
+    """An SD 1.x checkpoint with one or two of each kind of layer, for what takes its time over each layer.
+
+    Its pictures are 16x16, of which the latents are 8x8.
+    """
+    return build_sd(
+        folder,
+        seed=seed,
+        text_layers=1,
+        vae={
+            "sample_size": 16,
+            "block_out_channels": (16, 32),
+            "down_block_types": ("DownEncoderBlock2D",) * 2,
+            "up_block_types": ("UpDecoderBlock2D",) * 2,
+        },
+        down_block_types=("DownBlock2D", "DownBlock2D"),  # attention is in the middle alone
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    )
 
 
 def build_sdxl(
@@ -167,7 +192,7 @@ def build_controlnet(folder: Path, checkpoint: Path, *, seed: int = 0, **overrid
 
 
 def _text_encoder(
-    name: str, vocabulary_size: int, seed: int, *, width: int, hidden_act: str = "quick_gelu"
+    name: str, vocabulary_size: int, seed: int, *, width: int, hidden_act: str = "quick_gelu", layers: int = 3
 ) -> Any:
     import transformers
 
@@ -175,7 +200,7 @@ def _text_encoder(
         vocab_size=vocabulary_size,
         hidden_size=width,
         intermediate_size=2 * width,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         max_position_embeddings=77,
         projection_dim=width,

@@ -1,6 +1,7 @@
 """Fixtures that more than one room's tests use."""
 
 import gc
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -18,6 +19,10 @@ from tests.sealing import reseal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach the real Hub
 os.environ.setdefault("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")  # a third of a compile's time
+os.environ.setdefault("AOT_INDUCTOR_ENABLE_LINE_TABLES", "0")  # for debuggers: a tenth of it
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # or four compiles ask what the compiler knows
+# Or else pytest hangs its handlers on it too, and torch writes down all that it traces for them.
+logging.getLogger("torch.__trace").propagate = True
 
 
 @pytest.fixture(scope="session")
@@ -85,6 +90,19 @@ def sd_engine(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny SD checkpoint as an eager engine, for 64 to 128 pixels: copy it before changing it."""
     sizes = {"min": "64x64", "max": "128x128"}
     return export(tiny_sd, tmp_path_factory.mktemp("eager") / "sd", Recipe.make(backend="eager", sizes=sizes))
+
+
+@pytest.fixture(scope="session")
+def shallow_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of few layers, to be compiled, shared: copy it before changing it."""
+    return checkpoints.build_shallow_sd(tmp_path_factory.mktemp("shallow") / "sd")
+
+
+@pytest.fixture(scope="session")
+def shallow_engine(shallow_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as an eager engine, for 16 to 32 pixels: copy it before changing it."""
+    recipe = Recipe.make(backend="eager", sizes={"min": "16x16", "max": "32x32"})
+    return export(shallow_sd, tmp_path_factory.mktemp("shallow") / "engine", recipe)
 
 
 @pytest.fixture(scope="session")

@@ -93,7 +93,7 @@ def workload(name: str, architecture: str | None = None) -> Workload:
     return replace(
         real,
         architecture=small,
-        size="64x64",
+        size="32x32",
         guided=(3, 5)[: len(real.guided)],
         batches=(1, 2),
         step_runs=(2, 6),

@@ -38,7 +38,7 @@ from tests.sealing import reseal
 from tests.test_pipeline import assert_same
 
 CPU = torch.device("cpu")
-ONE = Recipe.make(backend="inductor", sizes=["64x64"], batch=[1])
+ONE = Recipe.make(backend="inductor", sizes=["16x16"], batch=[1])
 CALL: dict[str, Any] = {"num_inference_steps": 3, "output_type": "latent", "seed": 5}
 
 
@@ -52,8 +52,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_sd: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export(tiny_sd, tmp_path_factory.mktemp("inductor") / "sd", ONE)
+def engine(shallow_sd: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(shallow_sd, tmp_path_factory.mktemp("inductor") / "sd", ONE)
 
 
 @pytest.fixture
@@ -71,15 +71,15 @@ def picture(folder: Path, prompt: str = "the sea", **call: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("guidance", [1.0, 7.0])
 @pytest.mark.parametrize("pictures", [1, 3])
-def test_the_picture_is_the_eager_engines(
-    engine: Path, sd_engine: Path, guidance: float, pictures: int
+def test_the_picture_is_the_shallow_engines(
+    engine: Path, shallow_engine: Path, guidance: float, pictures: int
 ) -> None:
-    call = {"guidance_scale": guidance, "num_images_per_prompt": pictures, "height": 64, "width": 64}
-    assert_same(picture(engine, **call), picture(sd_engine, **call))
+    call = {"guidance_scale": guidance, "num_images_per_prompt": pictures, "height": 16, "width": 16}
+    assert_same(picture(engine, **call), picture(shallow_engine, **call))
 
 
-def test_every_module_is_the_eager_one(engine: Path, sd_engine: Path) -> None:
-    compiled, eager = Engine.open(engine, load=True), Engine.open(sd_engine)
+def test_every_module_is_the_eager_one(engine: Path, shallow_engine: Path) -> None:
+    compiled, eager = Engine.open(engine, load=True), Engine.open(shallow_engine)
     model = compiled.manifest.model
     generator = torch.Generator().manual_seed(0)
 
@@ -96,10 +96,10 @@ def test_every_module_is_the_eager_one(engine: Path, sd_engine: Path) -> None:
             "context": random(2, 77, model.context_width),
         },
         "vae_decoder": {"latents": random(1, 4, 8, 8)},
-        "vae_encoder": {"image": random(1, 3, 64, 64)},
+        "vae_encoder": {"image": random(1, 3, 16, 16)},
     }
     for name, inputs in given.items():
-        ours, truth = (opened.call(name, inputs, 64, 64) for opened in (compiled, eager))
+        ours, truth = (opened.call(name, inputs, 16, 16) for opened in (compiled, eager))
         assert ours.keys() == truth.keys()
         for key, value in truth.items():
             assert ours[key].is_contiguous() and ours[key].shape == value.shape
@@ -115,68 +115,70 @@ def test_a_bound_call_writes_in_place_and_reads_what_is_there(engine: Path) -> N
         "context": torch.randn(2, 77, model.context_width),
     }
     output = torch.zeros(2, 4, 8, 8)
-    run = opened.bind("unet", inputs, {"output": output}, 64, 64)
+    run = opened.bind("unet", inputs, {"output": output}, 16, 16)
     for _ in range(2):
         inputs["sample"].normal_()
         run()
-        assert torch.equal(output, opened.call("unet", inputs, 64, 64)["output"])
+        assert torch.equal(output, opened.call("unet", inputs, 16, 16)["output"])
 
 
 def test_nothing_changed_compiles_and_writes_nothing(
-    tiny_sd: Path, engine: Path, compiled: list[str]
+    shallow_sd: Path, engine: Path, compiled: list[str]
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in engine.rglob("*")}
-    export(tiny_sd, engine, ONE)
+    export(shallow_sd, engine, ONE)
     assert compiled == []
     assert {path: path.stat().st_mtime_ns for path in engine.rglob("*")} == before
 
 
-def test_a_further_form_compiles_that_alone(tiny_sd: Path, own: Path, compiled: list[str]) -> None:
-    export(tiny_sd, own, Recipe.make(backend="inductor", sizes=["64x64"], batch=[1, 2]))
-    assert compiled == ["unet-64x64-b4"]
+def test_a_further_form_compiles_that_alone(shallow_sd: Path, own: Path, compiled: list[str]) -> None:
+    export(shallow_sd, own, Recipe.make(backend="inductor", sizes=["16x16"], batch=[1, 2]))
+    assert compiled == ["unet-16x16-b4"]
     two = picture(own, num_images_per_prompt=2)
     assert_same(two[:1], picture(own))
 
 
 @pytest.mark.slow
-def test_a_second_size_compiles_that_alone(tiny_sd: Path, own: Path, compiled: list[str]) -> None:
-    recipe = Recipe.make(backend="inductor", sizes=["64x64", "96x64"], batch=[1])
-    export(tiny_sd, own, recipe)
-    assert sorted(compiled) == ["unet-96x64-b1", "unet-96x64-b2", "vae_decoder-96x64", "vae_encoder-96x64"]
-    wide = picture(own, width=96, height=64)
+def test_a_second_size_compiles_that_alone(shallow_sd: Path, own: Path, compiled: list[str]) -> None:
+    recipe = Recipe.make(backend="inductor", sizes=["16x16", "24x16"], batch=[1])
+    export(shallow_sd, own, recipe)
+    assert sorted(compiled) == ["unet-24x16-b1", "unet-24x16-b2", "vae_decoder-24x16", "vae_encoder-24x16"]
+    wide = picture(own, width=24, height=16)
     assert wide.shape == (1, 4, 8, 12)
-    assert_same(picture(own, width=64, height=64), picture(own))
+    assert_same(picture(own, width=16, height=16), picture(own))
 
 
 def test_another_checkpoint_of_the_same_networks_is_not_compiled(
     engine: Path, tmp_path: Path, compiled: list[str]
 ) -> None:
     """And draws its own picture: the weights are none of the code's."""
-    other = checkpoints.build_sd(tmp_path / "other", seed=1)
+    other = checkpoints.build_shallow_sd(tmp_path / "other", seed=1)
     swapped = export(other, tmp_path / "swapped", ONE)
     assert compiled == []
-    eager = export(other, tmp_path / "eager", Recipe.make(backend="eager", sizes=["64x64"]))
+    eager = export(other, tmp_path / "eager", Recipe.make(backend="eager", sizes=["16x16"]))
     ours = picture(swapped)
     assert_same(ours, picture(eager))
     assert torch.linalg.norm(ours - picture(engine)) > 0.1 * torch.linalg.norm(ours)
 
 
-def test_a_lora_is_not_compiled(tiny_sd: Path, engine: Path, tmp_path: Path, compiled: list[str]) -> None:
+def test_a_lora_is_not_compiled(shallow_sd: Path, engine: Path, tmp_path: Path, compiled: list[str]) -> None:
     """It is other weights, of the same networks."""
-    lora = write(tmp_path / "lora.safetensors", random_changes(tiny_sd), kohya)
+    lora = write(tmp_path / "lora.safetensors", random_changes(shallow_sd), kohya)
     ours = export(
-        tiny_sd, tmp_path / "ours", ONE.model_copy(update={"loras": (LoraSetting(source=str(lora)),)})
+        shallow_sd, tmp_path / "ours", ONE.model_copy(update={"loras": (LoraSetting(source=str(lora)),)})
     )
     assert compiled == []
-    eager = export(tiny_sd, tmp_path / "eager", Recipe.make(backend="eager", sizes=["64x64"], loras=[lora]))
+    eager = export(
+        shallow_sd, tmp_path / "eager", Recipe.make(backend="eager", sizes=["16x16"], loras=[lora])
+    )
     assert_same(picture(ours), picture(eager))
     assert torch.linalg.norm(picture(ours) - picture(engine)) > 0.1 * torch.linalg.norm(picture(ours))
 
 
 def test_engines_of_one_checkpoint_share_their_weights(
-    tiny_sd: Path, engine: Path, compiled: list[str]
+    shallow_sd: Path, engine: Path, compiled: list[str]
 ) -> None:
-    second = export(tiny_sd, engine.parent / "second", ONE)
+    second = export(shallow_sd, engine.parent / "second", ONE)
     large = [path for path in engine.glob("*.safetensors") if path.stat().st_size >= 2**20]
     assert large
     assert all(path.samefile(second / path.name) for path in large)
@@ -188,7 +190,7 @@ def test_engines_of_one_checkpoint_share_their_weights(
         for folder in (engine, second):
             with pytest.raises(EngineError, match=r"digest .* was exported"):
                 Engine.open(folder)
-        third = export(tiny_sd, engine.parent / "third", ONE)  # which does not link to what is damaged
+        third = export(shallow_sd, engine.parent / "third", ONE)  # which does not link to what is damaged
         assert not (third / damaged.name).samefile(damaged)
         Engine.open(third)
     finally:
@@ -200,13 +202,13 @@ def test_engines_of_one_checkpoint_share_their_weights(
 
 @pytest.mark.parametrize("kind", ["sdpa", "flash", "math"])
 def test_attention_is_the_fastest_kernel_for_each_shape(
-    tiny_sd: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+    shallow_sd: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
 ) -> None:
     """What was measured is what is traced, and is told."""
     kernels = exportable(CPU)
     fastest = kernels[kind]
     monkeypatch.setattr(clock, "milliseconds", lambda run, _: 1.0 if run.__defaults__ == (fastest,) else 2.0)
-    spec = unet_spec(tiny_sd)
+    spec = unet_spec(shallow_sd)
     compiler = Compiler(this_machine(CPU), autotune=True, store=CodeStore(tmp_path))
     network = spec.load()
     inputs, _ = traced_with(spec, spec.forms[0])
@@ -227,10 +229,10 @@ def test_attention_is_the_fastest_kernel_for_each_shape(
 
 
 def test_attention_that_was_measured_once_is_not_measured_again(
-    tiny_sd: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    shallow_sd: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """So that a second export traces what the first has compiled, whatever the clock would say now."""
-    spec, timed, times = unet_spec(tiny_sd), list[str](), dict.fromkeys(exportable(CPU), 2.0)
+    spec, timed, times = unet_spec(shallow_sd), list[str](), dict.fromkeys(exportable(CPU), 2.0)
 
     def time(run: Any, _: torch.device) -> float:
         [kernel] = run.__defaults__
@@ -309,10 +311,12 @@ def unet_spec(checkpoint: Path) -> ModuleSpec:
 
 
 @pytest.mark.slow
-def test_an_autotuned_engine_draws_the_same_picture(tiny_sd: Path, sd_engine: Path, tmp_path: Path) -> None:
-    recipe = Recipe.make(backend="inductor", sizes=["64x64"], batch=[1], autotune=True)
-    tuned = export(tiny_sd, tmp_path / "tuned", recipe)
-    code = Code.model_validate_json((tuned / "unet-64x64-b2.json").read_bytes())
+def test_an_autotuned_engine_draws_the_same_picture(
+    shallow_sd: Path, shallow_engine: Path, tmp_path: Path
+) -> None:
+    recipe = Recipe.make(backend="inductor", sizes=["16x16"], batch=[1], autotune=True)
+    tuned = export(shallow_sd, tmp_path / "tuned", recipe)
+    code = Code.model_validate_json((tuned / "unet-16x16-b2.json").read_bytes())
     assert code.attention
     manifest = read_manifest(tuned)
     taken = manifest.modules["unet"].variants[1].attention
@@ -320,35 +324,45 @@ def test_an_autotuned_engine_draws_the_same_picture(tiny_sd: Path, sd_engine: Pa
         line.partition(" (")[0] for line in code.attention
     ]
     assert "\nattention    " in manifest.summary()
-    assert_same(picture(tuned), picture(sd_engine, width=64, height=64))
+    assert_same(picture(tuned), picture(shallow_engine, width=16, height=16))
 
 
 @pytest.mark.slow
-def test_free_sizes_and_batches(tiny_sd: Path, sd_engine: Path, tmp_path: Path) -> None:
+def test_free_sizes_and_batches(shallow_sd: Path, shallow_engine: Path, tmp_path: Path) -> None:
     """One package for a range of sizes: also for a batch of one, which tracing would have made static."""
-    sizes = {"min": "64x64", "max": "96x96"}
-    free = export(tiny_sd, tmp_path / "free", Recipe.make(backend="inductor", sizes=sizes, batch=2))
+    sizes = {"min": "16x16", "max": "32x32"}
+    free = export(shallow_sd, tmp_path / "free", Recipe.make(backend="inductor", sizes=sizes, batch=2))
     assert [v.file for v in read_manifest(free).modules["unet"].variants] == ["unet.pt2"]
-    for call in ({"width": 64, "height": 96}, {"width": 96, "height": 72, "guidance_scale": 1.0}):
-        assert_same(picture(free, **call), picture(sd_engine, **call))
-    three = {"num_images_per_prompt": 3, "width": 80, "height": 64}
-    assert_same(picture(free, **three), picture(sd_engine, **three))
+    for call in ({"width": 16, "height": 24}, {"width": 32, "height": 24, "guidance_scale": 1.0}):
+        assert_same(picture(free, **call), picture(shallow_engine, **call))
+    three = {"num_images_per_prompt": 3, "width": 24, "height": 16}
+    assert_same(picture(free, **three), picture(shallow_engine, **three))
+
+
+class CompiledAgain(Exception):
+    """Raised where the compiler would be called."""
 
 
 def test_a_changed_entry_of_the_store_is_compiled_again(
-    tiny_sd: Path, store: Path, tmp_path: Path, compiled: list[str]
+    shallow_sd: Path, engine: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    descriptions = store.glob("*/code.json")
-    (context,) = (
-        path for path in descriptions if Code.model_validate_json(path.read_bytes()).module == "context"
-    )
-    package = context.with_name("code.pt2")
-    content = bytearray(package.read_bytes())
-    content[len(content) // 2] ^= 1
+    def compile_now(_program: Any, _inputs: Any, path: Path, _options: Any) -> None:
+        raise CompiledAgain(path.stem)
+
+    entries = {Code.model_validate_json(path.read_bytes()).module: path for path in store.glob("*/code.json")}
+    package = entries["context"].with_name("code.pt2")
+    whole = package.read_bytes()
+    changed = bytearray(whole)
+    changed[len(changed) // 2] ^= 1
     package.unlink()  # it is a link to the engine's own
-    package.write_bytes(content)
-    export(tiny_sd, tmp_path / "again", ONE)
-    assert compiled == ["context"]
+    package.write_bytes(changed)
+    monkeypatch.setattr(inductor, "_compile", compile_now)
+    with pytest.raises(CompiledAgain, match=r"^context$"):
+        export(shallow_sd, tmp_path / "again", ONE)
+    assert not package.exists()
+    files = {"code.pt2": engine / "context.pt2", "code.json": engine / "context.json"}
+    CodeStore(store).keep(package.parent.name, files)  # for the tests that come
+    assert package.read_bytes() == whole
 
 
 def test_a_store_takes_only_whole_entries(tmp_path: Path) -> None:
@@ -396,11 +410,11 @@ def test_a_richer_processor_and_a_newer_driver_serve() -> None:
     assert not _serves("architecture", "sm_90", "sm_89")
 
 
-def test_cuda_without_a_device_is_refused_before_anything_is_read(tiny_sd: Path, tmp_path: Path) -> None:
+def test_cuda_without_a_device_is_refused_before_anything_is_read(shallow_sd: Path, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
     with pytest.raises(ExportError, match=r"needs a CUDA device.*take --device cpu"):
-        export(tiny_sd, tmp_path / "engine", Recipe.make(backend="inductor", dtype="fp16"))
+        export(shallow_sd, tmp_path / "engine", Recipe.make(backend="inductor", dtype="fp16"))
     assert not (tmp_path / "engine").exists()
 
 
@@ -499,7 +513,7 @@ def test_large_weights_go_to_several_files(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_a_compiler_that_is_not_there_is_said(
-    tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shallow_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SDFAST_CACHE", str(tmp_path / "empty"))
 
@@ -508,12 +522,12 @@ def test_a_compiler_that_is_not_there_is_said(
 
     monkeypatch.setattr(torch._inductor, "aot_compile", fails)
     with pytest.raises(ExportError, match=r"unet.* cannot be compiled: .*apt-get install g\+\+"):
-        export(tiny_sd, tmp_path / "engine", ONE)
+        export(shallow_sd, tmp_path / "engine", ONE)
     assert not (tmp_path / "engine").exists()
 
 
 def test_the_description_says_what_was_compiled(engine: Path) -> None:
-    code = Code.model_validate_json((engine / "unet-64x64-b2.json").read_bytes())
+    code = Code.model_validate_json((engine / "unet-16x16-b2.json").read_bytes())
     assert [entry.name for entry in code.inputs] == ["sample", "time_shift", "context"]
     assert code.inputs[0].shape == (2, 4, 8, 8)
     assert code.outputs == ("output",)

@@ -97,8 +97,8 @@ def test_own_kernels_are_measured_last_and_shape_by_shape(dry_run: DryRun) -> No
     last = names[names.index("tick/batch 1") :]
     shapes = last[1:]
     assert len(shapes) > 10 and all(name.startswith("kernels/") for name in shapes)
-    norm = "kernels/shifted group norm + SiLU of 32 channels in 32 groups, 8x8, float16/batch 1"
-    product = "kernels/GEGLU of 16 tokens, 64 to 256 channels, float16/batch 1"
+    norm = "kernels/shifted group norm + SiLU of 32 channels in 32 groups, 4x4, float16/batch 1"
+    product = "kernels/GEGLU of 4 tokens, 64 to 256 channels, float16/batch 1"
     for name in (norm, product, "tick/batch 1"):
         result = dry_run.parts[name]["result"]
         assert "run on NVIDIA GPUs" in result["without_own"]

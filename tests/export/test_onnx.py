@@ -19,7 +19,7 @@ from sdfast.models.text import TextEncoder
 from sdfast.models.unet import SelfAttention, UNetConfig, load_unet
 from sdfast.models.vae import VAEConfig, load_vae
 from tests.export.microsoft import OPERATORS
-from tests.models.conftest import SD15, SDXL, TINY, VAES, randomise
+from tests.models.conftest import SDXL, SHALLOW, SHALLOW_XL, VAES, randomise
 
 BATCH = ("batch", 1, 8)
 HEIGHT, WIDTH = ("height", 4, 64), ("width", 4, 64)
@@ -67,7 +67,7 @@ def test_every_operation_has_a_lowering():
 
 
 def test_unet_of_fixed_size(tmp_path):
-    unet, _, _ = unet_modules(TINY)
+    unet, _, _ = unet_modules(SHALLOW)
     inputs = unet_inputs(unet, 2, 8, 12)
     export_module(unet, inputs, {}, ["model_output"], tmp_path / "unet.onnx")
     check(tmp_path / "unet.onnx", unet, inputs)
@@ -76,17 +76,16 @@ def test_unet_of_fixed_size(tmp_path):
 
 def test_many_weights_go_to_several_files(tmp_path, monkeypatch):
     monkeypatch.setattr("sdfast.export.onnx.SHARD", 100_000)
-    unet, _, _ = unet_modules(TINY)
-    inputs = unet_inputs(unet, 2, 8, 12)
-    export_module(unet, inputs, {}, ["model_output"], tmp_path / "unet.onnx")
-    check(tmp_path / "unet.onnx", unet, inputs)
-    weights = sorted(tmp_path.glob("unet*-of-*.data"))
+    module, inputs = nn.Sequential(*(nn.Linear(160, 160) for _ in range(5))), {"input": torch.randn(2, 160)}
+    export_module(module, inputs, {}, ["output"], tmp_path / "layers.onnx")
+    check(tmp_path / "layers.onnx", module, inputs)
+    weights = sorted(tmp_path.glob("layers*-of-*.data"))
     assert len(weights) > 3
     assert len(list(tmp_path.iterdir())) == len(weights) + 1
 
 
 def test_unet_of_any_size(tmp_path):
-    unet, _, _ = unet_modules(TINY)
+    unet, _, _ = unet_modules(SHALLOW)
     dynamic = {
         "sample": {0: BATCH, 2: HEIGHT, 3: WIDTH},
         "time_shift": {0: BATCH},
@@ -162,7 +161,7 @@ def test_conditioning_of_sdxl(tmp_path):
 
 def test_conditioning_of_an_lcm_whose_inputs_are_not_all_of_them(tmp_path):
     """It takes the guidance's embedding, which comes last, and no pooled prompt, which would come before."""
-    _, time_shift, _ = unet_modules({**SD15, "time_cond_proj_dim": 17})
+    _, time_shift, _ = unet_modules(SHALLOW | {"time_cond_proj_dim": 17})
     inputs = {"timesteps": torch.tensor([981.0, 17.25]), "timestep_cond": torch.randn(2, 17)}
     dynamic, path = {n: {0: ("steps", 1, 2000)} for n in inputs}, tmp_path / "time_shift.onnx"
     export_module(time_shift, inputs, dynamic, ["time_shift"], path)
@@ -220,7 +219,7 @@ def test_text_encoder(tmp_path, projected, eos, table):
 
 def test_half_precision_keeps_what_must_stay_single(tmp_path):
     """upcast_attention: the scores are computed in float32, all else in float16."""
-    unet, _, _ = unet_modules(TINY | {"upcast_attention": True}, torch.float16)
+    unet, _, _ = unet_modules(SHALLOW | {"upcast_attention": True}, torch.float16)
     path = tmp_path / "unet.onnx"
     export_module(unet, unet_inputs(unet, 2, 8, 8, torch.float16), {}, ["out"], path)
     graph = onnx.load(path, load_external_data=False).graph
@@ -240,7 +239,7 @@ def test_half_precision_keeps_what_must_stay_single(tmp_path):
 
 def overflowing_unet(upcast):
     """Queries and keys of some hundreds, whose products are beyond float16's 65504."""
-    unet, _, _ = unet_modules(TINY | {"upcast_attention": upcast}, torch.float16)
+    unet, _, _ = unet_modules(SHALLOW | {"upcast_attention": upcast}, torch.float16)
     attentions = [m for m in unet.modules() if isinstance(m, SelfAttention)]
     assert attentions
     for attention in attentions:
@@ -284,7 +283,7 @@ def test_a_folder_that_is_not_there_is_an_export_error(tmp_path):
         export_module(nn.Linear(64, 64), {"input": torch.ones(2, 64)}, {}, ["y"], tmp_path / "none" / "m.onnx")
 
 
-@pytest.mark.parametrize("config", [SDXL, TINY | {"upcast_attention": True}], ids=["sdxl", "upcast"])
+@pytest.mark.parametrize("config", [SHALLOW_XL, SHALLOW | {"upcast_attention": True}], ids=["sdxl", "upcast"])
 def test_graphs_for_tensorrt_are_of_standard_operators(tmp_path, config):
     unet, _, _ = unet_modules(config)
     path, inputs = tmp_path / "unet.onnx", unet_inputs(unet, 2, 8, 12)
@@ -296,7 +295,7 @@ def test_graphs_for_tensorrt_are_of_standard_operators(tmp_path, config):
 
 
 def test_graphs_for_tensorrt_upcast_the_scores_alone(tmp_path):
-    unet, _, _ = unet_modules(TINY | {"upcast_attention": True}, torch.float16)
+    unet, _, _ = unet_modules(SHALLOW | {"upcast_attention": True}, torch.float16)
     path = tmp_path / "unet.onnx"
     export_module(unet, unet_inputs(unet, 2, 8, 8, torch.float16), {}, ["out"], path, TENSORRT)
     graph = onnx.load(path, load_external_data=False).graph

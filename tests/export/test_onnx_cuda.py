@@ -27,6 +27,7 @@ from sdfast.models import layers, ops, unet, vae
 from sdfast.models.text import TextEncoder
 from sdfast.models.unet import UNet, UNetConfig
 from sdfast.models.vae import VAEConfig, load_vae
+from tests.checkpoints import build_shallow_sd
 from tests.export.microsoft import OPERATORS
 from tests.export.test_onnx import (
     BATCH,
@@ -37,7 +38,7 @@ from tests.export.test_onnx import (
     unet_inputs,
     unet_modules,
 )
-from tests.models.conftest import SDXL, TINY, VAES, randomise
+from tests.models.conftest import SDXL, SHALLOW, SHALLOW_XL, VAES, randomise
 
 HALF, SINGLE = torch.float16, torch.float32
 # As wide as SD 1.5's first level, so that every fused operator has its size, and as shallow as can be.
@@ -195,7 +196,7 @@ def test_onnx_runtime_agrees_with_the_graph_up_to_the_kernels(tmp_path, dtype):
 
 @pytest.mark.parametrize(
     ("config", "dtype", "tolerance"),
-    [(SDXL, SINGLE, 1e-5), (TINY | {"upcast_attention": True}, HALF, 5e-3)],
+    [(SHALLOW_XL, SINGLE, 1e-5), (SHALLOW | {"upcast_attention": True}, HALF, 5e-3)],
     ids=["sdxl", "upcast"],
 )
 def test_sizes_without_a_fused_operator(tmp_path, config, dtype, tolerance):
@@ -211,7 +212,7 @@ def test_sizes_without_a_fused_operator(tmp_path, config, dtype, tolerance):
 
 
 def test_unet_of_any_size(tmp_path):
-    network, _, _ = unet_modules(TINY, HALF)
+    network, _, _ = unet_modules(SHALLOW, HALF)
     dynamic = {
         "sample": {0: BATCH, 2: HEIGHT, 3: WIDTH},
         "time_shift": {0: BATCH},
@@ -310,9 +311,10 @@ def test_conditioning(tmp_path):
     check(tmp_path / "context.onnx", context, hidden, 5e-3)
 
 
-def test_an_fp16_engine_is_for_cuda_in_every_module(tiny_sd, tmp_path):
+def test_an_fp16_engine_is_for_cuda_in_every_module(tmp_path):
     """Its text encoder too, which transformers defines but for the end of a prompt."""
-    engine = export(tiny_sd, tmp_path / "engine", Recipe(dtype="fp16", batch=1))
+    checkpoint = build_shallow_sd(tmp_path / "sd")
+    engine = export(checkpoint, tmp_path / "engine", Recipe(dtype="fp16", batch=1))
     manifest = read_manifest(engine)
     assert manifest.provider == manifest.recipe["provider"] == "cuda"
     assert "onnx fp16 cuda" in manifest.summary()
@@ -324,7 +326,7 @@ def test_an_fp16_engine_is_for_cuda_in_every_module(tiny_sd, tmp_path):
     run(engine / "text_encoder.onnx", rows)
     with pytest.raises(BackendError, match="'cuda', but device 'cpu' was asked for"):
         Engine.open(engine, "cpu")
-    export(tiny_sd, engine, Recipe(dtype="fp16", batch=1, provider="cpu"))
+    export(checkpoint, engine, Recipe(dtype="fp16", batch=1, provider="cpu"))
     assert Engine.open(engine).manifest.provider == "cpu"
     assert "NhwcConv" not in kinds(engine / "unet.onnx")
 

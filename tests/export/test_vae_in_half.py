@@ -17,6 +17,9 @@ from sdfast.cli import main
 from sdfast.engine import Engine
 from sdfast.errors import NumericalError
 from sdfast.export.build import Silent, export
+from sdfast.export.checkpoint import resolve
+from sdfast.export.forms import compile_onnx, lowerings
+from sdfast.export.modules import Networks, module_specs
 from sdfast.export.recipe import Recipe
 from sdfast.first_latents import encoded
 from sdfast.manifest import HalfRange, read_manifest
@@ -201,7 +204,8 @@ def test_a_finding_that_cannot_be_is_refused(field: str, value: object) -> None:
 @torch.no_grad()
 def test_the_cuda_graph_is_float16_and_right(loud: Path, tmp_path: Path) -> None:
     """Its fused norms have the scaled eps; run in numpy, number by number, each rounded to float16."""
-    folder = export(loud, tmp_path / "engine", Recipe.make(dtype="fp16", batch=1))
+    recipe = Recipe.make(dtype="fp16", batch=1)
+    specs = {spec.name: spec for spec in module_specs(Networks.of(resolve(loud)), recipe)}
     decoder, encoder = networks(loud, torch.float64)
     assert encoder is not None
     latents, image = torch.randn(1, 4, 8, 8), torch.rand(1, 3, 64, 64) * 2 - 1
@@ -209,7 +213,8 @@ def test_the_cuda_graph_is_float16_and_right(loud: Path, tmp_path: Path) -> None
         ("vae_decoder", {"latents": latents}, (decoder(latents.double()),)),
         ("vae_encoder", {"image": image}, encoder(image.double())),
     ):
-        path = folder / f"{name}.onnx"
+        compile_onnx(specs[name], tmp_path, lowerings(recipe))
+        path = tmp_path / f"{name}.onnx"
         graph = onnx.load(path, load_external_data=False).graph
         filters = {tensor.data_type for tensor in graph.initializer if len(tensor.dims) == 4}
         assert filters == {onnx.TensorProto.FLOAT16}

@@ -45,6 +45,16 @@ TINY = {
     "flip_sin_to_cos": False,
     "freq_shift": 1,
 }
+# Of the same operations as TINY and SDXL, with as few of each, for what takes its time over every one.
+SHALLOW = TINY | {"layers_per_block": 1}
+SHALLOW_XL = SDXL | {
+    "block_out_channels": [32, 96],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "layers_per_block": 1,
+    "transformer_layers_per_block": [1, 2],
+    "attention_head_dim": [2, 6],
+}
 UNETS: dict[str, dict[str, Any]] = {
     "sd15": SD15,
     "sd21": SD21,

@@ -141,9 +141,11 @@ def test_another_tokenizer(engine: Path) -> None:
     assert "tokenizer" in at_fault(short(engine))
 
 
-def test_one_weight_of_an_onnx_engine(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("parsed_once")
+def test_one_weight_of_an_onnx_engine(shallow_sd: Path, tmp_path: Path) -> None:
     """The same through ONNX Runtime, with a LoRA: sound as exported, not when external data is changed."""
     pytest.importorskip("onnxruntime")
+    checkpoint = engines.use_own_scheduler(shutil.copytree(shallow_sd, tmp_path / "checkpoint"))
     lora = write(tmp_path / "lora.safetensors", random_changes(checkpoint, ATTENTION), kohya)
     folder = engines.build(checkpoint, tmp_path / "onnx", backend="onnx", loras=[lora])
     report = validate(folder, prompts=PROMPT, steps=4)
