@@ -187,20 +187,20 @@ def test_the_caption_steers_the_picture(pipe: Any) -> None:
     assert noon.mean() > night.mean() + 20
 
 
-def test_captions_of_held_out_combinations_are_obeyed(pipe: Any) -> None:
-    scenes, prompts = held_out_captions(24)
+@pytest.mark.parametrize("count", [8, pytest.param(24, marks=pytest.mark.slow)])
+def test_captions_of_held_out_combinations_are_obeyed(pipe: Any, count: int) -> None:
+    scenes, prompts = held_out_captions(count)
     measured = shares(verdicts(load_judge(), generate(pipe, prompts)), scenes)
     del measured["all"]
-    assert min(measured.values()) >= 0.85, (
-        measured
-    )  # of all 275: the model card; here 24, by chance some less
+    assert min(measured.values()) >= 0.85, measured  # of all 275: the model card; of a few by chance less
 
 
-def test_a_negative_prompt_clears_the_mist(pipe: Any) -> None:
+@pytest.mark.parametrize("seeds", [(14, 20), pytest.param((23, 35), marks=pytest.mark.slow)])
+def test_a_negative_prompt_clears_the_mist(pipe: Any, seeds: tuple[int, int]) -> None:
     """On prompts that leave the weather open, with seeds that make it misty."""
     misty = ATTRIBUTES["weather"].index("misty")
     judge = load_judge()
-    for seed in (14, 20, 23, 35):
+    for seed in seeds:
         prompt = [open_weather_prompts()[seed]]
         without, cleared = (
             verdicts(judge, generate(pipe, prompt, negative, first_seed=seed))[0]

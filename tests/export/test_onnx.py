@@ -280,7 +280,8 @@ def test_dynamic_axes_of_an_unknown_input_are_refused(tmp_path):
 
 def test_a_folder_that_is_not_there_is_an_export_error(tmp_path):
     with pytest.raises(ExportError, match="cannot write"):
-        export_module(nn.Linear(64, 64), {"input": torch.ones(2, 64)}, {}, ["y"], tmp_path / "none" / "m.onnx")
+        inputs = {"input": torch.ones(2, 64)}
+        export_module(nn.Linear(64, 64), inputs, {}, ["y"], tmp_path / "none" / "m.onnx")
 
 
 @pytest.mark.parametrize("config", [SHALLOW_XL, SHALLOW | {"upcast_attention": True}], ids=["sdxl", "upcast"])

@@ -1,5 +1,6 @@
 """Every kernel, at every tile size that can be launched, compiled for GPUs that are not here."""
 
+import math
 import re
 import subprocess
 from dataclasses import dataclass, field
@@ -86,6 +87,12 @@ def products(wide: bool, even: bool = True) -> list[Case]:
     ]
 
 
+def tile(case: Case) -> int:
+    """How many numbers a program of a product holds."""
+    sizes = [value for name, value in case.fixed.items() if name.startswith("BLOCK_")]
+    return math.prod(sizes) * case.stages
+
+
 def advances(registers: int, draws: bool, keeps: bool) -> Case:
     block = triton.next_power_of_2(registers + 2)
     sizes = {"BLOCK_S": block, "BLOCK_L": 32, "BLOCK_N": advance.NUMBERS}
@@ -100,16 +107,26 @@ FETCH = Case(
     ("T", "rows", "all_lines"),
     advance.COPY_WARPS,
 )
-CASES = [
+# Each kernel in float16 and in float32, at the sizes that take most registers and shared memory.
+LARGEST = [
     *norms(320, 32, True, True),
-    *(case for channels in (960, 1280, 1920, 2560) for case in norms(channels, 32, True, True)[:1]),
-    *norms(128, 32, False, True),
+    *norms(2560, 32, True, True)[:1],
     *norms(512, 32, False, False, wide=True),
+    max(products(wide=False), key=tile),
+    max(products(wide=True), key=tile),
+    *products(wide=False, even=False)[-1:],
+    advances(8, True, True),
+    FETCH,
+]
+OTHERS = [
+    *(case for channels in (960, 1280, 1920) for case in norms(channels, 32, True, True)[:1]),
+    *norms(128, 32, False, True),
     *products(wide=False),
     *products(wide=True),
-    *products(wide=False, even=False)[-1:],
     *(advances(registers, True, keeps) for registers in (4, 8) for keeps in (False, True)),
-    FETCH,
+]
+CASES = LARGEST + [
+    pytest.param(case, marks=pytest.mark.slow) for case in OTHERS if str(case) not in map(str, LARGEST)
 ]
 
 

@@ -88,7 +88,8 @@ class Listed:
 def _parametrized(module: ModuleType) -> Iterator[tuple[Case, int]]:
     """The pairs that the mark on the module's proof makes."""
     [mark] = getattr(module, PROOF).pytestmark
-    for case, every in mark.args[1]:
+    for given in mark.args[1]:
+        case, every = given.values
         yield from ((case, steps) for steps in every)
 
 

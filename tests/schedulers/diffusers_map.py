@@ -261,10 +261,19 @@ def assert_every(case: Case, every: Iterable[int], proof: Callable[[Case, int], 
 def of_cases(runs: Sequence[tuple[Case, tuple[int, ...]]]) -> pytest.MarkDecorator:
     """A test of each case with the numbers of steps that it is proved at: thousands of tests would cost more.
 
-    What pytest and its workers do for one test takes as long as a proof of a few steps.
+    What pytest and its workers do for one test takes as long as a proof of a few steps. A proof of the most
+    steps takes longer than all others of its case together: these are slow tests, unless there are no others.
     """
-    given = [(case, every) for case, every in runs if every]
-    return pytest.mark.parametrize(("case", "every"), given, ids=[str(case) for case, _ in given])
+    given = []
+    for case, every in runs:
+        usual = tuple(steps for steps in every if steps < STEPS[-1])
+        long = tuple(steps for steps in every if steps not in usual)
+        if usual:
+            given.append(pytest.param(case, usual, id=str(case)))
+        if long:
+            marks = [pytest.mark.slow] if usual else []
+            given.append(pytest.param(case, long, id=f"{case}, {STEPS[-1]} steps", marks=marks))
+    return pytest.mark.parametrize(("case", "every"), given)
 
 
 def built(case: Case) -> Any:

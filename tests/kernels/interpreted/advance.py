@@ -50,6 +50,7 @@ def arithmetic(monkeypatch: pytest.MonkeyPatch) -> type[FusedArithmetic]:
     return FusedArithmetic
 
 
+@pytest.mark.slow
 def test_rows_come_and_go(arithmetic: type[FusedArithmetic], monkeypatch: pytest.MonkeyPatch) -> None:
     getattr(test_joining, LONG)(arithmetic, monkeypatch, seed=0, lines=2)
 
@@ -96,8 +97,8 @@ def guidance_terms(said: torch.Tensor, rows: Sequence[Plan], guided: int) -> tor
     [
         (torch.float32, True, False, 0),
         (torch.float16, True, True, 5),
-        (torch.float16, False, False, 5),
-        (torch.float32, False, True, 0),
+        pytest.param(torch.float16, False, False, 5, marks=pytest.mark.slow),
+        pytest.param(torch.float32, False, True, 0, marks=pytest.mark.slow),
     ],
 )
 def test_every_tick_equals_the_definitions(dtype: torch.dtype, draws: bool, keeps: bool, beside: int) -> None:
