@@ -209,9 +209,8 @@ def add(router: APIRouter, studio: Studio) -> None:
         """Each ControlNet once, as `Unit.model` names it."""
         return list(dict.fromkeys(one.controlnet for one in studio.engines.values() if one.controlnet))
 
-    @router.get("/controlnet/version")
+    @router.get("/controlnet/version", include_in_schema=False)
     async def version() -> dict[str, Any]:
-        """The version of the extension's API."""
         return {"version": API_VERSION}
 
     @router.get("/controlnet/model_list")
@@ -219,14 +218,12 @@ def add(router: APIRouter, studio: Studio) -> None:
         """The engines' ControlNets. `update` finds nothing new."""
         return {"model_list": there()}
 
-    @router.get("/controlnet/module_list")
+    @router.get("/controlnet/module_list", include_in_schema=False)
     async def module_list(alias_names: bool = False) -> dict[str, Any]:
-        """The detectors, of which there are none."""
         return {"module_list": ["none"], "module_detail": {"none": {"model_free": False, "sliders": []}}}
 
-    @router.get("/controlnet/settings")
+    @router.get("/controlnet/settings", include_in_schema=False)
     async def unit_count() -> dict[str, Any]:
-        """How many units a call may have."""
         return {"control_net_unit_count": 1}
 
     @router.post("/controlnet/detect", include_in_schema=False)
