@@ -1,5 +1,6 @@
 """Pictures under the guidance of a control image, beside stock diffusers' ControlNet pipelines."""
 
+import hashlib
 import shutil
 from io import BytesIO
 from pathlib import Path
@@ -24,6 +25,7 @@ from sdfast.pipeline import Given, Pipeline
 from sdfast.request import Request
 from sdfast.server.batcher import Batcher
 from sdfast.server.jobs import Done, Event, Failed, Job
+from sdfast.server.studio import info_of
 from sdfast.server.worker.opening import warm_up
 from tests import checkpoints
 from tests.fakes import FakeEngine
@@ -253,6 +255,15 @@ def test_from_pretrained_takes_the_source_of_a_controlnet(
     assert pipe.engine.manifest.checkpoint.controlnet == sd[1].engine.manifest.checkpoint.controlnet
     with pytest.raises(ExportError, match="controlnet: must be a folder or a Hub id, or a table of source"):
         Pipeline.from_pretrained(tiny_sd, backend="eager", controlnet=sd[0].controlnet)
+
+
+def test_a_server_knows_a_controlnet_by_name(sd: Pair, sd_engine: Path, tiny_controlnet: Path) -> None:
+    weights = (tiny_controlnet / "diffusion_pytorch_model.safetensors").read_bytes()
+    known = info_of(sd[1].engine.manifest)
+    assert known.controlnet == f"{tiny_controlnet.name} [{hashlib.sha256(weights).hexdigest()[:8]}]"
+    plain = info_of(read_manifest(sd_engine))
+    assert plain.controlnet is None
+    assert (known.controlled, plain.controlled) == (True, False)
 
 
 def test_a_server_draws_the_pipelines_picture(sd: Pair) -> None:
