@@ -19,20 +19,7 @@ def check_control(model: Model, request: Request, control: Tensor | None) -> Non
 
     control: [m, 3, H, W]; m divides the number of pictures, which take them in turn.
     """
-    if model.controlled and control is None:
-        raise RequestError(
-            "control_image: is missing; this engine has a ControlNet, which draws every picture under the "
-            "guidance of one"
-        )
-    if control is not None and not model.controlled:
-        raise RequestError(
-            "control_image: this engine has no ControlNet; leave it out, or export one with "
-            "`sdfast export SOURCE -o DIR --controlnet CONTROLNET`"
-        )
-    if (request.controlnet_conditioning_scale is not None) != (control is not None):
-        raise RequestError(
-            "controlnet_conditioning_scale and a control image go together; give both, or neither"
-        )
+    check_controlled(model, request, controlled=control is not None)
     if control is None:
         return
     count, _, height, width = control.shape
@@ -44,6 +31,24 @@ def check_control(model: Model, request: Request, control: Tensor | None) -> Non
     if request.images % count:
         raise RequestError(
             f"control_image: {count} for {request.images} pictures; give one for all, or one for each"
+        )
+
+
+def check_controlled(model: Model, request: Request, *, controlled: bool) -> None:
+    """Raises `RequestError` for a control image, or none, where the engine or the request asks otherwise."""
+    if model.controlled and not controlled:
+        raise RequestError(
+            "control_image: is missing; this engine has a ControlNet, which draws every picture under the "
+            "guidance of one"
+        )
+    if controlled and not model.controlled:
+        raise RequestError(
+            "control_image: this engine has no ControlNet; leave it out, or export one with "
+            "`sdfast export SOURCE -o DIR --controlnet CONTROLNET`"
+        )
+    if (request.controlnet_conditioning_scale is not None) != controlled:
+        raise RequestError(
+            "controlnet_conditioning_scale and a control image go together; give both, or neither"
         )
 
 

@@ -19,12 +19,13 @@ import torch
 from sdfast.emphasis import Piece
 from sdfast.engine import Engine
 from sdfast.errors import BackendError
-from sdfast.manifest import Builder, Manifest, Model, Module, Source, Span, Variant
+from sdfast.manifest import CONTROL, Builder, Manifest, Model, Module, Source, Span, Variant
 from sdfast.tokenizer import Chunks
 
 TEXT_WIDTH = 4  # D
 CONTEXT_WIDTH = 6  # KV
 SHIFT_WIDTH = 2  # T
+CONTROL_CHANNELS = 4  # C_0
 LENGTH = 8  # tokens of a chunk
 LAYERS = 3
 FACTOR = 8  # pixels a latent
@@ -145,7 +146,7 @@ class FakeEngine(Engine):
 
     batches: the batch forms of the U-Net. sizes: its (height, width) forms in pixels. failpoints: by module
     name; may be changed at any time. calls: the batch of every call, by module name. edits: whether it takes
-    images.
+    images. controlled: whether it has a ControlNet.
     """
 
     def __init__(
@@ -156,9 +157,10 @@ class FakeEngine(Engine):
         guidance_embedding: int | None = None,
         dtype: torch.dtype = torch.float32,
         edits: bool = True,
+        controlled: bool = False,
     ) -> None:
         self.folder = Path("fake")
-        self.manifest = _manifest(batches, sizes, guidance_embedding)
+        self.manifest = _manifest(batches, sizes, guidance_embedding, controlled)
         if not edits:
             del self.manifest.modules["vae_encoder"]
         self.device = torch.device("cpu")
@@ -172,7 +174,10 @@ class FakeEngine(Engine):
 
 
 def _manifest(
-    batches: Sequence[Span], sizes: Sequence[tuple[Span, Span]], guidance_embedding: int | None
+    batches: Sequence[Span],
+    sizes: Sequence[tuple[Span, Span]],
+    guidance_embedding: int | None,
+    controlled: bool,
 ) -> Manifest:
     forms: dict[str, list[Variant]] = {
         name: [Variant(file=name, batch=Span.exactly(1))] for name in _FUNCTIONS
@@ -182,7 +187,7 @@ def _manifest(
     forms["unet"] = [
         Variant(file="unet", batch=b, height=h, width=w, tokens=lengths) for h, w in sizes for b in batches
     ]
-    for name in ("vae_decoder", "vae_encoder"):
+    for name in ("vae_decoder", "vae_encoder", CONTROL):
         forms[name] = [Variant(file=name, batch=Span.exactly(1), height=h, width=w) for h, w in sizes]
     modules = {
         name: Module(
@@ -205,6 +210,7 @@ def _manifest(
         context_width=CONTEXT_WIDTH,
         time_shift_width=SHIFT_WIDTH,
         guidance_embedding=guidance_embedding,
+        control_channels=CONTROL_CHANNELS if controlled else None,
     )
     return Manifest.model_construct(
         name="fake",
@@ -242,9 +248,15 @@ def _time_shift(
     return {"time_shift": torch.stack([timesteps / 1000, extra], dim=1)}
 
 
-def _unet(sample: torch.Tensor, time_shift: torch.Tensor, context: torch.Tensor) -> dict[str, torch.Tensor]:
+def _unet(
+    sample: torch.Tensor,
+    time_shift: torch.Tensor,
+    context: torch.Tensor,
+    control: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
     told = context[:, 0, 0] / 100 + time_shift[:, 0] + time_shift[:, 1]
-    return {"output": sample * 0.5 + told.view(-1, 1, 1, 1)}
+    output = sample * 0.5 + told.view(-1, 1, 1, 1)
+    return {"output": output if control is None else output + time_shift[:, 2].view(-1, 1, 1, 1) * control}
 
 
 def _vae_decoder(latents: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -258,6 +270,11 @@ def _vae_encoder(image: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"mean": mean, "std": 0.1 + 0.05 * mean.abs()}
 
 
+def _control_embedding(image: torch.Tensor) -> dict[str, torch.Tensor]:
+    small = torch.nn.functional.avg_pool2d(image, FACTOR)
+    return {"control": torch.cat([small, small.sum(1, keepdim=True)], dim=1)}
+
+
 _FUNCTIONS: dict[str, Callable[..., dict[str, torch.Tensor]]] = {
     "text_encoder": _text_encoder,
     "context": _context,
@@ -265,4 +282,5 @@ _FUNCTIONS: dict[str, Callable[..., dict[str, torch.Tensor]]] = {
     "unet": _unet,
     "vae_decoder": _vae_decoder,
     "vae_encoder": _vae_encoder,
+    CONTROL: _control_embedding,
 }

@@ -1,12 +1,16 @@
 """Pictures under the guidance of a control image, beside stock diffusers' ControlNet pipelines."""
 
+import hashlib
 import shutil
+from io import BytesIO
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import diffusers
 import pytest
 import torch
+from PIL import Image
 
 from sdfast import drop_in
 from sdfast.arithmetic import DeviceArithmetic
@@ -20,7 +24,8 @@ from sdfast.manifest import read_manifest
 from sdfast.pipeline import Given, Pipeline
 from sdfast.request import Request
 from sdfast.server.batcher import Batcher
-from sdfast.server.jobs import Job
+from sdfast.server.jobs import Done, Event, Failed, Job
+from sdfast.server.studio import info_of
 from sdfast.server.worker.opening import warm_up
 from tests import checkpoints
 from tests.fakes import FakeEngine
@@ -252,10 +257,28 @@ def test_from_pretrained_takes_the_source_of_a_controlnet(
         Pipeline.from_pretrained(tiny_sd, backend="eager", controlnet=sd[0].controlnet)
 
 
-def test_a_server_refuses_such_jobs_at_once(sd: Pair) -> None:
-    """Its engine is warmed up, and jobs bring no control images."""
+def test_a_server_knows_a_controlnet_by_name(sd: Pair, sd_engine: Path, tiny_controlnet: Path) -> None:
+    weights = (tiny_controlnet / "diffusion_pytorch_model.safetensors").read_bytes()
+    known = info_of(sd[1].engine.manifest)
+    assert known.controlnet == f"{tiny_controlnet.name} [{hashlib.sha256(weights).hexdigest()[:8]}]"
+    plain = info_of(read_manifest(sd_engine))
+    assert plain.controlnet is None
+    assert (known.controlled, plain.controlled) == (True, False)
+
+
+def test_a_server_draws_the_pipelines_picture(sd: Pair) -> None:
+    """Its engine is warmed up before."""
     warm_up(sd[1].engine)
-    batcher = Batcher(sd[1].engine)
-    with pytest.raises(RequestError, match="has a ControlNet and needs a control image, which the server"):
-        batcher.submit(Job("1", "engine", request_of(controlnet_conditioning_scale=None)), print)
+    batcher, ended = Batcher(sd[1].engine), SimpleQueue[Done | Failed]()
+
+    def listen(event: Event) -> None:
+        if isinstance(event, Done | Failed):
+            ended.put(event)
+
+    asked = request_of(controlnet_conditioning_scale=0.7, control_guidance_end=0.7)
+    batcher.submit(Job("1", "engine", asked, control=image(3).tobytes()), listen)
+    end = ended.get(timeout=20)
+    assert isinstance(end, Done), end
+    [drawn] = sd[1].generate(asked, Given(control=read_controls(image(3)))).images
+    assert Image.open(BytesIO(end.pngs[0])).tobytes() == drawn.tobytes()
     assert batcher.close(timeout=20)

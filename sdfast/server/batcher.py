@@ -22,12 +22,12 @@ from PIL import Image
 from sdfast.engine import Engine
 from sdfast.errors import BackendError, EngineError, NumericalError, SdfastError, first_line
 from sdfast.loop import Buckets, Row, Rows, check_finite
-from sdfast.pipeline import Given, Pipeline, to_uint8
+from sdfast.pipeline import Pipeline, to_uint8
 from sdfast.schedulers.estimate import clean_estimate
 from sdfast.server.clerk import Clerk
+from sdfast.server.given import check_given, given_of
 from sdfast.server.jobs import TICK_SECONDS, Failed, FailureKind, Job, Load, QueueFull
 from sdfast.server.memory import memory_of
-from sdfast.server.over import check_over, over_of
 from sdfast.server.places import Pace, Picture, changes
 from sdfast.server.work import Listener, Room, Work
 
@@ -137,7 +137,7 @@ class Batcher:
         self._engine.check_size(job.request.height, job.request.width)
         steps = len(self.pipeline.schedule_of(job.request))
         self.pipeline.prompts.check(job.request)
-        check_over(self._engine, job)
+        check_given(self._engine, job)
         with self._changed:
             if self._closing or not self._healthy:
                 raise BackendError("the engine takes no more jobs: it is closed, or it failed too often")
@@ -298,7 +298,7 @@ class Batcher:
                 self._room(work).join(work.enter(picture.index))
 
     def _begin(self, work: Work) -> bool:
-        """Take a job out of the queue and encode its prompts and its image; False when that ends it."""
+        """Take a job out of the queue and encode its prompts and its images; False when that ends it."""
         with self._changed:
             self._queue.remove(work)
             self._begun.append(work)
@@ -307,7 +307,7 @@ class Batcher:
         request = work.job.request
         try:
             self.pipeline.prepare_decoder(request, 1)
-            work.prepare(lambda: self.pipeline.prepare(request, Given(over=over_of(work.job))))
+            work.prepare(lambda: self.pipeline.prepare(request, given_of(work.job)))
         except torch.OutOfMemoryError as error:
             self._fail_memory(work, error)
         except NumericalError as error:

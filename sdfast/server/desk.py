@@ -39,10 +39,11 @@ class Desk:
         previews: int = 0,
         image: bytes | None = None,
         mask: bytes | None = None,
+        control: bytes | None = None,
     ) -> Job:
         """A job of now, with an id of its own and the settings' deadline."""
         deadline = time.monotonic() + self.settings.timeout
-        return Job(secrets.token_hex(12), engine, request, deadline, previews, image, mask)
+        return Job(secrets.token_hex(12), engine, request, deadline, previews, image, mask, control)
 
     def submit(self, job: Job) -> AsyncIterator[Event]:
         """Raises `Problem` for what the studio does not take in."""

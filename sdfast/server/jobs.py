@@ -21,7 +21,8 @@ class Job:
     asks for others.
     image: what is drawn over, as `request.strength` says: bytes of RGB pixels [height, width, 3] uint8, of
     the request's size. mask: what of it is drawn anew: bytes [height, width] uint8, 255 there, 0 where the
-    image stays; with an image only. Of files, and of what is inside them, the engine side knows nothing.
+    image stays; with an image only. control: the control image of an engine with a ControlNet, as `image`;
+    beside the others or alone. Of files, and of what is inside them, the engine side knows nothing.
     """
 
     id: str
@@ -31,6 +32,7 @@ class Job:
     previews: int = 0
     image: bytes | None = None
     mask: bytes | None = None
+    control: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,8 @@ class EngineInfo:
     """What the API must know of an engine. sizes: "WIDTHxHEIGHT" or ranges, for people and messages.
 
     checkpoint_digest: hex SHA-256 over the digests of its weights. unet_digest: hex SHA-256 of its U-Net's,
-    by which a picture's parameters name the model. edits: whether it takes a job's image.
+    by which a picture's parameters name the model. edits: whether it takes a job's image. controlnet: its
+    ControlNet's name, by which AUTOMATIC1111's clients know it; None without one.
     """
 
     name: str
@@ -124,6 +127,12 @@ class EngineInfo:
     checkpoint_digest: str
     edits: bool = False
     unet_digest: str = ""
+    controlnet: str | None = None
+
+    @property
+    def controlled(self) -> bool:
+        """Whether every job needs a control image; without a ControlNet none takes one."""
+        return self.controlnet is not None
 
 
 TICK_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)

@@ -52,8 +52,8 @@ _FIELDS = {
 """The API's names of a `sdfast.request.Request`'s fields, where they are others."""
 
 
-_AUTOMATIC1111 = ("/sdapi/", "/internal/")
-"""Where its clients ask, who read errors of another shape."""
+_AUTOMATIC1111 = ("/sdapi/", "/internal/", "/controlnet/")
+"""Where its clients and its extension's ask, who read errors of another shape."""
 
 
 class SdapiError(BaseModel):

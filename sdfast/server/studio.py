@@ -7,11 +7,11 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from sdfast.errors import EngineError, RequestError
 from sdfast.infotext import unet_digest
-from sdfast.manifest import Manifest, read_manifest
+from sdfast.manifest import AddedControlNet, Manifest, read_manifest
 from sdfast.server.jobs import EngineInfo, Event, Job, Statistics
 from sdfast.server.settings import Settings
 from sdfast.server.worker.supervisor import Patience, Supervisor, command
@@ -98,7 +98,7 @@ class WorkerStudio:
 def info_of(manifest: Manifest) -> EngineInfo:
     weights = sorted(manifest.checkpoint.weights.items())
     digest = hashlib.sha256(repr(weights).encode()).hexdigest()
-    forms = manifest.modules["unet"].variants
+    forms, controlnet = manifest.modules["unet"].variants, manifest.checkpoint.controlnet
     return EngineInfo(
         name=manifest.name,
         family=manifest.model.family,
@@ -110,4 +110,11 @@ def info_of(manifest: Manifest) -> EngineInfo:
         checkpoint_digest=digest,
         unet_digest=unet_digest(manifest.checkpoint.weights) or digest,
         edits=manifest.edits,
+        controlnet=controlnet_name(controlnet) if controlnet else None,
     )
+
+
+def controlnet_name(controlnet: AddedControlNet) -> str:
+    """As sd-webui-controlnet lists ControlNets: the file's or folder's name, and how its digest begins."""
+    digest = min(controlnet.weights.items())[1]
+    return f"{PurePath(controlnet.source).name} [{digest[:8]}]"

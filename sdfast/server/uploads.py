@@ -71,7 +71,8 @@ def of_base64(
 
 
 def pixels(image: Image.Image, height: int, width: int) -> bytes:
-    """RGB pixels [height, width, 3] uint8 for `Job.image`, on white where the picture is transparent.
+    """RGB pixels [height, width, 3] uint8 for `Job.image` or `Job.control`, on white where the picture is
+    transparent.
 
     Of another size, the picture is resampled (Lanczos): whoever calls has been asked for that.
     """

@@ -27,10 +27,13 @@ from sdfast.server.jobs import (
 SIZES = {(64, 64), (64, 96)}  # height, width
 
 
-def engine(name: str = "tiny", edits: bool = True) -> EngineInfo:
+def engine(name: str = "tiny", edits: bool = True, controlnet: str | None = None) -> EngineInfo:
     digest = name.encode().hex().ljust(64, "0")
     return EngineInfo(
-        name, "sd", 64, 64, ("64x64", "96x64"), 4, "org/tiny", "0" * 64, edits=edits, unet_digest=digest
+        *(name, "sd", 64, 64, ("64x64", "96x64"), 4, "org/tiny", "0" * 64),
+        edits=edits,
+        unet_digest=digest,
+        controlnet=controlnet,
     )
 
 

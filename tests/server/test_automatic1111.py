@@ -372,6 +372,158 @@ async def test_an_engine_without_an_encoder_takes_no_images(api: Client, studio:
     assert "takes no images" in await api.refused("img2img", 422, init_images=[coded(RED)])
 
 
+CANNY = "control_canny [01234567]"
+
+
+@pytest.fixture
+def controlled(studio: FakeStudio) -> FakeStudio:
+    """Its engine has a ControlNet."""
+    studio.engines["tiny"] = engine(controlnet=CANNY)
+    return studio
+
+
+def units(*units: Any, name: str = "ControlNet") -> dict[str, Any]:
+    return {"alwayson_scripts": {name: {"args": list(units)}}}
+
+
+STRIPES = Image.new("RGB", (256, 64), "red")
+STRIPES.paste("blue", (96, 0, 160, 64))
+OF_DETECTORS = {"processor_res": 512, "threshold_a": 64, "threshold_b": 0.5, "pixel_perfect": True}
+ASKS_FOR_NOTHING = {
+    **OF_DETECTORS,
+    **{"enabled": True, "module": "none", "control_mode": "Balanced", "low_vram": True, "hr_option": "Both"},
+    **{"mask": None, "effective_region_mask": None, "advanced_weighting": None, "input_mode": "simple"},
+    **{"save_detected_map": True, "inpaint_crop_input_image": True, "use_preview_as_input": False},
+    **{"batch_images": "", "loopback": False, "output_dir": "", "is_ui": False, "pulid_mode": "Fidelity"},
+}
+
+
+async def test_a_unit_is_the_control_image_and_its_scale(api: Client, controlled: FakeStudio) -> None:
+    unit = {"image": coded(RED), "model": CANNY, "weight": 0.5, "guidance_start": 0.25, "guidance_end": 0.75}
+    told = await api.post("txt2img", **units(ASKS_FOR_NOTHING | unit), steps=8)
+    assert len(told["images"]) == 1
+    older = {"input_image": f"data:image/png;base64,{coded(BLUE)}", "guidance": 0.5, "lowvram": False}
+    await api.post("txt2img", **units({"enabled": False, "module": "canny"}, None, older, name="controlnet"))
+    both = {"image": {"image": coded(BLUE), "mask": None}, "model": "control_canny", "weight": 0}
+    await api.post("txt2img", **units(both))
+    assert [job.control for job in controlled.jobs] == [RED.tobytes(), BLUE.tobytes(), BLUE.tobytes()]
+    asked = [
+        (r.controlnet_conditioning_scale, r.control_guidance_start, r.control_guidance_end)
+        for r in (job.request for job in controlled.jobs)
+    ]
+    assert asked == [(0.5, 0.25, 0.75), (1.0, 0.0, 0.5), (0.0, 0.0, 1.0)]
+    assert all(job.image is None for job in controlled.jobs)
+
+
+@pytest.mark.parametrize(
+    ("mode", "cropped"),
+    [(0, False), ("Just Resize", False), (1, True), ("Crop and Resize", True), (None, True)],
+)
+async def test_a_control_image_is_resized_or_cropped(
+    api: Client, controlled: FakeStudio, mode: Any, cropped: bool
+) -> None:
+    await api.post("txt2img", **units({"image": coded(STRIPES), "resize_mode": mode}))
+    control = Image.frombytes("RGB", (64, 64), controlled.jobs[0].control or b"")
+    assert control.getpixel((2, 32)) == ((0, 0, 255) if cropped else (255, 0, 0))
+    assert control.getpixel((32, 32)) == (0, 0, 255)
+
+
+async def test_nothing_is_filled_around_a_control_image(api: Client, controlled: FakeStudio) -> None:
+    for mode in (2, "Resize and Fill"):
+        unit = {"image": coded(STRIPES), "resize_mode": mode}
+        message = await api.refused("txt2img", 422, **units(unit))
+        assert "resize_mode: an image of 256x64 leaves something to fill in a picture of 64x64" in message
+        await api.post("txt2img", **units(unit | {"image": coded(RED.resize((32, 32)))}))
+    assert [job.control for job in controlled.jobs] == [RED.tobytes()] * 2
+
+
+async def test_over_an_image_a_unit_without_one_has_that(api: Client, controlled: FakeStudio) -> None:
+    call = {"init_images": [coded(STRIPES)], "resize_mode": 1}
+    await api.post("img2img", **call, **units({"weight": 0.5, "resize_mode": 0}))
+    await api.post("img2img", **call, **units({"image": coded(RED)}))
+    assert [job.image for job in controlled.jobs] == [BLUE.tobytes()] * 2
+    assert [job.control for job in controlled.jobs] == [BLUE.tobytes(), RED.tobytes()]
+
+
+@pytest.mark.parametrize(
+    ("unit", "told"),
+    [
+        ({"module": "canny"}, "module: is not supported: there are no detectors here"),
+        ({"control_mode": 1}, "control_mode: is not supported"),
+        ({"control_mode": "ControlNet is more important"}, "control_mode: is not supported"),
+        ({"guessmode": True}, "guess_mode: is not supported"),
+        ({"model": "depth [89abcdef]"}, f"model: tiny has {CANNY}, and no other"),
+        ({"mask": coded(LEFT)}, "mask: is not supported"),
+        ({"image": {"image": coded(RED), "mask": coded(LEFT)}}, "mask: is not supported"),
+        ({"image": {"image": coded(RED), "weight": 2}}, "image: must be base64, or have an image and a mask"),
+        ({"effective_region_mask": coded(LEFT)}, "effective_region_mask: is not supported"),
+        ({"advanced_weighting": [1.0] * 13}, "advanced_weighting: is not supported"),
+        ({"batch_images": [coded(RED)]}, "batch_images: is not supported"),
+        ({"use_preview_as_input": True}, "use_preview_as_input: is not supported"),
+        ({"ipadapter_input": ["x"]}, "ipadapter_input: is not supported"),
+        ({"resize_mode": 3}, "resize_mode: must be 0 (just resize) or 1"),
+        ({"resize_mode": "Larger"}, "resize_mode: must be 0 (just resize) or 1"),
+        ({"weight": 2.5}, "weight: must be less than or equal to 2"),
+        ({"weight": "1"}, "weight: must be a valid number"),
+        ({"guidance_start": 1.0}, "guidance_end: must be above guidance_start, which is 1"),
+        ({"guidance_start": 0.5, "guidance_end": 0.5}, "guidance_end: must be above guidance_start"),
+        ({"guidance": 0.5, "guidance_end": 0.6}, "is guidance_end by another name"),
+        ({"enable": True}, "enable: unknown; the fields are: enabled, module"),
+        ({"image": ""}, "image: is missing"),
+        ({"image": "https://example.org/a.png"}, "image: the server fetches nothing"),
+        ({"image": "R0lGODlh"}, "image: this is no PNG, JPEG or WebP"),
+    ],
+)
+async def test_a_unit_that_is_not_supported_is_refused_by_name(
+    api: Client, controlled: FakeStudio, unit: dict[str, Any], told: str
+) -> None:
+    message = await api.refused("txt2img", 422, **units({"image": coded(RED), **unit}))
+    assert message.startswith("alwayson_scripts: ControlNet: ") and told in message
+    assert controlled.jobs == []
+
+
+@pytest.mark.parametrize(
+    ("scripts", "told"),
+    [
+        ({}, "tiny has a ControlNet"),
+        (units(), "send an enabled unit"),
+        (units({"enabled": False, "image": coded(RED)}), "send an enabled unit"),
+        (units({"image": coded(RED)}, {"image": coded(RED)}), "2 units are enabled"),
+        (units("canny"), "must have args, a list of units"),
+        ({"alwayson_scripts": {"ControlNet": [{}]}}, "must have args, a list of units"),
+        ({"alwayson_scripts": {"ControlNet": {"args": {}}}}, "send an enabled unit"),
+        (units({"image": coded(RED)}) | {"width": 8192, "height": 8192}, "width: times height is more than"),
+    ],
+)
+async def test_an_engine_with_a_controlnet_needs_one_unit(
+    api: Client, controlled: FakeStudio, scripts: dict[str, Any], told: str
+) -> None:
+    assert told in await api.refused("txt2img", 422, **scripts)
+    assert controlled.jobs == []
+
+
+async def test_an_engine_without_a_controlnet_takes_no_unit(api: Client, studio: FakeStudio) -> None:
+    message = await api.refused("txt2img", 422, **units({"image": coded(RED)}))
+    assert "tiny has no ControlNet" in message and studio.jobs == []
+    await api.post("txt2img", **units({"enabled": False, "image": coded(RED)}, None))
+    await api.post("txt2img", **units())
+    assert "Other is not supported" in await api.refused("txt2img", 422, **units({}, name="Other"))
+
+
+async def test_the_controlnets_are_listed(api: Client, http: httpx.AsyncClient, studio: FakeStudio) -> None:
+    assert (await http.get("/controlnet/model_list")).json() == {"model_list": []}
+    studio.engines |= {name: engine(name, controlnet=CANNY) for name in ("one", "two")}
+    assert (await http.get("/controlnet/model_list?update=true")).json() == {"model_list": [CANNY]}
+    modules = (await http.get("/controlnet/module_list?alias_names=true")).json()
+    assert modules["module_list"] == ["none"] and modules["module_detail"]["none"]["sliders"] == []
+    assert (await http.get("/controlnet/version")).json() == {"version": 3}
+    assert (await http.get("/controlnet/settings")).json() == {"control_net_unit_count": 1}
+    assert await api.get("scripts") == {"txt2img": ["controlnet"], "img2img": ["controlnet"]}
+    told = reason(await http.post("/controlnet/detect", json={}), 501)
+    assert "there are no detectors here" in told["errors"]
+    reason(await http.get("/controlnet/nothing"), 404)
+
+
 async def test_errors_have_automatic1111s_shape(http: httpx.AsyncClient, studio: FakeStudio) -> None:
     url = f"{API}/txt2img"
     assert "not JSON" in reason(await http.post(url, content=b"{", headers=JSON), 400)["detail"]

@@ -169,6 +169,58 @@ def test_jobs_over_images_are_the_pipelines_pictures_beside_others(open_batcher:
     assert text.extra["Denoising strength"] == "0.6"
 
 
+def control(seed: int) -> dict[str, bytes]:
+    return {"control": over(seed=seed)["image"]}
+
+
+def test_jobs_under_control_are_the_pipelines_pictures_beside_others(open_batcher: Open) -> None:
+    """Of other images and scales, one of them over an image: rows of one batch."""
+    engine = FakeEngine(controlled=True)
+    pipe, batcher = Pipeline(FakeEngine(controlled=True)), open_batcher(engine, max_rows=4)
+    asked: list[tuple[dict[str, Any], dict[str, bytes]]] = [
+        ({"controlnet_conditioning_scale": 1.0}, control(1)),
+        ({"controlnet_conditioning_scale": 0.25, "control_guidance_start": 0.25}, control(2)),
+        ({"controlnet_conditioning_scale": 1.0, "strength": 0.5}, {**over(True), **control(3)}),
+    ]
+    with Held(engine):
+        ears = [submit(batcher, request("a", seed=i, **asked[i][0]), **asked[i][1]) for i in range(3)]
+    for i, (fields, given) in enumerate(asked):
+        [png] = ears[i].done().pngs
+        pictures = {"control_image": Image.frombytes("RGB", (16, 16), given["control"])}
+        if "image" in given:
+            mask = np.frombuffer(given["mask"], np.uint8).reshape(16, 16)
+            pictures["image"] = Image.frombytes("RGB", (16, 16), given["image"])
+            pictures["mask_image"] = Image.fromarray(mask)
+        run = {"num_inference_steps": 4, "guidance_scale": 7.5}
+        [image] = pipe("a", seed=i, **pictures, **fields, **run).images
+        assert np.abs(pixels(png) - np.asarray(image, np.int16)).max() == 0
+    assert max(engine.calls["unet"]) == 6  # with the prompt and without
+    text = infotext.parse(Image.open(io.BytesIO(ears[1].done().pngs[0])).info["parameters"])
+    assert text.extra["ControlNet scale"] == "0.25"
+
+
+@pytest.mark.parametrize(
+    ("given", "scale", "controlled", "message"),
+    [
+        ({}, None, True, "^control_image: is missing; this engine has a ControlNet"),
+        (over(), None, True, "^control_image: is missing"),
+        (control(1), 1.0, False, "^control_image: this engine has no ControlNet"),
+        (control(1), None, True, "^controlnet_conditioning_scale and a control image go together"),
+        ({}, 1.0, False, "^controlnet_conditioning_scale and a control image go together"),
+        ({"control": b"\0" * 769}, 1.0, True, "^control_image: 769 bytes, but 16x16x3 uint8 are 768"),
+    ],
+)
+def test_a_control_image_that_does_not_fit_is_refused_at_once(
+    open_batcher: Open, given: dict[str, bytes], scale: float | None, controlled: bool, message: str
+) -> None:
+    strength = 0.5 if "image" in given else None
+    asked = request(controlnet_conditioning_scale=scale, strength=strength)
+    engine = FakeEngine(controlled=controlled)
+    with pytest.raises(RequestError, match=message):
+        submit(open_batcher(engine), asked, **given)
+    assert engine.calls["text_encoder"] == []
+
+
 @pytest.mark.parametrize(
     ("given", "strength", "engine", "message"),
     [

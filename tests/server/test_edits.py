@@ -250,6 +250,43 @@ async def test_none_is_nothing_asked(sdk: openai.AsyncOpenAI, studio: FakeStudio
     assert request.negative_prompts == (None,)
 
 
+async def test_a_control_image_goes_beside_the_image_and_its_mask(send: Any, studio: FakeStudio) -> None:
+    studio.engines["tiny"] = engine(controlnet="canny [01234567]")
+    files = {"image": ("a.png", png(WIDE)), "control_image": ("c.png", png(NOISE))}
+    scales = {"controlnet_conditioning_scale": "0.5", "control_guidance_end": "0.75"}
+    assert (await send(files, **scales)).status_code == 200
+    mask = {"mask": ("m.png", png(half_open((96, 64))))}
+    assert (await send(files | mask, size="64x64")).status_code == 200
+    own, asked = studio.jobs
+    assert (own.image, own.mask) == (WIDE.tobytes(), None)
+    assert own.control == NOISE.resize((96, 64), Image.Resampling.LANCZOS).tobytes()
+    request = own.request
+    assert (request.controlnet_conditioning_scale, request.control_guidance_end) == (0.5, 0.75)
+    assert asked.mask is not None and asked.control == NOISE.tobytes()
+    assert (asked.request.controlnet_conditioning_scale, asked.request.strength) == (1.0, 1.0)
+
+
+CONTROLLED = {"image": ("a.png", png(NOISE)), "control_image": ("c.png", png(NOISE))}
+
+
+@pytest.mark.parametrize(
+    ("files", "texts", "controlnet", "told"),
+    [
+        (None, {}, "canny", "is missing; tiny has a ControlNet"),
+        (CONTROLLED, {}, None, "tiny has no ControlNet"),
+        (None, {"control_image": "http://169.254.169.254/"}, "canny", "fetches nothing"),
+        ([*CONTROLLED.items(), ("control_image", ("d.png", b""))], {}, "canny", "2 were sent"),
+        ({**CONTROLLED, "control_image": ("c.png", b"GIF89a")}, {}, "canny", "no PNG, JPEG or WebP"),
+    ],
+)
+async def test_a_wrong_control_image_is_named(
+    send: Any, studio: FakeStudio, files: Any, texts: dict[str, str], controlnet: str | None, told: str
+) -> None:
+    studio.engines["tiny"] = engine(controlnet=controlnet)
+    assert told in problem(await send(files, **texts), 422, "control_image")["message"]
+    assert studio.jobs == []
+
+
 @pytest.mark.parametrize(
     ("files", "param", "told"),
     [

@@ -27,7 +27,15 @@ def sent(frame: Frame, size: int = 1) -> Frame:
 
 @pytest.mark.parametrize("size", [1, 7, 2**20])
 @pytest.mark.parametrize(
-    "pictures", [{}, {"image": b"\0" * 768}, {"image": b"\1" * 768, "mask": b"\xff" * 256}]
+    "pictures",
+    [
+        {},
+        {"image": b"\0" * 768},
+        {"image": b"\1" * 768, "mask": b"\xff" * 256},
+        {"control": b"\2" * 768},
+        {"image": b"\1" * 768, "control": b"\2" * 768},
+        {"image": b"\1" * 768, "mask": b"\xff" * 256, "control": b""},
+    ],
 )
 def test_jobs_go_through(size: int, pictures: dict[str, bytes]) -> None:
     asked = request(
@@ -76,12 +84,26 @@ def test_events_that_are_none_are_faults(frame: Frame, told: str) -> None:
         messages.event_of(frame)
 
 
+ASKED = request().model_dump_json().encode()
+
+
 @pytest.mark.parametrize(
-    "parts", [(), (b"{}",), (b"{",), (b"{}", b"", b"", b"")], ids=["none", "empty", "no JSON", "too many"]
+    ("pictures", "parts", "told"),
+    [
+        ([], (), "a job of 0 parts, which are said to be: request$"),
+        ([], (b"{}",), "a request that is none"),
+        ([], (b"{",), "a request that is none"),
+        ([], (ASKED, b""), "a job of 2 parts, which are said to be: request$"),
+        (["image", "control"], (ASKED, b""), "a job of 2 parts.*: request, image, control"),
+        (["image", "image"], (ASKED, b"", b""), "a job of 3 parts.*: request, image, image"),
+        (["engine"], (ASKED, b""), "take: pictures.0"),
+        (None, (ASKED,), "take: pictures"),
+    ],
 )
-def test_jobs_that_are_none_are_faults(parts: tuple[bytes, ...]) -> None:
-    with pytest.raises(FrameError):
-        messages.job_of(Frame("take", "id", {"engine": "fake", "seconds": None, "previews": 0}, parts))
+def test_jobs_that_are_none_are_faults(pictures: Any, parts: tuple[bytes, ...], told: str) -> None:
+    fields = {"engine": "fake", "seconds": None, "previews": 0, "pictures": pictures}
+    with pytest.raises(FrameError, match=told):
+        messages.job_of(Frame("take", "id", fields, parts))
 
 
 @pytest.mark.parametrize("name", ["Exception", "SdfastErrors", "first_line", "__name__"])

@@ -7,6 +7,7 @@ from io import BytesIO
 from typing import Any
 
 import httpx
+import numpy as np
 import openai
 import pytest
 from PIL import Image
@@ -14,7 +15,7 @@ from PIL import Image
 from sdfast import infotext
 from sdfast.server.jobs import Failed
 from sdfast.server.openai import answers
-from tests.server.conftest import client_of
+from tests.server.conftest import client_of, problem
 from tests.server.studio import FakeStudio, engine
 
 pytestmark = pytest.mark.anyio
@@ -319,3 +320,76 @@ async def test_the_loop_is_free_while_pictures_are_encoded(
     assert time.perf_counter() - begun < 0.3
     assert not call.done()
     await call
+
+
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def controlled(studio: FakeStudio) -> FakeStudio:
+    """Its engine has a ControlNet."""
+    studio.engines["tiny"] = engine(controlnet="canny [01234567]")
+    return studio
+
+
+def coded(image: Image.Image) -> str:
+    file = BytesIO()
+    image.save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+async def test_a_control_image_reaches_the_engine(sdk: openai.AsyncOpenAI, controlled: FakeStudio) -> None:
+    await sdk.images.generate(**CALL, extra_body={"control_image": coded(NOISE)})
+    more = {
+        "control_image": f"data:image/png;base64,{coded(NOISE)}",
+        "controlnet_conditioning_scale": 0,
+        "control_guidance_start": 0.25,
+        "control_guidance_end": 0.5,
+    }
+    await sdk.images.generate(**CALL, size="96x64", extra_body=more)
+    plain, asked = controlled.jobs
+    assert (plain.control, plain.image, plain.mask) == (NOISE.tobytes(), None, None)
+    assert plain.request.controlnet_conditioning_scale == 1.0
+    assert asked.control == NOISE.resize((96, 64), Image.Resampling.LANCZOS).tobytes()
+    told = {name: getattr(asked.request, name) for name in more if name != "control_image"}
+    assert told == {name: value for name, value in more.items() if name != "control_image"}
+    models = (await sdk.models.list()).data
+    assert [model.to_dict()["controlled"] for model in models] == [True]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "told"),
+    [
+        ({}, "control_image", "is missing; tiny has a ControlNet"),
+        ({"control_image": "https://example.org/a.png"}, "control_image", "the server fetches nothing"),
+        ({"control_image": "file:///etc/passwd"}, "control_image", "the server fetches nothing"),
+        ({"control_image": "R0lGODlh"}, "control_image", "no PNG, JPEG or WebP"),
+        ({"control_image": coded(NOISE)[:999]}, "control_image", "must be a picture as base64"),
+        ({"control_image": "\ud800"}, "control_image", "must be a picture as base64"),
+        ({"control_image": 7}, "control_image", "must be a valid string"),
+        ({"control_image": coded(NOISE), "size": "8192x8192"}, "size", "16777216 pixels, the most taken"),
+        (
+            {"controlnet_conditioning_scale": -1},
+            "controlnet_conditioning_scale",
+            "greater than or equal to 0",
+        ),
+        ({"control_guidance_end": 0}, "control_guidance_start", "is not below control_guidance_end"),
+    ],
+)
+async def test_a_wrong_control_image_is_named(
+    post: Any, controlled: FakeStudio, fields: dict[str, Any], param: str, told: str
+) -> None:
+    given = {"control_image": coded(NOISE)} if fields and "control_image" not in fields else {}
+    assert told in problem(await post({"prompt": "a", **given, **fields}), 422, param)["message"]
+    assert controlled.jobs == []
+
+
+async def test_engines_with_a_controlnet_are_named_to_a_control_image(
+    post: Any, controlled: FakeStudio
+) -> None:
+    controlled.engines["plain"] = engine("plain")
+    answer = await post({"prompt": "a", "model": "plain", "control_image": "x"})
+    error = problem(answer, 422, "control_image")
+    assert "plain has no ControlNet" in error["message"] and "here have: tiny" in error["message"]
+    answer = await post({"prompt": "a", "model": "plain", "control_guidance_end": 0.5})
+    assert "are for a control image" in problem(answer, 422, "control_guidance_start")["message"]

@@ -260,6 +260,15 @@ def test_what_looks_like_markup_is_text(page: Page, studio: FakeStudio) -> None:
     assert page.all("img[src=x], body script") == [] and page.browser.title == "sdfast"
 
 
+def test_what_an_engine_with_a_controlnet_needs_is_told(page: Page, studio: FakeStudio) -> None:
+    """The page has no field for it."""
+    studio.engines["tiny"] = engine(controlnet="canny [01234567]")
+    page["draw"].click()
+    wait_until(lambda: page.seen("notice"))
+    assert page.text("notice-text").startswith("control_image: is missing; tiny has a ControlNet")
+    assert not page.seen("again") and studio.jobs == []
+
+
 def test_a_full_queue_is_tried_again_after_its_seconds(page: Page, studio: FakeStudio) -> None:
     studio.full = True
     page["draw"].click()

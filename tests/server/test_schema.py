@@ -55,7 +55,7 @@ async def told(http: httpx.AsyncClient) -> dict[str, Any]:
 async def test_the_schema_tells_every_field_and_what_it_is(told: dict[str, Any]) -> None:
     for path, kind, model, files in (
         ("/v1/images/generations", "application/json", Generation, set[str]()),
-        ("/v1/images/edits", "multipart/form-data", Edit, {"image", "mask"}),
+        ("/v1/images/edits", "multipart/form-data", Edit, {"image", "mask", "control_image"}),
     ):
         body = told["paths"][path]["post"]["requestBody"]["content"][kind]["schema"]
         assert body["properties"].keys() == model.model_fields.keys() | files

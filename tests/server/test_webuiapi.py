@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import requests
@@ -51,6 +52,25 @@ def test_an_image_drawn_over(api: webuiapi.WebUIApi, studio: FakeStudio) -> None
     )
     assert (told.image.getpixel((4, 4)), told.image.getpixel((60, 4))) == ((5, 0, 99), (255, 0, 0))
     assert studio.jobs[1].mask is not None
+
+
+def test_a_control_image(api: webuiapi.WebUIApi, studio: FakeStudio) -> None:
+    studio.engines["tiny"] = engine(controlnet="canny [01234567]")
+    [model] = api.controlnet_model_list()
+    assert (model, api.controlnet_module_list()) == ("canny [01234567]", ["none"])
+    image = Image.new("RGB", (32, 32), "red")
+
+    def call(**unit: Any) -> dict[str, Any]:
+        """With scripts of its own, which the client would else keep for its next calls."""
+        units = [webuiapi.ControlNetUnit(image=image, **unit)]
+        return {"controlnet_units": units, "alwayson_scripts": {}, **SIZE}
+
+    api.txt2img(**call(model=model, weight=0.5))
+    api.img2img(images=[image], **call())
+    assert [job.control for job in studio.jobs] == [Image.new("RGB", (64, 64), "red").tobytes()] * 2
+    assert [job.request.controlnet_conditioning_scale for job in studio.jobs] == [0.5, 1.0]
+    with pytest.raises(RuntimeError, match="there are no detectors here"):
+        api.txt2img(**call(module="canny"))
 
 
 def test_what_is_refused_is_raised(api: webuiapi.WebUIApi) -> None:

@@ -1,8 +1,9 @@
 """AUTOMATIC1111's API, for its clients: `/sdapi/v1/txt2img`, `/img2img`, and what they ask beside these.
 
 `fields.py` what the two take, `samplers.py` and `options.py` what samplers and options mean here,
-`pictures.py` what img2img draws over, `calls.py` what is under way, `answers.py` what is given back,
-`routes.py` the routes, `lists.py` those that tell or refuse one fixed thing.
+`controlnet.py` what they say of ControlNets, `pictures.py` the images that come with them, `calls.py` what is
+under way, `answers.py` what is given back, `routes.py` the routes, `lists.py` those that tell or refuse one
+fixed thing.
 
 What is asked for is done or refused by name, never ignored. A field that means nothing in a call, such as
 `hr_scale` without `enable_hr`, is taken, since clients send them all. Where this differs from AUTOMATIC1111:

@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from sdfast.errors import RequestError
 from sdfast.request import MAX_GUIDANCE, MAX_IMAGES, MAX_STEPS, SEED_LIMIT, Request, check_text
 from sdfast.schedulers import Sampler
+from sdfast.server.automatic1111 import controlnet
+from sdfast.server.automatic1111.controlnet import Unit
 from sdfast.server.automatic1111.options import clip_skip_of, emphasis_of
 from sdfast.server.automatic1111.samplers import eta_of, sampler_of
 from sdfast.server.body import Neutral, check_neutral
@@ -20,7 +22,7 @@ SAMPLER, STEPS, GUIDANCE = "Euler", 50, 7.0  # AUTOMATIC1111's, where nothing is
 DENOISING_STRENGTH, MASK_BLUR = 0.75, 4
 _EXTRA_NETWORK = re.compile(r"<(lora|lyco|hypernet):[^>]*>", re.IGNORECASE)
 
-_NO_SCRIPTS = "there are no scripts here; leave it out"
+_NO_SCRIPTS = "there are no scripts here but ControlNet; leave it out"
 _SAVES_NOTHING = "the server saves nothing; save what it answers"
 _NEUTRAL: Mapping[str, Neutral] = {
     "styles": (([],), "there are no styles here; put their text into the prompt"),
@@ -127,8 +129,10 @@ class Generation(BaseModel):
 
     @field_validator("alwayson_scripts")
     @classmethod
-    def _no_scripts(cls, scripts: dict[str, Any] | None) -> dict[str, Any] | None:
+    def _no_others(cls, scripts: dict[str, Any] | None) -> dict[str, Any] | None:
         for name, script in (scripts or {}).items():
+            if name.lower() == controlnet.SCRIPT:  # which `unit_of` looks at
+                continue
             if not isinstance(script, dict) or script.get("args"):
                 raise ValueError(f"{name:.60} is not supported: {_NO_SCRIPTS}")
         return scripts
@@ -153,15 +157,18 @@ class Generation(BaseModel):
     def images(self) -> int:
         return (self.batch_size or 1) * (self.n_iter or 1)
 
-    def request(self, engine: EngineInfo) -> tuple[Request, Sampler]:
-        """What `engine` is to draw, and the sampler that does. Raises `Problem` naming the API's field."""
+    def request(self, engine: EngineInfo, unit: Unit | None = None) -> tuple[Request, Sampler]:
+        """What `engine` is to draw, its ControlNet as `unit` says, and the sampler that does.
+
+        Raises `Problem` naming the API's field.
+        """
         scheduler, sampler = sampler_of(self.sampler_name or self.sampler_index or SAMPLER, self.scheduler)
         try:
-            return self._request(engine, scheduler, eta_of(self.eta, sampler)), sampler
+            return self._request(engine, unit, scheduler, eta_of(self.eta, sampler)), sampler
         except RequestError as error:
             raise of_request_error(error, type(self).model_fields) from None
 
-    def _request(self, engine: EngineInfo, scheduler: str, eta: float) -> Request:
+    def _request(self, engine: EngineInfo, unit: Unit | None, scheduler: str, eta: float) -> Request:
         return Request.make(
             prompts=(self.prompt or "",),
             negative_prompts=(self.negative_prompt,),
@@ -176,6 +183,7 @@ class Generation(BaseModel):
             clip_skip=clip_skip_of(self.override_settings or {}, engine),
             long_prompts="chunk",
             emphasis=emphasis_of(self.override_settings or {}),
+            **({} if unit is None else unit.fields),
             **({} if self.seed in (None, -1) else {"seed": self.seed}),
         )
 

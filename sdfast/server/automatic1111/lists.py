@@ -18,7 +18,6 @@ _NONE: Mapping[str, Any] = {
     "face-restorers": [],
     "realesrgan-models": [],
     "prompt-styles": [],
-    "scripts": {"txt2img": [], "img2img": []},
     "script-info": [],
     "extensions": [],
     "memory": {"ram": {"error": "is not measured"}, "cuda": {"error": "is not measured"}},

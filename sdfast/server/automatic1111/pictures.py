@@ -1,4 +1,7 @@
-"""What img2img draws over, and what stays of it. All of it takes processor time: call it in a thread."""
+"""What img2img draws over, and what stays of it; and control images.
+
+All of it takes processor time: call it in a thread.
+"""
 
 from dataclasses import dataclass
 from io import BytesIO
@@ -6,7 +9,9 @@ from io import BytesIO
 from PIL import Image, ImageFilter, ImageOps, PngImagePlugin
 
 from sdfast.infotext import COMPRESS_LEVEL, PNG_KEY
+from sdfast.server.automatic1111.controlnet import Unit, refused
 from sdfast.server.automatic1111.fields import ImageToImage
+from sdfast.server.problems import Problem
 from sdfast.server.uploads import halved, of_base64, on_white
 
 _HALF = 128
@@ -52,6 +57,27 @@ def canvas_of(asked: ImageToImage, height: int, width: int) -> Canvas:
     mask = None if asked.mask is None else _mask(of_base64(asked.mask, "mask"), asked)
     crop = asked.resize_mode == 1
     return Canvas(_sized(image, height, width, crop), mask and _sized(mask, height, width, crop))
+
+
+def control_of(unit: Unit, canvas: Canvas | None, height: int, width: int) -> bytes:
+    """`Job.control`: a unit's image, of the size that is drawn; of one without, what is drawn over.
+
+    Raises `Problem`.
+    """
+    if not unit.image:
+        if canvas is None:
+            raise ValueError("neither the unit nor the call has an image")
+        return canvas.job_image
+    try:
+        image = on_white(of_base64(unit.image, "image"))
+    except Problem as problem:
+        raise refused(problem.message) from None
+    if unit.fill and image.width * height != image.height * width:
+        raise refused(
+            f"resize_mode: an image of {image.width}x{image.height} leaves something to fill in a picture of "
+            f"{width}x{height}, which is not supported: take 0 (just resize) or 1 (crop and resize)"
+        )
+    return _sized(image, height, width, unit.crop).tobytes()
 
 
 def _mask(image: Image.Image, asked: ImageToImage) -> Image.Image:

@@ -9,12 +9,12 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from sdfast import infotext
-from sdfast.server.automatic1111 import lists
+from sdfast.server.automatic1111 import controlnet, lists
 from sdfast.server.automatic1111.answers import Order, whole
 from sdfast.server.automatic1111.calls import Call, Calls
 from sdfast.server.automatic1111.fields import Generation, ImageToImage, TextToImage
 from sdfast.server.automatic1111.options import Options, list_models
-from sdfast.server.automatic1111.pictures import canvas_of
+from sdfast.server.automatic1111.pictures import canvas_of, control_of
 from sdfast.server.automatic1111.samplers import list_samplers, list_schedulers
 from sdfast.server.body import read_json
 from sdfast.server.desk import Desk, unless_gone
@@ -58,6 +58,7 @@ def routes(studio: Studio, settings: Settings, metrics: Metrics) -> APIRouter:
     router = APIRouter(responses=_ERRORS)
     desk, options, calls = Desk(studio, settings, metrics, _FIELDS), Options(studio), Calls(studio)
     lists.add(router)
+    controlnet.add(router, studio)
 
     @router.post("/sdapi/v1/txt2img", openapi_extra=_body(TextToImage))
     async def txt2img(request: Request) -> Response:
@@ -65,7 +66,7 @@ def routes(studio: Studio, settings: Settings, metrics: Metrics) -> APIRouter:
         check_open(request, studio)
         asked = await read_json(request, TextToImage)
         engine = options.chosen(asked.override_settings or {})
-        return await _answer(request, _order(asked, engine, desk), desk, calls)
+        return await _answer(request, await _ordered(asked, engine, desk), desk, calls)
 
     @router.post("/sdapi/v1/img2img", openapi_extra=_body(ImageToImage))
     async def img2img(request: Request) -> Response:
@@ -77,7 +78,7 @@ def routes(studio: Studio, settings: Settings, metrics: Metrics) -> APIRouter:
             raise Problem(
                 422, f"init_images: engine {engine.name} takes no images; take txt2img", param="init_images"
             )
-        return await _answer(request, await asyncio.to_thread(_order, asked, engine, desk), desk, calls)
+        return await _answer(request, await _ordered(asked, engine, desk), desk, calls)
 
     @router.get("/sdapi/v1/progress")
     async def progress(skip_current_image: bool = False) -> dict[str, Any]:
@@ -155,9 +156,17 @@ def _body(model: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"content": schema, "required": True}}
 
 
+async def _ordered(asked: Generation, engine: EngineInfo, desk: Desk) -> Order:
+    """In a thread where there may be an image to open. Raises `Problem`."""
+    if isinstance(asked, ImageToImage) or asked.alwayson_scripts:
+        return await asyncio.to_thread(_order, asked, engine, desk)
+    return _order(asked, engine, desk)
+
+
 def _order(asked: Generation, engine: EngineInfo, desk: Desk) -> Order:
-    """Raises `Problem`. Where an image is to be opened, call it in a thread."""
-    request, sampler = asked.request(engine)
+    """Raises `Problem`."""
+    unit = controlnet.unit_of(asked.alwayson_scripts, engine, over_image=isinstance(asked, ImageToImage))
+    request, sampler = asked.request(engine, unit)
     # The engine knows its sizes, but an image is opened before that.
     if request.height * request.width > MAX_PIXELS:
         raise Problem(422, f"width: times height is more than {MAX_PIXELS}, the most taken", param="width")
@@ -167,6 +176,7 @@ def _order(asked: Generation, engine: EngineInfo, desk: Desk) -> Order:
         request,
         image=canvas.job_image if canvas else None,
         mask=canvas.job_mask if canvas else None,
+        control=control_of(unit, canvas, request.height, request.width) if unit else None,
     )
     call = Call("img2img" if canvas else "txt2img", job, asked.force_task_id)
     return Order(asked, call, engine, sampler, canvas)

@@ -1,5 +1,5 @@
-"""OpenAI's Images API: `fields.py` what it takes, `answers.py` what it gives, `generations.py` and `edits.py`
-its routes, `schema.py` how they are described."""
+"""OpenAI's Images API: `fields.py` and `control.py` what it takes, `answers.py` what it gives,
+`generations.py` and `edits.py` its routes, `schema.py` how they are described."""
 
 from fastapi import APIRouter
 

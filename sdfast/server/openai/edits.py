@@ -14,11 +14,13 @@ from sdfast.server.health import check_open
 from sdfast.server.jobs import EngineInfo
 from sdfast.server.openai import schema
 from sdfast.server.openai.answers import Order, answer
-from sdfast.server.openai.fields import Edit, engine_of
+from sdfast.server.openai.control import check_control
+from sdfast.server.openai.fields import CONTROL_IMAGE, Edit, check_area, engine_of
 from sdfast.server.problems import Problem
-from sdfast.server.uploads import MAX_PIXELS, decode, mask_of_alpha, pixels
+from sdfast.server.uploads import decode, mask_of_alpha, pixels
 
 _IMAGE, _MASK = ("image", "image[]"), "mask"
+_FILES = (*_IMAGE, _MASK, CONTROL_IMAGE)
 
 
 def routes(desk: Desk) -> APIRouter:
@@ -35,6 +37,7 @@ def routes(desk: Desk) -> APIRouter:
         form = await _form(request)
         asked = checked(typed(form.texts, Edit), Edit)
         engine = _engine_of(asked, desk)
+        check_control(engine, desk.studio.engines, given=CONTROL_IMAGE in form.files)
         try:
             order = await asyncio.to_thread(_order, asked, form, engine, desk)
             return await answer(request.receive, order, desk)
@@ -53,7 +56,7 @@ async def _form(request: Request) -> Form:
             "so that images cannot be given as addresses in JSON",
         )
     form = await read_form(request)
-    for name in (*_IMAGE, _MASK):
+    for name in _FILES:
         if name in form.texts:
             message = "must be a file, with a filename; the server fetches nothing"
             raise _refused(name, f"{message} (got {shown(form.texts[name][:64])})")
@@ -79,10 +82,10 @@ def _order(asked: Edit, form: Form, engine: EngineInfo, desk: Desk) -> Order:
     """Takes processor time. Raises `Problem`."""
     image, mask = _opened(form)
     asked = asked.over(masked=mask is not None)
+    asked = asked.under_control() if engine.controlled else asked
     request = asked.request(image.height, image.width)
     side = request.height, request.width
-    if request.height * request.width > MAX_PIXELS:
-        raise Problem(422, f"size: more than {MAX_PIXELS} pixels, the most taken", param="size")
+    check_area(request)
     open_parts = None if mask is None else mask_of_alpha(mask, *side)
     if open_parts is not None and b"\xff" not in open_parts:
         raise _refused("mask", "nothing of it is transparent; make transparent what is to be drawn anew")
@@ -92,23 +95,28 @@ def _order(asked: Edit, form: Form, engine: EngineInfo, desk: Desk) -> Order:
         previews=asked.partial_images or 0,
         image=pixels(image, *side),
         mask=open_parts,
+        control=_control(form, *side),
     )
     return Order.make("image_edit", asked, job)
 
 
 def _opened(form: Form) -> tuple[Image.Image, Image.Image | None]:
     """The image and its mask, of one size. Raises `Problem`."""
-    unknown = [name for name in form.files if name not in (*_IMAGE, _MASK)]
+    unknown = [name for name in form.files if name not in _FILES]
     if unknown:
-        message = f"no such file is taken; the files are: image, {_MASK}"
+        message = f"no such file is taken; the files are: image, {_MASK}, {CONTROL_IMAGE}"
         raise _refused(unknown[0][:60], message, "unknown_field")
     images = [data for name in _IMAGE for data in form.files.get(name, [])]
     masks = form.files.get(_MASK, [])
     if not images:
         raise Problem(422, "image: is missing", param="image", code="missing_field")
-    for field, sent in (("image", images), (_MASK, masks)):
+    for field, sent in (
+        ("image", images),
+        (_MASK, masks),
+        (CONTROL_IMAGE, form.files.get(CONTROL_IMAGE, [])),
+    ):
         if len(sent) > 1:
-            raise _refused(field, f"{len(sent)} were sent; these engines draw over a single one")
+            raise _refused(field, f"{len(sent)} were sent; these engines take a single one")
     image = decode(images[0], "image")
     if not masks:
         return image, None
@@ -117,6 +125,12 @@ def _opened(form: Form) -> tuple[Image.Image, Image.Image | None]:
         told = f"{mask.width}x{mask.height}, but the image has {image.width}x{image.height}; make them alike"
         raise _refused(_MASK, told)
     return image, mask
+
+
+def _control(form: Form, height: int, width: int) -> bytes | None:
+    """`Job.control`, resampled where it has another size. Raises `Problem`."""
+    sent = form.files.get(CONTROL_IMAGE)
+    return pixels(decode(sent[0], CONTROL_IMAGE), height, width) if sent else None
 
 
 def _refused(field: str, message: str, code: str = "invalid_image") -> Problem:

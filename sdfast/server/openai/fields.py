@@ -14,9 +14,12 @@ from sdfast.server.body import Neutral, check_neutral
 from sdfast.server.encoding import Format
 from sdfast.server.jobs import EngineInfo
 from sdfast.server.problems import Problem, of_request_error
+from sdfast.server.uploads import MAX_PIXELS
 
 STEPS, GUIDANCE, SCHEDULER = 20, 7.0, "dpmpp_2m_karras"  # as `sdfast generate`'s own
 STRENGTH, MASKED_STRENGTH = 0.8, 1.0  # as diffusers' pipelines for images, and for images with masks
+CONTROL_SCALE = 1.0  # as diffusers' pipelines with ControlNets
+CONTROL_IMAGE = "control_image"
 _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 _ONE_PICTURE = "pictures do not move here; leave it out"
 _NO_SVG = "pictures have pixels; leave it out"
@@ -42,7 +45,8 @@ class Generation(BaseModel):
     """A body, checked field by field; null is the same as nothing.
 
     user, safety_identifier: who asks, for a service that watches its users; checked and forgotten. progress:
-    of a stream, whether it tells the job's place in the queue and its steps.
+    of a stream, whether it tells the job's place in the queue and its steps. control_image: a file as base64;
+    of a form it is a file, and not among its texts.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -78,12 +82,16 @@ class Generation(BaseModel):
     clip_skip: int | None = None
     long_prompts: Literal["truncate", "chunk"] | None = None
     emphasis: Emphasis | None = None
+    control_image: str | None = None
+    controlnet_conditioning_scale: float | None = None
+    control_guidance_start: float | None = None
+    control_guidance_end: float | None = None
     progress: bool | None = None
 
     @field_validator("*")
     @classmethod
-    def _text(cls, value: Any) -> Any:
-        if isinstance(value, str):
+    def _text(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, str) and info.field_name != CONTROL_IMAGE:
             check_text(value)
         return value
 
@@ -122,6 +130,13 @@ class Generation(BaseModel):
     def compression(self) -> int:
         """The quality of webp and jpeg, 100 the best, as the API counts it."""
         return 100 if self.output_compression is None else self.output_compression
+
+    def under_control(self) -> Self:
+        """With a scale for the control image, where none is given the one that diffusers' pipelines have."""
+        scale = self.controlnet_conditioning_scale
+        return self.model_copy(
+            update={"controlnet_conditioning_scale": CONTROL_SCALE if scale is None else scale}
+        )
 
     def request(self, height: int, width: int) -> Request:
         """What is to be drawn, of this size in pixels where none is asked for. Raises `Problem` naming the
@@ -177,8 +192,18 @@ _SAME = {
     "long_prompts",
     "emphasis",
     "strength",
+    "controlnet_conditioning_scale",
+    "control_guidance_start",
+    "control_guidance_end",
 }
 _DEFAULTS: Mapping[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
+
+
+def check_area(request: Request) -> None:
+    """Raises `Problem` for a size to which no picture is resampled: the engine knows its sizes, but pictures
+    are opened before it is asked."""
+    if request.height * request.width > MAX_PIXELS:
+        raise Problem(422, f"size: more than {MAX_PIXELS} pixels, the most taken", param="size")
 
 
 def engine_of(name: str | None, engines: Mapping[str, EngineInfo]) -> EngineInfo:

@@ -1,5 +1,6 @@
 """The routes `POST /v1/images/generations` and `GET /v1/models`."""
 
+import asyncio
 import time
 from typing import Any
 
@@ -12,7 +13,9 @@ from sdfast.server.health import check_open
 from sdfast.server.jobs import EngineInfo
 from sdfast.server.openai import schema
 from sdfast.server.openai.answers import Order, answer
-from sdfast.server.openai.fields import Generation, engine_of
+from sdfast.server.openai.control import check_control
+from sdfast.server.openai.fields import CONTROL_IMAGE, Generation, check_area, engine_of
+from sdfast.server.uploads import of_base64, pixels
 
 
 def routes(desk: Desk) -> APIRouter:
@@ -26,7 +29,11 @@ def routes(desk: Desk) -> APIRouter:
     async def generations(request: Request) -> Response:
         """Draw pictures of a prompt."""
         check_open(request, desk.studio)
-        order = _order(await read_json(request, Generation), desk)
+        asked = await read_json(request, Generation)
+        if asked.control_image is None:
+            order = _order(asked, desk)
+        else:  # to open it takes time
+            order = await asyncio.to_thread(_order, asked, desk)
         return await answer(request.receive, order, desk)
 
     @router.get("/v1/models", responses={200: {"model": schema.Models}})
@@ -42,11 +49,22 @@ def routes(desk: Desk) -> APIRouter:
 def _abilities(engine: EngineInfo) -> dict[str, Any]:
     """What a client may ask an engine for, beside what the API tells of a model."""
     size = f"{engine.default_width}x{engine.default_height}"
-    return {"sizes": engine.sizes, "default_size": size, "edits": engine.edits}
+    return {
+        "sizes": engine.sizes,
+        "default_size": size,
+        "edits": engine.edits,
+        "controlled": engine.controlled,
+    }
 
 
 def _order(asked: Generation, desk: Desk) -> Order:
-    engine = engine_of(asked.model, desk.studio.engines)
+    """Takes processor time where there is a control image. Raises `Problem`."""
+    engine, control = engine_of(asked.model, desk.studio.engines), None
+    check_control(engine, desk.studio.engines, given=asked.control_image is not None)
+    asked = asked.under_control() if engine.controlled else asked
     request = asked.request(engine.default_height, engine.default_width)
-    job = desk.job(engine.name, request, previews=asked.partial_images or 0)
+    if asked.control_image is not None:
+        check_area(request)
+        control = pixels(of_base64(asked.control_image, CONTROL_IMAGE), request.height, request.width)
+    job = desk.job(engine.name, request, previews=asked.partial_images or 0, control=control)
     return Order.make("image_generation", asked, job)

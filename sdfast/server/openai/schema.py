@@ -5,8 +5,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from sdfast.request import MAX_GUIDANCE, MAX_PROMPT, MAX_STEPS, SEED_LIMIT
+from sdfast.request import MAX_CONTROL, MAX_GUIDANCE, MAX_PROMPT, MAX_STEPS, SEED_LIMIT
 from sdfast.server.openai.fields import (
+    CONTROL_IMAGE,
+    CONTROL_SCALE,
     GUIDANCE,
     MASKED_STRENGTH,
     NEUTRAL,
@@ -62,6 +64,21 @@ _SAID: Mapping[str, dict[str, Any]] = {
         "description": "(words) and (words:1.3) count more and [words] less, as AUTOMATIC1111's option of "
         "that name says; brackets are text when left out."
     },
+    "control_image": {
+        "description": "Of an engine with a ControlNet, which needs one: a PNG, JPEG or WebP file as "
+        "base64, or a data: URL; resampled to the picture's size."
+    },
+    "controlnet_conditioning_scale": {
+        "description": f"How much the ControlNet adds; {CONTROL_SCALE:g} when left out.",
+        "minimum": 0,
+        "maximum": MAX_CONTROL,
+    },
+    "control_guidance_start": {
+        "description": "The share of the steps before the ControlNet adds something.",
+        "minimum": 0,
+        "maximum": 1,
+    },
+    "control_guidance_end": {"description": "The share at which it ends.", "minimum": 0, "maximum": 1},
     "scheduler": {"description": "As `sdfast schedulers` lists them.", "default": SCHEDULER},
     "strength": {
         "description": "How much of the image is drawn over, 1 all of it; "
@@ -77,6 +94,8 @@ _SIZE = {
 _FILES = {
     "image": "One PNG, JPEG or WebP; image[] is taken too. Transparency is white here; it is no mask.",
     "mask": "A picture of the image's size: what is transparent there is drawn anew, the rest stays.",
+    CONTROL_IMAGE: "Of an engine with a ControlNet, which needs one: a PNG, JPEG or WebP; resampled to the "
+    "picture's size.",
 }
 
 
@@ -126,6 +145,7 @@ class Model(_Shape):
     sizes: list[str]
     default_size: str
     edits: bool
+    controlled: bool
 
 
 class Models(_Shape):

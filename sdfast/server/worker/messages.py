@@ -2,13 +2,13 @@
 
 To the worker: a job to take, one to cancel, one to preview. To the server: that the engine is ready, or why
 it never will be; each job's events; and several times a second a report. Deadlines cross as seconds that are
-left, requests as their JSON, pictures as bytes.
+left, requests as their JSON, pictures as bytes: each a part of its frame.
 """
 
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -40,11 +40,16 @@ class Broken:
     message: str
 
 
+PictureOfJob = Literal["image", "mask", "control"]
+"""The pictures that a job may have, by their names in `Job`."""
+
+
 @dataclass(frozen=True)
 class _Take:
     engine: str
     seconds: float | None  # until the deadline
     previews: int
+    pictures: tuple[PictureOfJob, ...]  # the parts after the request, in their order
 
 
 _EVENTS: Mapping[str, type[Event]] = {
@@ -56,24 +61,25 @@ _ADAPTERS: Mapping[type, TypeAdapter[Any]] = {
 
 
 def take(job: Job) -> Frame:
-    pictures = tuple(part for part in (job.image, job.mask) if part is not None)
+    pictures = {name: part for name in get_args(PictureOfJob) if (part := getattr(job, name)) is not None}
     seconds = None if job.deadline is None else job.deadline - time.monotonic()
-    fields = asdict(_Take(job.engine, seconds, job.previews))
-    return Frame(TAKE, job.id, fields, (job.request.model_dump_json().encode(), *pictures))
+    fields = asdict(_Take(job.engine, seconds, job.previews, tuple(pictures)))
+    return Frame(TAKE, job.id, fields, (job.request.model_dump_json().encode(), *pictures.values()))
 
 
 def job_of(frame: Frame) -> Job:
     """The job of a `take` frame. Raises `FrameError`."""
     told = _read(_Take, frame)
-    if not 1 <= len(frame.parts) <= 3:
-        raise FrameError(f"a job of {len(frame.parts)} parts; it has a request, an image and a mask at most")
+    names = ("request", *told.pictures)
+    if len(frame.parts) != len(names) or len(set(names)) < len(names):
+        raise FrameError(f"a job of {len(frame.parts)} parts, which are said to be: {', '.join(names)}")
     try:
         request = Request.model_validate_json(frame.parts[0])
     except ValidationError as error:
         raise FrameError(f"a request that is none: {error.errors()[0]['msg']}") from None
-    image, mask = (*frame.parts[1:], None, None)[:2]
+    pictures = dict(zip(told.pictures, frame.parts[1:], strict=True))
     deadline = None if told.seconds is None else time.monotonic() + told.seconds
-    return Job(frame.id, told.engine, request, deadline, told.previews, image, mask)
+    return Job(frame.id, told.engine, request, deadline, told.previews, **pictures)
 
 
 def of_event(job_id: str, event: Event) -> Frame:

@@ -1,21 +1,18 @@
-"""What a job is drawn over, on the engine's side: bytes checked, and as tensors."""
+"""The pictures that a job is given, on the engine's side: bytes checked, and as tensors."""
 
+from sdfast.control import check_controlled
 from sdfast.engine import Engine
 from sdfast.errors import RequestError
 from sdfast.first_latents import Over, check_edits, check_strength
 from sdfast.images import check_bytes, from_bytes, mask_from_bytes
-from sdfast.pipeline import check_channels
+from sdfast.pipeline import Given, check_channels
 from sdfast.server.jobs import Job
 
 
-def check_over(engine: Engine, job: Job) -> None:
-    """Raises `RequestError` for an image or a mask that the engine cannot take, or not with this request."""
+def check_given(engine: Engine, job: Job) -> None:
+    """Raises `RequestError` for pictures that the engine cannot take, or not with this request, and for those
+    that it cannot do without."""
     height, width = job.request.height, job.request.width
-    if engine.manifest.model.controlled:
-        raise RequestError(
-            "this engine has a ControlNet and needs a control image, which the server does not take; draw "
-            "with `sdfast generate --control FILE`, or ask an engine without"
-        )
     check_channels(engine.manifest.model, masked=job.mask is not None)
     check_strength(job.request, over=job.image is not None)
     if job.mask is not None:
@@ -25,10 +22,19 @@ def check_over(engine: Engine, job: Job) -> None:
     if job.image is not None:
         check_edits(engine)
         check_bytes("image", job.image, (height, width, 3))
+    check_controlled(engine.manifest.model, job.request, controlled=job.control is not None)
+    if job.control is not None:
+        check_bytes("control_image", job.control, (height, width, 3))
 
 
-def over_of(job: Job) -> Over | None:
-    """What a job is drawn over."""
+def given_of(job: Job) -> Given:
+    """What a job is drawn over, and under the guidance of what."""
+    height, width = job.request.height, job.request.width
+    control = None if job.control is None else from_bytes(job.control, height, width)
+    return Given(over=_over(job), control=control)
+
+
+def _over(job: Job) -> Over | None:
     if job.image is None:
         return None
     height, width = job.request.height, job.request.width

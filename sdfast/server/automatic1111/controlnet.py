@@ -1,0 +1,280 @@
+"""ControlNets as sd-webui-controlnet, an extension of AUTOMATIC1111, has them: its unit, and its routes.
+
+A call has one unit at most, and with an engine that has a ControlNet just one. Where this differs from the
+extension:
+
+- There are no detectors: what a unit sends is the control image itself, and `module` is "none". So what is
+  said to detectors means nothing, and the control image is not given back among the pictures.
+- A unit that does not say whether it is enabled is enabled, as it was in the extension before 2024.
+- "Resize and Fill" is taken for images of the picture's proportions, which leave nothing to fill.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import APIRouter
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+from sdfast.request import check_text, shown
+from sdfast.server.body import Neutral, check_neutral, checked
+from sdfast.server.jobs import EngineInfo, Studio
+from sdfast.server.problems import Problem
+
+SCRIPT = "controlnet"  # whatever its case
+API_VERSION = 3  # the extension's
+_FIELD = "alwayson_scripts"
+_NONE = (None, "", "None")
+_ALIASES = {
+    "input_image": "image",
+    "mask_image": "mask",
+    "lowvram": "low_vram",
+    "guidance": "guidance_end",
+    "guessmode": "guess_mode",
+}
+"""Older names of fields, or Forge's."""
+
+_JUST_RESIZE, _CROP, FILL = 0, 1, 2
+_RESIZE_MODES: Mapping[int | str, int] = {
+    _JUST_RESIZE: _JUST_RESIZE,
+    _CROP: _CROP,
+    FILL: FILL,
+    "Just Resize": _JUST_RESIZE,
+    "Crop and Resize": _CROP,
+    "Inner Fit (Scale to Fit)": _CROP,
+    "Scale to Fit (Inner Fit)": _CROP,
+    "Resize and Fill": FILL,
+    "Outer Fit (Shrink to Fit)": FILL,
+    "Envelope (Outer Fit)": FILL,
+}
+_NO_MASKS = "a control image counts as a whole; leave it out"
+_ONE_IMAGE = "a unit has one control image; give image"
+_CHANGED = "an image is taken as it is; change it before it is sent"
+_NEUTRAL: Mapping[str, Neutral] = {
+    "module": (
+        ("none", "None", ""),
+        "there are no detectors here; send the map that it would make, as image",
+    ),
+    "control_mode": ((0, "Balanced"), "the ControlNet counts alike in all layers; change its weight"),
+    "guess_mode": ((False,), "the ControlNet counts alike in all layers; change its weight"),
+    "mask": (("",), _NO_MASKS),
+    "effective_region_mask": (("",), _NO_MASKS),
+    "advanced_weighting": (([],), "all layers have one weight; give weight"),
+    "ipadapter_input": ((), "there are no IP-Adapters here; leave it out"),
+    "union_control_type": (("Unknown",), "ControlNet unions are not supported; leave it out"),
+    "input_mode": (("simple",), _ONE_IMAGE),
+    "batch_images": (("", []), _ONE_IMAGE),
+    "animatediff_batch": ((False,), _ONE_IMAGE),
+    "loopback": ((False,), "pictures do not come back as control images; leave it out"),
+    "use_preview_as_input": ((False,), _ONE_IMAGE),
+    "generated_image": (("",), _ONE_IMAGE),
+    "invert_image": ((False,), _CHANGED),
+    "scribble_mode": ((False,), _CHANGED),
+    "rgbbgr_mode": ((False,), "channels are in the order that the ControlNet reads; leave it out"),
+}
+"""Fields that mean nothing here."""
+
+
+class Unit(BaseModel):
+    """What a call asks of the ControlNet. Null is the same as nothing.
+
+    What means something beside another field only has the right type, no more: processor_res, threshold_a,
+    threshold_b, pixel_perfect and save_detected_map with a detector, hr_option with enable_hr,
+    inpaint_crop_input_image with inpaint_full_res, pulid_mode with an IP-Adapter; low_vram, is_ui and
+    output_dir change no picture.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    enabled: bool | None = None
+    module: Any = None
+    model: str | None = None
+    weight: float | None = Field(default=None, ge=0, le=2)
+    image: str | None = None
+    mask: Any = None
+    resize_mode: int | str | None = None
+    guidance_start: float | None = Field(default=None, ge=0, le=1)
+    guidance_end: float | None = Field(default=None, ge=0, le=1, validate_default=True)
+    control_mode: Any = None
+    guess_mode: Any = None
+    low_vram: bool | None = None
+    processor_res: int | None = None
+    threshold_a: float | None = None
+    threshold_b: float | None = None
+    pixel_perfect: bool | None = None
+    hr_option: str | None = None
+    save_detected_map: bool | None = None
+    inpaint_crop_input_image: bool | None = None
+    pulid_mode: str | None = None
+    is_ui: bool | None = None
+    output_dir: str | None = None
+    effective_region_mask: Any = None
+    advanced_weighting: Any = None
+    ipadapter_input: Any = None
+    union_control_type: Any = None
+    input_mode: Any = None
+    batch_images: Any = None
+    animatediff_batch: Any = None
+    loopback: Any = None
+    use_preview_as_input: Any = None
+    generated_image: Any = None
+    invert_image: Any = None
+    scribble_mode: Any = None
+    rgbbgr_mode: Any = None
+
+    @field_validator(*_NEUTRAL)
+    @classmethod
+    def _asks_for_nothing(cls, value: Any, info: ValidationInfo) -> Any:
+        check_neutral(value, _NEUTRAL[str(info.field_name)], repr)
+        return value
+
+    @field_validator("model")
+    @classmethod
+    def _text(cls, value: str | None) -> str | None:
+        check_text(value or "")
+        return value
+
+    @field_validator("resize_mode")
+    @classmethod
+    def _resized(cls, mode: int | str | None) -> int | str | None:
+        if mode is not None and mode not in _RESIZE_MODES:
+            raise ValueError("must be 0 (just resize) or 1 (crop and resize)")
+        return mode
+
+    @field_validator("guidance_end")
+    @classmethod
+    def _after_the_start(cls, end: float | None, info: ValidationInfo) -> float | None:
+        start = info.data.get("guidance_start") or 0.0
+        if start >= (1.0 if end is None else end):
+            raise ValueError(f"must be above guidance_start, which is {start:g}")
+        return end
+
+    @property
+    def fields(self) -> dict[str, float]:
+        """Those of a `sdfast.request.Request`."""
+        return {
+            "controlnet_conditioning_scale": 1.0 if self.weight is None else self.weight,
+            "control_guidance_start": 0.0 if self.guidance_start is None else self.guidance_start,
+            "control_guidance_end": 1.0 if self.guidance_end is None else self.guidance_end,
+        }
+
+    @property
+    def crop(self) -> bool:
+        """Whether an image of other proportions loses its edges, as it does where nothing is said."""
+        return self.resize_mode is None or _RESIZE_MODES[self.resize_mode] == _CROP
+
+    @property
+    def fill(self) -> bool:
+        """Whether an image of other proportions is to get edges, which is not supported."""
+        return self.resize_mode is not None and _RESIZE_MODES[self.resize_mode] == FILL
+
+
+def unit_of(scripts: Mapping[str, Any] | None, engine: EngineInfo, *, over_image: bool) -> Unit | None:
+    """The unit in a call's `alwayson_scripts`, where the engine has a ControlNet.
+
+    over_image: whether the call has an image to draw over, which is a unit's that has none of its own. Raises
+    `Problem` for a unit that is missing, and for one that the engine cannot take.
+    """
+    enabled = [unit for unit in _units(scripts or {}) if unit.get("enabled") is not False]
+    if not enabled:
+        if engine.controlled:
+            raise refused(
+                f"{engine.name} has a ControlNet, which draws every picture under the guidance of a control "
+                "image; send an enabled unit with an image"
+            )
+        return None
+    if not engine.controlled:
+        raise refused(f"{engine.name} has no ControlNet; send no unit, or take a checkpoint that has one")
+    if len(enabled) > 1:
+        raise refused(f"{len(enabled)} units are enabled; an engine has one ControlNet")
+    try:
+        unit = checked(_renamed(enabled[0]), Unit)
+    except Problem as problem:
+        raise refused(problem.message) from None
+    if unit.model not in (*_NONE, engine.controlnet, _bare(engine.controlnet)):
+        raise refused(f"model: {engine.name} has {engine.controlnet}, and no other (got {shown(unit.model)})")
+    if not unit.image and not over_image:
+        raise refused("image: is missing; send the control image, as base64")
+    return unit
+
+
+def refused(message: str) -> Problem:
+    """What is wrong with a unit."""
+    return Problem(422, f"{_FIELD}: ControlNet: {message}", param=_FIELD)
+
+
+def add(router: APIRouter, studio: Studio) -> None:
+    """The extension's routes, and AUTOMATIC1111's list of scripts, where clients look whether it is there."""
+
+    def there() -> list[str]:
+        """Each ControlNet once, as `Unit.model` names it."""
+        return list(dict.fromkeys(one.controlnet for one in studio.engines.values() if one.controlnet))
+
+    @router.get("/controlnet/version", include_in_schema=False)
+    async def version() -> dict[str, Any]:
+        return {"version": API_VERSION}
+
+    @router.get("/controlnet/model_list")
+    async def model_list(update: bool = True) -> dict[str, Any]:
+        """The engines' ControlNets. `update` finds nothing new."""
+        return {"model_list": there()}
+
+    @router.get("/controlnet/module_list", include_in_schema=False)
+    async def module_list(alias_names: bool = False) -> dict[str, Any]:
+        return {"module_list": ["none"], "module_detail": {"none": {"model_free": False, "sliders": []}}}
+
+    @router.get("/controlnet/settings", include_in_schema=False)
+    async def unit_count() -> dict[str, Any]:
+        return {"control_net_unit_count": 1}
+
+    @router.post("/controlnet/detect", include_in_schema=False)
+    async def detect() -> None:
+        raise Problem(501, f"detect is not supported: {_NEUTRAL['module'][1]}", code="not_supported")
+
+    @router.get("/sdapi/v1/scripts", include_in_schema=False)
+    async def scripts() -> dict[str, Any]:
+        names = [SCRIPT] if there() else []
+        return {"txt2img": names, "img2img": names}
+
+
+def _units(scripts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What is in the script's args. Raises `Problem` for what is no unit."""
+    units: list[dict[str, Any]] = []
+    for name, script in scripts.items():
+        if name.lower() != SCRIPT:
+            continue
+        args = script.get("args") or [] if isinstance(script, dict) else None
+        if not isinstance(args, list) or not all(unit is None or isinstance(unit, dict) for unit in args):
+            raise refused(f"must have args, a list of units, which are objects (got {shown(script)})")
+        units += [unit for unit in args if unit is not None]
+    return units
+
+
+def _bare(name: str | None) -> str | None:
+    """A ControlNet's name without its digest."""
+    return name and name.rpartition(" [")[0]
+
+
+def _renamed(unit: Mapping[str, Any]) -> dict[str, Any]:
+    """With the names that fields have now, and the mask of an image that is an object of both beside it.
+
+    Raises `Problem`.
+    """
+    named: dict[str, Any] = {}
+    for name, value in unit.items():
+        _put(named, _ALIASES.get(name, name), value, name)
+    both = named.get("image")
+    if isinstance(both, dict):
+        if not both.keys() <= {"image", "mask"}:
+            raise refused(f"image: must be base64, or have an image and a mask (got {shown(list(both))})")
+        del named["image"]
+        for name, value in both.items():
+            _put(named, name, value, f"image.{name}")
+    return named
+
+
+def _put(named: dict[str, Any], name: str, value: Any, said: str) -> None:
+    """The value of a field, once, by whatever name it is said."""
+    if named.get(name) in (None, ""):
+        named[name] = value
+    elif value not in (None, "", named[name]):
+        raise refused(f"{said}: is {name} by another name, which is given too; give one of them")
