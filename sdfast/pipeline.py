@@ -142,6 +142,7 @@ class Pipeline:
         provider: str | None = None,
         sizes: Sequence[str] | None = None,
         loras: Sequence[str | Path | Mapping[str, Any]] = (),
+        embeddings: Sequence[str | Path | Mapping[str, Any]] = (),
         compile: bool = False,
         **refused: Any,
     ) -> Self:
@@ -152,7 +153,8 @@ class Pipeline:
         own size, or `sizes` ("512x768", width first). `provider` ("cpu", "cuda", "tensorrt"): what ONNX
         graphs are written for, which is where they run; default: "cuda" for float16 where there is a GPU,
         else "cpu". `loras`: what is merged into the weights, each a file, a folder or a Hub id, or a mapping
-        of `source`, `weight_name`, `revision` and `scale`. `compile`, for `backend="eager"`: see
+        of `source`, `weight_name`, `revision` and `scale`. `embeddings`: what tokens in prompts stand for
+        (textual inversion), likewise, with `token` in place of `scale`. `compile`, for `backend="eager"`: see
         `Engine.open`.
         """
         from sdfast.export.cache import cached_engine
@@ -168,6 +170,7 @@ class Pipeline:
             provider=provider,
             sizes=tuple(sizes) if sizes else None,
             loras=loras,
+            embeddings=embeddings,
         )
         return cls.from_engine(folder, compile=compile)
 

@@ -35,11 +35,12 @@ def cached_engine(
     provider: str | None = None,
     sizes: tuple[str, ...] | None = None,
     loras: Sequence[Any] = (),
+    embeddings: Sequence[Any] = (),
 ) -> Path:
     """The folder of the engine of a checkpoint, built when it is not there or the checkpoint has changed.
 
-    The checkpoint's own size is compiled unless `sizes` ("512x768", width first) names others. `loras`: as a
-    recipe has them. What is built is said on stderr.
+    The checkpoint's own size is compiled unless `sizes` ("512x768", width first) names others. `loras`,
+    `embeddings`: as a recipe has them. What is built is said on stderr.
     """
     if dtype not in _DTYPES:
         raise RequestError(f"torch_dtype: {dtype} is not one of torch.float32, torch.float16")
@@ -53,6 +54,7 @@ def cached_engine(
         provider=provider,
         sizes=sizes,
         loras=loras,
+        embeddings=embeddings,
     )
     source = str(checkpoint)
     shown = source.replace(os.sep, "--").strip("-.") or "checkpoint"

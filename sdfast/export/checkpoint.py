@@ -22,6 +22,7 @@ from sdfast.export.sources import kind_of
 if TYPE_CHECKING:
     import torch
 
+    from sdfast.export.embedding import Embedding
     from sdfast.export.lora import Lora
 
 Progress = Callable[[str], None]
@@ -45,7 +46,8 @@ class Checkpoint:
     """A checkpoint on this disk, in diffusers layout, verified as far as its headers go.
 
     `source` is what the user gave; `revision` the commit it stands for on the Hub, None elsewhere. `loras`:
-    what is merged into its weights, in this order (see `lora.with_loras`).
+    what is merged into its weights, in this order (see `lora.with_loras`). `embeddings`: the vectors behind
+    its text encoders' own, in this order, which their configs count (see `embedding.with_embeddings`).
     """
 
     source: str
@@ -57,12 +59,14 @@ class Checkpoint:
     scheduler_config: Mapping[str, Any]
     tokenizers: Mapping[str, Path]
     loras: "tuple[Lora, ...]" = ()
+    embeddings: "tuple[Embedding, ...]" = ()
 
     def state_dict(self, component: str) -> "dict[str, torch.Tensor]":
         """The tensors of a component, in the dtype they are stored in, on the CPU.
 
         They are views of the mapped files: nothing is copied, and a page is read when it is first touched.
-        Those that a LoRA changes are copies, in float32: what is merged is rounded once, by who stores it.
+        Those that a LoRA or an embedding changes are copies, in float32: what is merged is rounded once, by
+        who stores it.
         """
         if component not in self.components:
             raise CheckpointError(
@@ -73,6 +77,8 @@ class Checkpoint:
             tensors.update(load_tensors(path, self.source))
         for lora in self.loras:
             lora.merge_into(component, tensors)
+        for embedding in self.embeddings:
+            embedding.add_to(component, tensors)
         return tensors
 
     def digests(self) -> dict[str, str]:
@@ -111,7 +117,7 @@ def resolve(
 
     Raises CheckpointError, and nothing else, for whatever is wrong with the source.
     """
-    tell = progress or _silent
+    tell = progress or silent
     name = os.fspath(source)
     kind = _kind(source)
     if variant is not None and not re.fullmatch(r"[\w-]+", variant):
@@ -150,7 +156,7 @@ def name_of(source: str) -> str:
     return path.stem if source.endswith(".safetensors") else path.name
 
 
-def _silent(message: str) -> None:
+def silent(message: str) -> None:
     """The progress of a caller who asked for none."""
 
 

@@ -111,7 +111,8 @@ class EngineInfo:
     """What the API must know of an engine. sizes: "WIDTHxHEIGHT" or ranges, for people and messages.
 
     checkpoint_digest: hex SHA-256 over the digests of its weights. unet_digest: hex SHA-256 of its U-Net's,
-    by which a picture's parameters name the model. edits: whether it takes a job's image.
+    by which a picture's parameters name the model. edits: whether it takes a job's image. embeddings:
+    by their tokens, of how many vectors they are; text_width: of one, for all text encoders together.
     """
 
     name: str
@@ -124,6 +125,8 @@ class EngineInfo:
     checkpoint_digest: str
     edits: bool = False
     unet_digest: str = ""
+    embeddings: Mapping[str, int] = field(default_factory=dict)
+    text_width: int = 0
 
 
 TICK_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)

@@ -110,4 +110,6 @@ def info_of(manifest: Manifest) -> EngineInfo:
         checkpoint_digest=digest,
         unet_digest=unet_digest(manifest.checkpoint.weights) or digest,
         edits=manifest.edits,
+        embeddings={one.token: one.vectors for one in manifest.checkpoint.embeddings},
+        text_width=manifest.model.text_width,
     )

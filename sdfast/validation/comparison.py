@@ -14,9 +14,9 @@ import torch
 import sdfast
 from sdfast.engine import Engine
 from sdfast.errors import CheckpointError, EngineError, RequestError
+from sdfast.export.additions import as_made
 from sdfast.export.checkpoint import Checkpoint
 from sdfast.export.checkpoint import resolve as resolve_checkpoint
-from sdfast.export.lora import settings_of, with_loras
 from sdfast.first_latents import Over, check_edits
 from sdfast.pipeline import Pipeline, check_channels
 from sdfast.request import Request
@@ -145,17 +145,17 @@ def _checkpoint(engine: Engine, given: str | Path | None) -> tuple[Checkpoint, l
             found = resolve_checkpoint(
                 made_from.source, revision=made_from.revision, variant=engine.manifest.recipe.get("variant")
             )
-            found = with_loras(found, settings_of(made_from))
+            found = as_made(found, made_from)
         except CheckpointError as error:
             raise EngineError(
                 f"{engine.folder}: what it was exported from is not there any more: {error}. Put it back, or "
                 "give the checkpoint with --checkpoint"
             ) from error
     else:
-        found = with_loras(resolve_checkpoint(given), settings_of(made_from))
+        found = as_made(resolve_checkpoint(given), made_from)
     changed = _changed(
-        {**made_from.weights, **{lora.name: lora.digest for lora in made_from.loras}},
-        {**found.digests(), **{lora.name: lora.digest for lora in found.loras}},
+        {**made_from.weights, **{one.name: one.digest for one in made_from.beside}},
+        {**found.digests(), **{one.name: one.digest for one in (*found.loras, *found.embeddings)}},
     )
     if not changed:
         return found, []
@@ -190,7 +190,8 @@ def _requests(
     height, width, others = _size(engine)
     if others:
         notes.append(f"compared at {width}x{height} only; the engine also has {', '.join(others)}")
-    prompts = PROMPTS if prompts is None else tuple(prompts)
+    tokens = [embedding.token for embedding in reference.embeddings]
+    prompts = _with_tokens(tokens) if prompts is None else tuple(prompts)
     if not prompts:
         raise RequestError("prompts: none given; give at least one")
     strength = 1.0 if engine.manifest.model.inpaints else None
@@ -212,6 +213,12 @@ def _requests(
         for name in names
     ]
     return requests, notes
+
+
+def _with_tokens(tokens: Sequence[str]) -> tuple[str, ...]:
+    """The usual prompts, each with the token of an embedding, as far as they go: one alone, for diffusers
+    takes a token apart of which another one is a part."""
+    return tuple(f"{prompt}, {tokens[i]}" if i < len(tokens) else prompt for i, prompt in enumerate(PROMPTS))
 
 
 def _schedulers(
@@ -300,12 +307,13 @@ def _judge(
     """Every figure with its verdict. over: the trials over pictures, of which only those are judged."""
     fp8 = bool(engine.manifest.fp8)
     prompts = [picture.request.prompts[0] for picture in trials[0].pictures]
+    texts = ["", *prompts, *(embedding.token for embedding in reference.embeddings)]
     runs = [picture.truth for trial in trials for picture in trial.pictures]
     steps = [step for picture in trials[0].pictures for step in picture.truth.steps]
-    measured = measure(engine, sides, ["", *prompts], runs, steps)
+    measured = measure(engine, sides, texts, runs, steps)
     if scene is not None:
         measured += measure_told(engine, sides, scene, trials[0].pictures)
-    checks = [_same_tokens(engine, sides.exact, ["", *prompts]), _same_scheduler(engine, reference)]
+    checks = [_same_tokens(engine, sides.exact, texts), _same_scheduler(engine, reference)]
     whole = rule.measured_pictures([picture for trial in [*trials, *over] for picture in trial.pictures])
     figures = []
     for trial in trials:
@@ -360,6 +368,7 @@ def _setting(engine: Engine, reference: Checkpoint, request: Request, start: flo
         if reference.revision is None
         else f"{reference.source}@{reference.revision}",
         loras=tuple(str(lora.record()) for lora in reference.loras),
+        embeddings=tuple(str(embedding.record()) for embedding in reference.embeddings),
         reference=f"diffusers {versions['diffusers']} {stock_name} in float32",
         height=request.height,
         width=request.width,

@@ -77,7 +77,7 @@ class Setting(_Part):
 
     fp8: how many layers of the engine's U-Net are in FP8. inpaints: whether all pictures were drawn over the
     masked part of one image. loras: that were merged into the engine, and fused into the reference, each with
-    its scale.
+    its scale. embeddings: that both know.
     """
 
     engine: str
@@ -89,6 +89,7 @@ class Setting(_Part):
     device: str
     checkpoint: str
     loras: tuple[str, ...] = ()
+    embeddings: tuple[str, ...] = ()
     reference: str
     height: int
     width: int
@@ -177,6 +178,7 @@ class Report(_Part):
             f"{setting.device}, "
             f"against {setting.reference}",
             *(f"with LoRA {lora}" for lora in setting.loras),
+            *(f"with embedding {embedding}" for embedding in setting.embeddings),
             f"{setting.width}x{setting.height}, {setting.steps} steps, guidance {setting.guidance_scale:g}, "
             f"seed {setting.seed}{', over the masked part of one image' * setting.inpaints}",
             "",
