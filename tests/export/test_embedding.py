@@ -182,7 +182,13 @@ def test_a_token_that_reads_as_a_second_vector_is_refused(tiny_sd: Path, tmp_pat
     files = [automatic1111(tmp_path / f"{name}.safetensors", 1) for name in ("zq", "zq_1", "zq_2")]
     with pytest.raises(CheckpointError, match="'zq_1' cannot be told from zq"):
         given(tiny_sd, *files[:2])
+    with pytest.raises(CheckpointError, match="'zq' cannot be told from zq_1"):
+        given(tiny_sd, files[1], files[0])
     assert len(given(tiny_sd, files[0], files[2]).embeddings) == 2
+
+
+def test_as_many_vectors_as_a_prompt_has_room_for(tiny_sd: Path, tmp_path: Path) -> None:
+    assert given(tiny_sd, automatic1111(tmp_path / "zq.safetensors", 75)).embeddings[0].vectors == 75
 
 
 @pytest.mark.parametrize(
