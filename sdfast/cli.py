@@ -104,6 +104,14 @@ def main(debug: bool) -> None:
     metavar="SOURCE",
     help="Put a ControlNet beside the U-Net: a diffusers folder, or a Hub id.",
 )
+@click.option(
+    "--embedding",
+    "embeddings",
+    multiple=True,
+    metavar="SOURCE[=TOKEN]",
+    help="Give prompts a token for a textual inversion: a .safetensors file, a folder, or a Hub id. "
+    "Repeatable, in place of the recipe's. [default token: what the file says, else its name]",
+)
 def export(
     source: str | None,
     output: Path | None,
@@ -111,12 +119,13 @@ def export(
     height: int | None,
     width: int | None,
     loras: tuple[str, ...],
+    embeddings: tuple[str, ...],
     **fields: Any,
 ) -> None:
     """Build an engine of SOURCE: a Hub id, a diffusers folder, a .safetensors file, or "landscapes".
 
     The scale of a LoRA is the number after the last "=". A source that itself ends so, such as a file named
-    "a=2", needs one: "a=2=1".
+    "a=2", needs one: "a=2=1". Likewise the token of an embedding is what follows the last "=".
     """
     from sdfast.export.build import export as build
     from sdfast.export.recipe import Recipe
@@ -124,6 +133,8 @@ def export(
     given = {name: value for name, value in fields.items() if value is not None}
     if loras:
         given["loras"] = [_lora(text) for text in loras]
+    if embeddings:
+        given["embeddings"] = [_embedding(text) for text in embeddings]
     if (height is None) != (width is None):
         raise click.UsageError("give --height and --width together")
     if height is not None:
@@ -360,6 +371,16 @@ def _lora(text: str) -> dict[str, Any]:
     if Path(text).exists():
         raise click.UsageError(f"--lora {text}: is there under this name; say {text}=1, or another scale")
     return {"source": source, "scale": float(scale)}
+
+
+def _embedding(text: str) -> dict[str, Any]:
+    """The source and the token in SOURCE[=TOKEN]."""
+    source, separator, token = text.rpartition("=")
+    if not separator:
+        return {"source": text}
+    if Path(text).exists():
+        raise click.UsageError(f"--embedding {text}: is there under this name; say {text}=TOKEN")
+    return {"source": source, "token": token}
 
 
 def _engine_name(source: str | None, recipe: Path | None) -> str:

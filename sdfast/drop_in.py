@@ -62,6 +62,13 @@ class _InOrder(Pipeline):
             "from_pretrained(..., loras=[...])"
         )
 
+    def load_textual_inversion(self, *_args: Any, **_options: Any) -> NoReturn:
+        """Raises `RequestError`: an engine has its embeddings from its export."""
+        raise RequestError(
+            "load_textual_inversion: embeddings are put into an engine when it is exported; give them to "
+            "from_pretrained(..., embeddings=[...])"
+        )
+
 
 class StableDiffusionPipeline(_InOrder):
     """The drop-in for diffusers' class of this name."""

@@ -170,8 +170,8 @@ class Model(_Part):
         return self.control_channels is not None
 
 
-class MergedLora(_Part):
-    """A LoRA that was merged into the weights.
+class FromFile(_Part):
+    """What came from a file beside the checkpoint.
 
     file: which one of a folder or Hub repository; None where the source is the file itself.
     """
@@ -180,15 +180,34 @@ class MergedLora(_Part):
     file: str | None = None
     revision: str | None = None
     digest: Digest
-    scale: float = Field(allow_inf_nan=False)
 
     @property
     def name(self) -> str:
         return self.source if self.file is None else f"{self.source.rstrip('/')}/{self.file}"
 
+    @property
+    def named(self) -> str:
+        """With the beginning of the commit, where it is of the Hub."""
+        return self.name if self.revision is None else f"{self.name} at {self.revision[:8]}"
+
+
+class MergedLora(FromFile):
+    """A LoRA that was merged into the weights."""
+
+    scale: float = Field(allow_inf_nan=False)
+
     def __str__(self) -> str:
-        at = "" if self.revision is None else f" at {self.revision[:8]}"
-        return f"{self.name}{at}, scale {self.scale:g}"
+        return f"{self.named}, scale {self.scale:g}"
+
+
+class AddedEmbedding(FromFile):
+    """An embedding that the text encoders were given: its token, and of how many vectors it is."""
+
+    token: str = Field(min_length=1)
+    vectors: int = Field(ge=1)
+
+    def __str__(self) -> str:
+        return f"{self.token} ({self.vectors} vector{'s' * (self.vectors != 1)}) of {self.named}"
 
 
 class AddedControlNet(_Part):
@@ -203,8 +222,8 @@ class AddedControlNet(_Part):
 
 
 class Source(_Part):
-    """The checkpoint the engine was made from, what was merged into its weights, in this order, and what was
-    put beside them."""
+    """The checkpoint the engine was made from; what was merged into its weights and added to its tokens, in
+    this order; and what was put beside its U-Net."""
 
     source: str
     revision: str | None = None
@@ -212,6 +231,12 @@ class Source(_Part):
     settings: Digest | None = None  # of its tokenizers and its scheduler config
     loras: tuple[MergedLora, ...] = ()
     controlnet: AddedControlNet | None = None
+    embeddings: tuple[AddedEmbedding, ...] = ()
+
+    @property
+    def beside(self) -> tuple[FromFile, ...]:
+        """What came from files beside the checkpoint."""
+        return *self.loras, *self.embeddings
 
 
 class Target(_Part):
@@ -338,7 +363,7 @@ class Manifest(_Part):
             "engine": self.name,
             "created": self.created,
             "checkpoint": " ".join(filter(None, [self.checkpoint.source, self.checkpoint.revision])),
-            **({"LoRAs": "; ".join(map(str, self.checkpoint.loras))} if self.checkpoint.loras else {}),
+            **self._beside(),
             **({"ControlNet": str(self.checkpoint.controlnet)} if self.checkpoint.controlnet else {}),
             "family": self.model.family,
             "backend": " ".join(filter(None, [self.backend, self.dtype, self.provider])),
@@ -353,6 +378,11 @@ class Manifest(_Part):
             "validation": self._verdict(),
         }
         return "\n".join(f"{name:<12} {value}" for name, value in facts.items())
+
+    def _beside(self) -> dict[str, str]:
+        """The LoRAs and the embeddings, where there are any."""
+        told = {"LoRAs": self.checkpoint.loras, "embeddings": self.checkpoint.embeddings}
+        return {name: "; ".join(map(str, found)) for name, found in told.items() if found}
 
     def _compiled_for(self) -> dict[str, str]:
         target = self.builder.target

@@ -200,6 +200,7 @@ class Stock:
     def paint(
         self, checkpoint: "Checkpoint", dtype: str, request: Request, given: Given
     ) -> list[Image.Image]:
+        from sdfast.validation.reading import written_out
         from sdfast.validation.reference import generate, reference_pipeline
 
         pipe = reference_pipeline(
@@ -208,7 +209,7 @@ class Stock:
         pipe.set_progress_bar_config(disable=None)
         images: list[Image.Image] = generate(pipe, request, over=given.over, control=given.control)
         if request.long_prompts == "truncate":
-            _tell_cut(_cut(pipe.tokenizer, request.prompts[0]))
+            _tell_cut(_cut(pipe.tokenizer, written_out(pipe, pipe.tokenizer, request.prompts[0])))
         _tell_measured(self.attention)
         return images
 
@@ -225,9 +226,8 @@ def _engine_painter(job: Job, folder: Path) -> Painter:
 
 def _stock_painter(job: Job, folder: Path) -> Painter:
     """The stock pipeline of the checkpoint that an engine was made from, in the engine's dtype."""
+    from sdfast.export.additions import as_made
     from sdfast.export.checkpoint import resolve
-    from sdfast.export.controlnet import setting_of, with_controlnet
-    from sdfast.export.lora import settings_of, with_loras
 
     stock, engine = Stock.of(job), Engine.open(folder, job.device)
     made_of, dtype = engine.manifest.checkpoint, engine.manifest.dtype
@@ -235,9 +235,7 @@ def _stock_painter(job: Job, folder: Path) -> Painter:
 
     def paint(request: Request, given: Given) -> list[Image.Image]:
         checkpoint = resolve(made_of.source, revision=made_of.revision, variant=variant, progress=_say)
-        checkpoint = with_loras(checkpoint, settings_of(made_of), _say)
-        checkpoint = with_controlnet(checkpoint, setting_of(engine.manifest), _say)
-        return stock.paint(checkpoint, dtype, request, given)
+        return stock.paint(as_made(checkpoint, engine.manifest, _say), dtype, request, given)
 
     return _painter_of(engine, paint)
 

@@ -147,6 +147,7 @@ class Pipeline:
         sizes: Sequence[str] | None = None,
         loras: Sequence[str | Path | Mapping[str, Any]] = (),
         controlnet: str | Path | Mapping[str, Any] | None = None,
+        embeddings: Sequence[str | Path | Mapping[str, Any]] = (),
         compile: bool = False,
         **refused: Any,
     ) -> Self:
@@ -157,8 +158,9 @@ class Pipeline:
         own size, or `sizes` ("512x768", width first). `provider` ("cpu", "cuda", "tensorrt"): what ONNX
         graphs are written for, which is where they run; default: "cuda" for float16 where there is a GPU,
         else "cpu". `loras`: what is merged into the weights, each a file, a folder or a Hub id, or a mapping
-        of `source`, `weight_name`, `revision` and `scale`. `controlnet`: what is put beside the U-Net, a
-        folder or a Hub id, or a mapping of `source`, `revision` and `variant`. `compile`, for
+        of `source`, `weight_name`, `revision` and `scale`. `embeddings`: what tokens in prompts stand for
+        (textual inversion), likewise, with `token` in place of `scale`. `controlnet`: what is put beside the
+        U-Net, a folder or a Hub id, or a mapping of `source`, `revision` and `variant`. `compile`, for
         `backend="eager"`: see `Engine.open`.
         """
         from sdfast.export.cache import cached_engine
@@ -175,6 +177,7 @@ class Pipeline:
             sizes=tuple(sizes) if sizes else None,
             loras=loras,
             controlnet=controlnet,
+            embeddings=embeddings,
         )
         return cls.from_engine(folder, compile=compile)
 

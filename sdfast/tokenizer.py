@@ -3,14 +3,19 @@
 One longer than the text encoder reads is cut, as diffusers does, or read in chunks, as AUTOMATIC1111 does.
 
 It runs on the `tokenizers` library alone, on two files that `sdfast/export/tokenizer.py` writes:
-`tokenizer.json`, the vocabulary and merges, and `sdfast_tokenizer.json`, the length and the special ids.
+`tokenizer.json`, the vocabulary and merges, and `sdfast_tokenizer.json`, the length, the special ids, and of
+how many vectors each embedding is.
+
+The token of an embedding is found wherever it stands, within words too, in capital and small letters, as with
+diffusers; it becomes an id for each of its vectors, one after the other.
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +28,7 @@ VOCABULARY_FILE = "tokenizer.json"
 SETTINGS_FILE = "sdfast_tokenizer.json"
 BACKTRACK = 20
 """So many tokens back from the end of a full chunk a comma is looked for."""
+EMBEDDINGS = "embeddings"  # where the settings have them, if there are any: token → number of vectors
 _SETTINGS = ("model_max_length", "bos", "eos", "pad")
 
 
@@ -36,11 +42,12 @@ class Tokens:
 
 @dataclass(frozen=True)
 class _Token:
-    """place: the number of its piece, and where in that it begins."""
+    """place: the number of its piece, and where in that it begins. number: which vector of an embedding."""
 
     id: int
     weight: float
     place: tuple[int, int]
+    number: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,8 @@ class Chunks:
 class Tokenizer:
     """A CLIP tokenizer. `max_length` is L, the ids a prompt becomes (77); `bos`, `eos`, `pad` are token ids.
 
-    SD 1.x pads with the end token, SD 2.x and the second encoder of SDXL with id 0.
+    SD 1.x pads with the end token, SD 2.x and the second encoder of SDXL with id 0. `vectors`: by the id of
+    an embedding's token, of how many vectors it is; the ids of the others follow that one.
     """
 
     bpe: tokenizers.Tokenizer
@@ -67,6 +75,7 @@ class Tokenizer:
     bos: int
     eos: int
     pad: int
+    vectors: Mapping[int, int] = field(default_factory=dict)
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
@@ -81,7 +90,15 @@ class Tokenizer:
         bpe.no_truncation()
         bpe.no_padding()
         max_length, bos, eos, pad = (settings[name] for name in _SETTINGS)
-        return cls(bpe, max_length, bos, eos, pad)
+        vectors = {}
+        for token, count in settings.get(EMBEDDINGS, {}).items():
+            first = bpe.token_to_id(token)
+            if first is None:
+                raise EngineError(
+                    f"{folder / VOCABULARY_FILE} lacks the token {token!r:.60}; export the engine again"
+                )
+            vectors[first] = count
+        return cls(bpe, max_length, bos, eos, pad, vectors)
 
     def __call__(self, prompts: Sequence[str]) -> Tokens:
         """Ids [B, L] of B prompts: start, text, end, padding. What does not fit is cut, and returned."""
@@ -104,7 +121,8 @@ class Tokenizer:
         """All of a prompt, each part of it in chunks of its own; the last ones empty to be at least so many.
 
         Where a comma is among the last `BACKTRACK` tokens of a full chunk, the next one begins after it, as
-        with AUTOMATIC1111: what stands between two commas belongs together.
+        with AUTOMATIC1111: what stands between two commas belongs together. Where the vectors of an embedding
+        do not fit into the rest of a chunk, the next one begins with them, as there.
         """
         filled = [chunk for part in parts for chunk in self._filled(self._tokens(part)) or [[]]]
         if len(filled) > 1 and not filled[-1]:
@@ -123,13 +141,20 @@ class Tokenizer:
     def _filled(self, tokens: "list[_Token]") -> "list[list[_Token]]":
         chunks: list[list[_Token]] = []
         while len(tokens) > self.room:
-            end = self.room
-            if tokens[end].id != self._comma:
-                near = range(end - 1, max(end - 1 - BACKTRACK, -1), -1)
-                end = next((i + 1 for i in near if tokens[i].id == self._comma), end)
+            end = self._end(tokens)
             chunks.append(tokens[:end])
             tokens = tokens[end:]
         return [*chunks, tokens] if tokens else chunks
+
+    def _end(self, tokens: "list[_Token]") -> int:
+        """How many of the tokens, more than a chunk holds, the first chunk takes."""
+        end = self.room
+        if tokens[end].number:
+            return end - tokens[end].number
+        if tokens[end].id == self._comma:
+            return end
+        near = range(end - 1, max(end - 1 - BACKTRACK, -1), -1)
+        return next((i + 1 for i in near if tokens[i].id == self._comma), end)
 
     def _chunks(self, filled: "Sequence[Sequence[_Token]]", truncated: str = "") -> Chunks:
         input_ids = np.full((len(filled), self.max_length), self.pad, dtype=np.int64)
@@ -142,10 +167,11 @@ class Tokenizer:
     def _tokens(self, pieces: Sequence[Piece]) -> "list[_Token]":
         """The tokens of a text without start and end; each piece of it is read for itself."""
         return [
-            _Token(id, piece.weight, (number, offset))
+            _Token(id + i, piece.weight, (number, offset), i)
             for number, piece in enumerate(pieces)
             for text in [self._encode(piece.text)]
             for id, (offset, _) in zip(text.ids, text.offsets, strict=True)
+            for i in range(self.vectors.get(id, 1))
         ]
 
     def _encode(self, prompt: str) -> tokenizers.Encoding:
@@ -158,8 +184,8 @@ class Tokenizer:
             ) from error
 
 
-def _settings(path: Path) -> dict[str, int]:
-    """The length, at least that of a start, a word and an end, and the special ids."""
+def _settings(path: Path) -> dict[str, Any]:
+    """The length, at least that of a start, a word and an end, the special ids, and the embeddings."""
     try:
         settings = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
@@ -170,5 +196,12 @@ def _settings(path: Path) -> dict[str, int]:
     ):
         raise EngineError(
             f"{path} must give {', '.join(_SETTINGS)} as whole numbers; export the engine again"
+        )
+    embeddings, room = settings.get(EMBEDDINGS, {}), settings["model_max_length"] - 2
+    if not isinstance(embeddings, dict) or not all(
+        type(count) is int and 1 <= count <= room for count in embeddings.values()
+    ):
+        raise EngineError(
+            f"{path} must give {EMBEDDINGS} as numbers of vectors, 1 to {room}; export the engine again"
         )
     return settings

@@ -18,6 +18,7 @@ from sdfast.cli import _engine_name, _lora, main
 from sdfast.manifest import read_manifest
 from sdfast.schedulers import SAMPLERS, resolve
 from tests.backends import xformers
+from tests.export.embeddings import automatic1111
 from tests.export.loras import kohya, random_changes, write
 from tests.test_image_to_image import image, mask
 
@@ -566,6 +567,50 @@ def test_a_controlnet_is_told_and_rebuilt_and_stock_draws_with_it(
     )
     assert "this engine has no ControlNet" in refused(*asked, sd_engine, "--control", "image.png")
     assert not (files / "a.png").exists()
+
+
+def test_embeddings_are_added_told_and_rebuilt_and_stock_draws_with_them(tiny_sd: Path, here: Path) -> None:
+    automatic1111(here / "neg.safetensors", 3)
+    automatic1111(here / "toy=1", 1)
+    arguments = ("export", tiny_sd, "-o", "engine", "--backend", "eager", "--embedding")
+    ambiguous = sdfast(*arguments, "toy=1")
+    assert ambiguous.exit_code == 2 and "is there under this name; say toy=1=TOKEN" in ambiguous.stderr
+    assert "toy=1: is not an embedding; give a .safetensors file" in refused(*arguments, "toy=1=<toy>")
+    assert "String should have at least 1 character" in refused(*arguments, "neg.safetensors=")
+    (here / "toy=1").rename(here / "toy.safetensors")
+    made = sdfast(*arguments, "neg.safetensors=EasyNegative", "--embedding", "toy.safetensors")
+    assert made.exit_code == 0, made.output
+    told = "embeddings   EasyNegative (3 vectors) of neg.safetensors; toy (1 vector) of toy.safetensors"
+    assert told in sdfast("info", "engine").output
+    same = sdfast("rebuild", "engine")
+    assert same.exit_code == 0 and "up to date" in same.output
+    pictures = {}
+    for prompt in ("toy, EASYNEGATIVE, a boat", "a boat"):
+        for backend in ("engine", "diffusers"):
+            run = ("generate", prompt, "--engine", "engine", "--steps", 2, "--seed", 3, "--backend", backend)
+            result = sdfast(*run, "-o", "drawn.png", "--overwrite")
+            assert result.exit_code == 0, result.output
+            pictures[prompt, backend] = np.asarray(Image.open(here / "drawn.png"), dtype=int)
+        assert np.abs(pictures[prompt, "engine"] - pictures[prompt, "diffusers"]).max() <= 1
+    assert (pictures["a boat", "engine"] != pictures["toy, EASYNEGATIVE, a boat", "engine"]).any()
+
+
+def test_what_stock_does_not_read_of_a_token_is_told(tiny_sd: Path, here: Path) -> None:
+    automatic1111(here / "neg.safetensors", 70)
+    export = (
+        "export",
+        tiny_sd,
+        "-o",
+        "engine",
+        "--backend",
+        "eager",
+        "--embedding",
+        "neg.safetensors=EasyNeg",
+    )
+    assert sdfast(*export).exit_code == 0
+    for backend, told in (("engine", "a boat"), ("diffusers", "a boat")):
+        run = ("generate", f"EasyNeg, x x x x {told}", "--engine", "engine", "--backend", backend)
+        assert f"left out: '{told}'" in sdfast(*run, "--steps", 1, "-o", f"{backend}.png").stderr
 
 
 def test_an_engine_is_rebuilt_from_its_own_recipe(sd_engine: Path, tiny_sd: Path, here: Path) -> None:

@@ -88,6 +88,13 @@ def test_an_argument_has_one_value() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_embeddings_are_not_loaded_later(kind: str) -> None:
+    pipe = getattr(drop_in, kind)(FakeEngine())
+    with pytest.raises(RequestError, match=r"give them to from_pretrained\(\.\.\., embeddings"):
+        pipe.load_textual_inversion("org/style", token="<style>")
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_loras_are_not_loaded_later(kind: str) -> None:
     pipe = getattr(drop_in, kind)(FakeEngine())
     with pytest.raises(RequestError, match=r"give them to from_pretrained\(\.\.\., loras"):

@@ -624,13 +624,18 @@ def test_from_pretrained_in_float16_is_for_the_gpu_if_there_is_one(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(StableDiffusionPipeline, "from_engine", lambda folder, **_: None)
     loras = ["org/style", {"source": "a.safetensors", "scale": 0.5}]
+    embeddings = ["org/toy", {"source": "a.safetensors", "token": "<a>"}]
     StableDiffusionPipeline.from_pretrained(
-        "org/name", torch_dtype=torch.float16, provider=given, loras=loras
+        "org/name", torch_dtype=torch.float16, provider=given, loras=loras, embeddings=embeddings
     )
     assert [recipe.provider for recipe in recipes] == [provider]
     assert [(lora.source, lora.scale) for lora in recipes[0].loras] == [
         ("org/style", 1.0),
         ("a.safetensors", 0.5),
+    ]
+    assert [(one.source, one.token) for one in recipes[0].embeddings] == [
+        ("org/toy", None),
+        ("a.safetensors", "<a>"),
     ]
 
 

@@ -22,6 +22,7 @@ from sdfast.engine import sha256, verify
 from sdfast.errors import DependencyError, EngineError, ExportError
 from sdfast.export.checkpoint import Checkpoint, resolve
 from sdfast.export.controlnet import with_controlnet
+from sdfast.export.embedding import with_embeddings
 from sdfast.export.lora import with_loras
 from sdfast.export.modules import ModuleSpec, Networks, module_specs
 from sdfast.export.publish import check_space, clear_leftovers, locked, publish, workplace
@@ -110,6 +111,7 @@ def export(
     start = time.perf_counter()
     checkpoint = resolve(source, revision=recipe.revision, variant=recipe.variant, progress=progress.say)
     checkpoint = with_loras(checkpoint, recipe.loras, progress.say)
+    checkpoint = with_embeddings(checkpoint, recipe.embeddings, progress.say)
     checkpoint = with_controlnet(checkpoint, recipe.controlnet, progress.say)
     digests, size = checkpoint.digests(), checkpoint.nbytes
     progress.end(Stage("checkpoint", time.perf_counter() - start, 0, f"{size / 1e6:,.1f} MB of weights"))
@@ -245,8 +247,9 @@ class _Build:
 
     def _finish(self, place: Path, modules: dict[str, Module]) -> Manifest:
         tokenizers = sorted(self.checkpoint.tokenizers)
+        vectors = {embedding.token: embedding.vectors for embedding in self.checkpoint.embeddings}
         for name in tokenizers:
-            save_runtime_tokenizer(self.checkpoint.tokenizers[name], place / name)
+            save_runtime_tokenizer(self.checkpoint.tokenizers[name], place / name, vectors)
         config = dict(self.checkpoint.scheduler_config)
         (place / "scheduler_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
         with self._stage("digests", place):
@@ -291,6 +294,7 @@ class _Build:
             settings=json_digest(settings),
             loras=tuple(lora.record() for lora in made_of.loras),
             controlnet=made_of.controlnet.record() if made_of.controlnet else None,
+            embeddings=tuple(embedding.record() for embedding in made_of.embeddings),
         )
 
     def _recipe(self) -> dict[str, Any]:
@@ -318,6 +322,9 @@ class _Build:
         loras = [[x.digest, x.scale] for x in self.checkpoint.loras if x.parts.keys() & set(spec.components)]
         if loras:
             depends["loras"] = loras
+        embeddings = [x.digest for x in self.checkpoint.embeddings if x.first.keys() & set(spec.components)]
+        if embeddings:
+            depends["embeddings"] = embeddings
         if self.code_target is not None and self.code_target.device == "cuda":
             depends["kernels"] = self.recipe.kernels or "auto"
         return json_digest(depends)

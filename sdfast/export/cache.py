@@ -36,11 +36,12 @@ def cached_engine(
     sizes: tuple[str, ...] | None = None,
     loras: Sequence[Any] = (),
     controlnet: Any = None,
+    embeddings: Sequence[Any] = (),
 ) -> Path:
     """The folder of the engine of a checkpoint, built when it is not there or the checkpoint has changed.
 
     The checkpoint's own size is compiled unless `sizes` ("512x768", width first) names others. `loras`,
-    `controlnet`: as a recipe has them. What is built is said on stderr.
+    `controlnet`, `embeddings`: as a recipe has them. What is built is said on stderr.
     """
     if dtype not in _DTYPES:
         raise RequestError(f"torch_dtype: {dtype} is not one of torch.float32, torch.float16")
@@ -55,6 +56,7 @@ def cached_engine(
         sizes=sizes,
         loras=loras,
         controlnet=controlnet,
+        embeddings=embeddings,
     )
     source = str(checkpoint)
     shown = source.replace(os.sep, "--").strip("-.") or "checkpoint"

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from sdfast.export.controlnet import ControlNetSource
+    from sdfast.export.embedding import Embedding
     from sdfast.export.lora import Lora
 
 Progress = Callable[[str], None]
@@ -46,8 +47,9 @@ class Checkpoint:
     """A checkpoint on this disk, in diffusers layout, verified as far as its headers go.
 
     `source` is what the user gave; `revision` the commit it stands for on the Hub, None elsewhere. `loras`:
-    what is merged into its weights, in this order (see `lora.with_loras`). `controlnet`: what is put beside
-    its U-Net (see `controlnet.with_controlnet`).
+    what is merged into its weights, in this order (see `lora.with_loras`). `embeddings`: the vectors behind
+    its text encoders' own, in this order, which their configs count (see `embedding.with_embeddings`).
+    `controlnet`: what is put beside its U-Net (see `controlnet.with_controlnet`).
     """
 
     source: str
@@ -60,18 +62,22 @@ class Checkpoint:
     tokenizers: Mapping[str, Path]
     loras: "tuple[Lora, ...]" = ()
     controlnet: "ControlNetSource | None" = None
+    embeddings: "tuple[Embedding, ...]" = ()
 
     def state_dict(self, component: str) -> "dict[str, torch.Tensor]":
         """The tensors of a component, in the dtype they are stored in, on the CPU.
 
         They are views of the mapped files: nothing is copied, and a page is read when it is first touched.
-        Those that a LoRA changes are copies, in float32: what is merged is rounded once, by who stores it.
+        Those that a LoRA or an embedding changes are copies, in float32: what is merged is rounded once, by
+        who stores it.
         """
         tensors: dict[str, torch.Tensor] = {}
         for path in self.component(component).weights:
             tensors.update(load_tensors(path, self.source))
         for lora in self.loras:
             lora.merge_into(component, tensors)
+        for embedding in self.embeddings:
+            embedding.add_to(component, tensors)
         return tensors
 
     def component(self, name: str) -> Component:
@@ -133,7 +139,7 @@ def resolve(
 
     Raises CheckpointError, and nothing else, for whatever is wrong with the source.
     """
-    tell = progress or _silent
+    tell = progress or silent
     name = os.fspath(source)
     kind = _kind(source)
     if variant is not None and not re.fullmatch(r"[\w-]+", variant):
@@ -172,7 +178,7 @@ def name_of(source: str) -> str:
     return path.stem if source.endswith(".safetensors") else path.name
 
 
-def _silent(message: str) -> None:
+def silent(message: str) -> None:
     """The progress of a caller who asked for none."""
 
 

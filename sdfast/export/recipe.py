@@ -75,24 +75,40 @@ def _path_as_text(given: Any) -> Any:
     return os.fspath(given) if isinstance(given, os.PathLike) else given
 
 
-class LoraSetting(_Part):
-    """A LoRA to be merged into the weights. A text in its place is its source.
+class FileSetting(_Part):
+    """Something in a file of its own. A text in its place is its source.
 
     source: a .safetensors file, a folder that holds one, or a Hub id.
     weight_name: which file of a folder or Hub repository, where it is not plain.
     revision: branch, tag or commit on the Hub.
-    scale: how much of it: 1 is all, 0 nothing, less than that the opposite.
     """
 
     source: Annotated[str, Field(min_length=1), BeforeValidator(_path_as_text)]
     weight_name: str | None = None
     revision: str | None = None
-    scale: Annotated[float, Field(strict=True, allow_inf_nan=False)] = 1.0
 
     @model_validator(mode="before")
     @classmethod
     def _from_source(cls, given: Any) -> Any:
         return {"source": given} if isinstance(given, str | os.PathLike) else given
+
+
+class LoraSetting(FileSetting):
+    """A LoRA to be merged into the weights.
+
+    scale: how much of it: 1 is all, 0 nothing, less than that the opposite.
+    """
+
+    scale: Annotated[float, Field(strict=True, allow_inf_nan=False)] = 1.0
+
+
+class EmbeddingSetting(FileSetting):
+    """An embedding (textual inversion) that the text encoders are to know.
+
+    token: what stands for it in prompts. Default: what its file names, else the file's own name.
+    """
+
+    token: Annotated[str, Field(min_length=1)] | None = None
 
 
 class ControlNetSetting(_Part):
@@ -140,6 +156,7 @@ class Recipe(_Part):
     vae: of fp16 engines: "auto" (default), float16 wherever its numbers can be made to fit, or "fp32".
     loras: what is merged into the weights; several add up.
     controlnet: under whose guidance every picture is drawn, by a control image.
+    embeddings: what tokens in prompts stand for.
 
     A field that has no use in a recipe is None there, and refused when it is given.
     """
@@ -161,6 +178,7 @@ class Recipe(_Part):
     vae: Annotated[Literal["auto", "fp32"] | None, Field(validate_default=True)] = None
     loras: tuple[LoraSetting, ...] = ()
     controlnet: ControlNetSetting | None = None
+    embeddings: tuple[EmbeddingSetting, ...] = ()
 
     @field_validator("batch")
     @classmethod
@@ -355,6 +373,7 @@ def _explain(error: ValidationError) -> str:
             "sizes": SizeRange,
             "loras": LoraSetting,
             "controlnet": ControlNetSetting,
+            "embeddings": EmbeddingSetting,
         }
         known = ", ".join(parts.get(field, Recipe).model_fields)
         return f"{field}: unknown field {deepest['loc'][-1]!r}; there are: {known}"

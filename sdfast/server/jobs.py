@@ -113,8 +113,9 @@ class EngineInfo:
     """What the API must know of an engine. sizes: "WIDTHxHEIGHT" or ranges, for people and messages.
 
     checkpoint_digest: hex SHA-256 over the digests of its weights. unet_digest: hex SHA-256 of its U-Net's,
-    by which a picture's parameters name the model. edits: whether it takes a job's image. controlnet: its
-    ControlNet's name, by which AUTOMATIC1111's clients know it; None without one.
+    by which a picture's parameters name the model. edits: whether it takes a job's image. embeddings: by
+    their tokens, of how many vectors they are; text_width: of one, for all text encoders together.
+    controlnet: its ControlNet's name, by which AUTOMATIC1111's clients know it; None without one.
     """
 
     name: str
@@ -127,6 +128,8 @@ class EngineInfo:
     checkpoint_digest: str
     edits: bool = False
     unet_digest: str = ""
+    embeddings: Mapping[str, int] = field(default_factory=dict)
+    text_width: int = 0
     controlnet: str | None = None
 
     @property

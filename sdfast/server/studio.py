@@ -111,6 +111,8 @@ def info_of(manifest: Manifest) -> EngineInfo:
         unet_digest=unet_digest(manifest.checkpoint.weights) or digest,
         edits=manifest.edits,
         controlnet=controlnet_name(controlnet) if controlnet else None,
+        embeddings={one.token: one.vectors for one in manifest.checkpoint.embeddings},
+        text_width=manifest.model.text_width,
     )
 
 

@@ -2,7 +2,7 @@
 
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,12 +15,12 @@ from torch import Tensor
 import sdfast
 from sdfast.engine import Engine
 from sdfast.errors import CheckpointError, EngineError, RequestError
+from sdfast.export.additions import as_made
 from sdfast.export.checkpoint import Checkpoint
 from sdfast.export.checkpoint import resolve as resolve_checkpoint
-from sdfast.export.controlnet import setting_of, with_controlnet
-from sdfast.export.lora import Lora, settings_of, with_loras
+from sdfast.export.one_file import Found
 from sdfast.first_latents import Over, check_edits
-from sdfast.manifest import AddedControlNet, MergedLora
+from sdfast.manifest import AddedControlNet, FromFile
 from sdfast.pipeline import Pipeline, check_channels
 from sdfast.request import Request
 from sdfast.schedulers import Schedule, resolve, schedule
@@ -159,19 +159,21 @@ def _checkpoint(engine: Engine, given: str | Path | None) -> tuple[Checkpoint, l
             found = resolve_checkpoint(
                 made_from.source, revision=made_from.revision, variant=engine.manifest.recipe.get("variant")
             )
-            found = with_loras(found, settings_of(made_from))
-            found = with_controlnet(found, setting_of(engine.manifest))
+            found = as_made(found, engine.manifest)
         except CheckpointError as error:
             raise EngineError(
                 f"{engine.folder}: what it was exported from is not there any more: {error}. Put it back, or "
                 "give the checkpoint with --checkpoint"
             ) from error
     else:
-        found = with_loras(resolve_checkpoint(given), settings_of(made_from))
-        found = with_controlnet(found, setting_of(engine.manifest))
+        found = as_made(resolve_checkpoint(given), engine.manifest)
     changed = _changed(
-        _all_digests(made_from.weights, made_from.loras, made_from.controlnet),
-        _all_digests(found.digests(), found.loras, found.controlnet.record() if found.controlnet else None),
+        _all_digests(made_from.weights, made_from.beside, made_from.controlnet),
+        _all_digests(
+            found.digests(),
+            (*found.loras, *found.embeddings),
+            found.controlnet.record() if found.controlnet else None,
+        ),
     )
     if not changed:
         return found, []
@@ -184,13 +186,13 @@ def _checkpoint(engine: Engine, given: str | Path | None) -> tuple[Checkpoint, l
 
 
 def _all_digests(
-    weights: Mapping[str, str], loras: Sequence[Lora | MergedLora], controlnet: AddedControlNet | None
+    weights: Mapping[str, str], beside: Iterable[Found | FromFile], controlnet: AddedControlNet | None
 ) -> dict[str, str]:
     """What a network is made of: digests by name."""
     added = {} if controlnet is None else controlnet.weights
     return {
         **weights,
-        **{lora.name: lora.digest for lora in loras},
+        **{one.name: one.digest for one in beside},
         **{f"ControlNet {name}": digest for name, digest in added.items()},
     }
 
@@ -218,7 +220,8 @@ def _requests(
     height, width, others = _size(engine)
     if others:
         notes.append(f"compared at {width}x{height} only; the engine also has {', '.join(others)}")
-    prompts = PROMPTS if prompts is None else tuple(prompts)
+    tokens = [embedding.token for embedding in reference.embeddings]
+    prompts = _with_tokens(tokens) if prompts is None else tuple(prompts)
     if not prompts:
         raise RequestError("prompts: none given; give at least one")
     strength = 1.0 if engine.manifest.model.inpaints else None
@@ -243,6 +246,12 @@ def _requests(
         for name in names
     ]
     return requests, notes
+
+
+def _with_tokens(tokens: Sequence[str]) -> tuple[str, ...]:
+    """The usual prompts, each with the token of an embedding, as far as they go: one alone, for diffusers
+    takes a token apart of which another one is a part."""
+    return tuple(f"{prompt}, {tokens[i]}" if i < len(tokens) else prompt for i, prompt in enumerate(PROMPTS))
 
 
 def _schedulers(
@@ -367,14 +376,15 @@ def _judge(
     """Every figure with its verdict. over: the trials over pictures, of which only those are judged."""
     fp8 = bool(engine.manifest.fp8)
     prompts = [picture.request.prompts[0] for picture in trials[0].pictures]
+    texts = ["", *prompts, *(embedding.token for embedding in reference.embeddings)]
     runs = [picture.truth for trial in trials for picture in trial.pictures]
     steps = [step for picture in trials[0].pictures for step in picture.truth.steps]
-    measured = measure(engine, sides, ["", *prompts], runs, steps)
+    measured = measure(engine, sides, texts, runs, steps)
     if scene is not None:
         measured += measure_told(engine, sides, scene, trials[0].pictures)
     if engine.manifest.model.controlled:
         measured += measure_control(engine, sides, trials[0].pictures)
-    checks = [_same_tokens(engine, sides.exact, ["", *prompts]), _same_scheduler(engine, reference)]
+    checks = [_same_tokens(engine, sides.exact, texts), _same_scheduler(engine, reference)]
     whole = rule.measured_pictures([picture for trial in [*trials, *over] for picture in trial.pictures])
     figures = []
     for trial in trials:
@@ -431,6 +441,7 @@ def _setting(engine: Engine, reference: Checkpoint, request: Request, start: flo
         if reference.revision is None
         else f"{reference.source}@{reference.revision}",
         loras=tuple(str(lora.record()) for lora in reference.loras),
+        embeddings=tuple(str(embedding.record()) for embedding in reference.embeddings),
         reference=f"diffusers {versions['diffusers']} {stock_name} in float32",
         height=request.height,
         width=request.width,

@@ -22,6 +22,7 @@ from sdfast.noise import BrownianNoise, NoiseSource, OwnNoise, generator
 from sdfast.schedulers import Schedule
 from sdfast.validation.metrics import Error, compare
 from sdfast.validation.observe import Run, StepInputs, StepOutputs, observed_step
+from sdfast.validation.reading import written_out
 from sdfast.validation.reference import as_reference
 
 TIMESTEP_ROUNDING = 1e-3  # float32 of a fractional timestep up to 1000, and the logarithms behind it
@@ -75,7 +76,7 @@ def token_ids(pipe: Any, index: int, prompts: Sequence[str]) -> Tensor:
     """The ids [n, 77] of `prompts` by the pipeline's own tokenizer, the first or the second."""
     tokenizer = getattr(pipe, ("tokenizer", "tokenizer_2")[index])
     given = tokenizer(
-        list(prompts),
+        [written_out(pipe, tokenizer, prompt) for prompt in prompts],
         padding="max_length",
         max_length=tokenizer.model_max_length,
         truncation=True,

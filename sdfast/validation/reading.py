@@ -19,6 +19,27 @@ Told = tuple[torch.Tensor, torch.Tensor | None]
 """Hidden states [1, L, D], and for SDXL the pooled embedding [1, P]."""
 
 
+def in_small_letters(tokenizer: Any, text: str) -> str:
+    """A text as CLIP's tokenizers make it before they look for tokens."""
+    return str(tokenizer.backend_tokenizer.normalizer.normalize_str(text))
+
+
+def as_given(tokenizer: Any, text: str | None) -> str | None:
+    """A prompt as the stock pipeline is to be given it: in small letters where there are embeddings.
+
+    transformers 5 finds their tokens in small letters, whatever the prompt has; diffusers then looks for what
+    was found in the prompt, and would read the first vector alone of a token with capitals.
+    """
+    if text is None or all(token.special for token in tokenizer.added_tokens_decoder.values()):
+        return text
+    return in_small_letters(tokenizer, text)
+
+
+def written_out(pipe: Any, tokenizer: Any, text: str) -> str:
+    """A prompt as the stock pipeline itself gives it to a tokenizer: with each vector of an embedding."""
+    return str(pipe.maybe_convert_prompt(as_given(tokenizer, text), tokenizer))
+
+
 def is_plain(request: Request) -> bool:
     """Whether the stock pipeline reads the request's prompts by itself."""
     return Reading.of(request) == Reading()
@@ -64,26 +85,40 @@ def _read(pipe: Any, prompt: Text, reading: Reading, clip_skip: int | None) -> T
 def _chunks(tokenizer: Any, parts: list[list[Piece]], chunked: bool) -> list[list[tuple[int, float]]]:
     """(id, weight) of the tokens of each chunk, without start and end."""
     room, comma = tokenizer.model_max_length - 2, tokenizer.convert_tokens_to_ids(_COMMA)
+    if not chunked:
+        return [[token for part in parts for word in _words(tokenizer, part) for token in word][:room]]
     chunks: list[list[tuple[int, float]]] = [[]]
     for number, part in enumerate(parts):
         if number:
             chunks.append([])
-        for token in _tokens(tokenizer, part):
+        for word in _words(tokenizer, part):
             last = chunks[-1]
-            if len(last) == room and not chunked:
-                return chunks
             if len(last) == room:
                 ids = [id for id, _ in last]
-                near = room - ids[::-1].index(comma) if comma in ids[-_NEAR:] and token[0] != comma else room
+                near = (
+                    room - ids[::-1].index(comma) if comma in ids[-_NEAR:] and word[0][0] != comma else room
+                )
                 chunks[-1:] = [last[:near], last[near:]]
-            chunks[-1].append(token)
+            if len(chunks[-1]) + len(word) > room:
+                chunks.append([])
+            chunks[-1].extend(word)
     return chunks[:-1] if len(chunks) > 1 and not chunks[-1] else chunks
 
 
-def _tokens(tokenizer: Any, part: list[Piece]) -> Iterator[tuple[int, float]]:
+def _words(tokenizer: Any, part: list[Piece]) -> Iterator[list[tuple[int, float]]]:
+    """(id, weight) of what stays in one chunk: a token, or all vectors of an embedding."""
     for piece in part:
         for id in tokenizer(piece.text, add_special_tokens=False, verbose=False).input_ids:
-            yield id, piece.weight
+            yield [(id, piece.weight) for id in _vectors(tokenizer, id)]
+
+
+def _vectors(tokenizer: Any, id: int) -> list[int]:
+    """The ids that a token stands for: with those by its name and a number, as diffusers names them."""
+    name, known = tokenizer.convert_ids_to_tokens(id), tokenizer.added_tokens_encoder
+    ids = [id]
+    while (further := f"{name}_{len(ids)}") in known:
+        ids.append(known[further])
+    return ids
 
 
 def _encode(

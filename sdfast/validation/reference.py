@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch.overrides import TorchFunctionMode
 
 from sdfast.errors import BackendError, CheckpointError, DependencyError, RequestError, first_line
@@ -22,10 +23,11 @@ from sdfast.first_latents import Over
 from sdfast.noise import generator
 from sdfast.request import TOLD_SIZES, Request
 from sdfast.schedulers import resolve
-from sdfast.validation.reading import embeddings, is_plain
+from sdfast.validation.reading import as_given, embeddings, in_small_letters, is_plain
 
 if TYPE_CHECKING:
     from sdfast.backends.attention import Attention
+    from sdfast.export.embedding import Embedding
     from sdfast.export.lora import Lora
 
 TASKS = {None: "", False: "Img2Img", True: "Inpaint"}  # of nothing, over an image, and with a mask
@@ -62,13 +64,14 @@ def reference_pipeline(
     """diffusers' own text-to-image pipeline of `checkpoint`, with its ControlNet if it has one, in `dtype`,
     without its safety checker.
 
-    LoRAs are loaded and fused in float32, by diffusers' own code and peft's.
+    LoRAs are loaded and fused in float32, by diffusers' own code and peft's; embeddings are loaded by
+    diffusers' own, their tokens in small letters (see `reading.as_given`).
 
     attention: what computes that of the U-Net and a ControlNet, for a stock pipeline that is drawn with; the
         reference of a comparison leaves it out, and PyTorch chooses.
 
     Raises `DependencyError` without diffusers, or without peft where there are LoRAs, `BackendError` when the
-    device is not there, `CheckpointError` for a LoRA that diffusers does not load.
+    device is not there, `CheckpointError` for a LoRA or an embedding that diffusers does not load.
     """
     diffusers, device = stock(), torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -96,6 +99,8 @@ def reference_pipeline(
         )
         for lora in checkpoint.loras:
             _fuse(pipe, lora)
+        for embedding in checkpoint.embeddings:
+            _add(pipe, embedding)
         pipe = pipe.to(device, dtype)
     _restore_text_model(pipe)
     if attention is not None:
@@ -150,6 +155,25 @@ def _as_trained(pipe: Any, lora: "Lora") -> Any:
         if ".down." in name:
             tensors[name] = tensor.float() * (scaled[f"{name.split('.lora.')[0]}.alpha"] / tensor.shape[0])
     return tensors
+
+
+def _add(pipe: Any, embedding: "Embedding") -> None:
+    """Load an embedding as diffusers' users do: from its file, or for SDXL each text encoder's vectors."""
+    for component, name in embedding.tensors.items():
+        tokenizer = getattr(pipe, component.replace("text_encoder", "tokenizer"))
+        several = len(embedding.tensors) > 1
+        try:
+            pipe.load_textual_inversion(
+                load_file(embedding.path)[name] if several else str(embedding.path),
+                token=in_small_letters(tokenizer, embedding.token),
+                tokenizer=tokenizer,
+                text_encoder=getattr(pipe, component),
+            )
+        except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"embedding {embedding.name}: diffusers does not load it ({first_line(error)}), so there is "
+                "no reference"
+            ) from error
 
 
 class _Attending:
@@ -369,14 +393,18 @@ def _generate_one(
     if "guidance_rescale" in inspect.signature(pipe.__call__).parameters:
         run["guidance_rescale"] = request.guidance_rescale
     if is_plain(request):
-        run["prompt"], run["negative_prompt"] = request.prompts[index], request.negative_prompts[index]
+        texts = {"prompt": request.prompts[index], "negative_prompt": request.negative_prompts[index]}
+        run |= {name: as_given(pipe.tokenizer, text) for name, text in texts.items()}
         if sdxl:
             # as lists, in which diffusers takes an empty text for one
             seconds = {
                 "prompt_2": request.pairs[index][1],
                 "negative_prompt_2": request.negative_pairs[index][1],
             }
-            run |= {name: None if text is None else [text] for name, text in seconds.items()}
+            run |= {
+                name: None if text is None else [as_given(pipe.tokenizer_2, text)]
+                for name, text in seconds.items()
+            }
     else:
         run |= embeddings(pipe, request, index)
     if sdxl:

@@ -98,8 +98,7 @@ class Setting(_Part):
 
     fp8: how many layers of the engine's U-Net are in FP8. inpaints: whether all pictures were drawn over the
     masked part of one image. controlnet: that all were drawn with, under one control image. loras: that were
-    merged into the engine, and fused into the reference, each with
-    its scale.
+    merged into the engine, and fused into the reference, each with its scale. embeddings: that both know.
     """
 
     engine: str
@@ -112,6 +111,7 @@ class Setting(_Part):
     device: str
     checkpoint: str
     loras: tuple[str, ...] = ()
+    embeddings: tuple[str, ...] = ()
     reference: str
     height: int
     width: int
@@ -205,6 +205,7 @@ class Report(_Part):
             f"against {setting.reference}",
             *(f"with LoRA {lora}" for lora in setting.loras),
             *([f"with ControlNet {setting.controlnet}"] if setting.controlnet else []),
+            *(f"with embedding {embedding}" for embedding in setting.embeddings),
             f"{setting.width}x{setting.height}, {setting.steps} steps, guidance {setting.guidance_scale:g}, "
             f"seed {setting.seed}{', over the masked part of one image' * setting.inpaints}",
             "",

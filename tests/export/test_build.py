@@ -21,9 +21,10 @@ from sdfast.errors import CheckpointError, DependencyError, ExportError
 from sdfast.export import build, publish
 from sdfast.export.build import Silent, Stage, export
 from sdfast.export.recipe import Recipe
-from sdfast.manifest import MANIFEST_NAME, MergedLora, read_manifest
+from sdfast.manifest import MANIFEST_NAME, AddedEmbedding, MergedLora, read_manifest
 from sdfast.pipeline import Pipeline
 from tests import checkpoints
+from tests.export.embeddings import automatic1111
 from tests.export.loras import ATTENTION, kohya, random_changes, write
 
 EAGER = Recipe(backend="eager")
@@ -153,6 +154,28 @@ def test_a_lora_builds_what_it_touches_and_is_told(
     assert read_manifest(engine).checkpoint == read_manifest(plain).checkpoint
     assert (engine / "text_encoder.safetensors").samefile(plain / "text_encoder.safetensors")
     Engine.open(plain).load()
+
+
+def test_an_embedding_builds_the_text_encoder_alone_and_is_told(
+    engine: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    plain, file = read_manifest(engine), automatic1111(tmp_path / "zq.safetensors", 2)
+
+    def named(token: str) -> Recipe:
+        return Recipe.make(backend="eager", embeddings=[{"source": file, "token": token}])
+
+    assert again(checkpoint, engine, named("EasyNegative")).built == {"text_encoder"}
+    told = AddedEmbedding(source=str(file), digest=sha256(file), token="EasyNegative", vectors=2)
+    assert read_manifest(engine).checkpoint.embeddings == (told,)
+    tokenizer = Engine.open(engine).tokenizers[0]
+    assert tokenizer(["easynegative"]).input_ids[0].tolist().index(tokenizer.eos) == 3
+    assert not again(checkpoint, engine, named("EasyNegative")).built
+    assert not again(checkpoint, engine, named("other")).built
+    assert read_manifest(engine).checkpoint.embeddings[0].token == "other"
+    automatic1111(file, 2, seed=1)
+    assert again(checkpoint, engine, named("other")).built == {"text_encoder"}
+    assert again(checkpoint, engine, EAGER).built == {"text_encoder"}
+    assert read_manifest(engine).checkpoint == plain.checkpoint
 
 
 def test_a_lora_that_does_not_fit_changes_nothing(engine: Path, checkpoint: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from sdfast.errors import ExportError
-from sdfast.export.recipe import LoraSetting, Recipe
+from sdfast.export.recipe import EmbeddingSetting, LoraSetting, Recipe
 from sdfast.manifest import Span
 
 FREE = {"min": "64x64", "max": "128x128"}
@@ -136,6 +136,14 @@ RECIPES = sorted((Path(__file__).parents[2] / "export").glob("*.toml"))
             {"loras": [{"source": "a", "weight": 1.0}]},
             "loras: unknown field 'weight'; there are: source, weight_name, revision, scale",
         ),
+        ({"embeddings": "a"}, "embeddings: must be a list (got 'a')"),
+        ({"embeddings": [{"token": "a"}]}, "embeddings: 'source' is missing"),
+        ({"embeddings": [{"source": "a", "token": ""}]}, "embeddings: String should have at least 1 charact"),
+        ({"embeddings": [{"source": "a", "token": "\ud800"}]}, "embeddings: must be a valid string, unable"),
+        (
+            {"embeddings": [{"source": "a", "scale": 1.0}]},
+            "embeddings: unknown field 'scale'; there are: source, weight_name, revision, token",
+        ),
         ({"chekpoint": "a"}, "chekpoint: unknown field 'chekpoint'; there are: checkpoint, revision"),
     ],
     ids=lambda value: repr(value)[:40],
@@ -146,6 +154,16 @@ def test_a_bad_field_is_named_with_what_is_allowed(fields: dict[str, Any], messa
     assert str(caught.value).startswith(f"recipe: {message}")
     assert len(str(caught.value).splitlines()) == 1
     assert len(str(caught.value)) < 250
+
+
+def test_embeddings_are_tables_or_sources(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text('[[embeddings]]\nsource = "org/toy"\nrevision = "v1"\ntoken = "<toy>"')
+    toy = EmbeddingSetting(source="org/toy", revision="v1", token="<toy>")
+    assert Recipe.read(path).embeddings == (toy,)
+    recipe = Recipe.make(embeddings=[toy, Path("b.safetensors")])
+    assert recipe.embeddings == (toy, EmbeddingSetting(source="b.safetensors"))
+    assert Recipe.recorded(recipe.model_dump(mode="json", exclude_none=True)).embeddings == recipe.embeddings
 
 
 def test_loras_are_tables_or_sources(tmp_path: Path) -> None:
@@ -228,7 +246,7 @@ def test_a_provider_follows_from_the_dtype_and_is_recorded() -> None:
 def test_what_has_a_use_is_recorded_and_nothing_else() -> None:
     def recorded(**fields: Any) -> dict[str, Any]:
         return Recipe.make(**fields).model_dump(
-            exclude={"batch", "fp8", "dtype", "backend", "loras"}, exclude_none=True
+            exclude={"batch", "fp8", "dtype", "backend", "loras", "embeddings"}, exclude_none=True
         )
 
     assert recorded() == {"provider": "cpu", "winograd": True}

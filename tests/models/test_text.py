@@ -42,9 +42,12 @@ def test_the_pooled_state_is_transformers(kind, eos):
     assert len(prompt_end(ids, eos).unique()) > 10
 
 
-def test_the_ends_of_clips_own_ids_are_exact():
-    """The largest ids that CLIP has, side by side: neighbours at the far end of what float32 tells apart."""
-    ids = torch.randint(49400, 49408, (500, 77), generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("first", [49400, 56900])
+def test_the_ends_of_clips_own_ids_are_exact(first):
+    """The largest ids that CLIP has, and those of a hundred embeddings behind them, side by side: neighbours
+    at the far end of what float32 tells apart."""
+    ids = torch.randint(first, first + 8, (500, 77), generator=torch.Generator().manual_seed(1))
+    ids[:, ::9] = torch.randint(49400, 49408, (500, 9), generator=torch.Generator().manual_seed(2))
     for eos in (49407, LEGACY_EOS):
         marks = ids if eos == LEGACY_EOS else (ids == eos).int()
         assert torch.equal(prompt_end(ids, eos), marks.argmax(dim=-1))

@@ -563,6 +563,18 @@ async def test_what_else_is_asked(api: Client, http: httpx.AsyncClient) -> None:
     assert "no upscalers" in await api.refused("extra-single-image", 501)
 
 
+async def test_the_embeddings_are_those_of_the_engine_that_is_drawn_with(
+    api: Client, studio: FakeStudio
+) -> None:
+    other = replace(engine("other"), embeddings={"EasyNegative": 8, "<toy>": 1}, text_width=768)
+    studio.engines["other"] = other
+    assert (await api.get("embeddings"))["loaded"] == {}
+    await api.post("options", sd_model_checkpoint="other")
+    untold = {"step": None, "sd_checkpoint": None, "sd_checkpoint_name": None, "shape": 768}
+    loaded = {"EasyNegative": {**untold, "vectors": 8}, "<toy>": {**untold, "vectors": 1}}
+    assert await api.get("embeddings") == {"loaded": loaded, "skipped": {}}
+
+
 async def test_a_picture_tells_how_it_was_made(api: Client) -> None:
     text = (
         "a boat\nNegative prompt: fog\nSteps: 20, Sampler: Euler, CFG scale: 7, Seed: 5, Size: 64x96, Odd: 1"

@@ -5,6 +5,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from sdfast.server.jobs import EngineInfo
 from sdfast.server.problems import Problem
 
 _NONE: Mapping[str, Any] = {
@@ -13,7 +14,6 @@ _NONE: Mapping[str, Any] = {
     "latent-upscale-modes": [],
     "sd-vae": [],
     "sd-modules": [],
-    "embeddings": {"loaded": {}, "skipped": {}},
     "hypernetworks": [],
     "face-restorers": [],
     "realesrgan-models": [],
@@ -28,7 +28,7 @@ _NOTHING_NEW = ("refresh-checkpoints", "refresh-vae", "refresh-loras", "refresh-
 """To look again for what the server draws with, which is settled when it starts, finds nothing new."""
 
 _NO_UPSCALERS = "there are no upscalers or face restorers here"
-_EXPORT = "engines are exported beforehand, with their LoRAs; see `sdfast export`"
+_EXPORT = "engines are exported beforehand, with their LoRAs and embeddings; see `sdfast export`"
 _STARTED = "engines are loaded when the server starts, and stay"
 _REFUSED: Mapping[str, str] = {
     "extra-single-image": _NO_UPSCALERS,
@@ -55,6 +55,16 @@ def add(router: APIRouter) -> None:
         router.post(f"/sdapi/v1/{name}", include_in_schema=False)(_teller(None))
     for name, reason in _REFUSED.items():
         router.post(f"/sdapi/v1/{name}", include_in_schema=False)(_refuser(name, reason))
+
+
+def embeddings_of(engine: EngineInfo) -> dict[str, Any]:
+    """`GET /sdapi/v1/embeddings`: those of an engine, which does not know how they were trained."""
+    untold = dict.fromkeys(("step", "sd_checkpoint", "sd_checkpoint_name"))
+    loaded = {
+        token: {**untold, "shape": engine.text_width, "vectors": vectors}
+        for token, vectors in engine.embeddings.items()
+    }
+    return {"loaded": loaded, "skipped": {}}
 
 
 def _teller(answer: Any) -> Any:

@@ -137,6 +137,11 @@ def routes(studio: Studio, settings: Settings, metrics: Metrics) -> APIRouter:
         """The schedule types."""
         return list_schedulers()
 
+    @router.get("/sdapi/v1/embeddings")
+    async def embeddings() -> dict[str, Any]:
+        """The embeddings of the engine that is drawn with."""
+        return lists.embeddings_of(options.engine)
+
     @router.get("/sdapi/v1/cmd-flags")
     async def flags() -> dict[str, Any]:
         """How the server was started."""

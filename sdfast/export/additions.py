@@ -1,0 +1,26 @@
+"""What an engine has beside its checkpoint: LoRAs, merged into its weights, embeddings, a ControlNet."""
+
+from sdfast.export.checkpoint import Checkpoint, Progress
+from sdfast.export.controlnet import setting_of, with_controlnet
+from sdfast.export.embedding import with_embeddings
+from sdfast.export.lora import with_loras
+from sdfast.export.recipe import EmbeddingSetting, LoraSetting
+from sdfast.manifest import Manifest
+
+
+def as_made(checkpoint: Checkpoint, engine: Manifest, progress: Progress | None = None) -> Checkpoint:
+    """The checkpoint with the LoRAs, embeddings and ControlNet that its engine was made with, found again.
+
+    Raises `CheckpointError` for one that is not there any more, or does not fit the checkpoint.
+    """
+    made_from = engine.checkpoint
+    loras = [
+        LoraSetting(source=lora.source, weight_name=lora.file, revision=lora.revision, scale=lora.scale)
+        for lora in made_from.loras
+    ]
+    embeddings = [
+        EmbeddingSetting(source=one.source, weight_name=one.file, revision=one.revision, token=one.token)
+        for one in made_from.embeddings
+    ]
+    checkpoint = with_embeddings(with_loras(checkpoint, loras, progress), embeddings, progress)
+    return with_controlnet(checkpoint, setting_of(engine), progress)
