@@ -275,7 +275,8 @@ def test_what_was_cut_from_the_prompt_is_told_on_stderr(sd_engine: Path, here: P
     result = sdfast("generate", ("sea " * 100).strip(), *options)
     assert result.exit_code == 0
     [told] = [line for line in result.stderr.splitlines() if line.startswith("sdfast: ")]
-    assert told == f"sdfast: the text encoder reads no more than 77 tokens; left out: {'sea ' * 24 + 'sea'!r}"
+    told_cut = f"left out: {'sea ' * 24 + 'sea'!r} (see --long-prompts)"
+    assert told == f"sdfast: the text encoder reads no more than 77 tokens; {told_cut}"
     assert result.stdout.startswith("a.png  seed ")
     assert "left out" not in sdfast("generate", "sea " * 75, *options, "--overwrite").stderr
 

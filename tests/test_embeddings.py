@@ -55,8 +55,7 @@ class Pair:
 
 
 def paired(checkpoint: Path, engine: Path) -> Pair:
-    made_from = read_manifest(engine).checkpoint
-    stock = reference_pipeline(as_made(resolve(checkpoint), made_from))
+    stock = reference_pipeline(as_made(resolve(checkpoint), read_manifest(engine)))
     return Pair(stock, Pipeline.from_engine(engine, threads=1))
 
 
