@@ -50,7 +50,8 @@ class TextEncoder(nn.Module):
 def prompt_end(input_ids: Tensor, eos: int) -> Tensor:
     """input_ids [B, L] int64 -> the position [B] int64 of each prompt's end.
 
-    That of the first `eos`, or 0 where there is none; for `LEGACY_EOS` that of the first of the largest ids.
+    That of the first `eos`, or 0 where there is none; for `LEGACY_EOS` that of the first of the largest ids,
+    which are an embedding's where the prompt has one: its pooled state is then taken there, as by diffusers.
     The same as transformers', found among float32 numbers that are all different: whole ones below
     (largest id + 1) · L, which for CLIP is 3.8 million, and exact up to 16.7 million.
     """
