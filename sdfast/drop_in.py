@@ -6,8 +6,9 @@ They are `Pipeline`'s otherwise, and documented there.
 from collections.abc import Mapping
 from typing import Any, ClassVar, NoReturn
 
+from sdfast.call import Given
 from sdfast.errors import RequestError
-from sdfast.pipeline import Given, Pipeline
+from sdfast.pipeline import Pipeline
 
 _STEPS = ("num_inference_steps", "timesteps", "sigmas")
 _CALLBACK = ("clip_skip", "callback_on_step_end", "callback_on_step_end_tensor_inputs")

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from sdfast.backends import check_device, parse_device
+from sdfast.call import DEFAULT_STRENGTH, Given
 from sdfast.control import DEFAULT_SCALE, check_control
 from sdfast.engine import DTYPES, Engine
 from sdfast.errors import BackendError, RequestError
@@ -19,7 +20,7 @@ from sdfast.first_latents import Over, check_fit
 from sdfast.images import open_image, read_controls, read_images, read_masks
 from sdfast.infotext import Infotext, infotext_of, png
 from sdfast.manifest import Model
-from sdfast.pipeline import DEFAULT_STRENGTH, Given, Pipeline, check_channels
+from sdfast.pipeline import Pipeline, check_channels
 from sdfast.request import Request
 from sdfast.schedulers import schedule
 

@@ -1,10 +1,7 @@
-"""prompt → picture: the whole way, in the order in which it happens.
-
-`Pipeline` takes the call that diffusers' pipelines take. What it does not support it refuses by name.
-"""
+"""prompt → picture: the whole way, in the order in which it happens. The call that starts it is in `call`."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -14,31 +11,17 @@ from PIL import Image
 from tqdm import tqdm
 
 from sdfast.backends import check_options, parse_device
-from sdfast.control import DEFAULT_SCALE, check_control, embedded, scales, with_scales
+from sdfast.call import DiffusersCall, Given, PipelineOutput, StepCallback, refuse
+from sdfast.control import check_control, embedded, scales, with_scales
 from sdfast.engine import Engine
 from sdfast.errors import NumericalError, RequestError
-from sdfast.first_latents import Over, Start, check_strength, start_over
-from sdfast.images import read_controls, read_images, read_masks
+from sdfast.first_latents import Start, check_strength, start_over
 from sdfast.loop import Buckets, Row, Rows
 from sdfast.manifest import Model
 from sdfast.noise import BrownianNoise, NoiseSource, OwnNoise, SharedNoise, generator
 from sdfast.prompts import Prompts, PromptState, Reading, check_tensor, joined, told_sizes
 from sdfast.request import Request
 from sdfast.schedulers import SOLVERS, Schedule, own_config, schedule
-
-DEFAULT_STEPS = 50  # as in diffusers
-DEFAULT_GUIDANCE = {"sd": 7.5, "sdxl": 5.0}  # as in diffusers
-# As in diffusers: over a whole image, and with a mask.
-DEFAULT_STRENGTH = {"sd": (0.8, 1.0), "sdxl": (0.3, 0.9999)}
-
-# Arguments of diffusers' that are not supported, at the values at which they ask for nothing.
-NEUTRAL = {
-    "aesthetic_score": 6.0,
-    "negative_aesthetic_score": 2.5,
-    "guess_mode": False,
-}
-
-StepCallback = Callable[[Any, int, float, dict[str, torch.Tensor]], Mapping[str, torch.Tensor] | None]
 
 
 @dataclass(frozen=True)
@@ -62,37 +45,6 @@ class Scheduler:
 
 
 @dataclass(frozen=True)
-class PipelineOutput:
-    """What a call gives.
-
-    images: PIL images; or [n, H, W, 3] float32 in [0, 1] ("np"); or a tensor [n, 3, H, W] ("pt"); or the
-    latents [n, C, h, w] ("latent").
-    seeds: one for each picture; `None` when the caller's generators or latents were used.
-    truncated: the text that was cut from each prompt, "" for none.
-    """
-
-    images: Any
-    seeds: tuple[int, ...] | None
-    truncated: tuple[str, ...]
-    nsfw_content_detected: None = None  # sdfast runs no safety checker
-
-
-@dataclass(frozen=True)
-class Given:
-    """Tensors that a caller may give in place of what the pipeline would make; what is drawn over; and the
-    control images of a ControlNet, [m, 3, H, W] float32, which the pictures take in turn."""
-
-    generators: torch.Generator | Sequence[torch.Generator] | None = None
-    latents: torch.Tensor | None = None
-    prompt_embeds: torch.Tensor | None = None
-    negative_prompt_embeds: torch.Tensor | None = None
-    pooled_prompt_embeds: torch.Tensor | None = None
-    negative_pooled_prompt_embeds: torch.Tensor | None = None
-    over: Over | None = None
-    control: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
 class Prepared:
     """A request that has everything which its loop needs: a row for each picture, in the request's order.
 
@@ -104,7 +56,7 @@ class Prepared:
     truncated: tuple[str, ...]
 
 
-class Pipeline:
+class Pipeline(DiffusersCall):
     """Text to image on one engine, or over an image.
 
     >>> pipe = Pipeline.from_engine("engines/landscapes")
@@ -165,7 +117,7 @@ class Pipeline:
         """
         from sdfast.export.cache import cached_engine
 
-        _refuse(refused, "from_pretrained", neutral={"use_safetensors": True})
+        refuse(refused, "from_pretrained", neutral={"use_safetensors": True})
         check_options(backend, torch.device("cpu"), compile=compile, attention=None)  # before it exports
         folder = cached_engine(
             checkpoint,
@@ -226,139 +178,6 @@ class Pipeline:
     def interrupt(self, value: bool) -> None:
         self._interrupt = value
 
-    def __call__(
-        self,
-        prompt: str | Sequence[str] | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int | None = None,
-        timesteps: Sequence[int] | None = None,
-        sigmas: Sequence[float] | None = None,
-        guidance_scale: float | None = None,
-        negative_prompt: str | Sequence[str] | None = None,
-        num_images_per_prompt: int = 1,
-        eta: float = 0.0,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        latents: torch.Tensor | None = None,
-        prompt_embeds: torch.Tensor | None = None,
-        negative_prompt_embeds: torch.Tensor | None = None,
-        pooled_prompt_embeds: torch.Tensor | None = None,
-        negative_pooled_prompt_embeds: torch.Tensor | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        guidance_rescale: float = 0.0,
-        clip_skip: int | None = None,
-        callback_on_step_end: StepCallback | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
-        *,
-        prompt_2: str | Sequence[str] | None = None,
-        negative_prompt_2: str | Sequence[str] | None = None,
-        original_size: tuple[int, int] | None = None,
-        crops_coords_top_left: tuple[int, int] = (0, 0),
-        target_size: tuple[int, int] | None = None,
-        negative_original_size: tuple[int, int] | None = None,
-        negative_crops_coords_top_left: tuple[int, int] = (0, 0),
-        negative_target_size: tuple[int, int] | None = None,
-        image: Any = None,
-        mask_image: Any = None,
-        strength: float | None = None,
-        control_image: Any = None,
-        controlnet_conditioning_scale: float | None = None,
-        control_guidance_start: float = 0.0,
-        control_guidance_end: float = 1.0,
-        seed: int | None = None,
-        scheduler: str | None = None,
-        guidance_start: float = 0.0,
-        guidance_end: float = 1.0,
-        long_prompts: str = "truncate",
-        emphasis: str | None = None,
-        **refused: Any,
-    ) -> Any:
-        """Draw pictures. The arguments are those of diffusers' pipelines; beyond them:
-
-        seed: image i gets its own generator, seeded with seed + i (default: a random seed, told in the
-            output). `scheduler`: for this call only, by diffusers, AUTOMATIC1111 or short name.
-        guidance_scale: 7.5 by default, 5 for SDXL, as in diffusers.
-        guidance_start, guidance_end: between which shares of the steps is guidance; the others cost half.
-        long_prompts: "truncate" cuts prompts after 75 tokens, as diffusers does; "chunk" reads all of them,
-            75 at a time. emphasis: how `(words:1.3)` count, "original" as with AUTOMATIC1111, "no_norm" or
-            "ignore"; by default brackets are text. See `sdfast.emphasis`.
-        prompt_2, negative_prompt_2, and the sizes and crops: for SDXL, as in diffusers.
-        image: what is drawn over, of the picture's size; mask_image: white where it is drawn anew; see
-            `sdfast.images`. strength: the share of the steps that is done, as in diffusers, and by default
-            what it is there: 0.8, or 1 with a mask; for SDXL 0.3 and 0.9999.
-        control_image: what guides an engine with a ControlNet, of the picture's size; see `sdfast.images`.
-            controlnet_conditioning_scale: how much of the ControlNet is added, by default 1;
-            control_guidance_start, control_guidance_end: between which shares of the steps.
-
-        Sizes are in pixels; by default the image's, or the control image's, or else the engine's own. Returns
-        a `PipelineOutput`, or (images, None) with `return_dict=False`.
-        """
-        _refuse(refused, "the call", NEUTRAL)
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise RequestError(f"output_type: {output_type!r} is not one of 'pil', 'np', 'pt', 'latent'")
-        if list(callback_on_step_end_tensor_inputs or ["latents"]) != ["latents"]:
-            raise RequestError(
-                f"callback_on_step_end_tensor_inputs: {callback_on_step_end_tensor_inputs!r}, but a step "
-                "callback gets and may change ['latents'] only"
-            )
-        if seed is not None and generator is not None:
-            raise RequestError("give seed or generator, not both")
-        if negative_prompt is not None and negative_prompt_embeds is not None:
-            raise RequestError("give negative_prompt or negative_prompt_embeds, not both")
-        given = Given(
-            generator,
-            latents,
-            prompt_embeds,
-            negative_prompt_embeds,
-            pooled_prompt_embeds,
-            negative_pooled_prompt_embeds,
-            self._over(image, mask_image, strength, latents),
-            None if control_image is None else read_controls(control_image),
-        )
-        if timesteps is not None or sigmas is not None:
-            num_inference_steps = None  # their length is the number of steps, as in diffusers
-        elif num_inference_steps is None:
-            num_inference_steps = DEFAULT_STEPS
-        model = self.engine.manifest.model
-        own_height, own_width = self._size_of(given)
-        if given.over is not None and strength is None:
-            strength = DEFAULT_STRENGTH[model.family][given.over.mask is not None]
-        if given.control is not None and controlnet_conditioning_scale is None:
-            controlnet_conditioning_scale = DEFAULT_SCALE
-        fields = {
-            **_texts(prompt, negative_prompt, prompt_embeds, prompt_2, negative_prompt_2),
-            "original_size": original_size,
-            "crops_coords_top_left": crops_coords_top_left,
-            "target_size": target_size,
-            "negative_original_size": negative_original_size,
-            "negative_crops_coords_top_left": negative_crops_coords_top_left,
-            "negative_target_size": negative_target_size,
-            "height": own_height if height is None else height,
-            "width": own_width if width is None else width,
-            "num_inference_steps": num_inference_steps,
-            "timesteps": timesteps,
-            "sigmas": sigmas,
-            "scheduler": scheduler,
-            "guidance_scale": DEFAULT_GUIDANCE[model.family] if guidance_scale is None else guidance_scale,
-            "guidance_rescale": guidance_rescale,
-            "guidance_start": guidance_start,
-            "guidance_end": guidance_end,
-            "eta": eta,
-            "strength": strength,
-            "controlnet_conditioning_scale": controlnet_conditioning_scale,
-            "control_guidance_start": control_guidance_start,
-            "control_guidance_end": control_guidance_end,
-            "num_images_per_prompt": num_images_per_prompt,
-            "clip_skip": clip_skip,
-            "long_prompts": long_prompts,
-            "emphasis": emphasis,
-        }
-        if seed is not None:
-            fields["seed"] = seed
-        output = self.generate(Request.make(**fields), given, output_type, callback_on_step_end)
-        return output if return_dict else (output.images, None)
-
     @torch.no_grad()
     def generate(
         self,
@@ -404,28 +223,6 @@ class Pipeline:
             strength=1.0 if request.strength is None else request.strength,
             family=self.engine.manifest.model.family,
         )
-
-    def _over(self, image: Any, mask: Any, strength: float | None, latents: Any) -> Over | None:
-        """What a call is to draw over."""
-        if image is None:
-            if mask is not None or strength is not None:
-                raise RequestError("mask_image and strength are for an image to draw over; give image too")
-            return None
-        if latents is not None:
-            raise RequestError("latents: with an image the first latents come from it; leave them out")
-        channels = self.engine.manifest.model.latent_channels
-        return Over(read_images(image, channels), None if mask is None else read_masks(mask))
-
-    def _size_of(self, given: Given) -> tuple[int, int]:
-        """Height and width in pixels of a picture of which nobody says more."""
-        model = self.engine.manifest.model
-        if given.over is None:
-            if given.control is not None:
-                return given.control.shape[2], given.control.shape[3]
-            return model.default_height, model.default_width
-        _, channels, height, width = given.over.image.shape
-        factor = 1 if channels == 3 else model.vae_scale_factor
-        return height * factor, width * factor
 
     def _encode(
         self, request: Request, given: Given
@@ -585,62 +382,6 @@ def check_channels(model: Model, masked: bool) -> None:
         f"this U-Net takes {model.in_channels} channels, {model.latent_channels} of latents and others that "
         "sdfast does not know; take a checkpoint for text to image or for inpainting"
     )
-
-
-def _texts(
-    prompt: str | Sequence[str] | None,
-    negative: str | Sequence[str | None] | None,
-    embeds: torch.Tensor | None,
-    second: str | Sequence[str] | None,
-    negative_second: str | Sequence[str | None] | None,
-) -> dict[str, Any]:
-    """The prompts, one negative prompt for each, and what a second text encoder reads."""
-    if (prompt is None) == (embeds is None):
-        raise RequestError("give prompt or prompt_embeds, one of them")
-    if embeds is not None:
-        if second is not None:
-            raise RequestError("prompt_2: with prompt_embeds no prompt is read; leave it out")
-        if not isinstance(embeds, torch.Tensor) or embeds.ndim != 3:
-            raise RequestError("prompt_embeds: must be a tensor of shape (prompts, tokens, width)")
-        prompts: Any = ("",) * len(embeds)
-    else:
-        prompts = (prompt,) if isinstance(prompt, str) else prompt
-    if not isinstance(prompts, (list, tuple)):
-        raise RequestError(f"prompt: must be a string or a list of strings (got {type(prompt).__name__})")
-    count = len(prompts)
-    return {
-        "prompts": prompts,
-        "negative_prompts": _for_each("negative_prompt", negative, count),
-        # diffusers takes an empty one for none
-        "prompts_2": _for_each("prompt_2", second, count) if second else None,
-        "negative_prompts_2": _for_each("negative_prompt_2", negative_second, count)
-        if negative_second
-        else None,
-    }
-
-
-def _for_each(name: str, texts: str | Sequence[str | None] | None, count: int) -> Sequence[str | None]:
-    """A text for each of `count` prompts."""
-    if texts is None or isinstance(texts, str):
-        return (texts,) * count
-    if not isinstance(texts, (list, tuple)):
-        raise RequestError(f"{name}: must be a string or a list of strings (got {type(texts).__name__})")
-    return texts
-
-
-def _refuse(given: Mapping[str, Any], where: str, neutral: Mapping[str, Any] | None = None) -> None:
-    """Raises `RequestError` for arguments that ask for something: `None` and neutral values pass."""
-    neutral = neutral or {}
-
-    def asks(name: str, value: Any) -> bool:
-        unasked = neutral.get(name)
-        return value is not None and not (type(value) is type(unasked) and value == unasked)
-
-    asked = [name for name, value in given.items() if asks(name, value)]
-    if asked:
-        raise RequestError(
-            f"{', '.join(asked)}: not supported by {where} of sdfast; leave it out, or use diffusers"
-        )
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:

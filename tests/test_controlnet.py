@@ -14,6 +14,7 @@ from PIL import Image
 
 from sdfast import drop_in
 from sdfast.arithmetic import DeviceArithmetic
+from sdfast.call import Given
 from sdfast.control import scales
 from sdfast.errors import ExportError, RequestError
 from sdfast.export.build import export
@@ -21,7 +22,7 @@ from sdfast.export.recipe import Recipe
 from sdfast.images import read_controls
 from sdfast.loop import Rows
 from sdfast.manifest import read_manifest
-from sdfast.pipeline import Given, Pipeline
+from sdfast.pipeline import Pipeline
 from sdfast.request import Request
 from sdfast.server.batcher import Batcher
 from sdfast.server.jobs import Done, Event, Failed, Job

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from sdfast.call import Given
 from sdfast.errors import RequestError
 from sdfast.export.checkpoint import resolve
 from sdfast.first_latents import Over
 from sdfast.images import read_images
 from sdfast.infotext import infotext_of
-from sdfast.pipeline import Given, Pipeline
+from sdfast.pipeline import Pipeline
 from sdfast.request import Request
 from sdfast.validation.reference import generate, reference_pipeline
 from tests.fakes import FakeEngine

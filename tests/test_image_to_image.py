@@ -14,11 +14,12 @@ from PIL import Image
 
 from sdfast import drop_in
 from sdfast.arithmetic import DeviceArithmetic
+from sdfast.call import Given
 from sdfast.errors import NumericalError, RequestError
 from sdfast.first_latents import Over, encoded
 from sdfast.images import read_images, read_masks
 from sdfast.loop import Rows
-from sdfast.pipeline import Given, Pipeline
+from sdfast.pipeline import Pipeline
 from sdfast.request import Request
 from sdfast.server.batcher import Batcher
 from sdfast.server.jobs import Job

@@ -1,11 +1,12 @@
 """The pictures that a job is given, on the engine's side: bytes checked, and as tensors."""
 
+from sdfast.call import Given
 from sdfast.control import check_controlled
 from sdfast.engine import Engine
 from sdfast.errors import RequestError
 from sdfast.first_latents import Over, check_edits, check_strength
 from sdfast.images import check_bytes, from_bytes, mask_from_bytes
-from sdfast.pipeline import Given, check_channels
+from sdfast.pipeline import check_channels
 from sdfast.server.jobs import Job
 
 

@@ -7,9 +7,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from sdfast.call import Given
 from sdfast.engine import Engine
 from sdfast.errors import NumericalError
-from sdfast.pipeline import Given, Pipeline
+from sdfast.pipeline import Pipeline
 from sdfast.validation.metrics import compare
 from sdfast.validation.modules import Measured, Stock
 from sdfast.validation.observe import observed_step

@@ -8,11 +8,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from sdfast.call import Given
 from sdfast.engine import Engine
 from sdfast.errors import NumericalError
 from sdfast.first_latents import Over
 from sdfast.noise import OwnNoise, generator
-from sdfast.pipeline import Given, Pipeline
+from sdfast.pipeline import Pipeline
 from sdfast.validation.metrics import compare
 from sdfast.validation.modules import Measured, Stock, stock_moments, stock_vae_like
 from sdfast.validation.pictures import Picture

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdfast.call import Given
 from sdfast.errors import BackendError, NumericalError
 from sdfast.first_latents import Over
-from sdfast.pipeline import Given, Pipeline
+from sdfast.pipeline import Pipeline
 from sdfast.request import Request
 from sdfast.validation.metrics import relative_l2
 from sdfast.validation.observe import Run, observed_run

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import torch
 
+from sdfast.call import Given
 from sdfast.engine import Engine
 from sdfast.errors import SdfastError
 from sdfast.first_latents import Over, encoded
-from sdfast.pipeline import Given, Pipeline
+from sdfast.pipeline import Pipeline
 from sdfast.request import Request
 
 WARM_UP_STEPS = 2  # the first loads kernels, on CUDA the second is captured
