@@ -325,7 +325,7 @@ def test_clip_skip_reads_the_hidden_states_from_the_end(sd: tuple[Any, Pipeline]
         with torch.no_grad():
             hidden = norm(encoder(ids, output_hidden_states=True).hidden_states[-(skip + 1)])
         expected = pipe.prompts.from_embeds("prompt_embeds", hidden, None, 1).context
-        ((state,), _) = pipe.prompts.encode([PROMPT], skip, Reading())
+        ((state,), _) = pipe.prompts.encode([(PROMPT, None)], skip, Reading())
         assert_same(expected, state.context)
     with pytest.raises(RequestError, match="clip_skip: 4, but this text encoder has 3 layers; at most 3"):
         pipe(PROMPT, clip_skip=4, num_inference_steps=1)
