@@ -11,9 +11,10 @@ diffusers; it becomes an id for each of its vectors, one after the other.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ class Tokenizer:
 
     def cut(self, pieces: Sequence[Piece]) -> Chunks:
         """The beginning of a prompt, as much as one chunk holds."""
-        tokens = self._tokens(pieces)
+        tokens = list(islice(self._tokens(pieces), self.room + 1))
         first, rest = tokens[: self.room], tokens[self.room :]
         truncated = ""
         if rest:
@@ -124,7 +125,7 @@ class Tokenizer:
         with AUTOMATIC1111: what stands between two commas belongs together. Where the vectors of an embedding
         do not fit into the rest of a chunk, the next one begins with them, as there.
         """
-        filled = [chunk for part in parts for chunk in self._filled(self._tokens(part)) or [[]]]
+        filled = [chunk for part in parts for chunk in self._filled([*self._tokens(part)]) or [[]]]
         if len(filled) > 1 and not filled[-1]:
             filled.pop()  # nothing follows the last break
         return self._chunks([*filled, *[[]] * (least - len(filled))])
@@ -164,15 +165,13 @@ class Tokenizer:
             weight[1 : len(chunk) + 1] = [token.weight for token in chunk]
         return Chunks(input_ids, weights, sum(map(len, filled)), truncated)
 
-    def _tokens(self, pieces: Sequence[Piece]) -> "list[_Token]":
+    def _tokens(self, pieces: Sequence[Piece]) -> "Iterator[_Token]":
         """The tokens of a text without start and end; each piece of it is read for itself."""
-        return [
-            _Token(id + i, piece.weight, (number, offset), i)
-            for number, piece in enumerate(pieces)
-            for text in [self._encode(piece.text)]
-            for id, (offset, _) in zip(text.ids, text.offsets, strict=True)
-            for i in range(self.vectors.get(id, 1))
-        ]
+        for number, piece in enumerate(pieces):
+            text = self._encode(piece.text)
+            for id, (offset, _) in zip(text.ids, text.offsets, strict=True):
+                for i in range(self.vectors.get(id, 1)):
+                    yield _Token(id + i, piece.weight, (number, offset), i)
 
     def _encode(self, prompt: str) -> tokenizers.Encoding:
         """The tokens of a prompt, without start and end, each with its place in the prompt."""

@@ -162,6 +162,8 @@ LONGEST = (
     "export/test_vae_in_half.py",
     "export/test_compiled_kernels.py",
     "export/test_build.py",
+    "test_controlnet.py",
+    "server/test_serve.py",
     "schedulers/test_configs.py",
     "test_pipeline.py",
     "test_image_to_image.py",
