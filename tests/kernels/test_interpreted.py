@@ -2,7 +2,7 @@
 
 Whether a kernel is interpreted is decided when Triton is imported, for all of a process. So the tests are in
 files of their own under `interpreted/`, run here in one process that interprets. To run one by hand:
-TRITON_INTERPRET=1 pytest tests/kernels/interpreted/group_norm.py
+TRITON_INTERPRET=1 pytest tests/kernels/interpreted/group_norm.py (the slow ones: -m slow)
 """
 
 import os
