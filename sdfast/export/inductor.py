@@ -223,7 +223,7 @@ def laid_out_for(network: nn.Module, device: str) -> nn.Module:
 
 
 def _trace(network: nn.Module, inputs: Mapping[str, Tensor], dynamic: Dynamic) -> Any:
-    shapes = dynamic_shapes(inputs, dynamic)
+    shapes = dynamic_shapes(inputs, dynamic, pictures=inputs.keys() & {"image"})
     try:
         with torch.no_grad(), quiet_compiler():
             return torch.export.export(network, (), dict(inputs), dynamic_shapes=shapes, strict=False)

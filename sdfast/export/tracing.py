@@ -1,6 +1,6 @@
 """What a form of a module is traced with: example inputs, and the axes that stay free."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, export
@@ -9,6 +9,8 @@ from sdfast.errors import ExportError
 from sdfast.export.modules import Form, ModuleSpec
 from sdfast.manifest import ONE_CHUNK, Span
 
+SIDE = 8
+"""Pixels of which a recipe's sides are multiples."""
 Dynamic = Mapping[str, Mapping[int, tuple[str, int, int]]]  # input → {axis: (name, lowest, highest)}
 
 
@@ -38,8 +40,14 @@ def example(tensor: Tensor, axes: Mapping[int, Any]) -> Tensor:
     return tensor
 
 
-def dynamic_shapes(inputs: Mapping[str, Tensor], dynamic: Dynamic) -> dict[str, dict[int, Any]] | None:
-    """torch.export's form of the free axes; axes of one name are the same number."""
+def dynamic_shapes(
+    inputs: Mapping[str, Tensor], dynamic: Dynamic, pictures: Collection[str] = ()
+) -> dict[str, dict[int, Any]] | None:
+    """torch.export's form of the free axes; axes of one name are the same number.
+
+    pictures: inputs whose free sides are said to be multiples of `SIDE`. Of convolutions that halve a side
+    which may be odd, torch.export cannot tell that the result has any columns, and refuses them.
+    """
     unknown = set(dynamic) - set(inputs)
     if unknown:
         raise ExportError(f"dynamic axes of {sorted(unknown)}, but the inputs are {list(inputs)}")
@@ -49,6 +57,12 @@ def dynamic_shapes(inputs: Mapping[str, Tensor], dynamic: Dynamic) -> dict[str, 
     for axes in dynamic.values():
         for name, low, high in axes.values():
             dims.setdefault((name, low, high), export.Dim(name, min=low, max=high))
+    for name in pictures:
+        for kind, low, high in dynamic.get(name, {}).values():
+            if kind in ("height", "width"):
+                dims[kind, low, high] = SIDE * export.Dim(
+                    f"{kind}_by_{SIDE}", min=low // SIDE, max=high // SIDE
+                )
     return {name: {axis: dims[dim] for axis, dim in dynamic.get(name, {}).items()} for name in inputs}
 
 

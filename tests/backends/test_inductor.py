@@ -339,6 +339,20 @@ def test_free_sizes_and_batches(shallow_sd: Path, shallow_engine: Path, tmp_path
     assert_same(picture(free, **three), picture(shallow_engine, **three))
 
 
+@pytest.mark.parametrize("name", ["vae_encoder", "vae_decoder"])
+def test_a_vae_of_free_sizes_can_be_traced(shallow_sd: Path, name: str) -> None:
+    """Channels last, its encoder halves sides that torch.export must know to be even."""
+    recipe = Recipe.make(backend="inductor", sizes={"min": "16x16", "max": "32x32"}, batch=2)
+    spec = next(one for one in module_specs(Networks.of(resolve(shallow_sd)), recipe) if one.name == name)
+    network = inductor.laid_out_for(spec.load(), "cpu")
+    inputs, dynamic = traced_with(spec, spec.forms[0])
+    program = inductor._trace(network, inputs, dynamic)
+    for height, width in ((16, 16), (24, 32)):
+        given = spec.inputs(1, height, width, 77)
+        with torch.no_grad():
+            torch.testing.assert_close(program.module()(**given), network(**given))
+
+
 class CompiledAgain(Exception):
     """Raised where the compiler would be called."""
 
