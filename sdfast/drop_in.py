@@ -9,19 +9,12 @@ from typing import Any, ClassVar, NoReturn
 from sdfast.call import Given
 from sdfast.errors import RequestError
 from sdfast.pipeline import Pipeline
+from sdfast.request import TOLD_SIZES
 
 _STEPS = ("num_inference_steps", "timesteps", "sigmas")
 _CALLBACK = ("clip_skip", "callback_on_step_end", "callback_on_step_end_tensor_inputs")
 _ADAPTER = ("ip_adapter_image", "ip_adapter_image_embeds")
 _OUTPUT = ("output_type", "return_dict", "cross_attention_kwargs")
-_SIZES = (
-    "original_size",
-    "crops_coords_top_left",
-    "target_size",
-    "negative_original_size",
-    "negative_crops_coords_top_left",
-    "negative_target_size",
-)
 _CONTROL = ("controlnet_conditioning_scale", "guess_mode", "control_guidance_start", "control_guidance_end")
 _SCORES = ("aesthetic_score", "negative_aesthetic_score")
 _EMBEDS = ("prompt_embeds", "negative_prompt_embeds")
@@ -31,7 +24,7 @@ _MASKED = ("image", "mask_image", "masked_image_latents", "height", "width", "pa
 _GUIDED = ("guidance_scale", "negative_prompt")
 _ENDS = ("denoising_start", "denoising_end")
 _REST = (*_ADAPTER, *_OUTPUT, *_CALLBACK)
-_REST_XL = (*_DRAWN, "latents", *_EMBEDS_XL, *_ADAPTER, *_OUTPUT, "guidance_rescale", *_SIZES)
+_REST_XL = (*_DRAWN, "latents", *_EMBEDS_XL, *_ADAPTER, *_OUTPUT, "guidance_rescale", *TOLD_SIZES)
 
 
 class _InOrder(Pipeline):
@@ -142,7 +135,7 @@ class StableDiffusionXLControlNetPipeline(_Controlled):
     order = (
         *("prompt", "prompt_2", "image", "height", "width", *_STEPS, "denoising_end", *_GUIDED),
         *("negative_prompt_2", *_DRAWN, "latents", *_EMBEDS_XL, *_ADAPTER, *_OUTPUT, *_CONTROL),
-        *(*_SIZES, *_CALLBACK),
+        *(*TOLD_SIZES, *_CALLBACK),
     )
     defaults: ClassVar[Mapping[str, Any]] = {"guidance_scale": 5.0}
 

@@ -139,14 +139,14 @@ def _extra(request: Request, prompt: int) -> dict[str, str]:
     return {
         **({} if strength is None else {"Denoising strength": _number(strength)}),
         **{
-            name.capitalize().replace("_", " "): _number(share)
+            _label(name): _number(share)
             for name, usual in (("guidance_start", 0.0), ("guidance_end", 1.0))
             if (share := getattr(request, name)) != usual
         },
         **({} if control is None else {"ControlNet scale": _number(control)}),
         **({} if (start, end) == (0.0, 1.0) else {"ControlNet steps": f"{_number(start)}-{_number(end)}"}),
         **({} if clip_skip is None else {"Clip skip": str(clip_skip + 1)}),
-        **({} if emphasis is None else {"Emphasis": emphasis.capitalize().replace("_", " ")}),
+        **({} if emphasis is None else {"Emphasis": _label(emphasis)}),
         **({} if request.long_prompts == "truncate" else {"Long prompts": request.long_prompts}),
         **{
             name: text
@@ -154,11 +154,16 @@ def _extra(request: Request, prompt: int) -> dict[str, str]:
             if text is not None
         },
         **{
-            name.capitalize().replace("_", " "): f"{size[1]}x{size[0]}"
+            _label(name): f"{size[1]}x{size[0]}"
             for name in TOLD_SIZES
             if (size := getattr(request, name)) not in (None, (0, 0))
         },
     }
+
+
+def _label(name: str) -> str:
+    """The name of a field, or of a choice, for people."""
+    return name.capitalize().replace("_", " ")
 
 
 def png(image: Image.Image, infotext: Infotext) -> bytes:

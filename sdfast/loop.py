@@ -84,8 +84,11 @@ class Row:
     control: torch.Tensor | None = None
     guided: range | None = None
 
-    def guided_at(self, step: int) -> bool:
-        return self.negative is not None and (self.guided is None or step in self.guided)
+    def told_at(self, step: int) -> list[Conditioning]:
+        """What its U-Net rows are told at a step: the negative's first, where it is guided."""
+        if self.negative is None or (self.guided is not None and step not in self.guided):
+            return [self.positive]
+        return [self.negative, self.positive]
 
 
 @dataclass(frozen=True)
@@ -209,31 +212,30 @@ class Member:
 
     One that has left may join again, the same rows or others, and goes on where it was.
 
-    plan: what it was placed with. stale: whether it is to be placed anew before its next step, since that is
-    guided and its last was not, or the other way round.
+    told, plan: what it was placed with. stale: whether it is to be placed anew before its next step, since
+    that is guided and its last was not, or the other way round.
     """
 
     def __init__(self, row: Row) -> None:
         self.row, self.noise = row, _Drawn(row.noise)
         self.step, self.end = 0, len(row.schedule)
-        self.plan = self._plan()
+        self._lay_out()
         self.registers = row.latents[None]
 
     @property
     def stale(self) -> bool:
-        return self.step < self.end and self.plan.guided != self.row.guided_at(self.step)
+        return self.step < self.end and len(self.told) != len(self.row.told_at(self.step))
 
     def renew(self) -> None:
         """Have the plan for the step where it stands."""
         if self.stale:
-            self.plan = self._plan()
+            self._lay_out()
 
-    def _plan(self) -> Plan:
-        row, told = self.row, [self.row.positive]
-        if row.negative is not None and row.guided_at(self.step):
-            told.insert(0, row.negative)
-        shifts = [one.time_shift for one in told]
-        return Plan(row.schedule, shifts, row.guidance, row.guidance_rescale, self.noise, row.keep)
+    def _lay_out(self) -> None:
+        row = self.row
+        self.told = row.told_at(self.step)
+        shifts = [one.time_shift for one in self.told]
+        self.plan = Plan(row.schedule, shifts, row.guidance, row.guidance_rescale, self.noise, row.keep)
 
     def advance(self) -> None:
         if self.step < self.end:
@@ -387,10 +389,9 @@ class Rows:
             self._key, lambda: Bucket.make(self._engine, first, capacity, *self._size, self._chosen)
         )
         steps = [m.step for m in placed]
-        away = [m.row.negative for m in placed if m.plan.guided]
-        for i, conditioning in enumerate([*away, *(m.row.positive for m in placed)]):
-            if conditioning is not None:
-                bucket.context[i] = conditioning.context
+        away = [m.told[0] for m in placed if m.plan.guided]
+        for i, conditioning in enumerate([*away, *(m.told[-1] for m in placed)]):
+            bucket.context[i] = conditioning.context
         for i, row in enumerate([*(m.row for m in placed if m.plan.guided), *(m.row for m in placed)]):
             if row.beside is not None:
                 bucket.buffers.sample[i, -len(row.beside) :] = row.beside

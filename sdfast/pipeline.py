@@ -205,7 +205,7 @@ class Pipeline(DiffusersCall):
         check_strength(request, over=given.over is not None)
         masked = given.over is not None and given.over.mask is not None
         check_channels(self.engine.manifest.model, masked)
-        self.prompts.check(request)
+        self.prompts.check_fields(request)  # what is too long is refused when it is encoded
         check_control(self.engine.manifest.model, request, given.control)
         plan = self.schedule_of(request)
         positive, negative, truncated = self._encode(request, given)

@@ -108,13 +108,18 @@ class Prompts:
         self._cache = PromptCache()
 
     def check(self, request: Request) -> None:
-        """Raises `RequestError` for what the engine cannot read: too long prompts, and what is SDXL's."""
-        given = [name for name in _SDXL if getattr(request, name) != Request.model_fields[name].default]
-        if given and self._model.pooled_width is None:
-            raise RequestError(f"{given[0]}: only engines of SDXL have a use for it; leave it out")
+        """Raises `RequestError` for what the engine cannot read, before anything of it is encoded: too long
+        prompts, and what is SDXL's."""
+        self.check_fields(request)
         reading, length = Reading.of(request), self._engine.tokenizers[0].max_length
         texts = [*request.pairs, *(request.negative_pairs if self.guided(request) else ())]
         check_lengths([length * len(self._read(text, reading)[0].input_ids) for text in texts], self._most)
+
+    def check_fields(self, request: Request) -> None:
+        """Raises `RequestError` for what is SDXL's, where the engine is not."""
+        given = [name for name in _SDXL if getattr(request, name) != Request.model_fields[name].default]
+        if given and self._model.pooled_width is None:
+            raise RequestError(f"{given[0]}: only engines of SDXL have a use for it; leave it out")
 
     def guided(self, request: Request) -> bool:
         """Whether negative prompts are read. An LCM takes the guidance as an embedding instead."""
@@ -209,7 +214,10 @@ class Prompts:
             return [one.cut(text[0]) for one, text in zip(tokenizers, parts, strict=True)]
         read = [one.chunks(text) for one, text in zip(tokenizers, parts, strict=True)]
         most = max(len(chunks.input_ids) for chunks in read)
-        return [one.chunks(text, least=most) for one, text in zip(tokenizers, parts, strict=True)]
+        return [
+            chunks if len(chunks.input_ids) == most else one.chunks(text, least=most)
+            for chunks, one, text in zip(read, tokenizers, parts, strict=True)
+        ]
 
     def _cached(self, prompt: Text, clip_skip: int | None, reading: Reading) -> tuple[PromptState, str]:
         key = (prompt, clip_skip, reading)
@@ -221,6 +229,7 @@ class Prompts:
 
     def _encode_one(self, prompt: Text, clip_skip: int | None, reading: Reading) -> tuple[PromptState, str]:
         hidden, pooled, read = [], None, self._read(prompt, reading)
+        check_lengths([read[0].input_ids.size], self._most)
         for name, chunks in zip(self._text_encoders(), read, strict=True):
             ids = torch.from_numpy(chunks.input_ids).to(self._engine.device)
             outputs = self._engine.call(name, {"input_ids": ids})

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sdfast.errors import CheckpointError
 from sdfast.export import layout
-from sdfast.export.checkpoint import Checkpoint, Component, Progress, component_of
+from sdfast.export.checkpoint import Checkpoint, Component, Progress, component_of, silent
 from sdfast.export.files import Files, load_tensors, sha256
 from sdfast.export.recipe import ControlNetSetting
 from sdfast.export.sources import kind_of
@@ -57,11 +57,7 @@ def with_controlnet(
     """
     if setting is None:
         return checkpoint
-    return replace(checkpoint, controlnet=_resolve(setting, progress or _silent))
-
-
-def _silent(message: str) -> None:
-    """The progress of a caller who asked for none."""
+    return replace(checkpoint, controlnet=_resolve(setting, progress or silent))
 
 
 def setting_of(manifest: Manifest) -> ControlNetSetting | None:

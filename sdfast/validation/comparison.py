@@ -16,7 +16,7 @@ import sdfast
 from sdfast.engine import Engine
 from sdfast.errors import CheckpointError, EngineError, RequestError
 from sdfast.export.additions import as_made
-from sdfast.export.checkpoint import Checkpoint
+from sdfast.export.checkpoint import Checkpoint, silent
 from sdfast.export.checkpoint import resolve as resolve_checkpoint
 from sdfast.export.one_file import Found
 from sdfast.first_latents import Over, check_edits
@@ -98,7 +98,7 @@ def validate(
     `CheckpointError` for what is wrong with `checkpoint`, `DependencyError` without diffusers, transformers
     or scikit-image, `RequestError` for a bad argument.
     """
-    start, tell = time.perf_counter(), progress or _silent
+    start, tell = time.perf_counter(), progress or silent
     stock()
     engine = _opened(engine, device)
     check_channels(engine.manifest.model, masked=True)
@@ -135,10 +135,6 @@ def validate(
     tell("report")
     publish_proof(engine, report, [picture for trial in [*trials, *over] for picture in trial.pictures])
     return report
-
-
-def _silent(message: str) -> None:
-    """The progress of a caller who asked for none."""
 
 
 def _opened(engine: Engine | str | Path, device: str | torch.device | None) -> Engine:
