@@ -93,9 +93,9 @@ def sd_engine(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def shallow_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shallow_sd(shared: Path) -> Path:
     """A checkpoint of few layers, to be compiled, shared: copy it before changing it."""
-    return checkpoints.build_shallow_sd(tmp_path_factory.mktemp("shallow") / "sd")
+    return made_once(shared / "shallow", checkpoints.build_shallow_sd)
 
 
 @pytest.fixture(scope="session")
@@ -103,6 +103,13 @@ def shallow_engine(shallow_sd: Path, tmp_path_factory: pytest.TempPathFactory) -
     """The same as an eager engine, for 16 to 32 pixels: copy it before changing it."""
     recipe = Recipe.make(backend="eager", sizes={"min": "16x16", "max": "32x32"})
     return export(shallow_sd, tmp_path_factory.mktemp("shallow") / "engine", recipe)
+
+
+@pytest.fixture(scope="session")
+def shallow_onnx(parsed_once: None, shallow_sd: Path, shared: Path) -> Path:
+    """The same as an ONNX engine, for pictures of 16 pixels, one at a time: copy it before changing it."""
+    recipe = Recipe.make(backend="onnx", batch=1)
+    return made_once(shared / "shallow-onnx", lambda part: export(shallow_sd, part, recipe))
 
 
 @pytest.fixture(scope="session")

@@ -134,18 +134,20 @@ def test_over_an_image_equals_stock_diffusers(request: pytest.FixtureRequest, fa
     assert_same(*both((over(reference, task), pipe), scheduler=scheduler, **call, **masked))
 
 
-def test_an_onnx_engine_equals_stock_diffusers(
-    sd: Pair, sd_onnx: Path, tiny_sd: Path, tiny_controlnet: Path, tmp_path: Path
-) -> None:
+def test_an_onnx_engine_equals_stock_diffusers(shallow_sd: Path, shallow_onnx: Path, tmp_path: Path) -> None:
     """Made of one without: what a ControlNet does not change is kept."""
-    engine = shutil.copytree(sd_onnx, tmp_path / "engine")
-    pipe = ours(export(tiny_sd, engine, Recipe.make(controlnet=tiny_controlnet)))
+    small = checkpoints.build_controlnet(
+        tmp_path / "controlnet", shallow_sd, conditioning_embedding_out_channels=(4, 16)
+    )
+    engine = shutil.copytree(shallow_onnx, tmp_path / "engine")
+    pipe = ours(export(shallow_sd, engine, Recipe.make(batch=1, controlnet=small)))
     told = {name: module.fingerprint for name, module in pipe.engine.manifest.modules.items()}
-    before = {name: module.fingerprint for name, module in read_manifest(sd_onnx).modules.items()}
+    before = {name: module.fingerprint for name, module in read_manifest(shallow_onnx).modules.items()}
     changed = {name for name in told if told[name] != before.get(name)}
     assert changed == {"unet", "time_shift", "context", "control_embedding"}
-    call = {"control_image": image(), "controlnet_conditioning_scale": 0.6, "num_images_per_prompt": 2}
-    expected, drawn = both((sd[0], pipe), **call, output_type="pt")
+    call = {"control_image": image().resize((16, 16)), "controlnet_conditioning_scale": 0.6}
+    reference = stock(shallow_sd, small, "StableDiffusionControlNetPipeline")
+    expected, drawn = both((reference, pipe), **call, num_images_per_prompt=2, output_type="pt")
     assert 10 * torch.log10(1 / (expected - drawn).square().mean()) > 100
 
 

@@ -461,11 +461,6 @@ def onnx_engine(sd_onnx: Path, target: Path) -> Path:
     return Path(shutil.copytree(sd_onnx, target))
 
 
-@pytest.fixture(scope="module")
-def shallow_onnx(shallow_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export(shallow_sd, tmp_path_factory.mktemp("shallow") / "onnx", Recipe.make(batch=1))
-
-
 def assert_draws_like(engine: Path, eager: Path, width: int, height: int, count: int) -> None:
     size = {"width": width, "height": height, "num_images_per_prompt": count}
     call = {"num_inference_steps": 2, "scheduler": "euler", "seed": 1, "output_type": "pt"}
@@ -476,6 +471,18 @@ def assert_draws_like(engine: Path, eager: Path, width: int, height: int, count:
     assert (ours - expected).norm() / expected.norm() < 1e-4
 
 
+def test_several_static_batches_share_their_weights(
+    shallow_sd: Path, shallow_onnx: Path, shallow_engine: Path, target: Path
+) -> None:
+    engine = Path(shutil.copytree(shallow_onnx, target))
+    assert again(shallow_sd, engine, Recipe.make(batch=[1])).built == {"unet"}
+    unets = list(engine.glob("unet*.data"))
+    assert len(unets) == 2  # in batches of one and two rows
+    assert len({path.stat().st_ino for path in unets}) == 1
+    assert_draws_like(engine, shallow_engine, 16, 16, 3)  # six rows, two at a time
+
+
+@pytest.mark.slow
 def test_several_static_sizes_and_batches_share_their_weights(
     shallow_sd: Path, shallow_onnx: Path, shallow_engine: Path, target: Path
 ) -> None:

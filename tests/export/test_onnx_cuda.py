@@ -346,8 +346,7 @@ def test_scores_that_must_be_float32_are(tmp_path):
     assert np.isfinite(run(path, inputs)[0]).all()
 
 
-@pytest.mark.parametrize("eos", [99, 2])
-@pytest.mark.parametrize("kind", [CLIPTextModel, CLIPTextModelWithProjection])
+@pytest.mark.parametrize(("kind", "eos"), [(CLIPTextModel, 99), (CLIPTextModelWithProjection, 2)])
 def test_text_encoder(tmp_path, kind, eos):
     """Every node has a CUDA kernel, in either way to find the end of a prompt."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -24,6 +24,7 @@ from sdfast.schedulers.noise import alpha_bar_at, sigma_alphas, sigmas_of
 from sdfast.schedulers.solvers import SOLVERS
 
 STEPS = (1, 2, 3, 4, 10, 20, 50)
+SOME_STEPS, MANY_STEPS = 10, 20  # what an everyday test proves: of every case, and of a scheduler's first
 SPACINGS = ("linspace", "leading", "trailing")
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 STABLE_DIFFUSION = {
@@ -261,18 +262,22 @@ def assert_every(case: Case, every: Iterable[int], proof: Callable[[Case, int], 
 def of_cases(runs: Sequence[tuple[Case, tuple[int, ...]]]) -> pytest.MarkDecorator:
     """A test of each case with the numbers of steps that it is proved at: thousands of tests would cost more.
 
-    What pytest and its workers do for one test takes as long as a proof of a few steps. A proof of the most
-    steps takes longer than all others of its case together: these are slow tests, unless there are no others.
+    What pytest and its workers do for one test takes as long as a proof of a few steps. Proofs of many steps
+    take longer than all others of their case together: these are slow tests, but for those of up to 20 steps
+    of the first case of a scheduler, and where there are no others.
     """
-    given = []
+    given, met = [], set()
     for case, every in runs:
-        usual = tuple(steps for steps in every if steps < STEPS[-1])
+        most = SOME_STEPS if case.scheduler in met else MANY_STEPS
+        met.add(case.scheduler)
+        usual = tuple(steps for steps in every if steps <= most)
         long = tuple(steps for steps in every if steps not in usual)
         if usual:
             given.append(pytest.param(case, usual, id=str(case)))
         if long:
             marks = [pytest.mark.slow] if usual else []
-            given.append(pytest.param(case, long, id=f"{case}, {STEPS[-1]} steps", marks=marks))
+            named = " and ".join(map(str, long))
+            given.append(pytest.param(case, long, id=f"{case}, {named} steps", marks=marks))
     return pytest.mark.parametrize(("case", "every"), given)
 
 
