@@ -18,9 +18,10 @@ from tests.test_loop import row
 
 EPS = torch.finfo(torch.float32).eps
 SHAPE = (4, 9, 11)  # 396 numbers: a tile and a half
-# Minutes in the interpreter: one case of the first is below.
+# Long in the interpreter: a case of the first, and the second, are slow tests below.
 LONG = "test_rows_come_and_go_and_each_is_as_if_alone"
-LEFT_OUT = {LONG, "test_rows_are_padded_and_split_over_the_forms_there_are"}
+REUSED = "test_tensors_are_left_to_the_next_rows"
+LEFT_OUT = {LONG, REUSED, "test_rows_are_padded_and_split_over_the_forms_there_are"}
 globals().update(
     {
         name: value
@@ -53,6 +54,11 @@ def arithmetic(monkeypatch: pytest.MonkeyPatch) -> type[FusedArithmetic]:
 @pytest.mark.slow
 def test_rows_come_and_go(arithmetic: type[FusedArithmetic], monkeypatch: pytest.MonkeyPatch) -> None:
     getattr(test_joining, LONG)(arithmetic, monkeypatch, seed=0, lines=2)
+
+
+@pytest.mark.slow
+def test_tensors_are_used_again(arithmetic: type[FusedArithmetic]) -> None:
+    getattr(test_loop, REUSED)(arithmetic)
 
 
 def plan(name: str, steps: int, guidance: float | None, seed: int, keeps: bool) -> Plan:
@@ -95,8 +101,8 @@ def guidance_terms(said: torch.Tensor, rows: Sequence[Plan], guided: int) -> tor
 @pytest.mark.parametrize(
     ("dtype", "draws", "keeps", "beside"),
     [
-        (torch.float32, True, False, 0),
         (torch.float16, True, True, 5),
+        pytest.param(torch.float32, True, False, 0, marks=pytest.mark.slow),
         pytest.param(torch.float16, False, False, 5, marks=pytest.mark.slow),
         pytest.param(torch.float32, False, True, 0, marks=pytest.mark.slow),
     ],
