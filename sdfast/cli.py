@@ -26,6 +26,17 @@ ATTENTION = (  # `sdfast.backends.attention.KINDS`, which takes torch to import
     "xformers",
 )
 
+UPSCALERS = (  # `sdfast.request.Upscaler`, which takes pydantic to import
+    "latent",
+    "latent_antialiased",
+    "latent_bicubic",
+    "latent_bicubic_antialiased",
+    "latent_nearest",
+    "latent_nearest_exact",
+    "lanczos",
+    "nearest",
+)
+
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
@@ -197,6 +208,18 @@ def rebuild(engine: Path, checkpoint: str | None) -> None:
 @click.option("--control-scale", type=float, help="How much of the ControlNet is added. [default: 1]")
 @click.option("--control-start", type=float, help="From this share of the steps on. [default: 0]")
 @click.option("--control-end", type=float, help="To this share of the steps. [default: 1]")
+@click.option("--hires", metavar="SIZE", help="Draw over the picture once more at this WIDTHxHEIGHT.")
+@click.option(
+    "--hires-upscaler",
+    type=click.Choice(UPSCALERS),
+    default="latent",
+    show_default=True,
+    help="What enlarges its latents, or the picture itself, before that.",
+)
+@click.option(
+    "--hires-strength", type=float, default=0.75, show_default=True, help="How far it is drawn anew."
+)
+@click.option("--hires-steps", type=int, help="Of the second pass. [default: as many as --steps]")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="A PNG file, or a directory.")
 @click.option("--overwrite", is_flag=True, help="Replace files that are there.")
 @click.option("--device", help='"cpu", "cuda" or "cuda:N". [default: what the engine is for]')

@@ -20,8 +20,8 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from sdfast import __version__
 from sdfast.errors import RequestError
-from sdfast.request import TOLD_SIZES, Request
-from sdfast.schedulers import Schedule
+from sdfast.request import TOLD_SIZES, UPSCALERS, Hires, Request
+from sdfast.schedulers import Schedule, resolve
 
 PNG_KEY = "parameters"
 COMPRESS_LEVEL = 4
@@ -138,6 +138,7 @@ def _extra(request: Request, prompt: int) -> dict[str, str]:
     end, second = request.control_guidance_end, (request.pairs[prompt][1], request.negative_pairs[prompt][1])
     return {
         **({} if strength is None else {"Denoising strength": _number(strength)}),
+        **({} if request.hires is None else of_hires(request, request.hires, prompt)),
         **{
             _label(name): _number(share)
             for name, usual in (("guidance_start", 0.0), ("guidance_end", 1.0))
@@ -159,6 +160,29 @@ def _extra(request: Request, prompt: int) -> dict[str, str]:
             if (size := getattr(request, name)) not in (None, (0, 0))
         },
     }
+
+
+def of_hires(request: Request, hires: Hires, prompt: int) -> dict[str, str]:
+    """The settings of a second pass, as AUTOMATIC1111 names them."""
+    scale, steps = hires.width / request.width, hires.num_inference_steps
+    told = {"Denoising strength": _number(hires.strength)}
+    if hires.height == scale * request.height:
+        told["Hires upscale"] = _number(scale)
+    else:
+        told["Hires resize"] = f"{hires.width}x{hires.height}"
+    told["Hires upscaler"] = next(name for name, known in UPSCALERS.items() if known == hires.upscaler)
+    if steps is not None:
+        told["Hires steps"] = str(steps)
+    if hires.scheduler is not None:
+        sampler = resolve(hires.scheduler)
+        told |= {"Hires sampler": sampler.sampler, "Hires schedule type": sampler.schedule_type}
+    for name, texts in (
+        ("Hires prompt", hires.prompts),
+        ("Hires negative prompt", hires.negative_prompts),
+    ):
+        if texts is not None:
+            told[name] = texts[prompt] or ""
+    return told
 
 
 def _label(name: str) -> str:

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,12 +15,13 @@ from sdfast.call import DiffusersCall, Given, PipelineOutput, StepCallback, refu
 from sdfast.control import check_control, embedded, scales, with_scales
 from sdfast.engine import Engine
 from sdfast.errors import NumericalError, RequestError
-from sdfast.first_latents import Start, check_strength, start_over
+from sdfast.first_latents import Over, Start, check_edits, check_noising, check_strength, start_over
+from sdfast.hires import enlarged_images, enlarged_latents
 from sdfast.loop import Buckets, Row, Rows
 from sdfast.manifest import Model
 from sdfast.noise import BrownianNoise, NoiseSource, OwnNoise, SharedNoise, generator
 from sdfast.prompts import Prompts, PromptState, Reading, check_tensor, joined, told_sizes
-from sdfast.request import Request
+from sdfast.request import Hires, Request
 from sdfast.schedulers import SOLVERS, Schedule, own_config, schedule
 
 
@@ -186,15 +187,19 @@ class Pipeline(DiffusersCall):
         output_type: str = "pil",
         callback: StepCallback | None = None,
     ) -> PipelineOutput:
-        """Draw what `request` asks for: encode, denoise, decode."""
-        given = given or Given()
-        self.engine.check_size(request.height, request.width)
+        """Draw what `request` asks for: encode, denoise, decode; and for a second pass denoise again."""
+        given, passes = given or Given(), request.passes
+        for one in passes:
+            self.engine.check_size(one.height, one.width)
         with self.engine.running():
             prepared = self.prepare(request, given)
             if output_type != "latent":
-                self.prepare_decoder(request, request.images)
+                self.prepare_decoder(passes[-1], request.images)
             latents = self._denoise(prepared, callback)
-            images = _as(latents if output_type == "latent" else self.decode(latents, request), output_type)
+            if len(passes) > 1 and not self._interrupt:
+                over = self.enlarged(latents, request)
+                latents = self._denoise(self.prepare(passes[-1], _again(given, request, over)), callback)
+            images = _as(latents if output_type == "latent" else self.decode(latents), output_type)
         own_seeds = given.generators is None and given.latents is None
         return PipelineOutput(images, request.seeds if own_seeds else None, prepared.truncated)
 
@@ -207,9 +212,29 @@ class Pipeline(DiffusersCall):
         check_channels(self.engine.manifest.model, masked)
         self.prompts.check_fields(request)  # what is too long is refused when it is encoded
         check_control(self.engine.manifest.model, request, given.control)
+        if request.hires is not None:
+            self.check_hires(request, request.hires)
         plan = self.schedule_of(request)
         positive, negative, truncated = self._encode(request, given)
         return Prepared(self._rows(request, given, plan, positive, negative), plan, truncated)
+
+    def check_hires(self, request: Request, hires: Hires) -> None:
+        """Raises `RequestError` for a second pass that the engine or its scheduler cannot do."""
+        second = request.passes[-1]
+        check_noising(self.schedule_of(second))
+        self.prompts.check(second)
+        if not hires.latent:
+            check_edits(self.engine)
+
+    @torch.no_grad()
+    def enlarged(self, latents: torch.Tensor, request: Request) -> Over:
+        """What the second pass of `request` draws over: latents [n, C, h, w] of the first, at its size."""
+        hires, factor = request.hires, self.engine.manifest.model.vae_scale_factor
+        if hires is None:
+            raise ValueError("the request has no second pass")
+        if hires.latent:
+            return Over(enlarged_latents(latents, request, hires, factor))
+        return Over(enlarged_images(to_uint8(self.decode(latents)).cpu().numpy(), request, hires, factor))
 
     def schedule_of(self, request: Request) -> Schedule:
         """The table of a request's run. Raises `RequestError` for a run that its scheduler cannot do."""
@@ -356,17 +381,28 @@ class Pipeline(DiffusersCall):
         )
 
     @torch.no_grad()
-    def decode(self, latents: torch.Tensor, request: Request) -> torch.Tensor:
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """latents [n, C, h, w] → pictures [n, 3, H, W] float32 in [0, 1].
 
         Raises `NumericalError` for pictures that are not finite.
         """
-        images = self.engine.call("vae_decoder", {"latents": latents}, request.height, request.width)["image"]
+        height, width = (side * self.engine.manifest.model.vae_scale_factor for side in latents.shape[2:])
+        images = self.engine.call("vae_decoder", {"latents": latents}, height, width)["image"]
         if not bool(torch.isfinite(images).all()):
             raise NumericalError(
                 f"the VAE's picture is not finite; {self.engine.manifest.remedy('vae_decoder')}"
             )
         return images
+
+
+def _again(given: Given, request: Request, over: Over) -> Given:
+    """What a second pass is given: the same, over what the first has drawn."""
+    given = replace(given, latents=None, over=over)
+    if request.hires is not None and request.hires.prompts is not None:
+        given = replace(given, prompt_embeds=None, pooled_prompt_embeds=None)
+    if request.hires is not None and request.hires.negative_prompts is not None:
+        given = replace(given, negative_prompt_embeds=None, negative_pooled_prompt_embeds=None)
+    return given
 
 
 def check_channels(model: Model, masked: bool) -> None:
