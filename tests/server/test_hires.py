@@ -12,7 +12,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from sdfast.errors import RequestError
+from sdfast.errors import BackendError, RequestError
 from sdfast.manifest import Span
 from sdfast.pipeline import Pipeline
 from sdfast.request import Hires, Request
@@ -21,8 +21,9 @@ from sdfast.server.batcher import Batcher
 from sdfast.server.jobs import Done, EngineInfo, Event, Failed, Job, Preview, Statistics, Step
 from sdfast.server.places import PATIENCE as PLACES_PATIENCE
 from sdfast.server.settings import Settings
-from sdfast.server.studio import info_of
+from sdfast.server.studio import Post, WorkerStudio, info_of
 from sdfast.server.worker import messages
+from sdfast.server.worker.supervisor import Supervisor
 from tests.fakes import Failpoint, FakeEngine
 from tests.server.test_batcher import Ear, Held, Open, open_batcher, pixels, request, submit, until
 
@@ -290,3 +291,12 @@ async def test_a_client_that_leaves_in_the_second_pass_frees_its_place(
         assert len(engine.calls["unet"]) == 7
         answer = await http.post("txt2img", json=CALL)
         assert answer.status_code == 200
+
+
+def test_the_server_knows_both_sizes_without_its_worker() -> None:
+    manifest = large_engine().manifest
+    studio = WorkerStudio([Post(manifest, Supervisor("fake", ["true"], max_queue=1))])
+    with pytest.raises(RequestError, match="size 32x48"):
+        studio.submit(Job("1", "fake", twice(height=48)))
+    with pytest.raises(BackendError):  # which is not up, but was asked
+        studio.submit(Job("1", "fake", twice()))
