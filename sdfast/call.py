@@ -124,6 +124,7 @@ class DiffusersCall(ABC):
         guidance_end: float = 1.0,
         long_prompts: str = "truncate",
         emphasis: str | None = None,
+        prompt_editing: bool = False,
         hires: Hires | Mapping[str, Any] | None = None,
         **refused: Any,
     ) -> Any:
@@ -136,6 +137,8 @@ class DiffusersCall(ABC):
         long_prompts: "truncate" cuts prompts after 75 tokens, as diffusers does; "chunk" reads all of them,
             75 at a time. emphasis: how `(words:1.3)` count, "original" as with AUTOMATIC1111, "no_norm" or
             "ignore"; by default brackets are text. See `sdfast.emphasis`.
+        prompt_editing: whether `[from:to:when]` and `[this|that]` change the prompts between steps, as with
+            AUTOMATIC1111; see `sdfast.editing`.
         hires: a second pass over the pictures at another size, such as `{"height": 1024, "width": 1024,
             "strength": 0.5}`; see `sdfast.request.Hires`. Steps are counted, and told, in each pass anew;
             pictures that are interrupted in the first one stay at its size.
@@ -209,6 +212,7 @@ class DiffusersCall(ABC):
             "clip_skip": clip_skip,
             "long_prompts": long_prompts,
             "emphasis": emphasis,
+            "prompt_editing": prompt_editing,
             "hires": Hires.make(**hires) if isinstance(hires, Mapping) else hires,
         }
         if seed is not None:

@@ -201,6 +201,11 @@ def rebuild(engine: Path, checkpoint: str | None) -> None:
     type=click.Choice(["original", "no_norm", "ignore"]),
     help="(words:1.3) count more, as AUTOMATIC1111's option of that name says. [default: brackets are text]",
 )
+@click.option(
+    "--prompt-editing",
+    is_flag=True,
+    help="[from:to:when] and [this|that] change the prompt between steps, as AUTOMATIC1111 reads them.",
+)
 @click.option("--image", type=click.Path(path_type=Path), help="Draw over this PNG, JPEG or WebP.")
 @click.option("--mask", type=click.Path(path_type=Path), help="Of it, draw anew only what is white here.")
 @click.option("--strength", type=float, help="The share of the steps that is done. [default: diffusers']")

@@ -19,6 +19,7 @@ from pathlib import Path
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from sdfast import __version__
+from sdfast.editing import changes
 from sdfast.errors import RequestError
 from sdfast.request import TOLD_SIZES, UPSCALERS, Hires, Request
 from sdfast.schedulers import Schedule, resolve
@@ -133,6 +134,7 @@ def unet_digest(weights: Mapping[str, str]) -> str | None:
 
 def _extra(request: Request, prompt: int) -> dict[str, str]:
     """What is told only of requests that ask for it, of the picture of prompt `prompt`."""
+    texts = (request.prompts[prompt], request.negative_prompts[prompt] or "")
     strength, clip_skip, emphasis = request.strength, request.clip_skip, request.emphasis
     control, start = request.controlnet_conditioning_scale, request.control_guidance_start
     end, second = request.control_guidance_end, (request.pairs[prompt][1], request.negative_pairs[prompt][1])
@@ -148,6 +150,7 @@ def _extra(request: Request, prompt: int) -> dict[str, str]:
         **({} if (start, end) == (0.0, 1.0) else {"ControlNet steps": f"{_number(start)}-{_number(end)}"}),
         **({} if clip_skip is None else {"Clip skip": str(clip_skip + 1)}),
         **({} if emphasis is None else {"Emphasis": _label(emphasis)}),
+        **({"Prompt editing": "True"} if request.prompt_editing and any(map(changes, texts)) else {}),
         **({} if request.long_prompts == "truncate" else {"Long prompts": request.long_prompts}),
         **{
             name: text

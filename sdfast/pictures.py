@@ -62,6 +62,7 @@ class Job:
     clip_skip: int | None = None
     long_prompts: str = "truncate"
     emphasis: str | None = None
+    prompt_editing: bool = False
     device: str | None = None
     backend: str = "engine"
     compile: bool = False
@@ -124,6 +125,7 @@ class Job:
             clip_skip=self.clip_skip,
             long_prompts=self.long_prompts,
             emphasis=self.emphasis,
+            prompt_editing=self.prompt_editing,
             strength=strength,
             controlnet_conditioning_scale=scale,
             control_guidance_start=0.0 if self.control_start is None else self.control_start,

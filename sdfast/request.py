@@ -131,7 +131,9 @@ class Request(_Checked):
 
     `long_prompts`: what becomes of prompts longer than the text encoder reads (75 tokens): "truncate" cuts
     them, as diffusers does, "chunk" reads them 75 tokens at a time, as AUTOMATIC1111 does. `emphasis`: how
-    `(words:1.3)` count, see `sdfast.emphasis`; by default brackets are text.
+    `(words:1.3)` count, see `sdfast.emphasis`; by default brackets are text. `prompt_editing`:
+    whether `[from:to:when]` and `[this|that]` change prompts between steps, see `sdfast.editing`; what else
+    there is in brackets is read as `emphasis` says.
 
     For SDXL alone: `prompts_2` and `negative_prompts_2`, what its second text encoder reads in place of the
     prompts, `None` for the same; and the sizes (height, width) and crops (top, left) in pixels that
@@ -161,6 +163,7 @@ class Request(_Checked):
     clip_skip: int | None = Field(default=None, ge=0, le=64)
     long_prompts: Literal["truncate", "chunk"] = "truncate"
     emphasis: Emphasis | None = None
+    prompt_editing: bool = False
     prompts_2: tuple[str | None, ...] | None = None
     negative_prompts_2: tuple[str | None, ...] | None = None
     original_size: ToldSize | None = None
@@ -181,6 +184,13 @@ class Request(_Checked):
     def seeds(self) -> tuple[int, ...]:
         """One seed for each picture."""
         return tuple(self.seed + i for i in range(self.images))
+
+    @property
+    def steps(self) -> int | None:
+        """How many there are before `strength` leaves some out, if they are counted."""
+        if self.timesteps is not None:
+            return len(self.timesteps)
+        return self.num_inference_steps if self.sigmas is None else len(self.sigmas) - 1
 
     def guided(self, steps: int) -> range:
         """The steps, of so many, that have guidance: counted as diffusers' guiders count."""

@@ -138,8 +138,9 @@ class Batcher:
         """
         for request in job.request.passes:
             self._engine.check_size(request.height, request.width)
-        steps = [len(self.pipeline.schedule_of(request)) for request in job.request.passes]
-        self.pipeline.prompts.check(job.request)
+        plans = [self.pipeline.schedule_of(request) for request in job.request.passes]
+        steps = list(map(len, plans))
+        self.pipeline.prompts.check(job.request, self.pipeline.editing_of(job.request, plans[0]))
         check_given(self._engine, job)
         if job.request.hires is not None:
             self.pipeline.check_hires(job.request, job.request.hires)
@@ -448,7 +449,7 @@ class Batcher:
         check_finite(done.latents)
         request = done.work.job.request.alone(done.index)
         over = self.pipeline.enlarged(done.latents[None], request)
-        [row] = self.pipeline.prepare(request.passes[-1], Given(over=over)).rows
+        [row] = self.pipeline.prepare(request.passes[-1], Given(over=over), first=request).rows
         return row
 
     def _preview(self, done: Latents) -> None:

@@ -307,6 +307,8 @@ def generate(
 
     Raises `RequestError` and `BackendError` for what that pipeline cannot do.
     """
+    if request.prompt_editing:
+        raise RequestError("prompt_editing: diffusers has none; leave it out, or draw with an engine")
     if request.hires is not None:
         return _generate_twice(pipe, request, request.hires, scheduler, output_type)
     drawing = pipe if over is None else _pipeline_over(pipe, request, over)

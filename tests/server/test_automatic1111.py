@@ -231,6 +231,7 @@ async def test_prompts_are_read_whole_and_with_emphasis(api: Client, studio: Fak
     assert readings == [
         (emphasis, "chunk") for emphasis in ("original", "no_norm", "ignore", None, "original")
     ]
+    assert all(job.request.prompt_editing for job in studio.jobs)
     assert (await api.get("options"))["emphasis"] == "Original"
     await api.post("options", emphasis="Original")
     assert "override_settings" in await api.refused("options", 422, emphasis="None")

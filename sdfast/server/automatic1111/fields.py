@@ -187,6 +187,7 @@ class Generation(BaseModel):
             clip_skip=clip_skip_of(self.override_settings or {}, engine),
             long_prompts="chunk",
             emphasis=emphasis_of(self.override_settings or {}),
+            prompt_editing=True,
             hires=self.second_pass(engine, scheduler),
             **({} if unit is None else unit.fields),
             **({} if self.seed in (None, -1) else {"seed": self.seed}),
