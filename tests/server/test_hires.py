@@ -6,13 +6,15 @@ import io
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx
 import pytest
 from PIL import Image
 
 from sdfast.errors import BackendError, RequestError
+from sdfast.loop import Row
 from sdfast.manifest import Span
 from sdfast.pipeline import Pipeline
 from sdfast.request import Hires, Request
@@ -22,6 +24,7 @@ from sdfast.server.jobs import Done, EngineInfo, Event, Failed, Job, Preview, St
 from sdfast.server.places import PATIENCE as PLACES_PATIENCE
 from sdfast.server.settings import Settings
 from sdfast.server.studio import Post, WorkerStudio, info_of
+from sdfast.server.work import Work
 from sdfast.server.worker import messages
 from sdfast.server.worker.supervisor import Supervisor
 from tests.fakes import Failpoint, FakeEngine
@@ -112,6 +115,18 @@ def test_what_there_is_to_do_is_counted_in_both_passes(open_batcher: Open) -> No
     assert (load.rows, load.running_steps, load.waiting_steps) == (1, 3, 8)
     engine.failpoints["unet"].released.set()
     ear.done()
+
+
+def test_a_picture_that_waits_for_its_second_pass_waits_with_that_alone() -> None:
+    job, rows = Job("1", "fake", twice(images=2)), [cast(Row, "first"), cast(Row, "second")]
+    work = Work(job, lambda event: None, 0, 4, 1.0, 3)
+    work.prepared = cast(Any, SimpleNamespace(rows=rows))
+    assert work.waiting_steps == 2 * 7
+    del work.running[cast(Row, work.enter(0))]
+    assert (work.waiting_steps, work.goes_on(0)) == (7, True)
+    work.draw_over(0, lambda: cast(Row, "again"))
+    assert (work.waiting_steps, work.goes_on(0), work.unfinished) == (7 + 3, False, [0, 1])
+    assert (work.enter(0), work.waiting_steps) == ("again", 7)
 
 
 def test_its_patience_is_that_of_both_passes(open_batcher: Open) -> None:
