@@ -21,6 +21,9 @@ from sdfast.errors import RequestError
 MAX_TEXTS = 32
 """So many texts a prompt may change into: what is known of each is kept as long as the picture is drawn."""
 
+MAX_CHANGES = 100
+"""So many brackets of a prompt may change it: each is looked at in every step."""
+
 _MARK = re.compile(r"(?:[^\\\[\]():|]|\\[^\n])+|[\[\]():|\\]")
 _WHEN = re.compile(r"\s*([+-]?(?:\d+\.\d*|\.\d+|\d+)(?:[eE][+-]?\d+)?)\s*")
 _CLOSING = {")": "(", "]": "["}
@@ -60,9 +63,15 @@ class Editing:
     def texts(self, prompt: str) -> list[tuple[int, str]]:
         """What a prompt is, and from which evaluation on: the first from 0 on, each unlike the one before.
 
-        Raises `RequestError` for a prompt that changes into more than `MAX_TEXTS`.
+        Raises `RequestError` for a prompt that changes into more than `MAX_TEXTS`, or by more than
+        `MAX_CHANGES`.
         """
         nodes = _parse(prompt)
+        several = sum(not isinstance(node, str) for node in _all(nodes))
+        if several > MAX_CHANGES:
+            raise RequestError(
+                f"prompt: {several} brackets change it between steps; at most {MAX_CHANGES} may"
+            )
         found: list[tuple[int, str]] = []
         start = 0
         for end in sorted(self._ends(nodes)):
@@ -132,18 +141,13 @@ class _Open:
         return match[1] if match else None
 
     def _as_text(self, closing: str) -> _Nodes:
-        inside = self.parts[0]
-        for part in self.parts[1:]:
-            inside = [*inside, ":", *part]
-        inside.insert(0, self.bracket)
-        inside.append(closing)
-        return inside
+        return _join(self.as_text(), [closing])
 
     def as_text(self) -> _Nodes:
-        """What it holds, when it is no bracket after all."""
-        nodes: _Nodes = [self.bracket]
-        for mark, part in zip(" " + self.marks, self.parts, strict=True):
-            nodes += part if mark == " " else [mark, *part]
+        """What it holds, as if it were no bracket."""
+        nodes = _join([self.bracket], self.parts[0])
+        for mark, part in zip(self.marks, self.parts[1:], strict=True):
+            _join(_join(nodes, [mark]), part)
         return nodes
 
 
@@ -152,7 +156,6 @@ def _parse(prompt: str) -> _Nodes:
     top: _Nodes = []
     opened: list[_Open] = []
     for mark in _MARK.findall(prompt):
-        inner = opened[-1].parts[-1] if opened else top
         if mark in ("(", "["):
             opened.append(_Open(mark))
         elif mark in (":", "|") and opened:
@@ -160,25 +163,44 @@ def _parse(prompt: str) -> _Nodes:
             opened[-1].parts.append([])
         elif mark in _CLOSING and opened:
             whole = opened[-1].closed() if opened[-1].bracket == _CLOSING[mark] else None
-            if whole is None:
-                _give_up(opened, top)
-                top.append(mark)
-            else:
+            if whole is not None:
                 opened.pop()
-                (opened[-1].parts[-1] if opened else top).extend(whole)
-        elif mark == "\\":
+                _join(opened[-1].parts[-1] if opened else top, whole)
+            elif _parted(opened):
+                return [prompt]
+            else:
+                _give_up(opened, top)
+                _join(top, [mark])
+        elif mark in ("|", "\\"):
             return [prompt]
         else:
-            inner.append(mark)
+            _join(opened[-1].parts[-1] if opened else top, [mark])
+    if _parted(opened):
+        return [prompt]
     _give_up(opened, top)
-    return [prompt] if "|" in top else top
+    return top
+
+
+def _parted(opened: list[_Open]) -> bool:
+    """Whether some bracket holds a mark that is nothing outside of one."""
+    return any("|" in one.marks for one in opened)
 
 
 def _give_up(opened: list[_Open], top: _Nodes) -> None:
     """A bracket that is none makes none of those around it, either."""
     for one in opened:
-        top.extend(one.as_text())
+        _join(top, one.as_text())
     opened.clear()
+
+
+def _join(nodes: _Nodes, more: _Nodes) -> _Nodes:
+    """The nodes with others after them, in place; text after text is one."""
+    if nodes and more and isinstance(nodes[-1], str) and isinstance(more[0], str):
+        nodes[-1] += more[0]
+        nodes.extend(more[1:])
+    else:
+        nodes.extend(more)
+    return nodes
 
 
 def _all(nodes: _Nodes) -> Iterator["str | _Scheduled | _Turns"]:

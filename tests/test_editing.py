@@ -100,13 +100,16 @@ def test_too_many_texts_are_refused() -> None:
     several = "|".join(str(i) for i in range(MAX_TEXTS + 1))
     with pytest.raises(RequestError, match=f"into {MAX_TEXTS + 1} different texts; at most {MAX_TEXTS}"):
         Editing(50, 50).texts(f"[{several}]")
+    with pytest.raises(RequestError, match="prompt: 101 brackets change it between steps; at most 100 may"):
+        Editing(50, 50).texts("[a:b:1]" * 101)
+    assert by_step("[a:b:1]" * 100)[-1] == "b" * 100
     assert len(set(by_step(f"[{several}]", MAX_TEXTS, done=MAX_TEXTS))) == MAX_TEXTS - 1
 
 
 def test_deep_brackets_are_read_too() -> None:
     deep = 5_000
     assert by_step("(" * deep + "[a:2]" + ")" * deep, 4)[-1] == "(" * deep + "a" + ")" * deep
-    assert by_step("[" * deep + "a" + ":0]" * deep, 4)[-1] == "a"
+    assert by_step("[" * 100 + "a" + ":0]" * 100, 4)[-1] == "a"
     assert by_step("[" * deep, 4)[-1] == "[" * deep
 
 

@@ -224,6 +224,21 @@ def test_what_an_engine_cannot_draw_is_refused_before_it_draws() -> None:
     assert pipe("a", hires={"height": 32, "width": 32}, **call).images[0].size == (32, 32)  # latents alone
 
 
+def test_a_scheduler_object_without_add_noise_has_no_second_pass() -> None:
+    class Silent(diffusers.DDIMParallelScheduler):
+        def __getattribute__(self, name: str) -> Any:
+            if name == "add_noise":
+                raise AttributeError(name)
+            return super().__getattribute__(name)
+
+    engine = FakeEngine(sizes=SIZES)
+    pipe = Pipeline(engine)
+    pipe.scheduler = Silent(clip_sample=False)
+    with pytest.raises(RequestError, match="Silent has no add_noise"):
+        pipe("a", num_inference_steps=2, hires={"height": 32, "width": 32})
+    assert engine.calls["unet"] == []
+
+
 def test_the_parameters_tell_of_it() -> None:
     def told(**hires: Any) -> dict[str, str]:
         request = asked(hires=Hires.make(**hires))

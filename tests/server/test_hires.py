@@ -90,7 +90,9 @@ def test_latents_are_enlarged_without_the_vae(open_batcher: Open) -> None:
     assert (engine.calls["vae_encoder"], engine.calls["vae_decoder"]) == ([1], [1, 1, 1])
 
 
-def test_a_second_pass_does_not_wait_for_who_came_later(open_batcher: Open) -> None:
+@pytest.mark.parametrize("previews", [0, 7])
+def test_a_second_pass_does_not_wait_for_who_came_later(open_batcher: Open, previews: int) -> None:
+    """Not even when the other has got the place meanwhile, since a preview was decoded first."""
     engine = large_engine()
     batcher, ended = open_batcher(engine, max_rows=1), list[str]()
 
@@ -99,7 +101,7 @@ def test_a_second_pass_does_not_wait_for_who_came_later(open_batcher: Open) -> N
 
     with Held(engine):
         for name, asked in (("two passes", twice()), ("one pass", request(num_inference_steps=16))):
-            batcher.submit(Job(name, "fake", asked), heard(name))
+            batcher.submit(Job(name, "fake", asked, previews=previews), heard(name))
     until(lambda: len(ended) == 2)
     assert ended == ["two passes", "one pass"]
 
