@@ -237,15 +237,17 @@ def test_texts_of_other_lengths_are_made_alike() -> None:
 def test_a_row_that_leaves_goes_on_with_its_text() -> None:
     """And so does one that joins others, or whose guidance ends on the way."""
     pipe, texts = fake(), "[a:b:0][c:d:1][e:f:2]"
-    for end in (1.0, 0.5):
-        [row], [again] = (pipe.prepare(request(texts, guidance_end=end)).rows for _ in range(2))
-        other = pipe.prepare(request("g", seed=2)).rows[0]
+    for end in (1.0, 0.7):
+        asked = request(texts, guidance_end=end, num_inference_steps=6)
+        [row], [again] = (pipe.prepare(asked).rows for _ in range(2))
+        assert list(row.positive.later) == [2, 3]
+        other = pipe.prepare(request("g", seed=2, num_inference_steps=6)).rows[0]
         alone, moved = Rows(pipe.engine, [row], 16, 16), Rows(pipe.engine, [again], 16, 16)
-        for step in range(4):
+        for step in range(6):
             alone.tick()
             if step == 1:
                 moved.change(joining=[other])
-            elif step == 3:
+            elif step == 5:
                 member = moved.member(again)
                 moved.change(leaving=[again])
                 moved.change(joining=[member])
