@@ -15,7 +15,7 @@ from sdfast.engine import Engine
 from sdfast.errors import RequestError
 from sdfast.first_latents import Over
 from sdfast.images import read_controls, read_images, read_masks
-from sdfast.request import Request
+from sdfast.request import Hires, Request
 
 DEFAULT_STEPS = 50  # as in diffusers
 DEFAULT_GUIDANCE = {"sd": 7.5, "sdxl": 5.0}  # as in diffusers
@@ -124,6 +124,8 @@ class DiffusersCall(ABC):
         guidance_end: float = 1.0,
         long_prompts: str = "truncate",
         emphasis: str | None = None,
+        prompt_editing: bool = False,
+        hires: Hires | Mapping[str, Any] | None = None,
         **refused: Any,
     ) -> Any:
         """Draw pictures. The arguments are those of diffusers' pipelines; beyond them:
@@ -135,6 +137,11 @@ class DiffusersCall(ABC):
         long_prompts: "truncate" cuts prompts after 75 tokens, as diffusers does; "chunk" reads all of them,
             75 at a time. emphasis: how `(words:1.3)` count, "original" as with AUTOMATIC1111, "no_norm" or
             "ignore"; by default brackets are text. See `sdfast.emphasis`.
+        prompt_editing: whether `[from:to:when]` and `[this|that]` change the prompts between steps, as with
+            AUTOMATIC1111; see `sdfast.editing`.
+        hires: a second pass over the pictures at another size, such as `{"height": 1024, "width": 1024,
+            "strength": 0.5}`; see `sdfast.request.Hires`. Steps are counted, and told, in each pass anew;
+            pictures that are interrupted in the first one stay at its size.
         prompt_2, negative_prompt_2, and the sizes and crops: for SDXL, as in diffusers.
         image: what is drawn over, of the picture's size; mask_image: white where it is drawn anew; see
             `sdfast.images`. strength: the share of the steps that is done, as in diffusers, and by default
@@ -205,6 +212,8 @@ class DiffusersCall(ABC):
             "clip_skip": clip_skip,
             "long_prompts": long_prompts,
             "emphasis": emphasis,
+            "prompt_editing": prompt_editing,
+            "hires": Hires.make(**hires) if isinstance(hires, Mapping) else hires,
         }
         if seed is not None:
             fields["seed"] = seed

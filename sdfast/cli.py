@@ -26,6 +26,17 @@ ATTENTION = (  # `sdfast.backends.attention.KINDS`, which takes torch to import
     "xformers",
 )
 
+UPSCALERS = (  # `sdfast.request.Upscaler`, which takes pydantic to import
+    "latent",
+    "latent_antialiased",
+    "latent_bicubic",
+    "latent_bicubic_antialiased",
+    "latent_nearest",
+    "latent_nearest_exact",
+    "lanczos",
+    "nearest",
+)
+
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
@@ -190,6 +201,11 @@ def rebuild(engine: Path, checkpoint: str | None) -> None:
     type=click.Choice(["original", "no_norm", "ignore"]),
     help="(words:1.3) count more, as AUTOMATIC1111's option of that name says. [default: brackets are text]",
 )
+@click.option(
+    "--prompt-editing",
+    is_flag=True,
+    help="[from:to:when] and [this|that] change the prompt between steps, as AUTOMATIC1111 reads them.",
+)
 @click.option("--image", type=click.Path(path_type=Path), help="Draw over this PNG, JPEG or WebP.")
 @click.option("--mask", type=click.Path(path_type=Path), help="Of it, draw anew only what is white here.")
 @click.option("--strength", type=float, help="The share of the steps that is done. [default: diffusers']")
@@ -197,6 +213,18 @@ def rebuild(engine: Path, checkpoint: str | None) -> None:
 @click.option("--control-scale", type=float, help="How much of the ControlNet is added. [default: 1]")
 @click.option("--control-start", type=float, help="From this share of the steps on. [default: 0]")
 @click.option("--control-end", type=float, help="To this share of the steps. [default: 1]")
+@click.option("--hires", metavar="SIZE", help="Draw over the picture once more at this WIDTHxHEIGHT.")
+@click.option(
+    "--hires-upscaler",
+    type=click.Choice(UPSCALERS),
+    default="latent",
+    show_default=True,
+    help="What enlarges its latents, or the picture itself, before that.",
+)
+@click.option(
+    "--hires-strength", type=float, default=0.75, show_default=True, help="How far it is drawn anew."
+)
+@click.option("--hires-steps", type=int, help="Of the second pass. [default: as many as --steps]")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="A PNG file, or a directory.")
 @click.option("--overwrite", is_flag=True, help="Replace files that are there.")
 @click.option("--device", help='"cpu", "cuda" or "cuda:N". [default: what the engine is for]')

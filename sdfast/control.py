@@ -1,6 +1,7 @@
 """A control image on its way to the loop: checked, embedded, and how much it weighs at each step."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ def with_scales(told: Sequence[Conditioning], by_step: Sequence[float]) -> list[
 
     In half precision it is rounded as they are, by 0.05 % at most.
     """
-    return [Conditioning(one.context, _beside(one.time_shift, by_step)) for one in told]
+    return [replace(one, time_shift=_beside(one.time_shift, by_step)) for one in told]
 
 
 def _beside(time_shift: Tensor, by_step: Sequence[float]) -> Tensor:

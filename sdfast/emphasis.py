@@ -2,7 +2,8 @@
 
 `(words)` count 1.1 times, `[words]` 1/1.1 times, `(words:1.3)` 1.3 times, and brackets in brackets multiply;
 `\\(` is a bracket as such. `BREAK` begins a new part of the prompt. What else AUTOMATIC1111 reads is refused,
-by name: prompts that change between steps, and prompts that are added up.
+by name: prompts that are added up, and prompts that change between steps, unless those are read before this
+(`sdfast.editing`).
 """
 
 import math
@@ -35,22 +36,24 @@ class Piece:
     weight: float = 1.0
 
 
-def parse(prompt: str) -> list[list[Piece]]:
+def parse(prompt: str, *, edited: bool = False) -> list[list[Piece]]:
     """The pieces of each part of a prompt; one part, perhaps of no pieces, where nothing breaks it.
 
-    Brackets that are not closed reach to the end; closing ones that nothing opened are text.
+    Brackets that are not closed reach to the end; closing ones that nothing opened are text. edited: what
+    changes between steps was read before, and what still looks like it is text.
 
     Raises `RequestError` for what is not supported.
     """
     if _ADDED_UP.search(prompt):
         raise RequestError("prompt: AND adds prompts up, which is not supported; write it in small letters")
-    return _Reader().read(prompt)
+    return _Reader(edited).read(prompt)
 
 
 class _Reader:
     """The pieces so far, part by part, and for each open bracket the number of those before it."""
 
-    def __init__(self) -> None:
+    def __init__(self, edited: bool) -> None:
+        self._edited = edited
         self._parts: list[list[Piece]] = [[]]
         self._read: list[tuple[int, Piece]] = []  # each with its part
         self._open: dict[str, list[int]] = {"(": [], "[": []}
@@ -69,7 +72,7 @@ class _Reader:
             self._add(text[1:])
         elif text in self._open:
             self._open[text].append(len(self._read))
-        elif changes and self._open["["]:
+        elif changes and self._open["["] and not self._edited:
             raise RequestError(
                 f"prompt: [… {text} changes the prompt between steps, which is not supported; leave it out"
             )
@@ -83,7 +86,7 @@ class _Reader:
             self._add_text(text)
 
     def _add_text(self, text: str) -> None:
-        if "|" in text and self._open["["]:
+        if "|" in text and self._open["["] and not self._edited:
             raise RequestError(
                 "prompt: [… | …] takes turns between steps, which is not supported; leave it out"
             )

@@ -6,6 +6,7 @@ of the image, then for the noise, and for inpainting once more, for an image wit
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,11 +50,9 @@ def start_over(
     seeded: the pictures have the request's seeds, and are what they would be alone; else the generators are
     the caller's, and are drawn from as by diffusers.
     """
-    if plan.noising is None:
-        raise RequestError(
-            f"{plan.scheduler} has no add_noise, so nothing is drawn over by it; choose another"
-        )
-    check_edits(engine)
+    levels = check_noising(plan)
+    if over.image.shape[1] == 3:
+        check_edits(engine)
     check_fit(request, over, engine.manifest.model.vae_scale_factor)
     n, inpaints = request.images, engine.manifest.model.inpaints
     pure = over.mask is not None and request.strength == 1.0  # it starts from noise alone
@@ -61,7 +60,7 @@ def start_over(
     count = n if noise.apart and (over.mask is None or seeded) else len(over.image)
     clean = None if pure and inpaints else _in_turn(_image_latents(engine, noise, over.image, count), n)
     unit = noise.initial().to(engine.device)
-    a, b = map(float, plan.noising[0])
+    a, b = map(float, levels[0])
     latents = unit * plan.init_noise_sigma if pure or clean is None else a * clean + b * unit
     if over.mask is None:
         return Start(latents, [None] * n)
@@ -73,6 +72,15 @@ def start_over(
         return Start(latents, [None] * n, torch.cat([anew.float(), hidden], dim=1))
     noise.initial(count)  # diffusers draws for the masked image, too, of which this U-Net is not told
     return Start(latents, [Keep(*each) for each in zip(anew, clean, unit, strict=True)])
+
+
+def check_noising(plan: Schedule) -> np.ndarray:
+    """The plan's `noising`. Raises `RequestError` for a scheduler that draws over nothing."""
+    if plan.noising is None:
+        raise RequestError(
+            f"{plan.scheduler} has no add_noise, so nothing is drawn over by it; choose another"
+        )
+    return plan.noising
 
 
 def check_fit(request: Request, over: Over, latent: int) -> None:

@@ -19,9 +19,10 @@ from pathlib import Path
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from sdfast import __version__
+from sdfast.editing import changes
 from sdfast.errors import RequestError
-from sdfast.request import TOLD_SIZES, Request
-from sdfast.schedulers import Schedule
+from sdfast.request import TOLD_SIZES, UPSCALERS, Hires, Request
+from sdfast.schedulers import Schedule, resolve
 
 PNG_KEY = "parameters"
 COMPRESS_LEVEL = 4
@@ -133,11 +134,13 @@ def unet_digest(weights: Mapping[str, str]) -> str | None:
 
 def _extra(request: Request, prompt: int) -> dict[str, str]:
     """What is told only of requests that ask for it, of the picture of prompt `prompt`."""
+    texts = (request.prompts[prompt], request.negative_prompts[prompt] or "")
     strength, clip_skip, emphasis = request.strength, request.clip_skip, request.emphasis
     control, start = request.controlnet_conditioning_scale, request.control_guidance_start
     end, second = request.control_guidance_end, (request.pairs[prompt][1], request.negative_pairs[prompt][1])
     return {
         **({} if strength is None else {"Denoising strength": _number(strength)}),
+        **({} if request.hires is None else of_hires(request, request.hires, prompt)),
         **{
             _label(name): _number(share)
             for name, usual in (("guidance_start", 0.0), ("guidance_end", 1.0))
@@ -147,6 +150,7 @@ def _extra(request: Request, prompt: int) -> dict[str, str]:
         **({} if (start, end) == (0.0, 1.0) else {"ControlNet steps": f"{_number(start)}-{_number(end)}"}),
         **({} if clip_skip is None else {"Clip skip": str(clip_skip + 1)}),
         **({} if emphasis is None else {"Emphasis": _label(emphasis)}),
+        **({"Prompt editing": "True"} if request.prompt_editing and any(map(changes, texts)) else {}),
         **({} if request.long_prompts == "truncate" else {"Long prompts": request.long_prompts}),
         **{
             name: text
@@ -159,6 +163,29 @@ def _extra(request: Request, prompt: int) -> dict[str, str]:
             if (size := getattr(request, name)) not in (None, (0, 0))
         },
     }
+
+
+def of_hires(request: Request, hires: Hires, prompt: int) -> dict[str, str]:
+    """The settings of a second pass, as AUTOMATIC1111 names them."""
+    scale, steps = hires.width / request.width, hires.num_inference_steps
+    told = {"Denoising strength": _number(hires.strength)}
+    if hires.height == scale * request.height:
+        told["Hires upscale"] = _number(scale)
+    else:
+        told["Hires resize"] = f"{hires.width}x{hires.height}"
+    told["Hires upscaler"] = next(name for name, known in UPSCALERS.items() if known == hires.upscaler)
+    if steps is not None:
+        told["Hires steps"] = str(steps)
+    if hires.scheduler is not None:
+        sampler = resolve(hires.scheduler)
+        told |= {"Hires sampler": sampler.sampler, "Hires schedule type": sampler.schedule_type}
+    for name, texts in (
+        ("Hires prompt", hires.prompts),
+        ("Hires negative prompt", hires.negative_prompts),
+    ):
+        if texts is not None:
+            told[name] = texts[prompt] or ""
+    return told
 
 
 def _label(name: str) -> str:

@@ -9,7 +9,7 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -55,10 +55,17 @@ class Conditioning:
 
     context: packed cross-attention keys and values of every layer, [L, KV].
     time_shift: packed time projections of every ResNet, one for each step, [K, T].
+    later: contexts of the same shape that take its place, each from its step on, in the order of the steps.
     """
 
     context: torch.Tensor
     time_shift: torch.Tensor
+    later: Mapping[int, torch.Tensor] = field(default_factory=dict)
+
+    def context_at(self, step: int) -> torch.Tensor:
+        """The context of a step."""
+        starts = [start for start in self.later if start <= step]
+        return self.later[starts[-1]] if starts else self.context
 
 
 @dataclass(frozen=True, eq=False)
@@ -344,10 +351,18 @@ class Rows:
             return
         if any(m.stale for m in self._members):
             self.change()
+        self._edit(self._occupied)
         self._arithmetic.feed([m.step for m in self._placed])
         self._occupied.tick()
         for member in self._placed:
             member.advance()
+
+    def _edit(self, bucket: Bucket) -> None:
+        """Give the rows whose prompts change before the next step their new contexts."""
+        for i, (member, told) in enumerate(_told(self._placed)):
+            context = told.later.get(member.step) if member.step < member.end else None
+            if context is not None:
+                bucket.context[i] = context
 
     def check(self) -> None:
         """Raises `NumericalError` when some latent is not a finite number."""
@@ -389,9 +404,8 @@ class Rows:
             self._key, lambda: Bucket.make(self._engine, first, capacity, *self._size, self._chosen)
         )
         steps = [m.step for m in placed]
-        away = [m.told[0] for m in placed if m.plan.guided]
-        for i, conditioning in enumerate([*away, *(m.told[-1] for m in placed)]):
-            bucket.context[i] = conditioning.context
+        for i, (member, told) in enumerate(_told(placed)):
+            bucket.context[i] = told.context_at(member.step)
         for i, row in enumerate([*(m.row for m in placed if m.plan.guided), *(m.row for m in placed)]):
             if row.beside is not None:
                 bucket.buffers.sample[i, -len(row.beside) :] = row.beside
@@ -400,6 +414,11 @@ class Rows:
         bucket.arithmetic.place([m.plan for m in placed], steps, [m.registers for m in placed])
         bucket.arithmetic.prepare(steps)
         self._bucket, self._placed = bucket, placed
+
+
+def _told(placed: Sequence[Member]) -> list[tuple[Member, Conditioning]]:
+    """What each of the U-Net's rows is told, in their order: the negatives' first."""
+    return [*((m, m.told[0]) for m in placed if m.plan.guided), *((m, m.told[-1]) for m in placed)]
 
 
 def check_finite(latents: torch.Tensor) -> None:

@@ -21,7 +21,7 @@ from sdfast.images import open_image, read_controls, read_images, read_masks
 from sdfast.infotext import Infotext, infotext_of, png
 from sdfast.manifest import Model
 from sdfast.pipeline import Pipeline, check_channels
-from sdfast.request import Request
+from sdfast.request import Hires, Request
 from sdfast.schedulers import schedule
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class Job:
         "diffusers" for the stock pipeline of its checkpoint.
     image, mask: files of what is drawn over, and of what of it is drawn anew (white).
     control: file of a ControlNet's control image; the other controls are the request's.
+    hires: the size of a second pass, "WIDTHxHEIGHT"; what it is told besides is `sdfast.request.Hires`'s.
     """
 
     prompt: str
@@ -61,6 +62,7 @@ class Job:
     clip_skip: int | None = None
     long_prompts: str = "truncate"
     emphasis: str | None = None
+    prompt_editing: bool = False
     device: str | None = None
     backend: str = "engine"
     compile: bool = False
@@ -72,6 +74,10 @@ class Job:
     control_scale: float | None = None
     control_start: float | None = None
     control_end: float | None = None
+    hires: str | None = None
+    hires_upscaler: str = "latent"
+    hires_strength: float = 0.75
+    hires_steps: int | None = None
 
     def given(self, model: Model) -> Given:
         """What it is drawn over, and the control image. Raises `RequestError` for what is no image."""
@@ -94,9 +100,7 @@ class Job:
 
     def request(self, model: Model, given: Given) -> Request:
         """The checked request, of the size of what it is drawn over or under. Raises `RequestError`."""
-        match = _SIZE.fullmatch(self.size) if self.size else None
-        if self.size and match is None:
-            raise RequestError(f"size: {self.size!r} is not WIDTHxHEIGHT in pixels, such as 512x512")
+        size = _size("size", self.size)
         width, height = model.default_width, model.default_height
         strength, scale, over = self.strength, self.control_scale, given.over
         if given.control is not None:
@@ -105,8 +109,7 @@ class Job:
         if over is not None:
             height, width = over.image.shape[2:]
             strength = DEFAULT_STRENGTH[model.family][over.mask is not None] if strength is None else strength
-        if match:
-            width, height = map(int, match.groups())
+        width, height = size or (width, height)
         seed = {} if self.seed is None else {"seed": self.seed}
         return Request.make(
             prompts=(self.prompt,),
@@ -122,12 +125,40 @@ class Job:
             clip_skip=self.clip_skip,
             long_prompts=self.long_prompts,
             emphasis=self.emphasis,
+            prompt_editing=self.prompt_editing,
             strength=strength,
             controlnet_conditioning_scale=scale,
             control_guidance_start=0.0 if self.control_start is None else self.control_start,
             control_guidance_end=1.0 if self.control_end is None else self.control_end,
+            hires=self._second_pass(),
             **seed,
         )
+
+    def _second_pass(self) -> Hires | None:
+        size = _size("hires", self.hires)
+        if size is None:
+            if (self.hires_upscaler, self.hires_strength, self.hires_steps) != ("latent", 0.75, None):
+                raise RequestError(
+                    "hires-upscaler, hires-strength and hires-steps are for a second pass; give --hires too"
+                )
+            return None
+        return Hires.make(
+            width=size[0],
+            height=size[1],
+            upscaler=self.hires_upscaler,
+            strength=self.hires_strength,
+            num_inference_steps=self.hires_steps,
+        )
+
+
+def _size(name: str, text: str | None) -> tuple[int, int] | None:
+    """Width and height. Raises `RequestError` for a text that says neither."""
+    if not text:
+        return None
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise RequestError(f"{name}: {text!r} is not WIDTHxHEIGHT in pixels, such as 512x512")
+    return int(match[1]), int(match[2])
 
 
 @dataclass(frozen=True)
@@ -151,7 +182,8 @@ def draw(job: Job, output: Path | None, overwrite: bool) -> list[tuple[Path, int
     given = job.given(painter.model)
     check_channels(painter.model, masked=given.over is not None and given.over.mask is not None)
     request = job.request(painter.model, given)
-    painter.check_size(request.height, request.width)
+    for one in request.passes:
+        painter.check_size(one.height, one.width)
     if given.over is not None:
         check_fit(request, given.over, painter.model.vae_scale_factor)
     check_control(painter.model, request, given.control)

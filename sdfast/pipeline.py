@@ -2,9 +2,9 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from PIL import Image
@@ -13,15 +13,30 @@ from tqdm import tqdm
 from sdfast.backends import check_options, parse_device
 from sdfast.call import DiffusersCall, Given, PipelineOutput, StepCallback, refuse
 from sdfast.control import check_control, embedded, scales, with_scales
+from sdfast.editing import Editing
 from sdfast.engine import Engine
 from sdfast.errors import NumericalError, RequestError
-from sdfast.first_latents import Start, check_strength, start_over
-from sdfast.loop import Buckets, Row, Rows
+from sdfast.first_latents import Over, Start, check_edits, check_noising, check_strength, start_over
+from sdfast.hires import enlarged_images, enlarged_latents
+from sdfast.loop import Buckets, Conditioning, Row, Rows
 from sdfast.manifest import Model
 from sdfast.noise import BrownianNoise, NoiseSource, OwnNoise, SharedNoise, generator
-from sdfast.prompts import Prompts, PromptState, Reading, check_tensor, joined, told_sizes
-from sdfast.request import Request
-from sdfast.schedulers import SOLVERS, Schedule, own_config, schedule
+from sdfast.prompts import (
+    Edited,
+    Prompts,
+    PromptState,
+    Reading,
+    check_tensor,
+    edited,
+    joined,
+    told_in_turn,
+    told_sizes,
+)
+from sdfast.request import Hires, Request
+from sdfast.schedulers import SOLVERS, Schedule, own_config, resolve, schedule
+from sdfast.schedulers.run import left_out
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,12 +63,14 @@ class Scheduler:
 class Prepared:
     """A request that has everything which its loop needs: a row for each picture, in the request's order.
 
-    truncated: the text that was cut from each prompt, "" for none.
+    truncated: the text that was cut from each prompt, "" for none. editing: how steps are counted for prompts
+    that change between them.
     """
 
     rows: Sequence[Row]
     schedule: Schedule
     truncated: tuple[str, ...]
+    editing: Editing | None = None
 
 
 class Pipeline(DiffusersCall):
@@ -186,30 +203,60 @@ class Pipeline(DiffusersCall):
         output_type: str = "pil",
         callback: StepCallback | None = None,
     ) -> PipelineOutput:
-        """Draw what `request` asks for: encode, denoise, decode."""
-        given = given or Given()
-        self.engine.check_size(request.height, request.width)
+        """Draw what `request` asks for: encode, denoise, decode; and for a second pass denoise again."""
+        given, passes = given or Given(), request.passes
+        for one in passes:
+            self.engine.check_size(one.height, one.width)
         with self.engine.running():
             prepared = self.prepare(request, given)
             if output_type != "latent":
-                self.prepare_decoder(request, request.images)
+                self.prepare_decoder(passes[-1], request.images)
             latents = self._denoise(prepared, callback)
-            images = _as(latents if output_type == "latent" else self.decode(latents, request), output_type)
+            if len(passes) > 1 and not self._interrupt:
+                over = self.enlarged(latents, request)
+                given = _again(given, request, over)
+                latents = self._denoise(self.prepare(passes[-1], given, first=request), callback)
+            images = _as(latents if output_type == "latent" else self.decode(latents), output_type)
         own_seeds = given.generators is None and given.latents is None
         return PipelineOutput(images, request.seeds if own_seeds else None, prepared.truncated)
 
     @torch.no_grad()
-    def prepare(self, request: Request, given: Given | None = None) -> Prepared:
-        """Everything before the loop: the schedule, the prompts' states, the first noise."""
+    def prepare(self, request: Request, given: Given | None = None, first: Request | None = None) -> Prepared:
+        """Everything before the loop: the schedule, the prompts' states, the first noise.
+
+        first: the request of which this one is the second pass.
+        """
         given = given or Given()
         check_strength(request, over=given.over is not None)
         masked = given.over is not None and given.over.mask is not None
         check_channels(self.engine.manifest.model, masked)
         self.prompts.check_fields(request)  # what is too long is refused when it is encoded
         check_control(self.engine.manifest.model, request, given.control)
+        if request.hires is not None:
+            self.check_hires(request, request.hires)
         plan = self.schedule_of(request)
-        positive, negative, truncated = self._encode(request, given)
-        return Prepared(self._rows(request, given, plan, positive, negative), plan, truncated)
+        editing = self.editing_of(request, plan, first)
+        positive, negative, truncated = self._encode(request, given, editing)
+        return Prepared(self._rows(request, given, plan, positive, negative), plan, truncated, editing)
+
+    def check_hires(self, request: Request, hires: Hires) -> None:
+        """Raises `RequestError` for a second pass that the engine or its scheduler cannot do."""
+        second = request.passes[-1]
+        plan = self.schedule_of(second)
+        check_noising(plan)
+        self.prompts.check(second, self.editing_of(second, plan, request))
+        if not hires.latent:
+            check_edits(self.engine)
+
+    @torch.no_grad()
+    def enlarged(self, latents: torch.Tensor, request: Request) -> Over:
+        """What the second pass of `request` draws over: latents [n, C, h, w] of the first, at its size."""
+        hires, factor = request.hires, self.engine.manifest.model.vae_scale_factor
+        if hires is None:
+            raise ValueError("the request has no second pass")
+        if hires.latent:
+            return Over(enlarged_latents(latents, request, hires, factor))
+        return Over(enlarged_images(to_uint8(self.decode(latents)).cpu().numpy(), request, hires, factor))
 
     def schedule_of(self, request: Request) -> Schedule:
         """The table of a request's run. Raises `RequestError` for a run that its scheduler cannot do."""
@@ -224,51 +271,78 @@ class Pipeline(DiffusersCall):
             family=self.engine.manifest.model.family,
         )
 
+    def editing_of(self, request: Request, plan: Schedule, first: Request | None = None) -> Editing | None:
+        """How the steps of a request's run are counted for prompts that change between them; None where none
+        does. plan: its schedule. first: the request of which this one is the second pass."""
+        if not request.prompt_editing:
+            return None
+        every = request.steps or len(plan)
+        done = every - left_out(every, 1.0 if request.strength is None else request.strength)
+        evaluations = resolve(plan.scheduler).evaluations if plan.scheduler in SOLVERS else 1  # of a step
+        if first is None:
+            return Editing(every * evaluations, len(plan))
+        before = self.editing_of(first, self.schedule_of(first))
+        return Editing(done * evaluations, len(plan), before.steps if before else 0)
+
     def _encode(
-        self, request: Request, given: Given
-    ) -> tuple[PromptState, PromptState | None, tuple[str, ...]]:
-        """The prompts' states, one line a picture, and those of the negative prompts when guidance is on."""
+        self, request: Request, given: Given, editing: Editing | None
+    ) -> tuple[list[Edited[PromptState]], list[Edited[PromptState]], tuple[str, ...]]:
+        """The states of each prompt, and those of the negative prompts when guidance is on, else none."""
         prompts, reading = self.prompts, Reading.of(request)
         if given.prompt_embeds is not None:
-            positive = [
-                self._given("prompt_embeds", given.prompt_embeds, given.pooled_prompt_embeds, request)
-            ]
+            positive = self._given("prompt_embeds", given.prompt_embeds, given.pooled_prompt_embeds, request)
             truncated: tuple[str, ...] = ("",) * len(request.prompts)
         else:
-            positive, truncated = prompts.encode(request.pairs, request.clip_skip, reading)
-        negative: list[PromptState] = []
+            texts = [edited(pair, editing) for pair in request.pairs]
+            states, cut = prompts.encode(
+                [text for one in texts for _, text in one], request.clip_skip, reading
+            )
+            positive = _each(texts, states)
+            truncated = tuple(next(filter(None, dict(one).values()), "") for one in _each(texts, cut))
+        negative: list[Edited[PromptState]] = []
         if prompts.guided(request):
             embeds, pooled = given.negative_prompt_embeds, given.negative_pooled_prompt_embeds
             if embeds is not None:
-                negative = [self._given("negative_prompt_embeds", embeds, pooled, request)]
+                negative = self._given("negative_prompt_embeds", embeds, pooled, request)
             else:
-                negative = prompts.encode_negative(request.negative_pairs, reading)
-        states, first = prompts.alike([*positive, *negative]), len(positive)
-        count = request.num_images_per_prompt
-        return (
-            joined(states[:first]).repeat(count),
-            joined(states[first:]).repeat(count) if negative else None,
-            truncated,
-        )
+                texts = [edited(pair, editing) for pair in request.negative_pairs]
+                states = prompts.encode_negative([text for one in texts for _, text in one], reading)
+                negative = _each(texts, states)
+        both = [*positive, *negative]
+        alike = _each(both, prompts.alike([state for one in both for _, state in one]))
+        return alike[: len(positive)], alike[len(positive) :], truncated
 
     def _given(
         self, name: str, embeds: torch.Tensor, pooled: torch.Tensor | None, request: Request
-    ) -> PromptState:
-        return self.prompts.from_embeds(name, embeds, pooled, len(request.prompts))
+    ) -> list[Edited[PromptState]]:
+        state = self.prompts.from_embeds(name, embeds, pooled, len(request.prompts))
+        return [[(0, line)] for line in state.lines]
+
+    def _told(
+        self,
+        prompts: Sequence[Edited[PromptState]],
+        plan: Schedule,
+        request: Request,
+        sizes: Sequence[int],
+    ) -> list[Conditioning]:
+        """What the U-Net is told of each picture."""
+        states = joined([state for one in prompts for _, state in one])
+        told = _each(prompts, self.prompts.conditionings(states, plan, request, sizes))
+        return [one for one in map(told_in_turn, told) for _ in range(request.num_images_per_prompt)]
 
     def _rows(
         self,
         request: Request,
         given: Given,
         plan: Schedule,
-        positive: PromptState,
-        negative: PromptState | None,
+        positive: Sequence[Edited[PromptState]],
+        negative: Sequence[Edited[PromptState]],
     ) -> list[Row]:
         noise = self._noise(request, given, plan)
         start = self._start(request, given, plan, noise)
         sizes, away = told_sizes(request, over=given.over is not None)
-        told = self.prompts.conditionings(positive, plan, request, sizes)
-        told_negative = self.prompts.conditionings(negative, plan, request, away) if negative else None
+        told = self._told(positive, plan, request, sizes)
+        told_negative = self._told(negative, plan, request, away) if negative else None
         control = None if given.control is None else embedded(self.engine, given.control)
         if control is not None:
             by_step = scales(request, len(plan))
@@ -356,17 +430,34 @@ class Pipeline(DiffusersCall):
         )
 
     @torch.no_grad()
-    def decode(self, latents: torch.Tensor, request: Request) -> torch.Tensor:
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """latents [n, C, h, w] → pictures [n, 3, H, W] float32 in [0, 1].
 
         Raises `NumericalError` for pictures that are not finite.
         """
-        images = self.engine.call("vae_decoder", {"latents": latents}, request.height, request.width)["image"]
+        height, width = (side * self.engine.manifest.model.vae_scale_factor for side in latents.shape[2:])
+        images = self.engine.call("vae_decoder", {"latents": latents}, height, width)["image"]
         if not bool(torch.isfinite(images).all()):
             raise NumericalError(
                 f"the VAE's picture is not finite; {self.engine.manifest.remedy('vae_decoder')}"
             )
         return images
+
+
+def _each(like: Sequence[Edited[Any]], values: Sequence[T]) -> list[Edited[T]]:
+    """The values in place of those that there are, at the same steps."""
+    several = iter(values)
+    return [[(start, next(several)) for start, _ in one] for one in like]
+
+
+def _again(given: Given, request: Request, over: Over) -> Given:
+    """What a second pass is given: the same, over what the first has drawn."""
+    given = replace(given, latents=None, over=over)
+    if request.hires is not None and request.hires.prompts is not None:
+        given = replace(given, prompt_embeds=None, pooled_prompt_embeds=None)
+    if request.hires is not None and request.hires.negative_prompts is not None:
+        given = replace(given, negative_prompt_embeds=None, negative_pooled_prompt_embeds=None)
+    return given
 
 
 def check_channels(model: Model, masked: bool) -> None:

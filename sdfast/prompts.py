@@ -5,10 +5,11 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Lock
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 
+from sdfast.editing import Editing
 from sdfast.emphasis import Emphasis, Piece, parse
 from sdfast.engine import Engine
 from sdfast.errors import RequestError
@@ -16,6 +17,8 @@ from sdfast.loop import Conditioning
 from sdfast.request import TOLD_SIZES, Request
 from sdfast.schedulers import Schedule
 from sdfast.tokenizer import Chunks
+
+T = TypeVar("T")
 
 CACHE_BYTES = 256 * 2**20
 Text = tuple[str | None, str | None]
@@ -30,14 +33,15 @@ class Reading:
 
     emphasis: Emphasis | None = None
     chunked: bool = False
+    edited: bool = False
 
     @classmethod
     def of(cls, request: Request) -> Self:
-        return cls(request.emphasis, request.long_prompts == "chunk")
+        return cls(request.emphasis, request.long_prompts == "chunk", request.prompt_editing)
 
     def parts(self, prompt: str) -> list[list[Piece]]:
         """A prompt's text as what counts differently. Raises `RequestError` for what cannot be read so."""
-        parts = [[Piece(prompt)]] if self.emphasis is None else parse(prompt)
+        parts = [[Piece(prompt)]] if self.emphasis is None else parse(prompt, edited=self.edited)
         if len(parts) > 1 and not self.chunked:
             raise RequestError(
                 f"prompt: BREAK begins part 2 of {len(parts)}, and long_prompts is 'truncate'; "
@@ -56,12 +60,14 @@ class PromptState:
     context: torch.Tensor
     pooled: torch.Tensor | None
 
-    def repeat(self, count: int) -> "PromptState":
-        """Every line `count` times in a row, as diffusers orders the pictures of one prompt."""
-        if count == 1:
-            return self
-        pooled = None if self.pooled is None else self.pooled.repeat_interleave(count, 0)
-        return PromptState(self.context.repeat_interleave(count, 0), pooled)
+    @property
+    def lines(self) -> list["PromptState"]:
+        """The state of each prompt alone."""
+        rows = range(len(self.context))
+        pooled = self.pooled
+        return [
+            PromptState(self.context[i : i + 1], None if pooled is None else pooled[i : i + 1]) for i in rows
+        ]
 
     def repeated_to(self, length: int) -> "PromptState":
         """The context again and again, until it has this length, a multiple of its own."""
@@ -71,6 +77,10 @@ class PromptState:
     @property
     def nbytes(self) -> int:
         return self.context.nbytes + (0 if self.pooled is None else self.pooled.nbytes)
+
+
+Edited = Sequence[tuple[int, T]]
+"""A prompt that changes between steps, or what is known of it: each from its step on, the first from 0."""
 
 
 class PromptCache:
@@ -107,12 +117,13 @@ class Prompts:
         self._model = engine.manifest.model
         self._cache = PromptCache()
 
-    def check(self, request: Request) -> None:
+    def check(self, request: Request, editing: Editing | None = None) -> None:
         """Raises `RequestError` for what the engine cannot read, before anything of it is encoded: too long
-        prompts, and what is SDXL's."""
+        prompts, and what is SDXL's. editing: see `edited`."""
         self.check_fields(request)
         reading, length = Reading.of(request), self._engine.tokenizers[0].max_length
-        texts = [*request.pairs, *(request.negative_pairs if self.guided(request) else ())]
+        pairs = [*request.pairs, *(request.negative_pairs if self.guided(request) else ())]
+        texts = [text for pair in pairs for _, text in edited(pair, editing)]
         check_lengths([length * len(self._read(text, reading)[0].input_ids) for text in texts], self._most)
 
     def check_fields(self, request: Request) -> None:
@@ -125,9 +136,10 @@ class Prompts:
         """Whether negative prompts are read. An LCM takes the guidance as an embedding instead."""
         return request.guidance_scale > 1 and self._model.guidance_embedding is None
 
-    def count(self, request: Request) -> int:
-        """How many tokens of a request's prompts are read, without start and end."""
-        texts = (*request.pairs, *request.negative_pairs)
+    def count(self, request: Request, editing: Editing | None = None) -> int:
+        """How many tokens of a request's prompts are read, without start and end; each text once."""
+        pairs = (*request.pairs, *request.negative_pairs)
+        texts = [text for pair in pairs for text in {text for _, text in edited(pair, editing)}]
         return sum(self._read(text, Reading.of(request))[0].read for text in texts)
 
     def encode(
@@ -280,6 +292,32 @@ class Prompts:
             found = PromptState(self._context(hidden), pooled), ""
             self._cache.put(None, *found)
         return found[0]
+
+
+def edited(prompt: Text, editing: Editing | None) -> Edited[Text]:
+    """What a prompt, and what a second text encoder reads in its place, are at each step.
+
+    editing: how its steps are counted; None for a prompt that does not change between them.
+    """
+    if editing is None:
+        return [(0, prompt)]
+    parts = [dict(editing.texts(text)) if text is not None else {0: None} for text in prompt]
+    found: list[tuple[int, Text]] = []
+    now: list[str | None] = [None, None]
+    for start in sorted({*parts[0], *parts[1]}):
+        now = [part.get(start, before) for part, before in zip(parts, now, strict=True)]
+        found.append((start, (now[0], now[1])))
+    return found
+
+
+def told_in_turn(several: Edited[Conditioning]) -> Conditioning:
+    """What the U-Net is told of a prompt that changes between steps."""
+    (_, first), *later = several
+    shift = first.time_shift
+    for start, one in later:
+        if one.time_shift is not first.time_shift:  # in SDXL it depends on the prompt, too
+            shift = torch.cat([shift[:start], one.time_shift[start:]])
+    return Conditioning(first.context, shift, {start: one.context for start, one in later})
 
 
 def weighted(hidden: torch.Tensor, weights: torch.Tensor, emphasis: Emphasis) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -33,8 +33,91 @@ TOLD_SIZES = (
 """Fields of what SDXL is told of a picture's size."""
 ToldSize = tuple[Annotated[int, Field(ge=0, le=MAX_TOLD)], Annotated[int, Field(ge=0, le=MAX_TOLD)]]
 
+Upscaler = Literal[
+    "latent",
+    "latent_antialiased",
+    "latent_bicubic",
+    "latent_bicubic_antialiased",
+    "latent_nearest",
+    "latent_nearest_exact",
+    "lanczos",
+    "nearest",
+]
+"""What enlarges the latents of a picture, or the picture itself."""
+UPSCALERS: Mapping[str, Upscaler] = {
+    "Latent": "latent",
+    "Latent (antialiased)": "latent_antialiased",
+    "Latent (bicubic)": "latent_bicubic",
+    "Latent (bicubic antialiased)": "latent_bicubic_antialiased",
+    "Latent (nearest)": "latent_nearest",
+    "Latent (nearest-exact)": "latent_nearest_exact",
+    "Lanczos": "lanczos",
+    "Nearest": "nearest",
+}
+"""The same by AUTOMATIC1111's names."""
 
-class Request(BaseModel):
+
+class _Checked(BaseModel):
+    """What both models check alike."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @classmethod
+    def make(cls, **fields: Any) -> Self:
+        """A checked object. Raises `RequestError` naming the field, what was given, and what is allowed."""
+        given = {name: _plain(value) for name, value in fields.items()}
+        try:
+            return cls(**given)
+        except ValidationError as error:
+            raise RequestError(_explain(error, cls.model_fields)) from None
+
+    @field_validator("prompts", "negative_prompts", "prompts_2", "negative_prompts_2", check_fields=False)
+    @classmethod
+    def _drawable(cls, texts: tuple[str | None, ...] | None) -> tuple[str | None, ...] | None:
+        for text in texts or ():
+            if text is not None:
+                check_text(text)
+        return texts
+
+    @field_validator("height", "width", check_fields=False)
+    @classmethod
+    def _multiple_of_eight(cls, side: int) -> int:
+        if side % 8:
+            low = side // 8 * 8
+            raise ValueError(f"must be a multiple of 8; the nearest are {low} and {low + 8}")
+        return side
+
+
+class Hires(_Checked):
+    """A second pass over pictures, at another size: what AUTOMATIC1111 calls hires fix.
+
+    A picture, or for a latent `upscaler` its latents, is enlarged until it covers height x width, cropped
+    around its middle, and drawn over there. `num_inference_steps` are the steps that are done, by default as
+    many as the first pass has: the last ones of a schedule of which they are the share `strength`, as
+    AUTOMATIC1111 counts. The scheduler and the prompts are the first pass's unless others are given; what is
+    not here is as in the first pass.
+    """
+
+    height: int = Field(ge=8, le=MAX_SIDE)  # pixels
+    width: int = Field(ge=8, le=MAX_SIDE)  # pixels
+    upscaler: Upscaler = "latent"
+    strength: float = Field(default=0.75, gt=0.0, le=1.0)
+    num_inference_steps: int | None = Field(default=None, ge=1, le=MAX_STEPS)
+    scheduler: str | None = None
+    prompts: tuple[str, ...] | None = Field(default=None, min_length=1)
+    negative_prompts: tuple[str | None, ...] | None = None
+
+    @property
+    def latent(self) -> bool:
+        """Whether it is latents that are enlarged."""
+        return self.upscaler.startswith("latent")
+
+    def laid_out(self, steps: int) -> int:
+        """Of how many steps the schedule is, of which so many are done."""
+        return int(steps / min(self.strength, 0.999))
+
+
+class Request(_Checked):
     """What to draw. Every field is checked; unknown fields are refused.
 
     `seed` gives image i of the request the generator of seed + i; `None` picks one at random when the request
@@ -48,14 +131,16 @@ class Request(BaseModel):
 
     `long_prompts`: what becomes of prompts longer than the text encoder reads (75 tokens): "truncate" cuts
     them, as diffusers does, "chunk" reads them 75 tokens at a time, as AUTOMATIC1111 does. `emphasis`: how
-    `(words:1.3)` count, see `sdfast.emphasis`; by default brackets are text.
+    `(words:1.3)` count, see `sdfast.emphasis`; by default brackets are text. `prompt_editing`:
+    whether `[from:to:when]` and `[this|that]` change prompts between steps, see `sdfast.editing`; what else
+    there is in brackets is read as `emphasis` says.
 
     For SDXL alone: `prompts_2` and `negative_prompts_2`, what its second text encoder reads in place of the
     prompts, `None` for the same; and the sizes (height, width) and crops (top, left) in pixels that
     it is told, by default the picture's own (Podell et al. 2023, section 2.2).
-    """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    `hires`: a second pass over the pictures of this one, at another size.
+    """
 
     prompts: tuple[str, ...] = Field(min_length=1)
     negative_prompts: tuple[str | None, ...]
@@ -78,6 +163,7 @@ class Request(BaseModel):
     clip_skip: int | None = Field(default=None, ge=0, le=64)
     long_prompts: Literal["truncate", "chunk"] = "truncate"
     emphasis: Emphasis | None = None
+    prompt_editing: bool = False
     prompts_2: tuple[str | None, ...] | None = None
     negative_prompts_2: tuple[str | None, ...] | None = None
     original_size: ToldSize | None = None
@@ -86,16 +172,8 @@ class Request(BaseModel):
     negative_original_size: ToldSize | None = None
     negative_crops_coords_top_left: ToldSize = (0, 0)
     negative_target_size: ToldSize | None = None
+    hires: Hires | None = None
     seed: int = Field(default_factory=lambda: secrets.randbelow(2**32), ge=0, lt=SEED_LIMIT)
-
-    @classmethod
-    def make(cls, **fields: Any) -> Self:
-        """A checked request. Raises `RequestError` naming the field, what was given, and what is allowed."""
-        given = {name: _plain(value) for name, value in fields.items()}
-        try:
-            return cls(**given)
-        except ValidationError as error:
-            raise RequestError(_explain(error)) from None
 
     @property
     def images(self) -> int:
@@ -106,6 +184,13 @@ class Request(BaseModel):
     def seeds(self) -> tuple[int, ...]:
         """One seed for each picture."""
         return tuple(self.seed + i for i in range(self.images))
+
+    @property
+    def steps(self) -> int | None:
+        """How many there are before `strength` leaves some out, if they are counted."""
+        if self.timesteps is not None:
+            return len(self.timesteps)
+        return self.num_inference_steps if self.sigmas is None else len(self.sigmas) - 1
 
     def guided(self, steps: int) -> range:
         """The steps, of so many, that have guidance: counted as diffusers' guiders count."""
@@ -122,21 +207,43 @@ class Request(BaseModel):
         seconds = self.negative_prompts_2 or (None,) * len(self.prompts)
         return list(zip(self.negative_prompts, seconds, strict=True))
 
-    @field_validator("prompts", "negative_prompts", "prompts_2", "negative_prompts_2")
-    @classmethod
-    def _drawable(cls, texts: tuple[str | None, ...] | None) -> tuple[str | None, ...] | None:
-        for text in texts or ():
-            if text is not None:
-                check_text(text)
-        return texts
+    @property
+    def passes(self) -> tuple["Request", ...]:
+        """The runs that it takes: its first pass, and the second, which draws over what that has drawn."""
+        return (self,) if self.hires is None else (self, self._second(self.hires))
 
-    @field_validator("height", "width")
-    @classmethod
-    def _multiple_of_eight(cls, side: int) -> int:
-        if side % 8:
-            low = side // 8 * 8
-            raise ValueError(f"must be a multiple of 8; the nearest are {low} and {low + 8}")
-        return side
+    def _second(self, hires: Hires) -> "Request":
+        steps = hires.num_inference_steps or self.num_inference_steps or 1
+        laid_out = hires.laid_out(steps)
+        fields: dict[str, Any] = {
+            "hires": None,
+            "height": hires.height,
+            "width": hires.width,
+            "num_inference_steps": laid_out,
+            "timesteps": None,
+            "sigmas": None,
+            "strength": min(1.0, (steps + 0.5) / laid_out),  # which is just so many steps
+            "scheduler": hires.scheduler or self.scheduler,
+        }
+        if hires.prompts is not None:
+            fields |= {"prompts": hires.prompts, "prompts_2": None}
+        if hires.negative_prompts is not None:
+            fields |= {"negative_prompts": hires.negative_prompts, "negative_prompts_2": None}
+        return self.model_copy(update=fields)
+
+    def alone(self, picture: int) -> "Request":
+        """The request of one of its pictures."""
+        texts = ("prompts", "negative_prompts", "prompts_2", "negative_prompts_2")
+        one = slice(picture // self.num_images_per_prompt, picture // self.num_images_per_prompt + 1)
+
+        def of_one(asked: Request | Hires) -> dict[str, Any]:
+            given = {name: getattr(asked, name, None) for name in texts}
+            return {name: prompts[one] for name, prompts in given.items() if prompts is not None}
+
+        fields = {**of_one(self), "num_images_per_prompt": 1, "seed": self.seed + picture}
+        if self.hires is not None:
+            fields["hires"] = self.hires.model_copy(update=of_one(self.hires))
+        return self.model_copy(update=fields)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -182,7 +289,39 @@ class Request(BaseModel):
             )
         if self.seed + self.images > SEED_LIMIT:
             raise ValueError(f"seed: {self.seed} leaves no seeds below 2**64 for {self.images} pictures")
+        if self.hires is not None:
+            self._check_hires(self.hires)
         return self
+
+    def _check_hires(self, hires: Hires) -> None:
+        """Raises `ValueError` for a second pass that does not go with the first."""
+        if self.strength is not None or self.controlnet_conditioning_scale is not None:
+            raise ValueError(
+                "hires: is for pictures drawn from noise, without an image or a control image; leave those "
+                "out, or draw over the picture in a second call"
+            )
+        if max(hires.height / self.height, hires.width / self.width) < 1:
+            raise ValueError(
+                f"hires: {hires.width}x{hires.height} is smaller than the first pass, "
+                f"{self.width}x{self.height}; ask for a larger size"
+            )
+        steps = hires.num_inference_steps or self.num_inference_steps
+        if steps is None:
+            raise ValueError(
+                "hires: give it num_inference_steps, since the first pass has timesteps or sigmas of its own"
+            )
+        if hires.laid_out(steps) > MAX_STEPS:
+            raise ValueError(
+                f"hires: {steps} steps at a strength of {hires.strength:g} are of a schedule of "
+                f"{hires.laid_out(steps)}, and at most {MAX_STEPS} are taken; raise the strength, or take "
+                "fewer steps"
+            )
+        for name in ("prompts", "negative_prompts"):
+            texts = getattr(hires, name)
+            if texts is not None and len(texts) != len(self.prompts):
+                raise ValueError(
+                    f"hires: {name}: {len(texts)} for {len(self.prompts)} prompts; give one for each"
+                )
 
 
 def check_text(text: str) -> None:
@@ -205,8 +344,8 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _explain(error: ValidationError) -> str:
-    """One line: the field, what is wrong with it, what was given."""
+def _explain(error: ValidationError, fields: Collection[str]) -> str:
+    """One line: the field, what is wrong with it, what was given. fields: those that there are."""
     first: Mapping[str, Any] = error.errors()[0]
     message = str(first["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
     if not first["loc"]:
@@ -215,7 +354,7 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"{field}: is missing"
     if first["type"] == "extra_forbidden":
-        return f"{field}: unknown; the fields are: {', '.join(Request.model_fields)}"
+        return f"{field}: unknown; the fields are: {', '.join(fields)}"
     if isinstance(given, float) and not math.isfinite(given):
         message = "must be a finite number"
     return f"{field}: {message} (got {shown(given)})"

@@ -140,7 +140,7 @@ def _together(pipeline: Pipeline, buckets: Buckets, jobs: Sequence[Job]) -> Sequ
             done = list(running.finished)
             if done:
                 latents = torch.stack([running.latents_of(row) for row in done])
-                pixels = to_uint8(pipeline.decode(latents, request)).cpu().numpy()
+                pixels = to_uint8(pipeline.decode(latents)).cpu().numpy()
                 images |= {row: Image.fromarray(p) for row, p in zip(done, pixels, strict=True)}
                 running.change([], done)
         running.close()

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
+from sdfast.call import Given
 from sdfast.engine import Engine
 from sdfast.errors import BackendError, EngineError, NumericalError, SdfastError, first_line
 from sdfast.loop import Buckets, Row, Rows, check_finite
@@ -29,7 +30,7 @@ from sdfast.server.given import check_given, given_of
 from sdfast.server.jobs import TICK_SECONDS, Failed, FailureKind, Job, Load, QueueFull
 from sdfast.server.memory import memory_of
 from sdfast.server.places import Pace, Picture, changes
-from sdfast.server.work import Listener, Room, Work
+from sdfast.server.work import Listener, Room, Work, row_of
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,8 @@ DEVICE_ERRORS = (BackendError, EngineError, RuntimeError)  # torch and its kerne
 
 @dataclass(frozen=True)
 class Latents:
-    """Latents [C, h, w] float32 on their way to the decoder: of the job's picture or preview `index`."""
+    """Latents [C, h, w] float32 on their way to the decoder, or to a second pass: of the job's picture or
+    preview `index`."""
 
     work: Work
     index: int
@@ -134,10 +136,14 @@ class Batcher:
         Raises `QueueFull`; `RequestError` for what the engine cannot draw; `BackendError` when it is closed
         or not healthy; `ValueError` for the id of a job that is under way.
         """
-        self._engine.check_size(job.request.height, job.request.width)
-        steps = len(self.pipeline.schedule_of(job.request))
-        self.pipeline.prompts.check(job.request)
+        for request in job.request.passes:
+            self._engine.check_size(request.height, request.width)
+        plans = [self.pipeline.schedule_of(request) for request in job.request.passes]
+        steps = list(map(len, plans))
+        self.pipeline.prompts.check(job.request, self.pipeline.editing_of(job.request, plans[0]))
         check_given(self._engine, job)
+        if job.request.hires is not None:
+            self.pipeline.check_hires(job.request, job.request.hires)
         with self._changed:
             if self._closing or not self._healthy:
                 raise BackendError("the engine takes no more jobs: it is closed, or it failed too often")
@@ -145,8 +151,10 @@ class Batcher:
                 raise ValueError(f"job {job.id!r} is under way already")
             if len(self._queue) >= self._max_queue:
                 raise QueueFull(self.retry_after())
-            patience = self._pace.patience(job.request, steps)
-            work = self._works[job.id] = Work(job, listener, self._arrived, steps, patience)
+            patience = sum(map(self._pace.patience, job.request.passes, steps))
+            work = self._works[job.id] = Work(
+                job, listener, self._arrived, steps[0], patience, sum(steps[1:])
+            )
             insort(self._queue, work, key=lambda waiting: Picture(waiting, 0).due)
             work.queued(self._queue.index(work))
             self._arrived += 1
@@ -289,13 +297,14 @@ class Batcher:
     def _give_places(self, works: list[Work]) -> None:
         due = changes(works, self._max_rows)
         for picture in due.leaving:
-            work, room = picture.work, self._room(picture.work)
+            work = picture.work
             row = next(row for row, index in work.running.items() if index == picture.index)
-            work.put_aside(row, room.put_aside(row))
+            work.put_aside(row, self._room(row).put_aside(row))
         for picture in due.joining:
             work = picture.work
             if not work.ended and (work.prepared is not None or self._begin(work)):
-                self._room(work).join(work.enter(picture.index))
+                entering = work.enter(picture.index)
+                self._room(row_of(entering)).join(entering)
 
     def _begin(self, work: Work) -> bool:
         """Take a job out of the queue and encode its prompts and its images; False when that ends it."""
@@ -305,9 +314,17 @@ class Batcher:
         work.begin()
         self._go_on()
         request = work.job.request
-        try:
-            self.pipeline.prepare_decoder(request, 1)
+        with self._failing(work):
+            for one in request.passes:
+                self.pipeline.prepare_decoder(one, 1)
             work.prepare(lambda: self.pipeline.prepare(request, given_of(work.job)))
+        return not work.ended
+
+    @contextmanager
+    def _failing(self, work: Work) -> Iterator[None]:
+        """What goes wrong with one job ends it, and what goes wrong with the engine is raised."""
+        try:
+            yield
         except torch.OutOfMemoryError as error:
             self._fail_memory(work, error)
         except NumericalError as error:
@@ -316,11 +333,12 @@ class Batcher:
             raise
         except SdfastError as error:
             self._fail(work, "request", str(error))
-        return not work.ended
 
-    def _room(self, work: Work) -> Room:
-        size = (work.job.request.height, work.job.request.width)
-        key = (*size, len(work.ready.rows[0].positive.context))
+    def _room(self, row: Row) -> Room:
+        factor = self._engine.manifest.model.vae_scale_factor
+        height, width = (side * factor for side in row.latents.shape[1:])
+        size, tokens = (height, width), len(row.positive.context)
+        key = (*size, tokens)
         if key not in self._rooms:
             self._rooms[key] = Room(Rows(self._engine, [], *size, buckets=self._buckets))
         return self._rooms[key]
@@ -410,20 +428,29 @@ class Batcher:
                 done = waiting.pop(0)
                 if done.work.ended:
                     continue
-                try:
+                with self._failing(done.work):
                     make(done)
-                except NumericalError as error:
-                    self._fail(done.work, "numerical", str(error))
-                except torch.OutOfMemoryError as error:
-                    self._fail_memory(done.work, error)
                 return
 
     def _picture(self, done: Latents) -> None:
-        work, pixels = done.work, self._pixels(done)
+        work = done.work
+        if work.goes_on(done.index):
+            work.draw_over(done.index, lambda: self._second_pass(done))
+            self._considered = -1  # it may be due before others that have the places
+            return
+        pixels = self._pixels(done)
         self._failures = 0
         self._clerk.picture(work, done.index, pixels)
         if work.complete:
             self._complete(work)
+
+    def _second_pass(self, done: Latents) -> Row:
+        """The row that draws over what a picture's first pass has drawn."""
+        check_finite(done.latents)
+        request = done.work.job.request.alone(done.index)
+        over = self.pipeline.enlarged(done.latents[None], request)
+        [row] = self.pipeline.prepare(request.passes[-1], Given(over=over), first=request).rows
+        return row
 
     def _preview(self, done: Latents) -> None:
         try:
@@ -434,7 +461,7 @@ class Batcher:
     def _pixels(self, done: Latents) -> Image.Image:
         start = time.monotonic()
         check_finite(done.latents)
-        image = self.pipeline.decode(done.latents[None], done.work.job.request)
+        image = self.pipeline.decode(done.latents[None])
         pixels = Image.fromarray(to_uint8(image)[0].cpu().numpy())
         done.work.seconds["decoding"] += time.monotonic() - start
         return pixels
@@ -456,7 +483,7 @@ class Batcher:
                 if work in works:
                     works.remove(work)
         for row in work.running:
-            self._room(work).leave(row)
+            self._room(row).leave(row)
         work.running.clear()
         work.aside.clear()
         self._forget(work)

@@ -75,7 +75,7 @@ class Clerk:
         before(work)
         try:
             # The tokens are counted here, where nobody's step waits for it.
-            work.deliver(self._prompts.count(work.job.request))
+            work.deliver(self._prompts.count(work.job.request, work.ready.editing))
         except (SdfastError, OSError, ValueError) as error:
             log.error("a picture could not be written as PNG", exc_info=error)
             work.tell(Failed("engine", f"a picture could not be written as PNG: {first_line(error)}"))

@@ -48,6 +48,7 @@ _FIELDS = {
     "height": "size",
     "width": "size",
     "num_images_per_prompt": "n",
+    "hires": "enable_hr",
 }
 """The API's names of a `sdfast.request.Request`'s fields, where they are others."""
 

@@ -76,7 +76,8 @@ class WorkerStudio:
         post = self._posts.get(job.engine)
         if post is None:
             raise RequestError(f"engine {job.engine!r} is not here; there are: {', '.join(self._posts)}")
-        post.manifest.check_size(job.request.height, job.request.width)
+        for request in job.request.passes:
+            post.manifest.check_size(request.height, request.width)
         return post.supervisor.submit(job)
 
     def cancel(self, job_id: str) -> bool:

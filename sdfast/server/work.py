@@ -21,14 +21,19 @@ class Work:
     anyone may set, and `tell`, which any thread may call: after a job's last event nothing more is told.
     """
 
-    def __init__(self, job: Job, listener: Listener, number: int, steps: int, patience: float) -> None:
-        """number: how many jobs arrived before it. steps: network evaluations of each picture. patience:
-        seconds that it may wait for each picture, see `places`."""
-        self.job, self.number, self._steps, self._patience = job, number, steps, patience
+    def __init__(
+        self, job: Job, listener: Listener, number: int, steps: int, patience: float, second_steps: int = 0
+    ) -> None:
+        """number: how many jobs arrived before it. steps: network evaluations of each picture; second_steps:
+        of its second pass, where there is one. patience: seconds that it may wait for each picture, see
+        `places`."""
+        self.job, self.number, self._patience = job, number, patience
+        self._first_steps, self._second_steps = steps, second_steps
         self.cancelled = False
         self._position: int | None = None  # in the queue, as it was last told
         self.prepared: Prepared | None = None
-        self.waiting: deque[int] = deque(range(job.request.images))  # pictures that have no row yet
+        self.waiting: deque[int] = deque(range(job.request.images))  # for a place, whatever their pass
+        self.second: dict[int, Row] = {}  # rows of the pictures that have done their first pass of two
         self.running: dict[Row, int] = {}  # rows in the loop, and which picture each is
         self.aside: dict[int, Member] = {}  # pictures that were begun and gave their places to others
         self.preview_asked = False
@@ -69,7 +74,7 @@ class Work:
         self.prepared = prepare()
         self._begun = time.monotonic()
         self.seconds["encoding"] = self._begun - start
-        steps = len(self.prepared.schedule)
+        steps = self._steps
         wanted = min(self.job.previews, steps - 1)  # after the last step comes the picture itself
         self._planned = {(i + 1) * steps // (wanted + 1) for i in range(wanted)}
 
@@ -89,9 +94,20 @@ class Work:
             self.running[member.row] = picture
             return member
         self.waiting.remove(picture)
-        row = self.ready.rows[picture]
+        row = self.second[picture] if picture in self.second else self.ready.rows[picture]
         self.running[row] = picture
         return row
+
+    def goes_on(self, picture: int) -> bool:
+        """Whether a picture that has no steps left has a second pass before it."""
+        return self._second_steps > 0 and picture not in self.second
+
+    def draw_over(self, picture: int, second: Callable[[], Row]) -> None:
+        """A picture has done its first pass and waits for a place with the row of its second."""
+        start = time.monotonic()
+        self.second[picture] = second()
+        self.waiting.append(picture)
+        self.seconds["encoding"] += time.monotonic() - start
 
     def put_aside(self, row: Row, member: Member) -> None:
         """A row that runs gives its place to another's."""
@@ -104,8 +120,10 @@ class Work:
 
     def preview_due(self, row: Row, step: int) -> bool:
         """Whether a preview is wanted after this step of the first running row, asked for or planned."""
-        planned = self.running[row] == 0 and step in self._planned
-        due = (planned or self.preview_asked) and step < len(row.schedule)  # the last has the picture itself
+        picture = self.running[row]
+        done = step + (self._first_steps if picture in self.second else 0)
+        planned = picture == 0 and done in self._planned
+        due = (planned or self.preview_asked) and done < self._steps  # the last has the picture itself
         if due:
             self.preview_asked = False
         return due
@@ -122,13 +140,19 @@ class Work:
         self.tell(Step(self._done_steps, self._total_steps))
 
     @property
+    def _steps(self) -> int:
+        """Of each picture, in all its passes."""
+        return self._first_steps + self._second_steps
+
+    @property
     def _total_steps(self) -> int:
         return self._steps * self.job.request.images
 
     @property
     def waiting_steps(self) -> int:
-        """Of its pictures that have no row yet."""
-        return self._steps * len(self.waiting)
+        """Of its pictures that wait for a place."""
+        again = sum(picture in self.second for picture in tuple(self.waiting))
+        return self._steps * len(self.waiting) - self._first_steps * again
 
     @property
     def running_steps(self) -> int:
@@ -172,7 +196,7 @@ class Room:
         self._joining.append(row)
 
     def leave(self, row: Row) -> None:
-        staying = [other for other in self._joining if _row(other) is not row]
+        staying = [other for other in self._joining if row_of(other) is not row]
         if len(staying) == len(self._joining):
             self._leaving.add(row)
         self._joining = staying
@@ -198,12 +222,13 @@ class Room:
     @property
     def last(self) -> Row:
         """The row that joined last and stays."""
-        return [row for row in [*self.rows.rows, *map(_row, self._joining)] if row not in self._leaving][-1]
+        return [row for row in [*self.rows.rows, *map(row_of, self._joining)] if row not in self._leaving][-1]
 
     @property
     def empty(self) -> bool:
         return not self._joining and not set(self.rows.rows) - self._leaving
 
 
-def _row(joining: Row | Member) -> Row:
+def row_of(joining: Row | Member) -> Row:
+    """The row that joins, or joins again."""
     return joining.row if isinstance(joining, Member) else joining

@@ -11,6 +11,7 @@ from contextlib import ContextDecorator, contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
@@ -20,8 +21,9 @@ from torch.overrides import TorchFunctionMode
 from sdfast.errors import BackendError, CheckpointError, DependencyError, RequestError, first_line
 from sdfast.export.checkpoint import Checkpoint, Component
 from sdfast.first_latents import Over
+from sdfast.hires import enlarged_images, enlarged_latents
 from sdfast.noise import generator
-from sdfast.request import TOLD_SIZES, Request
+from sdfast.request import TOLD_SIZES, Hires, Request
 from sdfast.schedulers import resolve
 from sdfast.validation.reading import as_given, embeddings, in_small_letters, is_plain
 
@@ -300,11 +302,15 @@ def generate(
     Image i has the generator of seed + i. scheduler: a diffusers scheduler in place of the one that the
     request names. over: what a request with `strength` is drawn over, by the stock pipeline for that, on the
     networks of `pipe`. control: the control images of a pipeline with a ControlNet, [m, 3, H, W], which the
-    pictures take in turn. Returns a list of PIL images, or for `output_type="pt"` a tensor [n, 3, H, W]
-    float32 in [0, 1].
+    pictures take in turn. Returns a list of PIL images; or for `output_type="pt"` a tensor [n, 3, H, W]
+    float32 in [0, 1], for "latent" the latents [n, C, h, w] float32.
 
     Raises `RequestError` and `BackendError` for what that pipeline cannot do.
     """
+    if request.prompt_editing:
+        raise RequestError("prompt_editing: diffusers has none; leave it out, or draw with an engine")
+    if request.hires is not None:
+        return _generate_twice(pipe, request, request.hires, scheduler, output_type)
     drawing = pipe if over is None else _pipeline_over(pipe, request, over)
     own = drawing.scheduler
     drawing.scheduler = scheduler or stock_scheduler(pipe, request.scheduler)
@@ -316,9 +322,23 @@ def generate(
             ]
     finally:
         drawing.scheduler = own
-    if output_type == "pt":
+    if output_type in ("pt", "latent"):
         return torch.cat(parts).float()
     return [image for part in parts for image in part]
+
+
+def _generate_twice(pipe: Any, request: Request, hires: Hires, scheduler: Any, output_type: str) -> Any:
+    """Text to image, what that gives enlarged, and image to image over it."""
+    first, second = request.model_copy(update={"hires": None}), request.passes[-1]
+    factor = pipe.vae_scale_factor
+    if hires.latent:
+        latents = generate(pipe, first, scheduler=scheduler, output_type="latent")
+        over = Over(enlarged_latents(latents, request, hires, factor))
+    else:
+        images = generate(pipe, first, scheduler=scheduler)
+        over = Over(enlarged_images(np.stack(images), request, hires, factor))
+    own = None if hires.scheduler is not None else scheduler
+    return generate(pipe, second, scheduler=own, output_type=output_type, over=over)
 
 
 def _pipeline_over(pipe: Any, request: Request, over: Over) -> Any:

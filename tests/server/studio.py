@@ -66,9 +66,9 @@ class FakeStudio:
             raise QueueFull(2.5)
         if self.down or job.engine in self.resting:
             raise BackendError("the engine takes no more jobs: it is closed, or it failed too often")
-        size = (job.request.height, job.request.width)
-        if size not in SIZES:
-            raise RequestError(f"size {size[1]}x{size[0]} is not one of this engine's (64x64, 96x64)")
+        for height, width in ((one.height, one.width) for one in job.request.passes):
+            if (height, width) not in SIZES:
+                raise RequestError(f"size {width}x{height} is not one of this engine's (64x64, 96x64)")
         self.jobs.append(job)
         self.live[job.id] = asyncio.Event()
         return self._events(job)

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from sdfast import infotext
+from sdfast.request import Hires
 from sdfast.schedulers import SAMPLERS, resolve
 from sdfast.server.automatic1111 import calls
 from sdfast.server.automatic1111.fields import ImageToImage, TextToImage
@@ -116,7 +117,6 @@ async def test_a_random_seed_is_told(api: Client, studio: FakeStudio) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "advice"),
     [
-        ("enable_hr", True, "img2img"),
         ("alwayson_scripts", {"ControlNet": {"args": [{}]}}, "ControlNet"),
         ("script_name", "x/y/z plot", "no scripts"),
         ("subseed_strength", 0.1, "one seed"),
@@ -231,6 +231,7 @@ async def test_prompts_are_read_whole_and_with_emphasis(api: Client, studio: Fak
     assert readings == [
         (emphasis, "chunk") for emphasis in ("original", "no_norm", "ignore", None, "original")
     ]
+    assert all(job.request.prompt_editing for job in studio.jobs)
     assert (await api.get("options"))["emphasis"] == "Original"
     await api.post("options", emphasis="Original")
     assert "override_settings" in await api.refused("options", 422, emphasis="None")
@@ -370,6 +371,136 @@ async def test_an_image_that_cannot_be_drawn_over_is_refused(
 async def test_an_engine_without_an_encoder_takes_no_images(api: Client, studio: FakeStudio) -> None:
     studio.engines["tiny"] = replace(engine(), edits=False)
     assert "takes no images" in await api.refused("img2img", 422, init_images=[coded(RED)])
+
+
+def second(studio: FakeStudio) -> Hires:
+    hires = studio.jobs[-1].request.hires
+    assert hires is not None
+    return hires
+
+
+@pytest.mark.parametrize(
+    ("given", "first", "target"),  # width, height
+    [
+        ({"hr_scale": 1.5}, (64, 64), (96, 96)),
+        ({}, (64, 64), (128, 128)),  # by two, if nothing is said
+        ({"width": 96, "hr_scale": 1.3}, (96, 64), (120, 80)),  # 124.8 x 83.2, of whole latents
+        ({"width": 96, "hr_resize_x": 200}, (96, 64), (200, 128)),  # 133 1/3 high
+        ({"width": 96, "hr_resize_y": 128, "hr_resize_x": 0}, (96, 64), (192, 128)),
+        ({"hr_resize_x": 96, "hr_resize_y": 128, "hr_scale": 3.0}, (64, 64), (96, 128)),
+        ({"firstphase_width": 32, "firstphase_height": 48}, (32, 48), (64, 96)),
+    ],
+)
+async def test_the_second_pass_has_the_size_that_automatic1111_gives_it(
+    given: Any, first: Any, target: Any
+) -> None:
+    request, _ = TextToImage(enable_hr=True, **given).request(engine())
+    assert (request.width, request.height) == first
+    assert request.hires is not None
+    assert (request.hires.width, request.hires.height) == target
+
+
+async def test_what_a_second_pass_is_told(api: Client, studio: FakeStudio) -> None:
+    told = await api.post("txt2img", enable_hr=True, hr_scale=1.0, sampler_name="Euler", seed=7)
+    assert second(studio) == Hires(height=64, width=64)
+    info = json.loads(told["info"])
+    assert info["denoising_strength"] == 0.75
+    extra = {"Schedule type": "Automatic", "Hires upscale": "1", "Hires upscaler": "Latent"}
+    assert info["extra_generation_params"] == extra
+    all_of_it: dict[str, Any] = {
+        "hr_upscaler": "Latent (nearest-exact)",
+        "hr_second_pass_steps": 9,
+        "hr_sampler_name": "DPM++ 2M",
+        "hr_scheduler": "karras",
+        "hr_prompt": "a (ship:1.2)",
+        "hr_negative_prompt": "fog",
+        "denoising_strength": 0.5,
+    }
+    size = {"hr_resize_x": 96, "hr_resize_y": 64}
+    told = await api.post("txt2img", enable_hr=True, prompt="a boat", **size, **all_of_it)
+    hires = second(studio)
+    assert (hires.width, hires.height, hires.upscaler) == (96, 64, "latent_nearest_exact")
+    assert (hires.strength, hires.num_inference_steps) == (0.5, 9)
+    assert resolve(str(hires.scheduler)).name == "DPM++ 2M Karras"
+    assert (hires.prompts, hires.negative_prompts) == (("a (ship:1.2)",), ("fog",))
+    extra = json.loads(told["info"])["extra_generation_params"]
+    assert extra["Hires resize"] == "96x64" and extra["Hires sampler"] == "DPM++ 2M"
+    assert extra["Hires steps"] == "9" and extra["Hires prompt"] == "a (ship:1.2)"
+
+
+@pytest.mark.parametrize(
+    ("given", "same"),
+    [
+        ({"hr_sampler_name": None}, True),
+        ({"hr_sampler_name": "Use same sampler", "hr_scheduler": "Use same scheduler"}, True),
+        ({"hr_sampler_name": "Euler a", "hr_scheduler": "automatic"}, True),
+        ({"hr_scheduler": "karras"}, False),
+        ({"hr_sampler_name": "DDIM"}, False),
+    ],
+)
+async def test_a_second_pass_has_the_firsts_sampler_unless_another_is_named(given: Any, same: bool) -> None:
+    request, _ = TextToImage(enable_hr=True, sampler_name="Euler a", **given).request(engine())
+    assert request.hires is not None
+    assert (request.hires.scheduler is None) == same
+
+
+async def test_without_enable_hr_the_rest_means_nothing(api: Client, studio: FakeStudio) -> None:
+    await api.post(
+        "txt2img",
+        enable_hr=False,
+        hr_scale=2.0,
+        hr_upscaler="R-ESRGAN 4x+",
+        hr_checkpoint_name="other",
+        hr_prompt="<lora:oil:1>",
+        firstphase_width=8,
+        denoising_strength=0,
+    )
+    assert studio.jobs[0].request.hires is None and studio.jobs[0].request.width == 64
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({}, "128x128 is not one of this engine's (64x64, 96x64)"),
+        ({"hr_scale": 1.0, "width": 128}, "128x64 is not one of this engine's (64x64, 96x64)"),
+        (
+            {"hr_upscaler": "R-ESRGAN 4x+"},
+            "hr_upscaler: is not here; there are: Latent, Latent (antialiased)",
+        ),
+        ({"hr_checkpoint_name": "other"}, "hr_checkpoint_name: is not supported"),
+        ({"hr_prompt": "a <lora:oil:0.8> boat"}, "hr_prompt: <lora:oil:0.8> is not supported"),
+        ({"hr_sampler_name": "Eulr"}, "hr_sampler_name: "),
+        ({"hr_resize_x": 100}, "hr_resize_x: width: must be a multiple of 8"),
+        ({"hr_scale": 0.05}, "hr_scale: height: must be greater than or equal to 8"),
+        ({"hr_scale": 0.5}, "enable_hr: hires: 32x32 is smaller than the first pass, 64x64"),
+        ({"denoising_strength": 0}, "denoising_strength: strength: must be greater than 0"),
+        ({"denoising_strength": 0.01}, "enable_hr: hires: 50 steps at a strength of 0.01"),
+        ({"hr_second_pass_steps": -1}, "hr_second_pass_steps: must be greater than or equal to 0"),
+        ({"firstphase_width": 64}, "firstphase_width: give firstphase_height"),
+        ({"hr_scale": 200.0}, "hr_scale: height: must be less than or equal to 8192"),
+        ({"width": 4096, "height": 4096}, "width: times height is more than"),
+    ],
+)
+async def test_a_second_pass_that_cannot_be_drawn_is_refused_by_name(
+    api: Client, http: httpx.AsyncClient, studio: FakeStudio, given: Any, told: str
+) -> None:
+    answer = await http.post(f"{API}/txt2img", json={"enable_hr": True, **given})
+    assert answer.status_code in (404, 422)
+    assert told in reason(answer, answer.status_code)["errors"]
+    assert studio.jobs == []
+
+
+async def test_the_upscalers_are_listed(api: Client) -> None:
+    modes = [item["name"] for item in await api.get("latent-upscale-modes")]
+    others = await api.get("upscalers")
+    assert [item["name"] for item in others] == ["Lanczos", "Nearest", "None"]
+    assert others[0].keys() == {"name", "model_name", "model_path", "model_url", "scale"}
+    known = [
+        TextToImage(enable_hr=True, hr_upscaler=name).request(engine())[0].hires
+        for name in (*modes, *(item["name"] for item in others))
+    ]
+    assert len({hires.upscaler for hires in known if hires}) == 8  # without any, Lanczos resizes
+    assert modes[0] == "Latent" and len(modes) == 6
 
 
 CANNY = "control_canny [01234567]"
@@ -547,7 +678,7 @@ async def test_errors_have_automatic1111s_shape(http: httpx.AsyncClient, studio:
 JSON = {"content-type": "application/json"}
 
 
-@pytest.mark.parametrize("name", ["loras", "upscalers", "latent-upscale-modes", "sd-vae", "hypernetworks"])
+@pytest.mark.parametrize("name", ["loras", "sd-vae", "hypernetworks", "face-restorers"])
 async def test_what_is_not_here_is_an_empty_list(api: Client, name: str) -> None:
     assert await api.get(name) == []
 
@@ -560,7 +691,7 @@ async def test_what_else_is_asked(api: Client, http: httpx.AsyncClient) -> None:
     assert (await api.get("memory")).keys() == {"ram", "cuda"}
     assert await api.post("refresh-checkpoints") is None
     assert "unload-checkpoint is not supported" in await api.refused("unload-checkpoint", 501)
-    assert "no upscalers" in await api.refused("extra-single-image", 501)
+    assert "with enable_hr only" in await api.refused("extra-single-image", 501)
 
 
 async def test_the_embeddings_are_those_of_the_engine_that_is_drawn_with(

@@ -55,6 +55,7 @@ async def test_plain_fields_reach_the_engine(sdk: openai.AsyncOpenAI, studio: Fa
         "clip_skip": 1,
         "long_prompts": "chunk",
         "emphasis": "no_norm",
+        "prompt_editing": True,
     }
     await sdk.images.generate(**CALL, size="96x64", n=2, user="someone", extra_body=extra)
     [job] = studio.jobs

@@ -74,8 +74,8 @@ def test_a_control_image(api: webuiapi.WebUIApi, studio: FakeStudio) -> None:
 
 
 def test_what_is_refused_is_raised(api: webuiapi.WebUIApi) -> None:
-    with pytest.raises(RuntimeError, match="enable_hr: is not supported") as caught:
-        api.txt2img(enable_hr=True, **SIZE)
+    with pytest.raises(RuntimeError, match="tiling: is not supported") as caught:
+        api.txt2img(tiling=True, **SIZE)
     assert caught.value.args[0] == 422
     with pytest.raises(RuntimeError, match="Sampler not found") as caught:
         api.txt2img(sampler_name="Eulr", **SIZE)
@@ -91,7 +91,8 @@ def test_lists_and_options(api: webuiapi.WebUIApi, studio: FakeStudio) -> None:
     studio.engines["other"] = engine("other")
     assert {"Euler a", "DPM++ 2M"} < set(api.util_get_sampler_names())
     assert {"automatic", "karras"} < set(api.util_get_scheduler_names())
-    for name in ("sd_vae", "upscalers", "latent_upscale_modes", "loras", "hypernetworks", "face_restorers"):
+    assert [item["name"] for item in api.get_upscalers()] == ["Lanczos", "Nearest", "None"]
+    for name in ("sd_vae", "loras", "hypernetworks", "face_restorers"):
         assert getattr(api, f"get_{name}")() == []
     for name in ("cmd_flags", "scripts", "embeddings", "memory"):
         assert isinstance(getattr(api, f"get_{name}")(), dict)
@@ -103,6 +104,14 @@ def test_lists_and_options(api: webuiapi.WebUIApi, studio: FakeStudio) -> None:
     assert api.util_get_current_model().startswith("other [")
     api.txt2img(**SIZE)
     assert studio.jobs[0].engine == "other"
+
+
+def test_a_second_pass(api: webuiapi.WebUIApi, studio: FakeStudio) -> None:
+    modes = [item["name"] for item in api.get_latent_upscale_modes()]
+    assert set(modes) == {one.value for one in webuiapi.HiResUpscaler if one.value.startswith("Latent")}
+    api.txt2img(enable_hr=True, hr_scale=1, hr_upscaler=webuiapi.HiResUpscaler.LatentBicubic, **SIZE)
+    hires = studio.jobs[0].request.hires
+    assert hires is not None and (hires.upscaler, hires.width) == ("latent_bicubic", 64)
 
 
 def test_png_info(api: webuiapi.WebUIApi) -> None:

@@ -9,9 +9,13 @@ What is asked for is done or refused by name, never ignored. A field that means 
 `hr_scale` without `enable_hr`, is taken, since clients send them all. Where this differs from AUTOMATIC1111:
 
 - Prompts are read as there, in chunks of 75 tokens and with `(word:1.2)`, `[word]` and BREAK (the option
-  `emphasis`, of a request). `[from:to:when]`, `[this|that]`, AND and `<lora:…>` are refused. Seeds make other
+  `emphasis`, of a request), and change between steps as `[from:to:when]` and `[this|that]` say, which count
+  steps as there. AND and `<lora:…>` are refused. Seeds make other
   pictures than there, which draws its noise on the GPU.
 - img2img does `int(steps * denoising_strength)` steps, as diffusers does; AUTOMATIC1111 does one more.
+- enable_hr draws over the picture at a second size, one of the engine's too, as there: `hr_second_pass_steps`
+  are all done, and each picture's noise begins anew from its seed. Pictures that an image upscaler enlarges
+  are cropped before they are encoded, where there the latents are. There are no upscalers that are networks.
 - mask_blur is Pillow's Gaussian blur, which is very nearly the one there.
 - A call is one job: all its pictures are drawn beside each other, so `/skip` ends the call that is the first
   under way. `/interrupt` ends all calls of this interface, whoever made them; those of others go on.

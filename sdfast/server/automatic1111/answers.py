@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image
 
 from sdfast import __version__
+from sdfast.infotext import of_hires
 from sdfast.schedulers import Sampler
 from sdfast.server.automatic1111.calls import Call
 from sdfast.server.automatic1111.fields import Generation
@@ -59,6 +60,7 @@ def _infotext(png: bytes) -> str:
 def _info(order: Order, infotexts: list[str]) -> dict[str, Any]:
     asked, request, images = order.asked, order.call.job.request, order.call.job.request.images
     subseed = -1 if asked.subseed is None else asked.subseed
+    again = {} if request.hires is None else of_hires(request, request.hires, 0)
     return {
         "prompt": request.prompts[0],
         "all_prompts": list(request.prompts) * images,
@@ -83,8 +85,11 @@ def _info(order: Order, infotexts: list[str]) -> dict[str, Any]:
         "sd_vae_hash": None,
         "seed_resize_from_w": -1,
         "seed_resize_from_h": -1,
-        "denoising_strength": request.strength,
-        "extra_generation_params": {"Schedule type": order.sampler.schedule_type},
+        "denoising_strength": request.strength if request.hires is None else request.hires.strength,
+        "extra_generation_params": {
+            "Schedule type": order.sampler.schedule_type,
+            **{name: value for name, value in again.items() if name.startswith("Hires")},
+        },
         "index_of_first_image": 0,
         "infotexts": infotexts,
         "styles": [],

@@ -48,8 +48,10 @@ class Call:
         return elapsed * (1 - self.progress) / self.progress if self.begun else 0.0
 
     def state(self, running: bool) -> dict[str, Any]:
-        """AUTOMATIC1111's state. Its pictures go on together, so it is one job of its steps."""
+        """AUTOMATIC1111's state. Its pictures go on together, so it is one job of all their steps."""
         steps = self.job.request.num_inference_steps or 0
+        if self.job.request.hires is not None:
+            steps += self.job.request.hires.num_inference_steps or steps
         return {
             "skipped": self.skipped,
             "interrupted": self.interrupted,

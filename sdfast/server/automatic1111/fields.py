@@ -8,7 +8,18 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from sdfast.errors import RequestError
-from sdfast.request import MAX_GUIDANCE, MAX_IMAGES, MAX_STEPS, SEED_LIMIT, Request, check_text
+from sdfast.request import (
+    MAX_GUIDANCE,
+    MAX_IMAGES,
+    MAX_SIDE,
+    MAX_STEPS,
+    SEED_LIMIT,
+    UPSCALERS,
+    Hires,
+    Request,
+    Upscaler,
+    check_text,
+)
 from sdfast.schedulers import Sampler
 from sdfast.server.automatic1111 import controlnet
 from sdfast.server.automatic1111.controlnet import Unit
@@ -16,10 +27,12 @@ from sdfast.server.automatic1111.options import clip_skip_of, emphasis_of
 from sdfast.server.automatic1111.samplers import eta_of, sampler_of
 from sdfast.server.body import Neutral, check_neutral
 from sdfast.server.jobs import EngineInfo
-from sdfast.server.problems import of_request_error
+from sdfast.server.problems import Problem, of_request_error
 
 SAMPLER, STEPS, GUIDANCE = "Euler", 50, 7.0  # AUTOMATIC1111's, where nothing is said
-DENOISING_STRENGTH, MASK_BLUR = 0.75, 4
+DENOISING_STRENGTH, MASK_BLUR, HR_SCALE = 0.75, 4, 2.0
+UPSCALERS_HERE: Mapping[str, Upscaler] = {**UPSCALERS, "None": "lanczos"}
+"""AUTOMATIC1111's names; without an upscaler pictures are resized by Lanczos there, too."""
 _EXTRA_NETWORK = re.compile(r"<(lora|lyco|hypernet):[^>]*>", re.IGNORECASE)
 
 _NO_SCRIPTS = "there are no scripts here but ControlNet; leave it out"
@@ -36,10 +49,6 @@ _NEUTRAL: Mapping[str, Neutral] = {
     "refiner_checkpoint": (("", "None"), "one engine draws a picture from end to end; leave it out"),
     "firstpass_image": ((), "txt2img starts from noise; take img2img"),
     "comments": (({},), "it has no meaning in a request; leave it out"),
-    "enable_hr": (
-        (False,),
-        "pictures are drawn once; ask for an engine's larger size, or go on with img2img",
-    ),
     "script_name": (("", "None"), _NO_SCRIPTS),
     "script_args": (([],), _NO_SCRIPTS),
     "save_images": ((False,), _SAVES_NOTHING),
@@ -119,12 +128,7 @@ class Generation(BaseModel):
     @field_validator("prompt", "negative_prompt")
     @classmethod
     def _plain_text(cls, prompt: str | None) -> str | None:
-        found = _EXTRA_NETWORK.search(prompt or "")
-        if found:
-            raise ValueError(
-                f"{found[0]:.60} is not supported: a LoRA is merged into an engine when that is exported "
-                "(`sdfast export --lora`); leave it out"
-            )
+        _check_networks(prompt)
         return prompt
 
     @field_validator("alwayson_scripts")
@@ -172,8 +176,8 @@ class Generation(BaseModel):
         return Request.make(
             prompts=(self.prompt or "",),
             negative_prompts=(self.negative_prompt,),
-            height=engine.default_height if self.height is None else self.height,
-            width=engine.default_width if self.width is None else self.width,
+            height=self.size(engine)[0],
+            width=self.size(engine)[1],
             num_inference_steps=self.steps or STEPS,
             scheduler=scheduler,
             guidance_scale=GUIDANCE if self.cfg_scale is None else self.cfg_scale,
@@ -183,6 +187,8 @@ class Generation(BaseModel):
             clip_skip=clip_skip_of(self.override_settings or {}, engine),
             long_prompts="chunk",
             emphasis=emphasis_of(self.override_settings or {}),
+            prompt_editing=True,
+            hires=self.second_pass(engine, scheduler),
             **({} if unit is None else unit.fields),
             **({} if self.seed in (None, -1) else {"seed": self.seed}),
         )
@@ -190,6 +196,15 @@ class Generation(BaseModel):
     @property
     def strength(self) -> float | None:
         """`Request.strength`; None without an image."""
+        return None
+
+    def size(self, engine: EngineInfo) -> tuple[int, int]:
+        """`Request`'s height and width."""
+        height = engine.default_height if self.height is None else self.height
+        return height, engine.default_width if self.width is None else self.width
+
+    def second_pass(self, engine: EngineInfo, scheduler: str) -> Hires | None:
+        """`Request.hires`. scheduler: the first pass's. Raises `Problem`."""
         return None
 
     def echo(self) -> dict[str, Any]:
@@ -205,14 +220,99 @@ class TextToImage(Generation):
     firstphase_height: int | None = None
     hr_scale: float | None = None
     hr_upscaler: str | None = None
-    hr_second_pass_steps: int | None = None
-    hr_resize_x: int | None = None
-    hr_resize_y: int | None = None
+    hr_second_pass_steps: int | None = Field(default=None, ge=0, le=MAX_STEPS)
+    hr_resize_x: int | None = Field(default=None, ge=0, le=MAX_SIDE)
+    hr_resize_y: int | None = Field(default=None, ge=0, le=MAX_SIDE)
     hr_checkpoint_name: str | None = None
     hr_sampler_name: str | None = None
     hr_scheduler: str | None = None
     hr_prompt: str | None = None
     hr_negative_prompt: str | None = None
+
+    @field_validator("hr_prompt", "hr_negative_prompt")
+    @classmethod
+    def _plain_text_again(cls, prompt: str | None, info: ValidationInfo) -> str | None:
+        if info.data.get("enable_hr"):
+            _check_networks(prompt)
+        return prompt
+
+    @field_validator("hr_upscaler")
+    @classmethod
+    def _known(cls, name: str | None, info: ValidationInfo) -> str | None:
+        if info.data.get("enable_hr") and name and name not in UPSCALERS_HERE:
+            raise ValueError(f"is not here; there are: {', '.join(UPSCALERS_HERE)}")
+        return name
+
+    @field_validator("hr_checkpoint_name")
+    @classmethod
+    def _same_engine(cls, name: str | None, info: ValidationInfo) -> str | None:
+        if info.data.get("enable_hr") and name not in (None, "", "Use same checkpoint"):
+            raise ValueError("is not supported: one engine draws both passes; leave it out")
+        return name
+
+    def size(self, engine: EngineInfo) -> tuple[int, int]:
+        first = (self.firstphase_height or 0, self.firstphase_width or 0)
+        if not self.enable_hr or first == (0, 0):
+            return super().size(engine)
+        if not all(first):
+            raise Problem(
+                422,
+                "firstphase_width: give firstphase_height beside it, or neither",
+                param="firstphase_width",
+            )
+        return first
+
+    def second_pass(self, engine: EngineInfo, scheduler: str) -> Hires | None:
+        if not self.enable_hr:
+            return None
+        (height, width), named = self._target(engine)
+        own = self._sampler_again(scheduler)
+        try:
+            return Hires.make(
+                height=height,
+                width=width,
+                upscaler=UPSCALERS_HERE[self.hr_upscaler or next(iter(UPSCALERS_HERE))],
+                strength=_strength(self.denoising_strength),
+                num_inference_steps=self.hr_second_pass_steps or None,
+                scheduler=own,
+                prompts=(self.hr_prompt,) if self.hr_prompt else None,
+                negative_prompts=(self.hr_negative_prompt,) if self.hr_negative_prompt else None,
+            )
+        except RequestError as error:
+            field = str(error).partition(":")[0]
+            names = {"strength": "denoising_strength", "height": named[0], "width": named[1]}
+            raise of_request_error(error, type(self).model_fields, names.get(field)) from None
+
+    def _target(self, engine: EngineInfo) -> tuple[tuple[int, int], tuple[str, str]]:
+        """The second pass's height and width, and the fields that say so.
+
+        What follows from others is rounded down to whole latents, as there.
+        """
+        (height, width), x, y = self.size(engine), self.hr_resize_x or 0, self.hr_resize_y or 0
+        if not x and not y:
+            scale = HR_SCALE if self.hr_scale is None else self.hr_scale
+            return (_whole(height * scale), _whole(width * scale)), ("hr_scale", "hr_scale")
+        if not y:
+            return (_whole(x * height // width), x), ("hr_resize_x", "hr_resize_x")
+        if not x:
+            return (y, _whole(y * width // height)), ("hr_resize_y", "hr_resize_y")
+        return (y, x), ("hr_resize_y", "hr_resize_x")
+
+    def _sampler_again(self, scheduler: str) -> str | None:
+        """The second pass's scheduler; None for the first's."""
+        first = self.sampler_name or self.sampler_index or SAMPLER
+        name = first if self.hr_sampler_name in (None, "", "Use same sampler") else self.hr_sampler_name
+        kind = self.scheduler
+        if self.hr_scheduler not in (None, "", "Use same scheduler"):
+            kind = self.hr_scheduler
+        try:
+            own, sampler = sampler_of(str(name), kind)
+        except Problem as problem:
+            problem.message = f"hr_sampler_name: {problem.message}"
+            problem.param = "hr_sampler_name"
+            raise
+        eta_of(self.eta, sampler)
+        return None if own == scheduler else own
 
 
 class ImageToImage(Generation):
@@ -286,6 +386,20 @@ class ImageToImage(Generation):
     def echo(self) -> dict[str, Any]:
         hidden = {} if self.include_init_images else {"init_images": None, "mask": None}
         return {**self.model_dump(), **hidden}
+
+
+def _check_networks(prompt: str | None) -> None:
+    found = _EXTRA_NETWORK.search(prompt or "")
+    if found:
+        raise ValueError(
+            f"{found[0]:.60} is not supported: a LoRA is merged into an engine when that is exported "
+            "(`sdfast export --lora`); leave it out"
+        )
+
+
+def _whole(side: float) -> int:
+    """Pixels, of whole latents."""
+    return int(side) // 8 * 8
 
 
 def _strength(given: float | None) -> float:

@@ -1,17 +1,24 @@
-"""Routes that tell or refuse one fixed thing: what AUTOMATIC1111 has and this server has none of."""
+"""Routes that tell or refuse one fixed thing, most of what AUTOMATIC1111 has and this server has none of."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from fastapi import APIRouter
 
+from sdfast.server.automatic1111.fields import UPSCALERS_HERE
 from sdfast.server.jobs import EngineInfo
 from sdfast.server.problems import Problem
 
 _NONE: Mapping[str, Any] = {
     "loras": [],
-    "upscalers": [],
-    "latent-upscale-modes": [],
+    "upscalers": [
+        {"name": name, "model_name": None, "model_path": None, "model_url": None, "scale": 4}
+        for name, known in UPSCALERS_HERE.items()
+        if not known.startswith("latent")
+    ],
+    "latent-upscale-modes": [
+        {"name": name} for name, known in UPSCALERS_HERE.items() if known.startswith("latent")
+    ],
     "sd-vae": [],
     "sd-modules": [],
     "hypernetworks": [],
@@ -27,7 +34,7 @@ _NONE: Mapping[str, Any] = {
 _NOTHING_NEW = ("refresh-checkpoints", "refresh-vae", "refresh-loras", "refresh-embeddings")
 """To look again for what the server draws with, which is settled when it starts, finds nothing new."""
 
-_NO_UPSCALERS = "there are no upscalers or face restorers here"
+_NO_UPSCALERS = "pictures are enlarged by txt2img with enable_hr only, and faces stay as they are drawn"
 _EXPORT = "engines are exported beforehand, with their LoRAs and embeddings; see `sdfast export`"
 _STARTED = "engines are loaded when the server starts, and stay"
 _REFUSED: Mapping[str, str] = {

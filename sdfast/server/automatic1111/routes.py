@@ -173,7 +173,7 @@ def _order(asked: Generation, engine: EngineInfo, desk: Desk) -> Order:
     unit = controlnet.unit_of(asked.alwayson_scripts, engine, over_image=isinstance(asked, ImageToImage))
     request, sampler = asked.request(engine, unit)
     # The engine knows its sizes, but an image is opened before that.
-    if request.height * request.width > MAX_PIXELS:
+    if any(one.height * one.width > MAX_PIXELS for one in request.passes):
         raise Problem(422, f"width: times height is more than {MAX_PIXELS}, the most taken", param="width")
     canvas = canvas_of(asked, request.height, request.width) if isinstance(asked, ImageToImage) else None
     job = desk.job(

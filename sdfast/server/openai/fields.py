@@ -82,6 +82,7 @@ class Generation(BaseModel):
     clip_skip: int | None = None
     long_prompts: Literal["truncate", "chunk"] | None = None
     emphasis: Emphasis | None = None
+    prompt_editing: bool | None = None
     control_image: str | None = None
     controlnet_conditioning_scale: float | None = None
     control_guidance_start: float | None = None
@@ -191,6 +192,7 @@ _SAME = {
     "clip_skip",
     "long_prompts",
     "emphasis",
+    "prompt_editing",
     "strength",
     "controlnet_conditioning_scale",
     "control_guidance_start",

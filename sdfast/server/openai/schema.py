@@ -64,6 +64,10 @@ _SAID: Mapping[str, dict[str, Any]] = {
         "description": "(words) and (words:1.3) count more and [words] less, as AUTOMATIC1111's option of "
         "that name says; brackets are text when left out."
     },
+    "prompt_editing": {
+        "description": "[from:to:when] and [this|that] change the prompt between steps, as with "
+        "AUTOMATIC1111; brackets are not read so when left out."
+    },
     "control_image": {
         "description": "Of an engine with a ControlNet, which needs one: a PNG, JPEG or WebP file as "
         "base64, or a data: URL; resampled to the picture's size."
