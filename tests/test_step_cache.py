@@ -21,6 +21,9 @@ from sdfast.call import Given
 from sdfast.errors import EngineError, ExportError, RequestError
 from sdfast.export.build import export
 from sdfast.export.checkpoint import resolve
+from sdfast.export.forms import compile_onnx
+from sdfast.export.modules import Networks, module_specs
+from sdfast.export.onnx_cpu import CPU
 from sdfast.export.recipe import Recipe
 from sdfast.first_latents import Over
 from sdfast.images import read_images

@@ -272,12 +272,13 @@ def test_pictures_hold_their_parameters(open_batcher: Open, tmp_path: Path) -> N
 
 
 def test_many_jobs_at_once_are_each_as_if_alone(open_batcher: Open) -> None:
-    """Sizes, schedulers, steps and guidance mixed; some are cancelled on the way."""
+    """Sizes, schedulers, steps, guidance and step caching mixed; some are cancelled on the way."""
     sizes = [(Span.exactly(16), Span.exactly(16)), (Span.exactly(16), Span.exactly(24))]
-    engine, chance = FakeEngine(sizes=sizes), random.Random(1)
-    batcher, pipe = open_batcher(engine, max_rows=5), Pipeline(FakeEngine(sizes=sizes))
+    engine, chance = FakeEngine(sizes=sizes, cached=True), random.Random(1)
+    batcher, pipe = open_batcher(engine, max_rows=5), Pipeline(FakeEngine(sizes=sizes, cached=True))
     jobs: list[tuple[str, Request, Ear]] = []
     for i in range(40):
+        interval = chance.choice([1, 2, 3])
         asked = request(
             chance.choice(["a", "the sea", "far too long for this tokenizer"]),
             seed=100 * i,
@@ -287,8 +288,9 @@ def test_many_jobs_at_once_are_each_as_if_alone(open_batcher: Open) -> None:
             num_inference_steps=chance.randint(1, 9),
             guidance_scale=chance.choice([1.0, 3.0, 7.5]),
             guidance_rescale=chance.choice([0.0, 0.5]),
-            guidance_start=chance.choice([0.0, 0.0, 0.4]),
+            guidance_start=chance.choice([0.0, 0.0, 0.4]) if interval == 1 else 0.0,
             guidance_end=chance.choice([1.0, 1.0, 0.6]),
+            cache_interval=interval,
             long_prompts=chance.choice(["truncate", "chunk"]),
         )
         jobs.append((f"job{i}", asked, submit(batcher, asked, f"job{i}")))
