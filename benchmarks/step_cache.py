@@ -116,7 +116,7 @@ def main(
         }
         command = "python -m benchmarks.step_cache " + shlex.join(sys.argv[1:])
         kind = "" if backend == "onnx" else f"-{backend}"
-        name = f"step-cache-{Path(checkpoint).name}-{bench.size}{kind}-cpu"
+        name = f"step-cache-{Path(checkpoint).name}-{bench.size}-branch{branch}{kind}-cpu"
         click.echo(f"kept in {machine.keep(name, command, result)}")
 
 

@@ -224,7 +224,7 @@ class WayDown(Attending):
 
 
 class BothWays(WayDown):
-    """The way down and the way up, without what says how they are gone."""
+    """The way down and the way up: what a whole evaluation and a shallow one have in common."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__(config)
