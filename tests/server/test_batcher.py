@@ -340,6 +340,19 @@ def test_a_short_job_does_not_wait_for_all_pictures_of_a_long_one(open_batcher: 
     assert len(long.done().pngs) == 30
 
 
+def test_a_job_does_not_wait_for_the_end_of_one_of_another_cache_interval(open_batcher: Open) -> None:
+    engine = FakeEngine(cached=True)
+    batcher = open_batcher(engine, max_rows=2)
+    with Held(engine):
+        long = submit(batcher, request(num_inference_steps=900, cache_interval=3), "long")
+        until(lambda: batcher.running() == 1)
+        short = submit(batcher, request("b"), "short")
+        until(lambda: batcher.waiting() == 1)
+    short.done()
+    assert not any(isinstance(event, Done) for event in list(long.events))
+    batcher.cancel("long")
+
+
 def test_a_long_job_is_not_starved_by_a_stream_of_short_ones(
     open_batcher: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
