@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 
 from sdfast.arithmetic import HostArithmetic
 from sdfast.backends.onnx import OnnxRuntime
 from sdfast.call import Given
+from sdfast.cli import main
 from sdfast.errors import EngineError, ExportError, RequestError
 from sdfast.export.build import export
 from sdfast.export.checkpoint import resolve
@@ -27,7 +29,7 @@ from sdfast.export.onnx_cpu import CPU
 from sdfast.export.recipe import Recipe
 from sdfast.first_latents import Over
 from sdfast.images import read_images
-from sdfast.infotext import infotext_of
+from sdfast.infotext import infotext_of, read
 from sdfast.loop import Member, Row, Rows
 from sdfast.manifest import SHALLOW, Span, read_manifest
 from sdfast.models.fp8 import LinearFP8
@@ -438,3 +440,24 @@ def test_the_parameters_say_so() -> None:
     pipe = Pipeline(FakeEngine(cached=True))
     told = infotext_of(request_of(), pipe.schedule_of(request_of()), 3, model="m", weights={}).extra
     assert told == {"Cache interval": "3"}
+
+
+def test_on_the_command_line(shallow_sd: Path, tmp_path: Path) -> None:
+    engine, picture = str(tmp_path / "engine"), tmp_path / "a.png"
+
+    def sdfast(*options: object) -> str:
+        result = CliRunner().invoke(main, [str(option) for option in options])
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    sdfast("export", shallow_sd, "-o", engine, "--backend", "eager", "--cache-branch", 2)
+    assert "step cache   branch 2" in sdfast("info", engine)
+    drawn = "generate", "a boat", "--engine", engine, "--steps", 4, "--seed", 1, "-o", picture
+    sdfast(*drawn, "--cache-interval", 3)
+    assert read(picture).extra == {"Cache interval": "3"}
+    request = request_of(
+        **{"negative_prompts": (None,), "height": 16, "width": 16, "num_inference_steps": 4, "seed": 1},
+        **{"guidance_scale": 7.0, "scheduler": "dpmpp_2m_karras"},
+    )
+    [expected] = ours(Path(engine)).generate(request).images
+    assert Image.open(picture).tobytes() == expected.tobytes()
