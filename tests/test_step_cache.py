@@ -17,15 +17,12 @@ from click.testing import CliRunner
 from PIL import Image
 
 from sdfast.arithmetic import HostArithmetic
-from sdfast.backends.onnx import OnnxRuntime
 from sdfast.call import Given
 from sdfast.cli import main
 from sdfast.errors import EngineError, ExportError, RequestError
 from sdfast.export.build import export
 from sdfast.export.checkpoint import resolve
-from sdfast.export.forms import compile_onnx
 from sdfast.export.modules import Networks, module_specs
-from sdfast.export.onnx_cpu import CPU
 from sdfast.export.recipe import Recipe
 from sdfast.first_latents import Over
 from sdfast.images import read_images
@@ -219,23 +216,6 @@ def test_a_compiled_engine_equals_stock_diffusers(
     stock = reference_pipeline(resolve(str(shallow_sd)))
     expected = stock_latents(stock, branch, asked)
     assert_same(expected, pipe.generate(asked, output_type="latent").images)
-
-
-@pytest.mark.usefixtures("parsed_once")
-def test_steps_as_onnx_are_what_they_are(shallow_sd: Path, tmp_path: Path) -> None:
-    """A whole one and a shallow one, each with its second tensor."""
-    recipe = Recipe.make(cache_branch=0, sizes={"min": "16x16", "max": "32x32"})
-    networks, load = Networks.of(resolve(str(shallow_sd)), 0), OnnxRuntime(torch.device("cpu"), 1).load
-    for spec in module_specs(networks, recipe)[:2]:
-        compile_onnx(spec, tmp_path, CPU)
-        inputs = spec.inputs(2, 24, 16, 77)
-        with torch.no_grad():
-            results = spec.load()(**inputs)
-        results = results if isinstance(results, tuple) else (results,)
-        found = load(tmp_path / f"{spec.name}.onnx")(inputs)
-        assert tuple(found) == spec.outputs == (("output", "deep") if spec.name == "unet" else ("output",))
-        for name, expected in zip(spec.outputs, results, strict=True):
-            torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-4)
 
 
 # Rows
