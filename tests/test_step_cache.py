@@ -324,6 +324,7 @@ def test_a_room_lets_rows_in_where_the_others_are_in_their_phase() -> None:
     turn()
     waiting = room.put_aside(later)  # which had only begun to wait, and joins when the others have gone
     turn()
+    assert room.rows.steps == {late: 4}
     room.join(waiting)
     room.join(last)
     while not room.empty:
