@@ -486,7 +486,7 @@ class Rows:
 
 
 def _own_rows(placed: Sequence[Member]) -> list[tuple[Member, int]]:
-    """Whose each of the U-Net's rows is, in their order, the negatives' first; and which of what it is told."""
+    """Whose each of the U-Net's rows is, the negatives first; and which part of what that is told."""
     return [*((m, 0) for m in placed if m.plan.guided), *((m, -1) for m in placed)]
 
 

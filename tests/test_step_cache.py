@@ -119,7 +119,7 @@ def stock_latents(stock: Any, branch: int, asked: Request, over: Any = None) -> 
     """The last ones, by diffusers' pipeline."""
     plain = asked.model_copy(update={"cache_interval": 1})
     with remembering(stock.unet, asked.cache_interval, branch):
-        return torch.stack(generate(stock, plain, output_type="latent", over=over))
+        return generate(stock, plain, output_type="latent", over=over)
 
 
 ASKS: dict[str, tuple[str, int, dict[str, Any]]] = {
@@ -152,7 +152,7 @@ def test_the_stock_pipeline_draws_the_same(made: Any, tmp_path: Path) -> None:
     """To the bit what those modules draw that remember; on the command line too."""
     stock, pipe, branch = made("sd", 1)
     asked = request_of(num_inference_steps=4)
-    drawn = torch.stack(generate(stock, asked, output_type="latent", cache_branch=branch))
+    drawn = generate(stock, asked, output_type="latent", cache_branch=branch)
     assert torch.equal(drawn, stock_latents(stock, branch, asked))
     with pytest.raises(RequestError, match="a checkpoint does not say up to which branch"):
         generate(stock, asked)

@@ -204,7 +204,7 @@ class Room:
     def put_aside(self, row: Row) -> Member:
         """A row that is in the loop, or about to be, leaves it, and may join again later."""
         for waiting in self._joining:
-            if _row(waiting) is row:
+            if row_of(waiting) is row:
                 self._joining.remove(waiting)
                 return waiting if isinstance(waiting, Member) else Member(waiting)
         self._leaving.add(row)

@@ -337,9 +337,7 @@ def _generate_twice(
     first, second = request.model_copy(update={"hires": None}), request.passes[-1]
     factor = pipe.vae_scale_factor
     if hires.latent:
-        latents = generate(
-            pipe, first, scheduler=scheduler, output_type="latent", cache_branch=cache_branch
-        )
+        latents = generate(pipe, first, scheduler=scheduler, output_type="latent", cache_branch=cache_branch)
         over = Over(enlarged_latents(latents, request, hires, factor))
     else:
         images = generate(pipe, first, scheduler=scheduler, cache_branch=cache_branch)
