@@ -32,7 +32,7 @@ from sdfast.manifest import SHALLOW, Span, read_manifest
 from sdfast.models.fp8 import LinearFP8
 from sdfast.pictures import Job, draw
 from sdfast.pipeline import Pipeline
-from sdfast.request import Request
+from sdfast.request import Hires, Request
 from sdfast.server import jobs
 from sdfast.server.batcher import Batcher
 from sdfast.server.work import Room
@@ -132,6 +132,11 @@ ASKS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "not guided at the end, in a shallow step": ("sd", 1, {"guidance_end": 0.5}),
     "two evaluations a step, each counted": ("sd", 3, {"scheduler": "heun", "num_inference_steps": 4}),
     "more than there are steps": ("sd", 3, {"cache_interval": 100, "num_inference_steps": 3}),
+    "two passes, each counted from its own first": (
+        "sd",
+        0,
+        {"num_inference_steps": 3, "hires": Hires.make(height=80, width=80, num_inference_steps=4)},
+    ),
     "SDXL": ("sdxl", 0, {"cache_interval": 2}),
     "SDXL, not guided, below the first level": ("sdxl", 2, {"guidance_scale": 1.0}),
 }
