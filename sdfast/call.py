@@ -122,6 +122,7 @@ class DiffusersCall(ABC):
         scheduler: str | None = None,
         guidance_start: float = 0.0,
         guidance_end: float = 1.0,
+        cache_interval: int = 1,
         long_prompts: str = "truncate",
         emphasis: str | None = None,
         prompt_editing: bool = False,
@@ -134,6 +135,8 @@ class DiffusersCall(ABC):
             output). `scheduler`: for this call only, by diffusers, AUTOMATIC1111 or short name.
         guidance_scale: 7.5 by default, 5 for SDXL, as in diffusers.
         guidance_start, guidance_end: between which shares of the steps is guidance; the others cost half.
+        cache_interval: one evaluation of the U-Net in so many is a whole one, the others are shallow, on
+            engines with a cache branch; see `Request`.
         long_prompts: "truncate" cuts prompts after 75 tokens, as diffusers does; "chunk" reads all of them,
             75 at a time. emphasis: how `(words:1.3)` count, "original" as with AUTOMATIC1111, "no_norm" or
             "ignore"; by default brackets are text. See `sdfast.emphasis`.
@@ -203,6 +206,7 @@ class DiffusersCall(ABC):
             "guidance_rescale": guidance_rescale,
             "guidance_start": guidance_start,
             "guidance_end": guidance_end,
+            "cache_interval": cache_interval,
             "eta": eta,
             "strength": strength,
             "controlnet_conditioning_scale": controlnet_conditioning_scale,

@@ -123,6 +123,11 @@ def main(debug: bool) -> None:
     help="Give prompts a token for a textual inversion: a .safetensors file, a folder, or a Hub id. "
     "Repeatable, in place of the recipe's. [default token: what the file says, else its name]",
 )
+@click.option(
+    "--cache-branch",
+    type=int,
+    help="Make shallow steps too, for --cache-interval: an approximation. 0 is the usual branch.",
+)
 def export(
     source: str | None,
     output: Path | None,
@@ -184,6 +189,12 @@ def rebuild(engine: Path, checkpoint: str | None) -> None:
     "--guidance-start", type=float, default=0.0, help="The share of the steps before guidance begins."
 )
 @click.option("--guidance-end", type=float, default=1.0, help="That at which it ends; the rest costs half.")
+@click.option(
+    "--cache-interval",
+    type=int,
+    default=1,
+    help="Whole evaluations of the U-Net: one in so many. For engines with a --cache-branch.",
+)
 @click.option("--scheduler", default="dpmpp_2m_karras", show_default=True, help="See `sdfast schedulers`.")
 @click.option("--seed", type=int, help="Picture i gets seed + i. [default: random]")
 @click.option("--size", help="WIDTHxHEIGHT in pixels. [default: the image's, or the engine's own]")
@@ -286,6 +297,7 @@ def serve(engines: tuple[Path, ...], config: Path | None, device: str | None, **
     "--guidance-start", type=float, default=0.0, help="Price guidance from this share of the steps on."
 )
 @click.option("--guidance-end", type=float, default=1.0, help="Price guidance to this share of the steps.")
+@click.option("--cache-interval", type=int, default=1, help="Price step caching with this interval.")
 @click.option("--device", help="[default: what the engine is for]")
 @click.option("--compile", is_flag=True, help="For eager engines: run through torch.compile.")
 @click.option("--attention", type=click.Choice(ATTENTION), help="For eager engines.")

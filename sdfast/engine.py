@@ -25,7 +25,7 @@ from sdfast.backends import (
 )
 from sdfast.backends.target import check_fp8, check_target
 from sdfast.errors import EngineError
-from sdfast.manifest import File, Manifest, Module, Span, Variant, read_manifest
+from sdfast.manifest import SHALLOW, File, Manifest, Module, Span, StepCache, Variant, read_manifest
 from sdfast.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -173,6 +173,11 @@ class Engine:
             torch.set_num_threads(threads)
 
     @property
+    def step_cache(self) -> StepCache | None:
+        """What shallow steps take from whole ones; None where there are none."""
+        return self.manifest.model.step_cache
+
+    @property
     def capturable(self) -> bool:
         """Whether calls of `bind` can be part of a CUDA graph; ONNX Runtime's cannot, it has its own."""
         return self.manifest.backend != "onnx"
@@ -280,7 +285,8 @@ def _tokens(inputs: Mapping[str, torch.Tensor]) -> int | None:
 
 def _looped(manifest: Manifest) -> frozenset[str]:
     """The files whose bound calls a loop repeats on pictures of one size."""
-    forms = manifest.modules["unet"].variants
+    modules = (manifest.modules[name] for name in ("unet", SHALLOW) if name in manifest.modules)
+    forms = [form for module in modules for form in module.variants]
     sized = (f for f in forms if f.height and f.width and f.height.fixed and f.width.fixed)
     return frozenset(form.file for form in sized)
 

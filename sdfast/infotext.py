@@ -146,6 +146,7 @@ def _extra(request: Request, prompt: int) -> dict[str, str]:
             for name, usual in (("guidance_start", 0.0), ("guidance_end", 1.0))
             if (share := getattr(request, name)) != usual
         },
+        **({} if request.cache_interval == 1 else {"Cache interval": str(request.cache_interval)}),
         **({} if control is None else {"ControlNet scale": _number(control)}),
         **({} if (start, end) == (0.0, 1.0) else {"ControlNet steps": f"{_number(start)}-{_number(end)}"}),
         **({} if clip_skip is None else {"Clip skip": str(clip_skip + 1)}),

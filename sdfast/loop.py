@@ -3,12 +3,15 @@
 A row is one picture being denoised. What distinguishes rows (scheduler, step count, guidance, prompt, seed)
 is data, so the loop knows no scheduler. One tick draws the noise that schedulers ask for, runs the U-Net on
 all rows and does the arithmetic around it (`arithmetic/`). On CUDA a tick is one graph.
+
+With step caching, one tick in so many runs the whole U-Net, and the others its outer part alone. All rows of
+a tick do the same, so rows that share ticks are in one phase: no row's picture depends on those beside it.
 """
 
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -18,6 +21,7 @@ import torch
 from sdfast.arithmetic import Arithmetic, Buffers, Capacity, Keep, Noise, Plan, arithmetic_for
 from sdfast.errors import NumericalError
 from sdfast.graph import Graph
+from sdfast.manifest import SHALLOW, StepCache
 from sdfast.schedulers import Schedule
 
 
@@ -26,6 +30,9 @@ class StepNetwork(Protocol):
 
     device: torch.device
     dtype: torch.dtype
+
+    @property
+    def step_cache(self) -> StepCache | None: ...
 
     @property
     def capturable(self) -> bool: ...
@@ -76,7 +83,9 @@ class Row:
     guided: the steps in which it is guided away from its negative, if it has one; default: all.
     noise: unit noise for the steps that draw some. keep: what it keeps of an image that it is drawn over.
     beside: what an inpainting U-Net is told beside the latents, [E, h, w]. control: the embedded control
-    image of a ControlNet, [C_0, h, w]; every row of an engine has one, or none has.
+    image of a ControlNet, [C_0, h, w]; every row of an engine has one, or none has. cache_interval: N, where
+    the steps 0, N, 2N, … run the whole U-Net and the others are shallow; above 1 on engines with a step cache
+    alone, and only if guidance, where there is some, begins with the first step.
     """
 
     schedule: Schedule
@@ -90,6 +99,16 @@ class Row:
     beside: torch.Tensor | None = None
     control: torch.Tensor | None = None
     guided: range | None = None
+    cache_interval: int = 1
+
+    def __post_init__(self) -> None:
+        late = self.negative is not None and self.guided and self.guided.start > 0
+        if self.cache_interval > 1 and late:
+            raise ValueError("a row whose steps are cached is guided from the first step on, or not at all")
+
+    def phase_at(self, step: int) -> tuple[int, int]:
+        """What rows that share ticks have in common: the interval, and the step's place in it."""
+        return self.cache_interval, step % self.cache_interval
 
     def told_at(self, step: int) -> list[Conditioning]:
         """What its U-Net rows are told at a step: the negative's first, where it is guided."""
@@ -102,8 +121,9 @@ class Row:
 class Bucket:
     """The tensors of as many rows of one size as a U-Net call has, and the tick that works on them.
 
-    context: [B, L, KV]. control: [B, C_0, h, w], where there is a ControlNet. One set of rows at a time;
-    others of the same capacity may follow.
+    context: [B, L, KV]. control: [B, C_0, h, w], where there is a ControlNet. deep: [B, C_d, h_d, w_d], what
+    a whole tick leaves for shallow ones, on engines with a step cache. shallow_tick: for rows that have some.
+    One set of rows at a time; others of the same capacity may follow.
     """
 
     buffers: Buffers
@@ -111,6 +131,8 @@ class Bucket:
     arithmetic: Arithmetic
     tick: Callable[[], None]
     control: torch.Tensor | None = None
+    deep: torch.Tensor | None = None
+    shallow_tick: Callable[[], None] | None = None
 
     @classmethod
     def make(
@@ -121,8 +143,9 @@ class Bucket:
         height: int,
         width: int,
         arithmetic: Callable[[Buffers, Capacity], Arithmetic],
+        cached: bool = False,
     ) -> "Bucket":
-        """On the engine's device. like: a row, for the shapes of what it is told."""
+        """On the engine's device. like: a row, for the shapes. cached: with a shallow tick."""
         tokens = len(like.positive.context)
         rows = engine.rows("unet", capacity.rows + capacity.guided, height, width, tokens)
 
@@ -138,9 +161,26 @@ class Bucket:
         control = None if like.control is None else zeros(*like.control.shape)
         if control is not None:
             inputs["control"] = control
-        run_unet = engine.bind("unet", inputs, {"output": buffers.output}, height, width)
-        worker = arithmetic(buffers, capacity)
-        return cls(buffers, context, worker, _tick(engine, run_unet, worker), control)
+        result = {"output": buffers.output}
+        worker, cache = arithmetic(buffers, capacity), engine.step_cache
+        if cache is None:
+            run_unet = engine.bind("unet", inputs, result, height, width)
+            return cls(buffers, context, worker, _tick(engine, run_unet, worker), control)
+        deep = zeros(*cache.shape(*size))
+        run_unet = engine.bind("unet", inputs, {**result, "deep": deep}, height, width)
+        tick, shallow_tick = _tick(engine, run_unet, worker), None
+        if cached:
+            run_shallow = engine.bind(SHALLOW, {**inputs, "deep": deep}, result, height, width)
+            shallow_tick = _tick(engine, run_shallow, worker)
+        return cls(buffers, context, worker, tick, control, deep, shallow_tick)
+
+    def tick_at(self, place: int) -> Callable[[], None]:
+        """The tick of rows at that place in their interval of step caching."""
+        if place == 0:
+            return self.tick
+        if self.shallow_tick is None:
+            raise ValueError("rows whose steps are cached need an engine with a cache branch")
+        return self.shallow_tick
 
 
 def _tick(engine: StepNetwork, run_unet: Callable[[], None], arithmetic: Arithmetic) -> Callable[[], None]:
@@ -220,7 +260,8 @@ class Member:
     One that has left may join again, the same rows or others, and goes on where it was.
 
     told, plan: what it was placed with. stale: whether it is to be placed anew before its next step, since
-    that is guided and its last was not, or the other way round.
+    that is guided and its last was not, or the other way round. deep: while no bucket holds it, and its next
+    step is a shallow one: what that takes from its last whole one, for each of its U-Net rows.
     """
 
     def __init__(self, row: Row) -> None:
@@ -228,6 +269,17 @@ class Member:
         self.step, self.end = 0, len(row.schedule)
         self._lay_out()
         self.registers = row.latents[None]
+        self.deep: torch.Tensor | None = None
+
+    @property
+    def between(self) -> bool:
+        """Whether its next step is a shallow one."""
+        return self.phase is not None and self.phase[1] > 0
+
+    @property
+    def phase(self) -> tuple[int, int] | None:
+        """See `Row.phase_at`. None of one that has no steps left: it may be beside any others."""
+        return self.row.phase_at(self.step) if self.step < self.end else None
 
     @property
     def stale(self) -> bool:
@@ -253,7 +305,7 @@ class Member:
 class Rows:
     """Rows of one picture size, stepping together on one engine; others may join and leave between ticks.
 
-    Their prompts are of one length.
+    Their prompts are of one length, and those that have steps left are in one phase of step caching.
 
     Between two changes they have a bucket of just their capacity, and a tick is the bucket's. At a change
     every row's registers move to the next bucket, where it goes on from its own step with its own noise.
@@ -289,10 +341,15 @@ class Rows:
 
         discard: do not use the present tensors again, after a tick that failed. When there is no memory for
         the rows that join, the others are kept, and are placed by the next change without those.
+
+        Raises `ValueError` for rows of another phase than those that stay, or than one another.
         """
-        self._rest(discard)
         joined = [m if isinstance(m, Member) else Member(m) for m in joining]
-        self._members = [m for m in self._members if m.row not in leaving] + joined
+        members = [m for m in self._members if m.row not in leaving] + joined
+        if len(_phases(members)) > 1:
+            raise ValueError(f"rows of different phases of step caching: {sorted(_phases(members))}")
+        self._rest(discard)
+        self._members = members
         if self._members:
             self._place()
 
@@ -304,6 +361,10 @@ class Rows:
     def active(self) -> bool:
         """Whether some row has steps left."""
         return any(m.step < m.end for m in self._members)
+
+    def phase_without(self, leaving: Collection[Row]) -> tuple[int, int] | None:
+        """`Row.phase_at` of the rows that have steps left, without these; None where there are none."""
+        return next(iter(_phases(m for m in self._members if m.row not in leaving)), None)
 
     @property
     def rows(self) -> list[Row]:
@@ -353,13 +414,14 @@ class Rows:
             self.change()
         self._edit(self._occupied)
         self._arithmetic.feed([m.step for m in self._placed])
-        self._occupied.tick()
+        self._occupied.tick_at(max((place for _, place in _phases(self._placed)), default=0))()
         for member in self._placed:
             member.advance()
 
     def _edit(self, bucket: Bucket) -> None:
         """Give the rows whose prompts change before the next step their new contexts."""
-        for i, (member, told) in enumerate(_told(self._placed)):
+        for i, (member, part) in enumerate(_own_rows(self._placed)):
+            told = member.told[part]
             context = told.later.get(member.step) if member.step < member.end else None
             if context is not None:
                 bucket.context[i] = context
@@ -386,8 +448,12 @@ class Rows:
         """Take every row's registers out of the bucket, and leave that to others."""
         if self._bucket is None:
             return
+        guided = sum(member.plan.guided for member in self._placed)
         for i, member in enumerate(self._placed):
-            member.registers = self._bucket.arithmetic.registers(i)
+            member.registers, member.deep = self._bucket.arithmetic.registers(i), None
+            if self._bucket.deep is not None and member.between:
+                own = slice(i if member.plan.guided else guided + i, guided + i + 1, guided or 1)
+                member.deep = self._bucket.deep[own].clone()
         if not discard:
             self._buckets.give(self._key, self._bucket)
         self._bucket, self._placed = None, []
@@ -399,26 +465,33 @@ class Rows:
         self._caller_order = torch.tensor(np.argsort(self._order), device=self._engine.device)
         placed = [self._members[i] for i in self._order]
         capacity, first = Capacity.of([m.plan for m in placed]), placed[0].row
-        self._key = (capacity, *self._size, len(first.positive.context), self._chosen)
+        cached = any(m.row.cache_interval > 1 for m in placed)
+        self._key = (capacity, *self._size, len(first.positive.context), self._chosen, cached)
         bucket = self._buckets.take(
-            self._key, lambda: Bucket.make(self._engine, first, capacity, *self._size, self._chosen)
+            self._key, lambda: Bucket.make(self._engine, first, capacity, *self._size, self._chosen, cached)
         )
         steps = [m.step for m in placed]
-        for i, (member, told) in enumerate(_told(placed)):
-            bucket.context[i] = told.context_at(member.step)
-        for i, row in enumerate([*(m.row for m in placed if m.plan.guided), *(m.row for m in placed)]):
+        for i, (member, part) in enumerate(_own_rows(placed)):
+            row = member.row
+            bucket.context[i] = member.told[part].context_at(member.step)
             if row.beside is not None:
                 bucket.buffers.sample[i, -len(row.beside) :] = row.beside
             if bucket.control is not None and row.control is not None:
                 bucket.control[i] = row.control
+            if bucket.deep is not None and member.deep is not None:
+                bucket.deep[i] = member.deep[part]
         bucket.arithmetic.place([m.plan for m in placed], steps, [m.registers for m in placed])
         bucket.arithmetic.prepare(steps)
         self._bucket, self._placed = bucket, placed
 
 
-def _told(placed: Sequence[Member]) -> list[tuple[Member, Conditioning]]:
-    """What each of the U-Net's rows is told, in their order: the negatives' first."""
-    return [*((m, m.told[0]) for m in placed if m.plan.guided), *((m, m.told[-1]) for m in placed)]
+def _own_rows(placed: Sequence[Member]) -> list[tuple[Member, int]]:
+    """Whose each of the U-Net's rows is, the negatives first; and which part of what that is told."""
+    return [*((m, 0) for m in placed if m.plan.guided), *((m, -1) for m in placed)]
+
+
+def _phases(members: Iterable[Member]) -> set[tuple[int, int]]:
+    return {member.phase for member in members if member.phase is not None}
 
 
 def check_finite(latents: torch.Tensor) -> None:

@@ -22,6 +22,7 @@ SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 MODULES = {"text_encoder", "context", "time_shift", "unet", "vae_decoder"}  # what no engine can do without
 CONTROL = "control_embedding"  # nor one with a ControlNet without this
+SHALLOW = "unet_shallow"  # nor one with a cache branch without this
 
 
 def _inside(path: str) -> str:
@@ -142,6 +143,19 @@ class Module(_Part):
     half_range: HalfRange | None = None
 
 
+class StepCache(_Part):
+    """What a shallow step takes from a whole one, the U-Net's second output `deep`, [B, channels, h / scale,
+    w / scale] of latents of h × w, rounded up. branch: the skip up to which a shallow step goes."""
+
+    branch: int = Field(ge=0)
+    channels: int = Field(ge=1)
+    scale: int = Field(ge=1)
+
+    def shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """That of one row's, for latents of this size."""
+        return self.channels, -(-height // self.scale), -(-width // self.scale)
+
+
 class Model(_Part):
     """What the loop must know of the networks."""
 
@@ -158,6 +172,7 @@ class Model(_Part):
     pooled_width: int | None = None  # P of the pooled text embedding that SDXL adds to the time embedding
     guidance_embedding: int | None = None  # W of an LCM's guidance embedding
     zero_empty_negative: bool = False  # SDXL: a missing negative prompt is a context of zeros, not of ""
+    step_cache: StepCache | None = None  # of engines that were exported with a cache branch
 
     @property
     def inpaints(self) -> bool:
@@ -297,6 +312,7 @@ class Manifest(_Part):
         if self.backend == "inductor" and self.builder.target is None:
             raise ValueError("native code, but no target that it was compiled for")
         needed = MODULES | ({CONTROL} if self.model.controlled else set())
+        needed |= {SHALLOW} if self.model.step_cache else set()
         if missing := sorted(needed - set(self.modules)):
             raise ValueError(f"no module {missing[0]!r}")
         listed = {file.path for file in self.files}
@@ -401,12 +417,16 @@ class Manifest(_Part):
         return {name: _kinds(taken) for name, taken in told.items() if taken}
 
     def _approximated(self) -> dict[str, str]:
-        """The layers in FP8 by their own names, without where they are; `to_json` has each."""
-        if not self.fp8:
-            return {}
-        kinds = Counter(_layer_kind(name) for name in self.fp8)
-        told = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-        return {"in FP8": f"{len(self.fp8)} layers of the U-Net: {told}"}
+        """The layers in FP8 by their own names, without where they are; `to_json` has each. And the branch of
+        step caching, which a request asks for."""
+        told = {}
+        if self.fp8:
+            kinds = Counter(_layer_kind(name) for name in self.fp8)
+            layers = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+            told["in FP8"] = f"{len(self.fp8)} layers of the U-Net: {layers}"
+        if self.model.step_cache is not None:
+            told["step cache"] = f"branch {self.model.step_cache.branch}, for requests with a cache_interval"
+        return told
 
     def _vae(self) -> dict[str, str]:
         """The precision of each half of the VAE, where it is not simply that of the engine."""

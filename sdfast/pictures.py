@@ -20,7 +20,7 @@ from sdfast.first_latents import Over, check_fit
 from sdfast.images import open_image, read_controls, read_images, read_masks
 from sdfast.infotext import Infotext, infotext_of, png
 from sdfast.manifest import Model
-from sdfast.pipeline import Pipeline, check_channels
+from sdfast.pipeline import Pipeline, check_cached, check_channels
 from sdfast.request import Hires, Request
 from sdfast.schedulers import schedule
 
@@ -55,6 +55,7 @@ class Job:
     guidance: float = 7.0
     guidance_start: float = 0.0
     guidance_end: float = 1.0
+    cache_interval: int = 1
     scheduler: str = "dpmpp_2m_karras"
     seed: int | None = None
     size: str | None = None
@@ -121,6 +122,7 @@ class Job:
             guidance_scale=self.guidance,
             guidance_start=self.guidance_start,
             guidance_end=self.guidance_end,
+            cache_interval=self.cache_interval,
             num_images_per_prompt=self.count,
             clip_skip=self.clip_skip,
             long_prompts=self.long_prompts,
@@ -187,6 +189,7 @@ def draw(job: Job, output: Path | None, overwrite: bool) -> list[tuple[Path, int
     if given.over is not None:
         check_fit(request, given.over, painter.model.vae_scale_factor)
     check_control(painter.model, request, given.control)
+    check_cached(painter.model, request)
     plan = schedule(
         job.scheduler,
         painter.scheduler_config,
@@ -231,7 +234,12 @@ class Stock:
         return cls(device, Attention(job.attention, device) if job.attention else None)
 
     def paint(
-        self, checkpoint: "Checkpoint", dtype: str, request: Request, given: Given
+        self,
+        checkpoint: "Checkpoint",
+        dtype: str,
+        request: Request,
+        given: Given,
+        cache_branch: int | None = None,
     ) -> list[Image.Image]:
         from sdfast.validation.reading import written_out
         from sdfast.validation.reference import generate, reference_pipeline
@@ -240,7 +248,9 @@ class Stock:
             checkpoint, dtype=DTYPES[dtype], device=self.device, attention=self.attention
         )
         pipe.set_progress_bar_config(disable=None)
-        images: list[Image.Image] = generate(pipe, request, over=given.over, control=given.control)
+        images: list[Image.Image] = generate(
+            pipe, request, over=given.over, control=given.control, cache_branch=cache_branch
+        )
         if request.long_prompts == "truncate":
             _tell_cut(_cut(pipe.tokenizer, written_out(pipe, pipe.tokenizer, request.prompts[0])))
         _tell_measured(self.attention)
@@ -264,11 +274,12 @@ def _stock_painter(job: Job, folder: Path) -> Painter:
 
     stock, engine = Stock.of(job), Engine.open(folder, job.device)
     made_of, dtype = engine.manifest.checkpoint, engine.manifest.dtype
-    variant = engine.manifest.recipe.get("variant")
+    variant, cache = engine.manifest.recipe.get("variant"), engine.step_cache
 
     def paint(request: Request, given: Given) -> list[Image.Image]:
         checkpoint = resolve(made_of.source, revision=made_of.revision, variant=variant, progress=_say)
-        return stock.paint(as_made(checkpoint, engine.manifest, _say), dtype, request, given)
+        made = as_made(checkpoint, engine.manifest, _say)
+        return stock.paint(made, dtype, request, given, cache.branch if cache else None)
 
     return _painter_of(engine, paint)
 

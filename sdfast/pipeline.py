@@ -117,6 +117,7 @@ class Pipeline(DiffusersCall):
         loras: Sequence[str | Path | Mapping[str, Any]] = (),
         controlnet: str | Path | Mapping[str, Any] | None = None,
         embeddings: Sequence[str | Path | Mapping[str, Any]] = (),
+        cache_branch: int | None = None,
         compile: bool = False,
         **refused: Any,
     ) -> Self:
@@ -129,8 +130,9 @@ class Pipeline(DiffusersCall):
         else "cpu". `loras`: what is merged into the weights, each a file, a folder or a Hub id, or a mapping
         of `source`, `weight_name`, `revision` and `scale`. `embeddings`: what tokens in prompts stand for
         (textual inversion), likewise, with `token` in place of `scale`. `controlnet`: what is put beside the
-        U-Net, a folder or a Hub id, or a mapping of `source`, `revision` and `variant`. `compile`, for
-        `backend="eager"`: see `Engine.open`.
+        U-Net, a folder or a Hub id, or a mapping of `source`, `revision` and `variant`. `cache_branch`: for
+        calls with a `cache_interval`, see `sdfast.models.step_cache`. `compile`, for `backend="eager"`: see
+        `Engine.open`.
         """
         from sdfast.export.cache import cached_engine
 
@@ -147,6 +149,7 @@ class Pipeline(DiffusersCall):
             loras=loras,
             controlnet=controlnet,
             embeddings=embeddings,
+            cache_branch=cache_branch,
         )
         return cls.from_engine(folder, compile=compile)
 
@@ -232,6 +235,7 @@ class Pipeline(DiffusersCall):
         check_channels(self.engine.manifest.model, masked)
         self.prompts.check_fields(request)  # what is too long is refused when it is encoded
         check_control(self.engine.manifest.model, request, given.control)
+        check_cached(self.engine.manifest.model, request)
         if request.hires is not None:
             self.check_hires(request, request.hires)
         plan = self.schedule_of(request)
@@ -358,6 +362,7 @@ class Pipeline(DiffusersCall):
                 noise=noise.of_row(i),
                 guidance_rescale=request.guidance_rescale,
                 guided=request.guided(len(plan)),
+                cache_interval=request.cache_interval,
                 keep=start.keeps[i],
                 beside=None if start.beside is None else start.beside[i],
                 control=None if control is None else control[i % len(control)],
@@ -473,6 +478,15 @@ def check_channels(model: Model, masked: bool) -> None:
         f"this U-Net takes {model.in_channels} channels, {model.latent_channels} of latents and others that "
         "sdfast does not know; take a checkpoint for text to image or for inpainting"
     )
+
+
+def check_cached(model: Model, request: Request) -> None:
+    """Raises `RequestError` for step caching where the engine has no shallow steps."""
+    if request.cache_interval > 1 and model.step_cache is None:
+        raise RequestError(
+            f"cache_interval: {request.cache_interval}, but this engine was exported without shallow steps; "
+            "leave it out, or export one with `sdfast export SOURCE -o DIR --cache-branch 0`"
+        )
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:

@@ -129,6 +129,10 @@ class Request(_Checked):
     `guidance_start` and `guidance_end`: the shares of the steps between which there is guidance (Kynkäänniemi
     et al. 2024). The others cost half as much; the picture is another one than with guidance in all.
 
+    `cache_interval`: N, where one evaluation of the U-Net in N is a whole one, the first among them, and the
+    others are shallow and take what lies deep from that (step caching, Ma et al. 2023); 1: all are whole. A
+    solver of two evaluations a step counts both. It costs less, and the picture is another one.
+
     `long_prompts`: what becomes of prompts longer than the text encoder reads (75 tokens): "truncate" cuts
     them, as diffusers does, "chunk" reads them 75 tokens at a time, as AUTOMATIC1111 does. `emphasis`: how
     `(words:1.3)` count, see `sdfast.emphasis`; by default brackets are text. `prompt_editing`:
@@ -154,6 +158,7 @@ class Request(_Checked):
     guidance_rescale: float = Field(default=0.0, ge=0.0, le=1.0)
     guidance_start: float = Field(default=0.0, ge=0.0, le=1.0)
     guidance_end: float = Field(default=1.0, ge=0.0, le=1.0)
+    cache_interval: int = Field(default=1, ge=1, le=MAX_STEPS)
     eta: float = Field(default=0.0, ge=0.0, le=1.0)
     strength: float | None = Field(default=None, gt=0.0, le=1.0)
     controlnet_conditioning_scale: float | None = Field(default=None, ge=0.0, le=MAX_CONTROL)
@@ -255,6 +260,11 @@ class Request(_Checked):
         if self.guidance_start >= self.guidance_end:
             raise ValueError(
                 f"guidance_start: {self.guidance_start:g} is not below guidance_end, {self.guidance_end:g}"
+            )
+        if self.cache_interval > 1 and self.guidance_start > 0:
+            raise ValueError(
+                f"cache_interval: with guidance_start {self.guidance_start:g}, the first shallow steps with "
+                "guidance would have nothing to take for the negative prompt; leave one of the two out"
             )
         if len(self.negative_prompts) != len(self.prompts):
             raise ValueError(

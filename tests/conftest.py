@@ -170,6 +170,7 @@ LONGEST = (
     "export/test_compiled_kernels.py",
     "export/test_build.py",
     "test_controlnet.py",
+    "test_step_cache.py",
     "server/test_serve.py",
     "schedulers/test_configs.py",
     "test_pipeline.py",

@@ -19,13 +19,25 @@ import torch
 from sdfast.emphasis import Piece
 from sdfast.engine import Engine
 from sdfast.errors import BackendError
-from sdfast.manifest import CONTROL, Builder, Manifest, Model, Module, Source, Span, Variant
+from sdfast.manifest import (
+    CONTROL,
+    SHALLOW,
+    Builder,
+    Manifest,
+    Model,
+    Module,
+    Source,
+    Span,
+    StepCache,
+    Variant,
+)
 from sdfast.tokenizer import Chunks
 
 TEXT_WIDTH = 4  # D
 CONTEXT_WIDTH = 6  # KV
 SHIFT_WIDTH = 2  # T
 CONTROL_CHANNELS = 4  # C_0
+STEP_CACHE = StepCache(branch=0, channels=5, scale=2)
 LENGTH = 8  # tokens of a chunk
 LAYERS = 3
 FACTOR = 8  # pixels a latent
@@ -95,6 +107,8 @@ class FakeModule:
     def __init__(self, name: str, engine: "FakeEngine") -> None:
         self._name, self._engine = name, engine
         self._function = _FUNCTIONS[name]
+        if name == "unet" and engine.step_cache is not None:
+            self._function = _unet_and_deep
 
     def __call__(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         calls = self._engine.calls[self._name]
@@ -146,7 +160,7 @@ class FakeEngine(Engine):
 
     batches: the batch forms of the U-Net. sizes: its (height, width) forms in pixels. failpoints: by module
     name; may be changed at any time. calls: the batch of every call, by module name. edits: whether it takes
-    images. controlled: whether it has a ControlNet.
+    images. controlled: whether it has a ControlNet. cached: whether it has shallow steps.
     """
 
     def __init__(
@@ -158,9 +172,10 @@ class FakeEngine(Engine):
         dtype: torch.dtype = torch.float32,
         edits: bool = True,
         controlled: bool = False,
+        cached: bool = False,
     ) -> None:
         self.folder = Path("fake")
-        self.manifest = _manifest(batches, sizes, guidance_embedding, controlled)
+        self.manifest = _manifest(batches, sizes, guidance_embedding, controlled, cached)
         if not edits:
             del self.manifest.modules["vae_encoder"]
         self.device = torch.device("cpu")
@@ -178,15 +193,17 @@ def _manifest(
     sizes: Sequence[tuple[Span, Span]],
     guidance_embedding: int | None,
     controlled: bool,
+    cached: bool,
 ) -> Manifest:
     forms: dict[str, list[Variant]] = {
         name: [Variant(file=name, batch=Span.exactly(1))] for name in _FUNCTIONS
     }
     forms["time_shift"] = [Variant(file="time_shift", batch=Span(low=1, high=1000))]
     lengths = Span(low=LENGTH, high=12 * LENGTH)
-    forms["unet"] = [
-        Variant(file="unet", batch=b, height=h, width=w, tokens=lengths) for h, w in sizes for b in batches
-    ]
+    for name in ("unet", SHALLOW):
+        forms[name] = [
+            Variant(file=name, batch=b, height=h, width=w, tokens=lengths) for h, w in sizes for b in batches
+        ]
     for name in ("vae_decoder", "vae_encoder", CONTROL):
         forms[name] = [Variant(file=name, batch=Span.exactly(1), height=h, width=w) for h, w in sizes]
     modules = {
@@ -211,6 +228,7 @@ def _manifest(
         time_shift_width=SHIFT_WIDTH,
         guidance_embedding=guidance_embedding,
         control_channels=CONTROL_CHANNELS if controlled else None,
+        step_cache=STEP_CACHE if cached else None,
     )
     return Manifest.model_construct(
         name="fake",
@@ -259,6 +277,22 @@ def _unet(
     return {"output": output if control is None else output + time_shift[:, 2].view(-1, 1, 1, 1) * control}
 
 
+def _unet_and_deep(
+    sample: torch.Tensor, time_shift: torch.Tensor, context: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    told = context[:, 0, 0] / 100 + time_shift[:, 0]
+    kept = (sample.mean(dim=(1, 2, 3)) - told).view(-1, 1, 1, 1)
+    shape = STEP_CACHE.shape(*sample.shape[2:])
+    return {**_unet(sample, time_shift, context), "deep": kept.expand(-1, *shape)}
+
+
+def _unet_shallow(
+    sample: torch.Tensor, time_shift: torch.Tensor, context: torch.Tensor, deep: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    told = context[:, 0, 0] / 100 + time_shift[:, 0] + deep.mean(dim=(1, 2, 3))
+    return {"output": sample * 0.25 + told.view(-1, 1, 1, 1)}
+
+
 def _vae_decoder(latents: torch.Tensor) -> dict[str, torch.Tensor]:
     wide = latents[:, :3].repeat_interleave(FACTOR, 2).repeat_interleave(FACTOR, 3)
     return {"image": torch.sigmoid(wide / 16)}  # few latents are so large that they make plain black or white
@@ -280,6 +314,7 @@ _FUNCTIONS: dict[str, Callable[..., dict[str, torch.Tensor]]] = {
     "context": _context,
     "time_shift": _time_shift,
     "unet": _unet,
+    SHALLOW: _unet_shallow,
     "vae_decoder": _vae_decoder,
     "vae_encoder": _vae_encoder,
     CONTROL: _control_embedding,

@@ -42,7 +42,7 @@ class CudaEngine(FakeEngine):
     """The fake engine, its modules on the device."""
 
     def __init__(self, *batches: Span) -> None:
-        super().__init__(batches)
+        super().__init__(batches, cached=True)
         self.device = torch.device("cuda")
 
 
@@ -50,8 +50,8 @@ class CudaEngine(FakeEngine):
 def test_between_joining_and_leaving_nothing_waits() -> None:
     """From the second rows of a bucket on: capturing the graph of the first ones takes a moment's quiet."""
     engine, buckets = CudaEngine(Span(low=1, high=16)), Buckets()
-    for strict in (False, True):
-        kinds_of_rows = [*MIXED, *KEEPING]
+    for strict, cached in ((False, {}), (True, {}), (False, {"interval": 3}), (True, {"interval": 3})):
+        kinds_of_rows = [{**kinds, **cached} for kinds in (*MIXED, *KEEPING)]
         running = Rows(engine, [row(**kinds) for kinds in kinds_of_rows], SIDE, SIDE, buckets=buckets)
         torch.cuda.set_sync_debug_mode("error" if strict else "default")
         while running.active:
@@ -73,7 +73,7 @@ def test_a_graph_replays_what_was_run_first() -> None:
 @pytest.fixture(scope="module", params=["eager", "inductor"])
 def engine(request: pytest.FixtureRequest, tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     compiled = {"device": "cuda"} if request.param == "inductor" else {}
-    recipe = Recipe.make(backend=request.param, sizes=["64x64"], batch=[1, 2], **compiled)
+    recipe = Recipe.make(backend=request.param, sizes=["64x64"], batch=[1, 2], cache_branch=1, **compiled)
     return export(tiny_sd, tmp_path_factory.mktemp("cuda") / request.param, recipe)
 
 
@@ -115,11 +115,33 @@ def test_the_picture_over_an_image_is_the_processors(
         assert_same(ours.cpu(), Pipeline.from_engine(sd_engine)("the sea", **call).images)
 
 
+@pytest.mark.parametrize("guidance_end", [1.0, 0.5])
+def test_the_picture_of_cached_steps_is_the_processors(engine: Path, guidance_end: float) -> None:
+    call: dict[str, Any] = {
+        "num_inference_steps": 8,
+        "output_type": "pt",
+        "seed": 5,
+        "scheduler": "Euler a",
+        "cache_interval": 3,
+        "guidance_end": guidance_end,
+    }
+    pipe, plain = Pipeline.from_engine(engine, "cuda"), "eager" in engine.name
+    expected = Pipeline.from_engine(engine, "cpu")("the sea", **call).images if plain else None
+    first = pipe("the sea", **call).images.cpu()
+    assert torch.equal(pipe("the sea", **call).images.cpu(), first)  # by the graphs from the first step on
+    if expected is not None:
+        assert_same(first, expected)
+    whole = pipe("the sea", **{**call, "cache_interval": 1}).images.cpu()
+    assert 1e-3 < (whole - first).norm() / whole.norm() < 0.2
+
+
+@pytest.mark.parametrize("interval", [1, 2])
 @pytest.mark.usefixtures("no_synchronisation")
-def test_a_compiled_engines_steps_do_not_wait(engine: Path) -> None:
+def test_a_compiled_engines_steps_do_not_wait(engine: Path, interval: int) -> None:
     opened = Engine.open(engine, "cuda", load=True)
     pipe = Pipeline(opened)
     call: dict[str, Any] = {"num_inference_steps": 6, "output_type": "latent", "seed": 1, "height": 64}
+    call["cache_interval"] = interval
 
     pipe("the sea", width=64, **call)
     tick = Rows.tick

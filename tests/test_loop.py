@@ -71,6 +71,8 @@ def row(
     guidance: float = 7.0,
     rescale: float = 0.0,
     keeps: bool = False,
+    interval: int = 1,
+    guided: range | None = None,
 ) -> Row:
     chosen = plan(name, steps)
     noise, keep = OwnNoise([generator(seed)], SHAPE), None
@@ -86,6 +88,8 @@ def row(
         noise=noise.of_row(0),
         guidance_rescale=rescale,
         keep=keep,
+        guided=guided,
+        cache_interval=interval,
     )
 
 
@@ -113,7 +117,7 @@ def run(engine: FakeEngine, rows: Sequence[Row], arithmetic: Arithmetics) -> tor
 
 
 def alone(arithmetic: Arithmetics, **kinds: object) -> torch.Tensor:
-    return run(FakeEngine(), [row(**kinds)], arithmetic)[0]
+    return run(FakeEngine(cached="interval" in kinds), [row(**kinds)], arithmetic)[0]
 
 
 def by_hand(told_row: Row) -> torch.Tensor:
@@ -121,17 +125,22 @@ def by_hand(told_row: Row) -> torch.Tensor:
     table = told_row.schedule
     registers = torch.zeros(table.registers, *SHAPE, dtype=torch.float64)
     registers[0] = told_row.latents
+    deep: list[torch.Tensor] = []
     for k in range(len(table)):
         sample = registers[0] * table.input_scale[k]
-        outputs = [
-            sample * 0.5 + c.context[0, 0].double() / 100 + c.time_shift[k, 0].double()
+        told = [
+            c.context[0, 0].double() / 100 + c.time_shift[k, 0].double()
             for c in (told_row.negative, told_row.positive)
             if c is not None
         ]
-        guided = outputs[-1]
-        if told_row.negative is not None:
+        if k % told_row.cache_interval == 0:
+            outputs, deep = [sample * 0.5 + t for t in told], [sample.mean() - t for t in told]
+        else:
+            outputs = [sample * 0.25 + t + d for t, d in zip(told, deep, strict=True)]
+        guided, away = outputs[-1], len(outputs) == 2 and (told_row.guided is None or k in told_row.guided)
+        if away:
             guided = outputs[0] + told_row.guidance * (outputs[1] - outputs[0])
-        if told_row.negative is not None and told_row.guidance_rescale:
+        if away and told_row.guidance_rescale:
             rescaled = guided * outputs[1].std() / guided.std()
             guided = told_row.guidance_rescale * rescaled + (1 - told_row.guidance_rescale) * guided
         z = told_row.noise(k).double() if table.draws_noise[k] else torch.zeros(SHAPE, dtype=torch.float64)

@@ -14,10 +14,12 @@ from torch import nn
 
 from sdfast.backends.fp8 import scaled_mm
 from sdfast.errors import BackendError, DependencyError, EngineError, first_line
+from sdfast.manifest import SHALLOW
 from sdfast.models import ops
 from sdfast.models.controlnet import ControlEmbedding, Controlled, ControlNetConfig
 from sdfast.models.fp8 import convert, use_product
 from sdfast.models.half_range import set_eps
+from sdfast.models.step_cache import ShallowUNet
 from sdfast.models.unet import (
     Attending,
     Context,
@@ -32,6 +34,7 @@ from sdfast.models.vae import VAEConfig, VAEDecoder, VAEEncoder
 HEADER = "sdfast"  # the key in a file's metadata that says in JSON which network it holds
 _OUTPUTS = {
     "unet": ("output",),
+    SHALLOW: ("output",),
     "context": ("context",),
     "time_shift": ("time_shift",),
     "control_embedding": ("control",),
@@ -42,7 +45,7 @@ _OUTPUTS = {
 }
 # What torch.compile is for. The rest runs once a prompt or an image, or for any number of timesteps at once:
 # compiling it takes longer than it ever saves.
-_WORTH_COMPILING = ("unet", "vae_decoder")
+_WORTH_COMPILING = ("unet", SHALLOW, "vae_decoder")
 _COMPILER = "inductor"
 _ALL_SHAPES = 10_000  # in place of Dynamo's limit of 8, beyond which a network is not compiled any more
 
@@ -160,9 +163,12 @@ def load_eager(
         network.use_attention(attention)
     if device.type == "cuda" and isinstance(network, Attending):
         use_product(network, scaled_mm)
+    outputs = _OUTPUTS[name]
+    if isinstance(network, UNet) and network.branch is not None:
+        outputs = (*outputs, "deep")
     if compile and name in _WORTH_COMPILING:
-        return TorchCompiledModule(name, network, _OUTPUTS[name])
-    return EagerModule(network, _OUTPUTS[name])
+        return TorchCompiledModule(name, network, outputs)
+    return EagerModule(network, outputs)
 
 
 def _case(inputs: Mapping[str, torch.Tensor]) -> Hashable:
@@ -192,7 +198,9 @@ def _network(name: str, header: Mapping[str, Any]) -> nn.Module:
 def _unet_part(name: str, header: Mapping[str, Any]) -> nn.Module:
     """One of the modules that the weights of a U-Net, and of its ControlNet, are dealt out to."""
     config = UNetConfig.from_diffusers(header["config"])
-    unet = UNet(config)
+    if name == SHALLOW:
+        return convert(ShallowUNet(config, header["cache_branch"]), header.get("fp8", ()))
+    unet = UNet(config, header.get("cache_branch"))
     own = unet, TimeShift(config, shift_parts(unet)), Context(config, context_parts(unet))
     parts: Sequence[nn.Module] = own
     if "controlnet" in header:

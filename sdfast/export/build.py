@@ -32,6 +32,7 @@ from sdfast.export.tokenizer import save_runtime_tokenizer
 from sdfast.manifest import (
     CHUNK,
     MANIFEST_NAME,
+    SHALLOW,
     Builder,
     File,
     Manifest,
@@ -142,7 +143,7 @@ class _Build:
         self.recipe = recipe
         self.target = target
         self.progress = progress
-        self.networks = Networks.of(checkpoint)
+        self.networks = Networks.of(checkpoint, recipe.cache_branch)
         self.specs = module_specs(self.networks, recipe)
         self.code_target = _code_target(recipe)
         self.fingerprints = {spec.name: self._fingerprint(spec) for spec in self.specs}
@@ -325,6 +326,8 @@ class _Build:
         embeddings = [x.digest for x in self.checkpoint.embeddings if x.first.keys() & set(spec.components)]
         if embeddings:
             depends["embeddings"] = embeddings
+        if self.recipe.cache_branch is not None and spec.name in ("unet", SHALLOW):
+            depends["cache branch"] = self.recipe.cache_branch
         if self.code_target is not None and self.code_target.device == "cuda":
             depends["kernels"] = self.recipe.kernels or "auto"
         return json_digest(depends)

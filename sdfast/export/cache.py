@@ -37,11 +37,12 @@ def cached_engine(
     loras: Sequence[Any] = (),
     controlnet: Any = None,
     embeddings: Sequence[Any] = (),
+    cache_branch: int | None = None,
 ) -> Path:
     """The folder of the engine of a checkpoint, built when it is not there or the checkpoint has changed.
 
     The checkpoint's own size is compiled unless `sizes` ("512x768", width first) names others. `loras`,
-    `controlnet`, `embeddings`: as a recipe has them. What is built is said on stderr.
+    `controlnet`, `embeddings`, `cache_branch`: as a recipe has them. What is built is said on stderr.
     """
     if dtype not in _DTYPES:
         raise RequestError(f"torch_dtype: {dtype} is not one of torch.float32, torch.float16")
@@ -57,6 +58,7 @@ def cached_engine(
         loras=loras,
         controlnet=controlnet,
         embeddings=embeddings,
+        cache_branch=cache_branch,
     )
     source = str(checkpoint)
     shown = source.replace(os.sep, "--").strip("-.") or "checkpoint"

@@ -11,6 +11,8 @@ from sdfast.export.modules import ModuleSpec
 from sdfast.export.weights import save_weights
 from sdfast.manifest import Span, Variant
 from sdfast.models.half_range import changed_eps
+from sdfast.models.step_cache import ShallowUNet
+from sdfast.models.unet import UNet
 from sdfast.models.vae import VAEDecoder, VAEEncoder
 
 
@@ -27,6 +29,8 @@ def compile_eager(spec: ModuleSpec, place: Path, checkpoint: Checkpoint) -> list
     }
     if spec.components[1:] == (CONTROLNET,):
         header[CONTROLNET] = dict(checkpoint.component(CONTROLNET).config)
+    if isinstance(network, UNet | ShallowUNet) and network.branch is not None:
+        header["cache_branch"] = network.branch
     if isinstance(network, VAEDecoder | VAEEncoder) and (eps := changed_eps(network)):
         header["eps"] = eps
     state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}

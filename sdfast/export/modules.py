@@ -15,7 +15,7 @@ from sdfast.export.controlnet import ControlNetSource
 from sdfast.export.layout import CONTROLNET
 from sdfast.export.magnitudes import DoesNotFit, extents, scales_for
 from sdfast.export.recipe import Recipe
-from sdfast.manifest import CHUNK, CONTROL, ONE_CHUNK, HalfRange, Model, Span
+from sdfast.manifest import CHUNK, CONTROL, ONE_CHUNK, SHALLOW, HalfRange, Model, Span, StepCache
 from sdfast.models.controlnet import (
     ControlEmbedding,
     Controlled,
@@ -29,8 +29,9 @@ from sdfast.models.controlnet import (
 )
 from sdfast.models.fp8 import MULTIPLE, convert, fp8_layers
 from sdfast.models.half_range import VAE, rescale
+from sdfast.models.step_cache import ShallowUNet
 from sdfast.models.text import TextEncoder
-from sdfast.models.unet import Context, TimeShift, UNet, UNetConfig, load_unet
+from sdfast.models.unet import Context, TimeShift, UNet, UNetConfig, load_unet, rungs, skip_levels
 from sdfast.models.vae import VAEConfig, VAEDecoder, VAEEncoder, has_encoder, load_vae
 from sdfast.request import MAX_STEPS
 
@@ -81,15 +82,19 @@ class Networks:
     vae: VAEConfig
     text: tuple[str, ...]  # names of the text encoders
     controlnet: ControlNetConfig | None = None
+    step_cache: StepCache | None = None
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> "Networks":
+    def of(cls, checkpoint: Checkpoint, cache_branch: int | None = None) -> "Networks":
+        """cache_branch: as a recipe's. Raises `ExportError` for one that the U-Net does not have."""
         parts = checkpoint.components
+        unet = UNetConfig.from_diffusers(parts["unet"].config)
         networks = cls(
             checkpoint,
-            UNetConfig.from_diffusers(parts["unet"].config),
+            unet,
             VAEConfig.from_diffusers(parts["vae"].config),
             tuple(sorted(name for name in parts if name.startswith("text_encoder"))),
+            step_cache=None if cache_branch is None else _step_cache(unet, cache_branch),
         )
         return networks if checkpoint.controlnet is None else networks._with(checkpoint.controlnet)
 
@@ -126,7 +131,7 @@ class Networks:
     def step(self) -> UNet | ControlledUNet:
         """The network of a step, without weights."""
         with torch.device("meta"):
-            unet = UNet(self.unet)
+            unet = UNet(self.unet, self.step_cache.branch if self.step_cache else None)
             return (
                 unet
                 if self.controlnet is None
@@ -152,7 +157,17 @@ class Networks:
             pooled_width=self.unet.pooled_dim,
             guidance_embedding=self.unet.time_cond_proj_dim,
             zero_empty_negative=bool(self.checkpoint.index.get("force_zeros_for_empty_prompt", sdxl)),
+            step_cache=self.step_cache,
         )
+
+
+def _step_cache(unet: UNetConfig, branch: int) -> StepCache:
+    skips = rungs(unet)
+    if branch >= len(skips):
+        raise ExportError(
+            f"cache_branch: {branch}, but this U-Net has branches 0 to {len(skips) - 1}; 0 is the usual one"
+        )
+    return StepCache(branch=branch, channels=skips[branch].channels, scale=2 ** skip_levels(unet)[branch])
 
 
 def module_specs(networks: Networks, recipe: Recipe) -> list[ModuleSpec]:
@@ -161,9 +176,11 @@ def module_specs(networks: Networks, recipe: Recipe) -> list[ModuleSpec]:
     sizes = recipe.size_spans(networks.default_side)
     _check_sizes(sizes, networks.factor)
     load = _UNetParts(networks, dtype, networks.fp8() if recipe.fp8 else ())
+    steps = model, load, dtype, recipe.unet_batches(), sizes, recipe.prompt_lengths()
     vae = _VAEHalves(networks, half=dtype == torch.float16 and recipe.vae == "auto")
     return [
-        _unet(model, load, dtype, recipe.unet_batches(), sizes, recipe.prompt_lengths()),
+        _unet(*steps),
+        *_shallow(recipe.backend, *steps),
         _context(model, load, dtype),
         _time_shift(networks.unet, model, load, dtype),
         *_control_embedding(networks, dtype, sizes),
@@ -189,11 +206,23 @@ class _UNetParts:
         unet, added = self._networks.unet, self._networks.checkpoint.controlnet
         weights = self._networks.checkpoint.state_dict("unet")
         if self._networks.controlnet is None or added is None:
-            return load_unet(unet, weights, self._dtype)
+            cache = self._networks.step_cache
+            return load_unet(unet, weights, self._dtype, cache.branch if cache else None)
         return load_controlled(unet, weights, self._networks.controlnet, added.state_dict(), self._dtype)
 
     def unet(self) -> UNet | ControlledUNet:
         return convert(self._load()[0], self.fp8)
+
+    def shallow(self, branch: int) -> ShallowUNet:
+        weights = self._networks.checkpoint.state_dict("unet")
+        unet = load_unet(self._networks.unet, weights, self._dtype)[0]
+        return convert(ShallowUNet.of(unet, branch), self.shallow_fp8(branch))
+
+    def shallow_fp8(self, branch: int) -> tuple[str, ...]:
+        """Of the layers in FP8 those that shallow steps have."""
+        with torch.device("meta"):
+            own = {name for name, _ in ShallowUNet(self._networks.unet, branch).named_modules()}
+        return tuple(name for name in self.fp8 if name in own)
 
     def time_shift(self) -> TimeShift | ControlledTimeShift:
         return self._load()[1]
@@ -222,17 +251,56 @@ def _unet(
             given["control"] = torch.randn(batch, model.control_channels, *size, dtype=dtype)
         return given
 
-    image = {0: "batch", 2: "height", 3: "width"}
-    free = {"sample": image, "time_shift": {0: "batch"}, "context": {0: "batch", 1: "tokens"}}
+    free = {"sample": _IMAGE, "time_shift": {0: "batch"}, "context": {0: "batch", 1: "tokens"}}
     if model.controlled:
-        free["control"] = image
+        free["control"] = _IMAGE
     forms = tuple(
         Form(batch, height, width, tokens)
         for height, width in sizes
         for batch in batches
         for tokens in lengths
     )
-    return ModuleSpec("unet", load.unet, inputs, free, ("output",), load.components, forms, load.fp8)
+    outputs = ("output", "deep") if model.step_cache else ("output",)
+    return ModuleSpec("unet", load.unet, inputs, free, outputs, load.components, forms, load.fp8)
+
+
+_IMAGE: Mapping[int, str] = {0: "batch", 2: "height", 3: "width"}
+
+
+def _shallow(
+    backend: str,
+    model: Model,
+    load: _UNetParts,
+    dtype: torch.dtype,
+    batches: list[Span],
+    sizes: list[tuple[Span, Span]],
+    lengths: list[Span],
+) -> Iterator[ModuleSpec]:
+    """The shallow steps, in the forms of the whole ones; none without a cache branch."""
+    whole, cache = _unet(model, load, dtype, batches, sizes, lengths), model.step_cache
+    if cache is None:
+        return
+    if cache.scale > 1 and backend != "eager" and not all(side.fixed for size in sizes for side in size):
+        raise ExportError(
+            f"cache_branch: {cache.branch} keeps a feature that is smaller than the latents, which cannot be "
+            "compiled for a range of sizes; give the sizes as a list, or take a lower branch"
+        )
+
+    def inputs(batch: int, height: int, width: int, tokens: int) -> dict[str, Tensor]:
+        given = whole.inputs(batch, height, width, tokens)
+        deep = cache.shape(*given["sample"].shape[2:])
+        return {**given, "deep": torch.randn(batch, *deep, dtype=dtype)}
+
+    free = {**whole.free, "deep": _IMAGE if cache.scale == 1 else {0: "batch"}}
+    yield replace(
+        whole,
+        name=SHALLOW,
+        load=lambda: load.shallow(cache.branch),
+        inputs=inputs,
+        free=free,
+        outputs=("output",),
+        fp8=load.shallow_fp8(cache.branch),
+    )
 
 
 def _context(model: Model, load: _UNetParts, dtype: torch.dtype) -> ModuleSpec:

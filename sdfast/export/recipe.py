@@ -157,6 +157,9 @@ class Recipe(_Part):
     loras: what is merged into the weights; several add up.
     controlnet: under whose guidance every picture is drawn, by a control image.
     embeddings: what tokens in prompts stand for.
+    cache_branch: make shallow steps of the U-Net too, for requests with a `cache_interval`: an approximation,
+        see `sdfast.models.step_cache`. The skip up to which they go: 0 is the usual one, the fastest; later
+        ones change the picture less. Not together with a ControlNet.
 
     A field that has no use in a recipe is None there, and refused when it is given.
     """
@@ -179,6 +182,7 @@ class Recipe(_Part):
     loras: tuple[LoraSetting, ...] = ()
     controlnet: ControlNetSetting | None = None
     embeddings: tuple[EmbeddingSetting, ...] = ()
+    cache_branch: Annotated[int | None, Field(strict=True, ge=0)] = None
 
     @field_validator("batch")
     @classmethod
@@ -293,6 +297,16 @@ class Recipe(_Part):
         if vae is not None:
             _idle(info, "only fp16 engines choose it, and this one is fp32 as a whole; leave it out")
         return None
+
+    @field_validator("cache_branch")
+    @classmethod
+    def _without_controlnet(cls, branch: int | None, info: ValidationInfo) -> int | None:
+        if branch is not None and info.data.get("controlnet") is not None:
+            raise ValueError(
+                "a ControlNet adds to what lies deep in the U-Net, and shallow steps would not run it; leave "
+                "one of the two out"
+            )
+        return branch
 
     @classmethod
     def make(cls, **fields: Any) -> Self:

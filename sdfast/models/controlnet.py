@@ -163,7 +163,7 @@ class ControlledUNet(Attending):
         latents = sample if told == unet.config.in_channels else sample[:, :told]
         added = self.controlnet(latents, added_shift, added_context, control)
         *skips, x = [ops.add_scaled(y, a, scale) for y, a in zip([*skips, x], added, strict=True)]
-        return unet.ascend(x, skips, shifts, kv)
+        return unet.finish(unet.climb(x, skips, shifts, kv))
 
 
 class ControlledTimeShift(nn.Module):

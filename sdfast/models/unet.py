@@ -6,6 +6,7 @@ computed once, outside the loop, by `Context` and `TimeShift`, and enters `UNet`
 
 import math
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -169,16 +170,16 @@ class UpBlock(Block):
         super().__init__(config, level, inputs)
         self.upsamplers = nn.ModuleList([] if last else [Upsample(level.channels)])
 
-    def forward(
-        self, x: Tensor, skips: list[Tensor], shifts: Iterator[Tensor], context: Iterator[Tensor]
+    def consume(
+        self, i: int, x: Tensor, skips: list[Tensor], shifts: Iterator[Tensor], context: Iterator[Tensor]
     ) -> Tensor:
-        """Consumes one of `skips` from the end for each ResNet block, and ends in the size of the next."""
-        for i, resnet in enumerate(self.resnets):
-            x = resnet(ops.concat_channels(x, skips.pop()), next(shifts))
-            if self.attentions:
-                x = self.attentions[i](x, context)
-        for up in self.upsamplers:
-            x = up(x, like=skips[-1])
+        """ResNet block `i` consumes the last of `skips`; the last block ends in the size of the next one."""
+        x = self.resnets[i](ops.concat_channels(x, skips.pop()), next(shifts))
+        if self.attentions:
+            x = self.attentions[i](x, context)
+        if i == len(self.resnets) - 1:
+            for up in self.upsamplers:
+                x = up(x, like=skips[-1])
         return x
 
 
@@ -222,39 +223,83 @@ class WayDown(Attending):
         return skips, skips[-1] if self.mid_block is None else self.mid_block(skips[-1], shifts, context)
 
 
-class UNet(WayDown):
+class BothWays(WayDown):
+    """The way down and the way up: what a whole evaluation and a shallow one have in common."""
+
     def __init__(self, config: UNetConfig) -> None:
         super().__init__(config)
         first, last = config.down[0].channels, len(config.up) - 1
-        skips, x = skip_channels(config), config.down[-1].channels
+        self.rungs = rungs(config)
+        inputs = [rung.channels + n for rung, n in zip(self.rungs, skip_channels(config), strict=True)]
         self.up_blocks = nn.ModuleList()
-        for i, level in enumerate(config.up):
-            inputs = [(x if n == 0 else level.channels) + skips.pop() for n in range(level.resnets)]
-            self.up_blocks.append(UpBlock(config, level, inputs, i == last))
-            x = level.channels
+        for level in config.up:
+            own = [inputs.pop() for _ in range(level.resnets)]
+            self.up_blocks.append(UpBlock(config, level, own, len(self.up_blocks) == last))
         self.conv_norm_out = GroupNorm(first, config.norm_num_groups, config.norm_eps, silu=True)
         self.conv_out = Conv3x3(first, config.out_channels)
         self.shift_widths = [part.rows for part in shift_parts(self)]
         self.context_widths = [part.rows for part in context_parts(self)]
 
-    def forward(self, sample: Tensor, time_shift: Tensor, context: Tensor) -> Tensor:
+    def climb(
+        self,
+        x: Tensor,
+        skips: list[Tensor],
+        shifts: Iterator[Tensor],
+        context: Iterator[Tensor],
+        left: int = 0,
+    ) -> Tensor:
+        """The way up from where x enters, beside the last of `skips`, to where `left` are left of them."""
+        while len(skips) > left:
+            rung = self.rungs[len(skips) - 1]
+            block: UpBlock = self.up_blocks[rung.level]  # type: ignore[assignment]
+            x = block.consume(rung.place, x, skips, shifts, context)
+        return x
+
+    def finish(self, x: Tensor) -> Tensor:
+        """What leaves the way up -> [B, C_out, H, W]."""
+        y: Tensor = self.conv_out(self.conv_norm_out(x))
+        return y
+
+
+class UNet(BothWays):
+    """branch: the skip up to which a later step may be shallow, see `step_cache`; None where none may be."""
+
+    def __init__(self, config: UNetConfig, branch: int | None = None) -> None:
+        super().__init__(config)
+        self.branch = branch
+
+    def forward(self, sample: Tensor, time_shift: Tensor, context: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """sample [B, C, H, W], time_shift [B, T], context [B, L, KV] -> [B, C_out, H, W], all of one dtype.
 
-        time_shift comes from `TimeShift` and context from `Context` of the same checkpoint.
+        time_shift comes from `TimeShift` and context from `Context` of the same checkpoint. With a branch
+        there is a second result, its deep feature, [B, C_d, H / s, W / s] rounded up; see `step_cache`.
         """
         shifts = iter(time_shift.split_with_sizes(self.shift_widths, dim=-1))
         kv = iter(context.split_with_sizes(self.context_widths, dim=-1))
         skips, x = self.descend(self.conv_in(sample), shifts, kv)
-        return self.ascend(x, skips, shifts, kv)
+        if self.branch is None:
+            return self.finish(self.climb(x, skips, shifts, kv))
+        deep = self.climb(x, skips, shifts, kv, left=self.branch + 1)
+        return self.finish(self.climb(deep, skips, shifts, kv)), deep
 
-    def ascend(
-        self, x: Tensor, skips: list[Tensor], shifts: Iterator[Tensor], context: Iterator[Tensor]
-    ) -> Tensor:
-        """What `descend` gave -> [B, C_out, H, W]. It uses `skips` up."""
-        for block in self.up_blocks:
-            x = block(x, skips, shifts, context)
-        y: Tensor = self.conv_out(self.conv_norm_out(x))
-        return y
+
+class Rung(NamedTuple):
+    """A ResNet block on the way up: its level, its place there, and the channels of what enters it beside a
+    skip."""
+
+    level: int
+    place: int
+    channels: int
+
+
+def rungs(config: UNetConfig) -> list[Rung]:
+    """For each skip, in the order of `skip_channels`, the ResNet block that consumes it."""
+    found, entering = [], config.down[-1].channels
+    for number, level in enumerate(config.up):
+        for place in range(level.resnets):
+            found.append(Rung(number, place, entering))
+            entering = level.channels
+    return found[::-1]
 
 
 def skip_channels(config: UNetConfig) -> list[int]:
@@ -263,6 +308,14 @@ def skip_channels(config: UNetConfig) -> list[int]:
     for i, level in enumerate(config.down):
         channels += [level.channels] * (level.resnets + (i < len(config.down) - 1))
     return channels
+
+
+def skip_levels(config: UNetConfig) -> list[int]:
+    """How often the sides of each skip were halved, in the same order."""
+    levels = [0]
+    for i, level in enumerate(config.down):
+        levels += [i] * level.resnets + [i + 1] * (i < len(config.down) - 1)
+    return levels
 
 
 def shift_parts(network: WayDown) -> list[Part]:
@@ -371,15 +424,20 @@ class Context(nn.Module):
 
 
 def load_unet(
-    config: UNetConfig, state_dict: Mapping[str, Tensor], dtype: torch.dtype | None = None
+    config: UNetConfig,
+    state_dict: Mapping[str, Tensor],
+    dtype: torch.dtype | None = None,
+    branch: int | None = None,
 ) -> tuple[UNet, TimeShift, Context]:
     """Build the three modules on the weights of diffusers' UNet2DConditionModel, cast to `dtype` if given.
+
+    branch: see `UNet`.
 
     Weights that need neither packing nor casting are used as they are, not copied: tensors of a memory-mapped
     safetensors file stay in the file. Missing, unexpected or wrongly shaped ones raise CheckpointError.
     """
     with torch.device("meta"):
-        unet = UNet(config)
+        unet = UNet(config, branch)
         time_shift = TimeShift(config, shift_parts(unet))
         context = Context(config, context_parts(unet))
     load_weights("unet", [unet, time_shift, context], state_dict, dtype)

@@ -2,7 +2,8 @@
 
 One thread owns the engine. Each of its turns lets rows come and go, ticks the rows of one size, and decodes
 at most one picture, so that nobody's step waits for more than that. Sizes take turns, and so do rows whose
-prompts are of different lengths. The clerk writes PNG files, in a thread of its own.
+prompts are of different lengths, or whose steps are cached in different intervals. The clerk writes PNG
+files, in a thread of its own.
 
 Which pictures have the places in the loop, when there are more pictures than places, is said in `places`.
 """
@@ -108,8 +109,8 @@ class Batcher:
         self._closing = False
         self._healthy = True
         self._begun: list[Work] = []
-        # By height, width and tokens of the context; the next one to tick comes first.
-        self._rooms: dict[tuple[int, int, int], Room] = {}
+        # By height, width, tokens of the context and cache interval; the next one to tick comes first.
+        self._rooms: dict[tuple[int, int, int, int], Room] = {}
         self._estimates: list[Latents] = []  # both wait for the decoder
         self._finished: list[Latents] = []  # who is due the earliest comes first
         self._clerk = Clerk(engine, self.pipeline.prompts, behind=self._max_rows)
@@ -338,7 +339,7 @@ class Batcher:
         factor = self._engine.manifest.model.vae_scale_factor
         height, width = (side * factor for side in row.latents.shape[1:])
         size, tokens = (height, width), len(row.positive.context)
-        key = (*size, tokens)
+        key = (*size, tokens, row.cache_interval)
         if key not in self._rooms:
             self._rooms[key] = Room(Rows(self._engine, [], *size, buckets=self._buckets))
         return self._rooms[key]

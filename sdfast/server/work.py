@@ -183,8 +183,8 @@ class Work:
 
 
 class Room:
-    """The rows of one size and length of prompts: those in the loop, and who joins and leaves at the next
-    change."""
+    """The rows of one size, length of prompts and interval of step caching: those in the loop, and who joins
+    and leaves at the next change. A row joins where the others are in its phase."""
 
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
@@ -202,7 +202,11 @@ class Room:
         self._joining = staying
 
     def put_aside(self, row: Row) -> Member:
-        """A row that is in the loop leaves at the next change, and may join again later."""
+        """A row that is in the loop, or about to be, leaves it, and may join again later."""
+        for waiting in self._joining:
+            if row_of(waiting) is row:
+                self._joining.remove(waiting)
+                return waiting if isinstance(waiting, Member) else Member(waiting)
         self._leaving.add(row)
         return self.rows.member(row)
 
@@ -213,11 +217,20 @@ class Room:
     def settle(self) -> None:
         """Let the rows come and go. Raises what the lack of memory raises; then the rows are there, but not
         placed: some of them must leave, and it is to be settled again."""
-        if not (self._joining or self._leaving or self._discard):
+        joining, leaving, discard = self._fitting(), self._leaving, self._discard
+        if not (joining or leaving or discard):
             return
-        joining, leaving, discard = self._joining, self._leaving, self._discard
-        self._joining, self._leaving, self._discard = [], set(), False
+        self._joining = [row for row in self._joining if row not in joining]
+        self._leaving, self._discard = set(), False
         self.rows.change(joining, leaving, discard=discard)
+
+    def _fitting(self) -> list[Row | Member]:
+        """Who can join now: those in the phase of the rows that stay, or of the first to join if none do. The
+        others' turn comes within an interval."""
+        phase = self.rows.phase_without(self._leaving)
+        if phase is None and self._joining:
+            phase = _phase(self._joining[0])
+        return [waiting for waiting in self._joining if _phase(waiting) == phase]
 
     @property
     def last(self) -> Row:
@@ -232,3 +245,7 @@ class Room:
 def row_of(joining: Row | Member) -> Row:
     """The row that joins, or joins again."""
     return joining.row if isinstance(joining, Member) else joining
+
+
+def _phase(joining: Row | Member) -> tuple[int, int] | None:
+    return joining.phase if isinstance(joining, Member) else joining.phase_at(0)

@@ -21,7 +21,7 @@ from sdfast.export.checkpoint import resolve as resolve_checkpoint
 from sdfast.export.one_file import Found
 from sdfast.first_latents import Over, check_edits
 from sdfast.manifest import AddedControlNet, FromFile
-from sdfast.pipeline import Pipeline, check_channels
+from sdfast.pipeline import Pipeline, check_cached, check_channels
 from sdfast.request import Request
 from sdfast.schedulers import Schedule, resolve, schedule
 from sdfast.validation import rule
@@ -33,6 +33,7 @@ from sdfast.validation.pictures import Picture, Repetition, compare_picture, dra
 from sdfast.validation.proof import publish_proof
 from sdfast.validation.reference import pipeline_class, reference_pipeline, stock
 from sdfast.validation.report import Check, ModuleFigures, PictureFigures, Price, Report, Setting
+from sdfast.validation.step_cache import cached_in, measure_step_cache, price_of_caching
 from sdfast.versions import installed
 
 PROMPTS = (
@@ -75,6 +76,7 @@ def validate(
     guidance_scale: float = 7.5,
     guidance_start: float = 0.0,
     guidance_end: float = 1.0,
+    cache_interval: int = 1,
     scheduler: str | Sequence[str] | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
@@ -84,7 +86,8 @@ def validate(
 
     checkpoint: what to compare with; default: the one the engine was exported from, which must not have
         changed since. guidance_start, guidance_end: where not all steps, the report also prices guidance in
-        these alone (see `Request`); what is judged has guidance in all. scheduler: names to run; default: the
+        these alone (see `Request`); what is judged has guidance in all. cache_interval: where above 1, the
+        report also prices step caching; what is judged has none. scheduler: names to run; default: the
         checkpoint's own, and one that draws noise.
     device: of both sides; default: the engine's.
 
@@ -116,11 +119,17 @@ def validate(
     requests, more = _requests(engine, reference, prompts, steps, guidance_scale, scheduler, seed)
     first = requests[0][0]
     _guided_in(first, guidance_start, guidance_end)  # or else it would be refused at the end of a long run
+    check_cached(engine.manifest.model, cached_in(first, cache_interval))
     scene = Scene.make(first.height, first.width) if engine.manifest.model.inpaints else None
     control = control_image(first.height, first.width) if engine.manifest.model.controlled else None
     trials = [_trial(engine, sides, own, scene, control, tell) for own in requests]
     over = _over_trial(engine, sides, trials[0], scene, tell) if engine.manifest.edits else []
     price = _price(engine, trials, guidance_start, guidance_end, tell)
+    caching, cache = None, engine.step_cache
+    if cache is not None and cache_interval > 1:
+        tell(f"the price of one whole step in {cache_interval}")
+        drawn = [picture for trial in trials for picture in trial.pictures]
+        caching = price_of_caching(engine, cache, drawn, cache_interval)
     tell("modules")
     judged, figures, checks = _judge(engine, reference, sides, trials, over, scene)
     report = Report(
@@ -131,6 +140,7 @@ def validate(
         failures=tuple(rule.failures(judged, figures, checks)),
         notes=(*notes, *more),
         guidance=price,
+        step_cache=caching,
     )
     tell("report")
     publish_proof(engine, report, [picture for trial in [*trials, *over] for picture in trial.pictures])
@@ -380,6 +390,8 @@ def _judge(
         measured += measure_told(engine, sides, scene, trials[0].pictures)
     if engine.manifest.model.controlled:
         measured += measure_control(engine, sides, trials[0].pictures)
+    if engine.step_cache is not None:
+        measured += measure_step_cache(engine, engine.step_cache, sides, trials[0].pictures)
     checks = [_same_tokens(engine, sides.exact, texts), _same_scheduler(engine, reference)]
     whole = rule.measured_pictures([picture for trial in [*trials, *over] for picture in trial.pictures])
     figures = []

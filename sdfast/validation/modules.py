@@ -6,7 +6,7 @@ pictures, so that the error of one module is not the drift of another.
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -94,7 +94,7 @@ def _text_encoders(engine: Engine, stock: Stock, prompts: Sequence[str]) -> Iter
         same = None if stock.same is None else _text_states(stock.same, name, ids)
         given = engine.call(name, {"input_ids": ids.to(engine.device)})
         for output, what in _used_outputs(stock.exact, name):
-            value = _shaped(name, given[output], truth[output])
+            value = shaped(name, given[output], truth[output])
             error = compare(zip(value, truth[output], strict=True))
             own = None if same is None else compare(zip(same[output], truth[output], strict=True))
             yield Measured(f"{name}.{output}", what, error, own)
@@ -134,7 +134,7 @@ def _unet(
 
     def error_of(values: Sequence[Tensor], part: Callable[[StepOutputs], Tensor], name: str) -> Error:
         return compare(
-            (_shaped(name, value, part(truth)), part(truth))
+            (shaped(name, value, part(truth)), part(truth))
             for value, truth in zip(values, truths, strict=True)
         )
 
@@ -195,8 +195,12 @@ def _output(
     if step.control is not None and control is not None:
         scale = time_shift.new_full((len(time_shift), 1), step.control.scale)
         tensors |= {"time_shift": torch.cat([time_shift, scale], dim=1), "control": control}
-    inputs = {name: value.to(engine.device, engine.dtype) for name, value in tensors.items()}
-    return engine.call("unet", inputs, height, width)["output"]
+    return engine.call("unet", as_inputs(engine, tensors), height, width)["output"]
+
+
+def as_inputs(engine: Engine, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """In the engine's dtype, on its device."""
+    return {name: value.to(engine.device, engine.dtype) for name, value in tensors.items()}
 
 
 # ---------------------------------------------------------------- VAE
@@ -210,7 +214,7 @@ def _vae_decoder(engine: Engine, stock: Stock, runs: Sequence[Run]) -> Measured:
         engine.call("vae_decoder", {"latents": part.to(engine.device)}, height, width)["image"][0]
         for part in latents
     ]
-    error = compare((_shaped("vae_decoder", v, t), t) for v, t in zip(values, truths, strict=True))
+    error = compare((shaped("vae_decoder", v, t), t) for v, t in zip(values, truths, strict=True))
     own, bfloat = stock_vae_like(engine, stock, "vae_decoder")
     return Measured(
         "vae_decoder",
@@ -235,7 +239,7 @@ def _vae_encoder(engine: Engine, stock: Stock, runs: Sequence[Run]) -> Measured:
     images = [run.image for run in runs]
     truths = [stock_moments(stock.exact, image) for image in images]
     values = [_moments(engine, image) for image in images]
-    error = compare((_shaped("vae_encoder", v, t), t) for v, t in zip(values, truths, strict=True))
+    error = compare((shaped("vae_encoder", v, t), t) for v, t in zip(values, truths, strict=True))
     own, bfloat = stock_vae_like(engine, stock, "vae_encoder")
     return Measured(
         "vae_encoder",
@@ -346,7 +350,7 @@ def replay(plan: Schedule, run: Run) -> Pairs:
         yield registers[0], latents
 
 
-def _shaped(name: str, value: Tensor, truth: Tensor) -> Tensor:
+def shaped(name: str, value: Tensor, truth: Tensor) -> Tensor:
     """The value, if it has the shape of the truth."""
     if value.shape != truth.shape:
         raise EngineError(

@@ -157,7 +157,7 @@ def observed_step(pipe: Any, given: StepInputs) -> StepOutputs:
     """
     seen = [_Seen(network) for network in step_networks(pipe)]
     try:
-        output = _evaluate(pipe, given)
+        output = evaluate(pipe, given)
     finally:
         for one in seen:
             one.close()
@@ -204,7 +204,8 @@ def _shift_of(block: Any, shifts: list[Tensor]) -> Callable[[Any, Any, Tensor], 
 
 
 @as_reference()
-def _evaluate(pipe: Any, given: StepInputs) -> Tensor:
+def evaluate(pipe: Any, given: StepInputs) -> Tensor:
+    """What the stock U-Net gives for a step, [B, C, h, w]."""
     unet = pipe.unet
 
     def cast(tensor: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ContextDecorator, contextmanager
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -296,28 +297,30 @@ def generate(
     output_type: str = "pil",
     over: Over | None = None,
     control: torch.Tensor | None = None,
+    cache_branch: int | None = None,
 ) -> Any:
     """The pictures of `request` by the stock pipeline, the way sdfast's `Pipeline.generate` draws them.
 
     Image i has the generator of seed + i. scheduler: a diffusers scheduler in place of the one that the
     request names. over: what a request with `strength` is drawn over, by the stock pipeline for that, on the
     networks of `pipe`. control: the control images of a pipeline with a ControlNet, [m, 3, H, W], which the
-    pictures take in turn. Returns a list of PIL images; or for `output_type="pt"` a tensor [n, 3, H, W]
-    float32 in [0, 1], for "latent" the latents [n, C, h, w] float32.
+    pictures take in turn. cache_branch: of a request with a `cache_interval`, see `cached_steps`. Returns a
+    list of PIL images; or for `output_type="pt"` a tensor [n, 3, H, W] float32 in [0, 1], for "latent" the
+    latents [n, C, h, w] float32.
 
     Raises `RequestError` and `BackendError` for what that pipeline cannot do.
     """
     if request.prompt_editing:
         raise RequestError("prompt_editing: diffusers has none; leave it out, or draw with an engine")
     if request.hires is not None:
-        return _generate_twice(pipe, request, request.hires, scheduler, output_type)
+        return _generate_twice(pipe, request, request.hires, scheduler, output_type, cache_branch)
     drawing = pipe if over is None else _pipeline_over(pipe, request, over)
     own = drawing.scheduler
     drawing.scheduler = scheduler or stock_scheduler(pipe, request.scheduler)
     try:
         with quiet():
             parts = [
-                _generate_one(drawing, request, i, output_type, over, control)
+                _generate_one(drawing, request, i, output_type, over, control, cache_branch)
                 for i in range(len(request.prompts))
             ]
     finally:
@@ -327,18 +330,22 @@ def generate(
     return [image for part in parts for image in part]
 
 
-def _generate_twice(pipe: Any, request: Request, hires: Hires, scheduler: Any, output_type: str) -> Any:
+def _generate_twice(
+    pipe: Any, request: Request, hires: Hires, scheduler: Any, output_type: str, cache_branch: int | None
+) -> Any:
     """Text to image, what that gives enlarged, and image to image over it."""
     first, second = request.model_copy(update={"hires": None}), request.passes[-1]
     factor = pipe.vae_scale_factor
     if hires.latent:
-        latents = generate(pipe, first, scheduler=scheduler, output_type="latent")
+        latents = generate(pipe, first, scheduler=scheduler, output_type="latent", cache_branch=cache_branch)
         over = Over(enlarged_latents(latents, request, hires, factor))
     else:
-        images = generate(pipe, first, scheduler=scheduler)
+        images = generate(pipe, first, scheduler=scheduler, cache_branch=cache_branch)
         over = Over(enlarged_images(np.stack(images), request, hires, factor))
     own = None if hires.scheduler is not None else scheduler
-    return generate(pipe, second, scheduler=own, output_type=output_type, over=over)
+    return generate(
+        pipe, second, scheduler=own, output_type=output_type, over=over, cache_branch=cache_branch
+    )
 
 
 def _pipeline_over(pipe: Any, request: Request, over: Over) -> Any:
@@ -391,6 +398,7 @@ def _generate_one(
     output_type: str,
     over: Over | None = None,
     control: torch.Tensor | None = None,
+    cache_branch: int | None = None,
 ) -> Any:
     """The pictures of one prompt: diffusers takes a missing negative prompt for all prompts or for none."""
     count, sdxl = request.num_images_per_prompt, hasattr(pipe, "text_encoder_2")
@@ -429,7 +437,7 @@ def _generate_one(
         run |= embeddings(pipe, request, index)
     if sdxl:
         run |= {name: getattr(request, name) for name in TOLD_SIZES}
-    with _guided(pipe, request):
+    with _guided(pipe, request), cached_steps(pipe, request.cache_interval, cache_branch):
         return pipe(
             guidance_scale=request.guidance_scale,
             num_images_per_prompt=count,
@@ -463,6 +471,59 @@ def _guided(pipe: Any, request: Request) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+@dataclass
+class Cached:
+    """Step caching at work in a stock U-Net. deep: what was kept of the last whole evaluation."""
+
+    calls: int = 0
+    deep: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+@contextmanager
+def cached_steps(pipe: Any, interval: int, branch: int | None) -> Iterator[Cached]:
+    """Step caching: in every `interval`th evaluation of the U-Net, what enters the ResNet block that consumes
+    skip `branch` beside that is kept, and it is what enters there in the others.
+
+    It saves nothing: what lies deeper is computed all the same, and comes to nothing. Raises `RequestError`
+    for an interval without a branch.
+    """
+    cached = Cached()
+    if interval == 1:
+        yield cached
+        return
+    if branch is None:
+        raise RequestError(
+            f"cache_interval: {interval}, but a checkpoint does not say up to which branch shallow steps go; "
+            "leave it out, or draw with an engine that was exported with one"
+        )
+    unet, width = pipe.unet, _skip_widths(pipe.unet)[branch]
+
+    def count(*_: Any) -> None:
+        cached.calls += 1
+
+    def enter(_: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+        if (cached.calls - 1) % interval == 0:
+            cached.deep = args[0][:, :-width]
+            return None
+        return torch.cat([cached.deep, args[0][:, -width:]], dim=1), *args[1:]
+
+    consumers = [resnet for block in unet.up_blocks for resnet in block.resnets][::-1]
+    hooks = [unet.register_forward_pre_hook(count), consumers[branch].register_forward_pre_hook(enter)]
+    try:
+        yield cached
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _skip_widths(unet: Any) -> list[int]:
+    """The channels of each skip of a stock U-Net, in the order in which the way down leaves them."""
+    widths = [unet.conv_in.out_channels]
+    for block in unet.down_blocks:
+        widths += [part.out_channels for part in (*block.resnets, *(block.downsamplers or ()))]
+    return widths
 
 
 def _whole(timestep: float) -> float:

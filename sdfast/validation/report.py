@@ -86,6 +86,27 @@ class Price(_Part):
         )
 
 
+class CachePrice(_Part):
+    """What step caching saves and costs: another picture, so no failure.
+
+    seconds: of the pictures, as a share of those without. psnr_min, ssim_min: of the picture that is the
+    furthest from the reference's without.
+    """
+
+    cache_interval: int
+    branch: int
+    seconds: float
+    psnr_min: float
+    ssim_min: float
+
+    def __str__(self) -> str:
+        return (
+            f"the price of one whole step in {self.cache_interval}, the others up to branch {self.branch}: "
+            f"{self.seconds:.0%} of the time, and the furthest picture is {decibels(self.psnr_min)} dB "
+            f"(SSIM {self.ssim_min:.3f}) from the reference's, all of whose steps are whole"
+        )
+
+
 class Failure(_Part):
     """Why the engine failed: the part at fault, and what is wrong with it."""
 
@@ -134,6 +155,7 @@ class Report(_Part):
     failures: tuple[Failure, ...]
     notes: tuple[str, ...] = ()
     guidance: Price | None = None
+    step_cache: CachePrice | None = None
 
     @property
     def passed(self) -> bool:
@@ -151,7 +173,7 @@ class Report(_Part):
     def prices(self) -> list[str]:
         """What approximations cost that were asked for by name."""
         fp8 = [self._price_of_fp8()] if self.setting.fp8 else []
-        return fp8 + ([str(self.guidance)] if self.guidance else [])
+        return fp8 + [str(price) for price in (self.guidance, self.step_cache) if price is not None]
 
     def _price_of_fp8(self) -> str:
         """The error beside that of stock in fp16."""

@@ -18,6 +18,7 @@ together at most 1/5, near 20 dB, beyond which they show something else. The res
 import math
 from collections.abc import Sequence
 
+from sdfast.manifest import SHALLOW
 from sdfast.validation.metrics import compare, psnr, ssim
 from sdfast.validation.modules import Measured
 from sdfast.validation.pictures import Picture, Repetition
@@ -26,7 +27,7 @@ from sdfast.validation.report import Check, Failure, ModuleFigures, PictureFigur
 RELATIVE_L2 = 1e-4
 PICTURE_DB = 45.0
 STOCK_FACTOR = 1.1
-FP8_BARS = {"unet": 1 / 8, "step": 1 / 8, "pictures": 1 / 5}
+FP8_BARS = {**dict.fromkeys(("unet", "step", "deep", SHALLOW), 1 / 8), "pictures": 1 / 5}
 
 
 def judge_module(measured: Measured, *, fp8: bool = False) -> ModuleFigures:

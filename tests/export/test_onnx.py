@@ -15,8 +15,9 @@ from sdfast.export.onnx_cpu import CPU, CPU_COMPACT
 from sdfast.export.onnx_tensorrt import TENSORRT
 from sdfast.models import ops
 from sdfast.models.layers import Conv3x3
+from sdfast.models.step_cache import ShallowUNet
 from sdfast.models.text import TextEncoder
-from sdfast.models.unet import SelfAttention, UNetConfig, load_unet
+from sdfast.models.unet import SelfAttention, UNetConfig, load_unet, skip_levels
 from sdfast.models.vae import VAEConfig, load_vae
 from tests.export.microsoft import OPERATORS
 from tests.models.conftest import SDXL, SHALLOW, SHALLOW_XL, VAES, randomise
@@ -25,11 +26,11 @@ BATCH = ("batch", 1, 8)
 HEIGHT, WIDTH = ("height", 4, 64), ("width", 4, 64)
 
 
-def unet_modules(config, dtype=None):
+def unet_modules(config, dtype=None, branch=None):
     from diffusers import UNet2DConditionModel
 
     weights = randomise(UNet2DConditionModel(**config)).state_dict()
-    return load_unet(UNetConfig.from_diffusers(config), weights, dtype)
+    return load_unet(UNetConfig.from_diffusers(config), weights, dtype, branch)
 
 
 def unet_inputs(unet, batch, height, width, dtype=torch.float32):
@@ -85,14 +86,15 @@ def test_many_weights_go_to_several_files(tmp_path, monkeypatch):
 
 
 def test_unet_of_any_size(tmp_path):
-    unet, _, _ = unet_modules(SHALLOW)
+    """One with a cache branch, whose deep feature is a second output."""
+    unet, _, _ = unet_modules(SHALLOW, branch=2)
     dynamic = {
         "sample": {0: BATCH, 2: HEIGHT, 3: WIDTH},
         "time_shift": {0: BATCH},
         "context": {0: BATCH, 1: ("tokens", 77, 770)},
     }
     path = tmp_path / "unet.onnx"
-    export_module(unet, unet_inputs(unet, 1, 8, 12), dynamic, ["model_output"], path)
+    export_module(unet, unet_inputs(unet, 1, 8, 12), dynamic, ["model_output", "deep"], path)
     for batch, height, width in ((1, 8, 12), (3, 16, 8), (2, 7, 9)):
         check(path, unet, unet_inputs(unet, batch, height, width))
     long = unet_inputs(unet, 1, 8, 8) | {"context": torch.randn(1, 154, sum(unet.context_widths))}
@@ -100,7 +102,27 @@ def test_unet_of_any_size(tmp_path):
     opened = session(path)
     assert [i.name for i in opened.get_inputs()] == ["sample", "time_shift", "context"]
     assert opened.get_inputs()[0].shape == ["batch", 4, "height", "width"]
-    assert [o.name for o in opened.get_outputs()] == ["model_output"]
+    assert [o.name for o in opened.get_outputs()] == ["model_output", "deep"]
+
+
+@pytest.mark.parametrize("branch", [0, 2])
+def test_a_shallow_step(tmp_path, branch):
+    """Of any size, where what it takes is of the latents' size. It does not use all that it is told."""
+    unet, path = unet_modules(SHALLOW)[0], tmp_path / "shallow.onnx"
+    channels, scale = unet.rungs[branch].channels, 2 ** skip_levels(unet.config)[branch]
+    image, dynamic = {0: BATCH, 2: HEIGHT, 3: WIDTH}, {}
+    if scale == 1:
+        dynamic = {"sample": image, "time_shift": {0: BATCH}, "context": {0: BATCH}, "deep": image}
+
+    def inputs(batch, height, width):
+        deep = torch.randn(batch, channels, -(-height // scale), -(-width // scale))
+        return unet_inputs(unet, batch, height, width) | {"deep": deep}
+
+    shallow = ShallowUNet.of(unet, branch)
+    export_module(shallow, inputs(2, 7, 12), dynamic, ["model_output"], path)
+    for size in ((2, 7, 12), (3, 16, 8)) if dynamic else ((2, 7, 12),):
+        check(path, shallow, inputs(*size))
+    assert [i.name for i in session(path).get_inputs()] == ["sample", "time_shift", "context", "deep"]
 
 
 def test_the_compact_table_leaves_convolutions_as_they_are(tmp_path):

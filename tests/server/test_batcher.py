@@ -272,12 +272,13 @@ def test_pictures_hold_their_parameters(open_batcher: Open, tmp_path: Path) -> N
 
 
 def test_many_jobs_at_once_are_each_as_if_alone(open_batcher: Open) -> None:
-    """Sizes, schedulers, steps and guidance mixed; some are cancelled on the way."""
+    """Sizes, schedulers, steps, guidance and step caching mixed; some are cancelled on the way."""
     sizes = [(Span.exactly(16), Span.exactly(16)), (Span.exactly(16), Span.exactly(24))]
-    engine, chance = FakeEngine(sizes=sizes), random.Random(1)
-    batcher, pipe = open_batcher(engine, max_rows=5), Pipeline(FakeEngine(sizes=sizes))
+    engine, chance = FakeEngine(sizes=sizes, cached=True), random.Random(1)
+    batcher, pipe = open_batcher(engine, max_rows=5), Pipeline(FakeEngine(sizes=sizes, cached=True))
     jobs: list[tuple[str, Request, Ear]] = []
     for i in range(40):
+        interval = chance.choice([1, 2, 3])
         asked = request(
             chance.choice(["a", "the sea", "far too long for this tokenizer"]),
             seed=100 * i,
@@ -287,8 +288,9 @@ def test_many_jobs_at_once_are_each_as_if_alone(open_batcher: Open) -> None:
             num_inference_steps=chance.randint(1, 9),
             guidance_scale=chance.choice([1.0, 3.0, 7.5]),
             guidance_rescale=chance.choice([0.0, 0.5]),
-            guidance_start=chance.choice([0.0, 0.0, 0.4]),
+            guidance_start=chance.choice([0.0, 0.0, 0.4]) if interval == 1 else 0.0,
             guidance_end=chance.choice([1.0, 1.0, 0.6]),
+            cache_interval=interval,
             long_prompts=chance.choice(["truncate", "chunk"]),
         )
         jobs.append((f"job{i}", asked, submit(batcher, asked, f"job{i}")))
@@ -336,6 +338,19 @@ def test_a_short_job_does_not_wait_for_all_pictures_of_a_long_one(open_batcher: 
     drawn = [event.done for event in long.events if isinstance(event, Step)][-1]
     assert drawn < 30 * 4
     assert len(long.done().pngs) == 30
+
+
+def test_a_job_does_not_wait_for_the_end_of_one_of_another_cache_interval(open_batcher: Open) -> None:
+    engine = FakeEngine(cached=True)
+    batcher = open_batcher(engine, max_rows=2)
+    with Held(engine):
+        long = submit(batcher, request(num_inference_steps=900, cache_interval=3), "long")
+        until(lambda: batcher.running() == 1)
+        short = submit(batcher, request("b"), "short")
+        until(lambda: batcher.waiting() == 1)
+    short.done()
+    assert not any(isinstance(event, Done) for event in list(long.events))
+    batcher.cancel("long")
 
 
 def test_a_long_job_is_not_starved_by_a_stream_of_short_ones(

@@ -50,6 +50,7 @@ async def test_plain_fields_reach_the_engine(sdk: openai.AsyncOpenAI, studio: Fa
         "guidance_rescale": 0.5,
         "guidance_start": 0.25,
         "guidance_end": 0.75,
+        "cache_interval": 1,
         "scheduler": "Euler a",
         "eta": 0.25,
         "clip_skip": 1,
@@ -64,6 +65,17 @@ async def test_plain_fields_reach_the_engine(sdk: openai.AsyncOpenAI, studio: Fa
     assert (request.prompts, request.negative_prompts) == (("a boat",), ("blurry",))
     told = {name: getattr(request, name) for name in extra if name != "negative_prompt"}
     assert told == {name: value for name, value in extra.items() if name != "negative_prompt"}
+
+
+async def test_step_caching_is_asked_for_and_not_together_with_a_late_guidance(
+    post: Any, studio: FakeStudio
+) -> None:
+    answer = await post({"prompt": "a", "cache_interval": 3})
+    assert answer.status_code == 200
+    assert studio.jobs[0].request.cache_interval == 3
+    problem(await post({"prompt": "a", "cache_interval": 0}), 422, "cache_interval")
+    both = await post({"prompt": "a", "cache_interval": 2, "guidance_start": 0.5})
+    assert "leave one of the two out" in problem(both, 422, "cache_interval")["message"]
 
 
 async def test_what_is_not_said_is_as_sdfast_generate_has_it(

@@ -77,6 +77,7 @@ class Generation(BaseModel):
     guidance_rescale: float | None = None
     guidance_start: float | None = None
     guidance_end: float | None = None
+    cache_interval: int | None = None
     scheduler: str | None = None
     eta: float | None = None
     clip_skip: int | None = None
@@ -188,6 +189,7 @@ _SAME = {
     "guidance_rescale",
     "guidance_start",
     "guidance_end",
+    "cache_interval",
     "eta",
     "clip_skip",
     "long_prompts",

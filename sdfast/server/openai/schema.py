@@ -54,6 +54,13 @@ _SAID: Mapping[str, dict[str, Any]] = {
         "minimum": 0,
         "maximum": 1,
     },
+    "cache_interval": {
+        "description": "One evaluation of the U-Net in so many is a whole one, the others are shallow, on "
+        "engines that were exported with a cache branch.",
+        "default": 1,
+        "minimum": 1,
+        "maximum": MAX_STEPS,
+    },
     "eta": {"minimum": 0, "maximum": 1},
     "clip_skip": {"minimum": 0, "maximum": 64},
     "long_prompts": {

@@ -1,5 +1,6 @@
 """What a worker does before it is ready: open its engine, and draw once of everything."""
 
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -22,7 +23,8 @@ def open_engine(folder: Path, device: str | None) -> Engine:
 
 
 def warm_up(engine: Engine) -> None:
-    """Draw a picture of each size that the engine was exported for, the smallest of a range.
+    """Draw a picture of each size that the engine was exported for, the smallest of a range, and one with
+    shallow steps if it has some.
 
     So the first request meets nothing that is done only once, and what cannot draw is not served.
     """
@@ -30,13 +32,15 @@ def warm_up(engine: Engine) -> None:
     pipe.set_progress_bar_config(disable=True)
     model = engine.manifest.model
     sizes = [(form.height, form.width) for form in engine.manifest.modules["unet"].variants]
-    for height, width in dict.fromkeys(sizes):
+    intervals = (1, 2) if model.step_cache else (1,)
+    for (height, width), interval in product(dict.fromkeys(sizes), intervals):
         request = Request.make(
             prompts=("",),
             negative_prompts=(None,),
             height=height.low if height else model.default_height,
             width=width.low if width else model.default_width,
-            num_inference_steps=WARM_UP_STEPS,
+            num_inference_steps=WARM_UP_STEPS * interval,
+            cache_interval=interval,
             controlnet_conditioning_scale=1.0 if model.controlled else None,
             seed=0,
         )
