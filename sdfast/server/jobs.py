@@ -115,7 +115,8 @@ class EngineInfo:
     checkpoint_digest: hex SHA-256 over the digests of its weights. unet_digest: hex SHA-256 of its U-Net's,
     by which a picture's parameters name the model. edits: whether it takes a job's image. embeddings: by
     their tokens, of how many vectors they are; text_width: of one, for all text encoders together.
-    controlnet: its ControlNet's name, by which AUTOMATIC1111's clients know it; None without one.
+    controlnet: its ControlNet's name, by which AUTOMATIC1111's clients know it; None without one. step_cache:
+    whether it takes a `cache_interval`.
     """
 
     name: str
@@ -131,6 +132,7 @@ class EngineInfo:
     embeddings: Mapping[str, int] = field(default_factory=dict)
     text_width: int = 0
     controlnet: str | None = None
+    step_cache: bool = False
 
     @property
     def controlled(self) -> bool:

@@ -114,6 +114,7 @@ def info_of(manifest: Manifest) -> EngineInfo:
         controlnet=controlnet_name(controlnet) if controlnet else None,
         embeddings={one.token: one.vectors for one in manifest.checkpoint.embeddings},
         text_width=manifest.model.text_width,
+        step_cache=manifest.model.step_cache is not None,
     )
 
 

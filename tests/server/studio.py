@@ -27,13 +27,16 @@ from sdfast.server.jobs import (
 SIZES = {(64, 64), (64, 96)}  # height, width
 
 
-def engine(name: str = "tiny", edits: bool = True, controlnet: str | None = None) -> EngineInfo:
+def engine(
+    name: str = "tiny", edits: bool = True, controlnet: str | None = None, step_cache: bool = False
+) -> EngineInfo:
     digest = name.encode().hex().ljust(64, "0")
     return EngineInfo(
         *(name, "sd", 64, 64, ("64x64", "96x64"), 4, "org/tiny", "0" * 64),
         edits=edits,
         unet_digest=digest,
         controlnet=controlnet,
+        step_cache=step_cache,
     )
 
 

@@ -367,7 +367,9 @@ async def test_a_control_image_reaches_the_engine(sdk: openai.AsyncOpenAI, contr
     told = {name: getattr(asked.request, name) for name in more if name != "control_image"}
     assert told == {name: value for name, value in more.items() if name != "control_image"}
     models = (await sdk.models.list()).data
-    assert [model.to_dict()["controlled"] for model in models] == [True]
+    assert [(model.to_dict()["controlled"], model.to_dict()["step_cache"]) for model in models] == [
+        (True, False)
+    ]
 
 
 @pytest.mark.parametrize(

@@ -382,7 +382,7 @@ def test_the_code_asks_for_what_the_page_asks_for(
     if curl is None:
         pytest.skip("needs curl")
     page.run("document.querySelector('input[value=fixed]').click()")
-    page.draw(prompt=HARD, negative_prompt=HARD[::-1], seed=7, n=2, guidance_scale=6.5)
+    page.draw(prompt=HARD, negative_prompt=HARD[::-1], seed=7, n=2, guidance_scale=6.5, prompt_editing="true")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SDFAST_API_KEY", KEY)
     subprocess.run(["sh", "-c", page.text("curl")], check=True, timeout=20, capture_output=True)
@@ -390,7 +390,25 @@ def test_the_code_asks_for_what_the_page_asks_for(
     exec(page.text("python"), {})
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["picture-0.png", "picture-1.png"]
     assert studio.jobs[0].request.prompts == (HARD,) and len(studio.jobs) == 3
+    assert studio.jobs[0].request.prompt_editing
     assert len({asked_for(job) for job in studio.jobs}) == 1
+
+
+def test_steps_are_cached_where_the_engine_can(page: Page, studio: FakeStudio) -> None:
+    assert not page.seen("cache_interval")
+    page.draw(cache_interval="3")  # kept of another engine
+    studio.engines["tiny"] = engine(step_cache=True)
+    page.load()
+    assert page.seen("cache_interval")
+    page.draw(cache_interval="3")
+    page.all("#gallery button")[0].click()
+    page.run("document.getElementById('close').click()")
+    page.fill(cache_interval="1")
+    page.draw()
+    page.all("#gallery button")[1].click()
+    page["reuse"].click()
+    page.draw()
+    assert [job.request.cache_interval for job in studio.jobs] == [1, 3, 1, 3]
 
 
 def asked_for(job: Job) -> tuple[str, str]:

@@ -54,6 +54,7 @@ def _abilities(engine: EngineInfo) -> dict[str, Any]:
         "default_size": size,
         "edits": engine.edits,
         "controlled": engine.controlled,
+        "step_cache": engine.step_cache,
     }
 
 

@@ -157,6 +157,7 @@ class Model(_Shape):
     default_size: str
     edits: bool
     controlled: bool
+    step_cache: bool
 
 
 class Models(_Shape):

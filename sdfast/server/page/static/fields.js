@@ -8,7 +8,8 @@ const element = (id) => document.getElementById(id);
 const OTHER = "other";
 const READING = ["long_prompts", "emphasis"];
 const PLAIN = [
-  "prompt", "negative_prompt", ...READING, "scheduler", "n", "num_inference_steps", "guidance_scale", "strength",
+  "prompt", "negative_prompt", ...READING, "prompt_editing", "cache_interval", "scheduler", "n",
+  "num_inference_steps", "guidance_scale", "strength",
 ];
 const NUMBERS = { num_inference_steps: "Steps", guidance_scale: "Guidance", n: "Pictures", strength: "Strength" };
 
@@ -29,6 +30,7 @@ export function setUp(engines, known) {
     const engine = engines.find(({ id }) => id === element("model").value);
     offerSizes(engine);
     image.offer(engine.edits);
+    element("cache_interval-field").hidden = !engine.step_cache;
   };
   element("model").addEventListener("change", fit);
   image.setUp(() => element("form").dispatchEvent(new Event("input")));
@@ -52,6 +54,9 @@ export function read() {
   const negative = element("negative_prompt").value;
   if (negative) body.negative_prompt = negative;
   for (const name of READING) if (element(name).value) body[name] = element(name).value;
+  if (element("prompt_editing").value) body.prompt_editing = true;
+  const interval = Number(element("cache_interval").value);
+  if (interval > 1 && !element("cache_interval-field").hidden) body.cache_interval = interval;
   body.n = number("n");
   body.size = size();
   for (const name of ["num_inference_steps", "guidance_scale"]) body[name] = number(name);
@@ -79,7 +84,8 @@ export function putBack(body) {
 
 /** Reuse a picture's parameters: as if they had been typed. */
 export function reuse(body) {
-  putBack({ negative_prompt: "", long_prompts: "truncate", emphasis: "", ...body });
+  const usual = { negative_prompt: "", long_prompts: "truncate", emphasis: "", prompt_editing: "", cache_interval: 1 };
+  putBack({ ...usual, ...body });
   element("form").dispatchEvent(new Event("input"));
 }
 
@@ -112,7 +118,7 @@ export function clearErrors() {
   }
 }
 
-const has = (id, value) => [...element(id).options].some((option) => option.value === value);
+const has = (id, value) => [...element(id).options].some((option) => option.value === String(value));
 const seeding = () => element("form").elements.seeding.value;
 
 function number(name) {

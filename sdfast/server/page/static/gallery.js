@@ -12,6 +12,8 @@ const NAMES = {
   scheduler: "Scheduler",
   long_prompts: "Long prompts",
   emphasis: "Emphasis",
+  prompt_editing: "Prompt editing",
+  cache_interval: "Whole steps, one in",
   strength: "Strength",
   seed: "Seed",
   model: "Engine",

@@ -3,10 +3,12 @@
 const OPENAI = ["model", "prompt", "n", "size"]; // the SDK's own arguments; others go into extra_body
 const UNSEEN = /[\u007f-\u009f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g;
 
-/** A JSON string, which is a Python string too. What cannot be seen is written as an escape. */
+/** JSON, whose numbers and strings are Python's too. What cannot be seen is written as an escape. */
 function literal(value) {
   return JSON.stringify(value).replace(UNSEEN, (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`);
 }
+
+const pythons = (value) => (typeof value === "boolean" ? (value ? "True" : "False") : literal(value));
 
 const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
@@ -38,9 +40,9 @@ export function python(body, { server, key, image }) {
     `client = OpenAI(base_url=${literal(`${server}v1`)}, api_key=${key ? 'os.environ["SDFAST_API_KEY"]' : '"none"'})`,
     `answer = client.images.${image ? "edit" : "generate"}(`,
     ...(image ? ['    image=Path("image.png"),'] : []),
-    ...own.map(([name, value]) => `    ${name}=${literal(value)},`),
+    ...own.map(([name, value]) => `    ${name}=${pythons(value)},`),
     "    extra_body={",
-    ...extra.map(([name, value]) => `        "${name}": ${literal(value)},`),
+    ...extra.map(([name, value]) => `        "${name}": ${pythons(value)},`),
     "    },",
     ")",
     "for i, picture in enumerate(answer.data):",
