@@ -47,7 +47,11 @@ PREFIX, PREFIXED = "text_model.", ("embeddings", "encoder", "final_layer_norm")
 @click.option("--pictures", type=click.IntRange(min=1), help="Rounds of pictures. [default: half as many]")
 @click.option("--openings", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option("--only", type=click.Choice([*SIDES]), multiple=True, help="These sides.")
-@click.option("--threads", type=int, help="[default: torch's]")
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    help="1 on a machine with other work, where threads of one side wait for each other. [default: torch's]",
+)
 @click.option("--environments", type=click.Path(path_type=Path), default=CACHE, show_default=True)
 @click.option(
     "--workdir", type=click.Path(path_type=Path), default=Path(tempfile.gettempdir()) / "sdfast-bench"
@@ -84,7 +88,8 @@ def main(
             "sides": {name: side.as_json() for name, side in bench.opened.items()},
         }
         command = "python -m benchmarks.peers " + shlex.join(sys.argv[1:])
-        click.echo(f"kept in {machine.keep(f'peers-{checkpoint}-{size}-cpu', command, document)}")
+        name = f"peers-{checkpoint}-{size}-cpu{f'-{threads}-threads' if threads else ''}"
+        click.echo(f"kept in {machine.keep(name, command, document)}")
 
 
 class Bench:
