@@ -32,7 +32,7 @@ class Comparison:
 
     def row(self) -> tuple[str, ...]:
         span = f"{self.ratio_low:.2f}–{self.ratio_high:.2f}"
-        return self.name, _shown(self.reference), _shown(self.sdfast), f"{self.ratio:.2f}×", span
+        return self.name, shown(self.reference), shown(self.sdfast), f"{self.ratio:.2f}×", span
 
 
 def compare(name: str, reference: Measure, sdfast: Measure, *, rounds: int, warm_up: int = 1) -> Comparison:
@@ -93,7 +93,8 @@ def columns(lines: list[tuple[str, ...]]) -> str:
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
-def _shown(seconds: float) -> str:
+def shown(seconds: float) -> str:
+    """Seconds in the unit that suits them."""
     if seconds < 1e-3:
         return f"{seconds * 1e6:.0f} µs"
     return f"{seconds * 1e3:.2f} ms" if seconds < 1 else f"{seconds:.2f} s"

@@ -138,7 +138,8 @@ def export(
     embeddings: tuple[str, ...],
     **fields: Any,
 ) -> None:
-    """Build an engine of SOURCE: a Hub id, a diffusers folder, a .safetensors file, or "landscapes".
+    """Build an engine of SOURCE: a Hub id, a diffusers folder, a .safetensors file, or "landscapes". A folder
+    of `optimum-cli export onnx` is one too.
 
     The scale of a LoRA is the number after the last "=". A source that itself ends so, such as a file named
     "a=2", needs one: "a=2=1". Likewise the token of an embedding is what follows the last "=".

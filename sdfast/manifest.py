@@ -163,6 +163,7 @@ class Model(_Part):
     in_channels: int = Field(ge=1)
     latent_channels: int = Field(ge=1)
     vae_scale_factor: int = Field(ge=1)  # pixels a latent
+    side_multiple: int | None = Field(default=None, ge=1)  # of sides in pixels, where that is another number
     default_height: int = Field(ge=1)  # pixels
     default_width: int = Field(ge=1)
     text_width: int = Field(ge=1)  # D of the text encoders' joined hidden states [B, L, D]
@@ -238,7 +239,10 @@ class AddedControlNet(_Part):
 
 class Source(_Part):
     """The checkpoint the engine was made from; what was merged into its weights and added to its tokens, in
-    this order; and what was put beside its U-Net."""
+    this order; and what was put beside its U-Net.
+
+    graphs: who exported its networks as graphs, of which the engine is made; None: its weights were exported.
+    """
 
     source: str
     revision: str | None = None
@@ -247,6 +251,7 @@ class Source(_Part):
     loras: tuple[MergedLora, ...] = ()
     controlnet: AddedControlNet | None = None
     embeddings: tuple[AddedEmbedding, ...] = ()
+    graphs: Literal["optimum"] | None = None
 
     @property
     def beside(self) -> tuple[FromFile, ...]:
@@ -332,7 +337,8 @@ class Manifest(_Part):
 
     def check_size(self, height: int, width: int) -> None:
         """Raises `RequestError` listing the engine's sizes when `height` × `width` pixels is none of them."""
-        variants, factor = self.modules["unet"].variants, self.model.vae_scale_factor
+        variants = self.modules["unet"].variants
+        factor = self.model.side_multiple or self.model.vae_scale_factor
         if any(variant.fits(height, width) for variant in variants):
             if height % factor or width % factor:
                 raise RequestError(f"size {width}x{height}: sides of this engine are multiples of {factor}")
@@ -379,6 +385,7 @@ class Manifest(_Part):
             "engine": self.name,
             "created": self.created,
             "checkpoint": " ".join(filter(None, [self.checkpoint.source, self.checkpoint.revision])),
+            **self._graphs(),
             **self._beside(),
             **({"ControlNet": str(self.checkpoint.controlnet)} if self.checkpoint.controlnet else {}),
             "family": self.model.family,
@@ -394,6 +401,12 @@ class Manifest(_Part):
             "validation": self._verdict(),
         }
         return "\n".join(f"{name:<12} {value}" for name, value in facts.items())
+
+    def _graphs(self) -> dict[str, str]:
+        """Where the networks are somebody else's graphs."""
+        if self.checkpoint.graphs is None:
+            return {}
+        return {"graphs": f"{self.checkpoint.graphs}'s, given sdfast's inputs and outputs; not sdfast's own"}
 
     def _beside(self) -> dict[str, str]:
         """The LoRAs and the embeddings, where there are any."""

@@ -304,7 +304,8 @@ def check_external_data(path: Path) -> int:
     except Exception as error:  # protobuf's decoder raises its own types
         raise EngineError(f"{path.name}: not an ONNX file ({first_line(error)}); export again") from error
     folder = path.parent.resolve()
-    locations = set(_external_locations(model, onnx.TensorProto))
+    tensors = external_tensors(model, onnx.TensorProto)
+    locations = {entry.value for t in tensors for entry in t.external_data if entry.key == "location"}
     for location in locations:
         inside = Path(location).name == location and "\0" not in location
         if not inside or not (folder / location).is_file() or (folder / location).resolve().parent != folder:
@@ -323,15 +324,16 @@ def _is_half(path: Path) -> bool:
     return any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in graph.initializer)
 
 
-def _external_locations(message: Any, tensor_type: Any) -> Iterator[str]:
-    """Where the tensors in a protobuf message lie: also those in attributes, subgraphs and functions."""
+def external_tensors(message: Any, tensor_type: Any) -> Iterator[Any]:
+    """The tensors of a message that lie elsewhere: also those in attributes, subgraphs and functions."""
     if isinstance(message, tensor_type):
-        yield from (entry.value for entry in message.external_data if entry.key == "location")
+        if message.external_data:
+            yield message
         return
     for field, value in message.ListFields():
         if field.message_type is not None:
             for child in [value] if hasattr(value, "ListFields") else value:
-                yield from _external_locations(child, tensor_type)
+                yield from external_tensors(child, tensor_type)
 
 
 def _buffer(name: str, tensor: torch.Tensor) -> tuple[str, int, str, tuple[int, ...], int]:

@@ -4,7 +4,7 @@ import errno
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from sdfast.export.checkpoint import Checkpoint, resolve
 from sdfast.export.controlnet import with_controlnet
 from sdfast.export.embedding import with_embeddings
 from sdfast.export.lora import with_loras
-from sdfast.export.modules import ModuleSpec, Networks, module_specs
+from sdfast.export.modules import Form, Networks, module_specs
 from sdfast.export.publish import check_space, clear_leftovers, locked, publish, workplace
 from sdfast.export.recipe import Recipe
 from sdfast.export.sharing import link_or_copy, share_with
@@ -35,6 +35,7 @@ from sdfast.manifest import (
     SHALLOW,
     Builder,
     File,
+    HalfRange,
     Manifest,
     Module,
     Source,
@@ -46,6 +47,7 @@ from sdfast.manifest import (
 from sdfast.versions import installed
 
 if TYPE_CHECKING:
+    from sdfast.export.graphs import Graphs
     from sdfast.export.inductor import Compiler
 
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "transformers", "diffusers")
@@ -84,7 +86,26 @@ class Silent:
         """Something worth a line."""
 
 
-Compile = Callable[[ModuleSpec, Path], list[Variant]]
+class Spec(Protocol):
+    """What is to be known of a module whatever it is made of: see `ModuleSpec`, and `graphs.GraphSpec`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def outputs(self) -> tuple[str, ...]: ...
+    @property
+    def components(self) -> tuple[str, ...]: ...
+    @property
+    def forms(self) -> tuple[Form, ...]: ...
+    @property
+    def fp8(self) -> tuple[str, ...]: ...
+    @property
+    def half_range(self) -> Callable[[], HalfRange | None]: ...
+    @property
+    def inputs(self) -> Callable[[int, int, int, int], Iterable[str]]: ...
+
+
+Compile = Callable[[Any, Path], list[Variant]]
 
 
 def export(
@@ -96,7 +117,8 @@ def export(
 ) -> Path:
     """Build the engine of a checkpoint in the directory `target`, and return that.
 
-    source: a Hub id, a diffusers folder, a single file, or "landscapes"; default: the recipe's.
+    source: a Hub id, a diffusers folder, one of optimum's graphs (see `graphs`), a single file, or
+        "landscapes"; default: the recipe's.
     An engine that is there already is kept when nothing changed; modules that did not change are reused.
 
     Raises `CheckpointError` for what is wrong with the source and `ExportError` for the rest; whatever
@@ -111,6 +133,10 @@ def export(
     progress.begin("checkpoint")
     start = time.perf_counter()
     checkpoint = resolve(source, revision=recipe.revision, variant=recipe.variant, progress=progress.say)
+    if checkpoint.graphs:
+        from sdfast.export.graphs import recipe_for_graphs
+
+        recipe = recipe_for_graphs(recipe, checkpoint.source)
     checkpoint = with_loras(checkpoint, recipe.loras, progress.say)
     checkpoint = with_embeddings(checkpoint, recipe.embeddings, progress.say)
     checkpoint = with_controlnet(checkpoint, recipe.controlnet, progress.say)
@@ -143,8 +169,7 @@ class _Build:
         self.recipe = recipe
         self.target = target
         self.progress = progress
-        self.networks = Networks.of(checkpoint, recipe.cache_branch)
-        self.specs = module_specs(self.networks, recipe)
+        self.networks, self.specs = _modules(checkpoint, recipe)
         self.code_target = _code_target(recipe)
         self.fingerprints = {spec.name: self._fingerprint(spec) for spec in self.specs}
         self.old = _existing(target)
@@ -157,9 +182,7 @@ class _Build:
         if self.old is not None:
             _check_foreign_files(self.target, self.old)
         if "vae_encoder" not in self.fingerprints:
-            self.progress.say(
-                "no vae_encoder: the checkpoint's VAE is stored without; the engine will take no images"
-            )
+            self.progress.say("no vae_encoder: the checkpoint has none; the engine will take no images")
         check_space(self.target, self._space())
         with workplace(self.target) as place:
             modules = {spec.name: self._module(spec, place) for spec in self.specs}
@@ -187,7 +210,7 @@ class _Build:
         # The checkpoint may be stored in either precision: the larger of the two is never too little.
         return self.checkpoint.nbytes * itemsize // 2 + SPARE
 
-    def _module(self, spec: ModuleSpec, place: Path) -> Module:
+    def _module(self, spec: Spec, place: Path) -> Module:
         kept = self._kept(spec, place)
         if kept is not None:
             return kept
@@ -209,7 +232,7 @@ class _Build:
             half_range=half_range,
         )
 
-    def _kept(self, spec: ModuleSpec, place: Path) -> Module | None:
+    def _kept(self, spec: Spec, place: Path) -> Module | None:
         """The old engine's module, its files linked into the new one, when it would come out the same."""
         if self.old is None:
             return None
@@ -227,6 +250,10 @@ class _Build:
         return module
 
     def _compiler(self) -> Compile:
+        if self.checkpoint.graphs:
+            from sdfast.export.graphs import compile_graph
+
+            return compile_graph
         if self.recipe.backend == "eager":
             from sdfast.export.eager import compile_eager
 
@@ -296,12 +323,13 @@ class _Build:
             loras=tuple(lora.record() for lora in made_of.loras),
             controlnet=made_of.controlnet.record() if made_of.controlnet else None,
             embeddings=tuple(embedding.record() for embedding in made_of.embeddings),
+            graphs="optimum" if made_of.graphs else None,
         )
 
     def _recipe(self) -> dict[str, Any]:
         return self.recipe.model_dump(mode="json", exclude_none=True)
 
-    def _fingerprint(self, spec: ModuleSpec) -> str:
+    def _fingerprint(self, spec: Spec) -> str:
         """A digest of everything that the module's files depend on."""
         parts = [self.checkpoint.component(name) for name in spec.components]
         depends: dict[str, Any] = {
@@ -339,6 +367,17 @@ class _Build:
         start, before = time.perf_counter(), _size(place)
         yield
         self.progress.end(Stage(name, time.perf_counter() - start, _size(place) - before))
+
+
+def _modules(checkpoint: Checkpoint, recipe: Recipe) -> "tuple[Networks | Graphs, Sequence[Spec]]":
+    """The networks of a checkpoint, and every module that an engine of `recipe` has of them."""
+    if checkpoint.graphs:
+        from sdfast.export.graphs import Graphs
+
+        graphs = Graphs.of(checkpoint)
+        return graphs, graphs.specs(recipe)
+    networks = Networks.of(checkpoint, recipe.cache_branch)
+    return networks, module_specs(networks, recipe)
 
 
 def _require(*packages: str) -> None:

@@ -49,7 +49,8 @@ class Checkpoint:
     `source` is what the user gave; `revision` the commit it stands for on the Hub, None elsewhere. `loras`:
     what is merged into its weights, in this order (see `lora.with_loras`). `embeddings`: the vectors behind
     its text encoders' own, in this order, which their configs count (see `embedding.with_embeddings`).
-    `controlnet`: what is put beside its U-Net (see `controlnet.with_controlnet`).
+    `controlnet`: what is put beside its U-Net (see `controlnet.with_controlnet`). `graphs`: whether its
+    networks are graphs that optimum exported, with no weights by name (see `optimum.read_graphs`).
     """
 
     source: str
@@ -63,6 +64,7 @@ class Checkpoint:
     loras: "tuple[Lora, ...]" = ()
     controlnet: "ControlNetSource | None" = None
     embeddings: "tuple[Embedding, ...]" = ()
+    graphs: bool = False
 
     def state_dict(self, component: str) -> "dict[str, torch.Tensor]":
         """The tensors of a component, in the dtype they are stored in, on the CPU.
@@ -79,6 +81,14 @@ class Checkpoint:
         for embedding in self.embeddings:
             embedding.add_to(component, tensors)
         return tensors
+
+    def check_weights(self) -> None:
+        """Raises `CheckpointError` where there are graphs alone, for what needs the networks' weights."""
+        if self.graphs:
+            raise CheckpointError(
+                f"{self.source}: holds graphs that optimum exported, which `sdfast export` alone takes; give "
+                "the checkpoint that they were exported from"
+            )
 
     def component(self, name: str) -> Component:
         """A network of it, or its ControlNet. Raises `CheckpointError` for one that is not there."""
@@ -206,6 +216,10 @@ def read_folder(
     files = Files(Path(folder).expanduser().resolve(), source)
     if "model_index.json" not in files.names:
         raise CheckpointError(f"{source}: {layout.why_no_index(files.names)}")
+    from sdfast.export import optimum
+
+    if optimum.holds_graphs(files.names):
+        return optimum.read_graphs(files, variant)
     index = files.json("model_index.json")
     family = layout.check_index(index, source)
     return Checkpoint(
@@ -218,13 +232,13 @@ def read_folder(
             name: _component(files, name, index[name][1], variant) for name in layout.COMPONENTS[family]
         },
         scheduler_config=files.json("scheduler/scheduler_config.json"),
-        tokenizers={name: _tokenizer(files, name) for name in layout.TOKENIZERS[family]},
+        tokenizers={name: tokenizer_folder(files, name) for name in layout.TOKENIZERS[family]},
     )
 
 
 def _component(files: Files, name: str, class_name: str, variant: str | None) -> Component:
     config = files.json(f"{name}/config.json")
-    _check_config(config, name, class_name, files)
+    check_config(config, name, class_name, files)
     return component_of(files, name, class_name, config, variant)
 
 
@@ -240,7 +254,7 @@ def component_of(
     return Component(name, class_name, config, paths)
 
 
-def _check_config(config: Mapping[str, Any], name: str, class_name: str, files: Files) -> None:
+def check_config(config: Mapping[str, Any], name: str, class_name: str, files: Files) -> None:
     """A config must be that of the class in model_index.json, and neither name nor bring code of its own."""
     code = sorted(file for file in files.names if file.startswith(f"{name}/") and file.endswith(".py"))
     if code or "auto_map" in config:
@@ -257,7 +271,7 @@ def _check_config(config: Mapping[str, Any], name: str, class_name: str, files: 
         )
 
 
-def _tokenizer(files: Files, name: str) -> Path:
+def tokenizer_folder(files: Files, name: str) -> Path:
     """The folder of a tokenizer: a vocabulary with its merges, or a tokenizer.json; and its config."""
     files.path(f"{name}/tokenizer_config.json")
     if f"{name}/tokenizer.json" in files.names:

@@ -87,6 +87,7 @@ class Networks:
     @classmethod
     def of(cls, checkpoint: Checkpoint, cache_branch: int | None = None) -> "Networks":
         """cache_branch: as a recipe's. Raises `ExportError` for one that the U-Net does not have."""
+        checkpoint.check_weights()
         parts = checkpoint.components
         unet = UNetConfig.from_diffusers(parts["unet"].config)
         networks = cls(

@@ -51,6 +51,11 @@ def export_module(
     lower(model, lowerings)
     model.opset_imports.pop(DOMAIN, None)
     model.opset_imports.setdefault("com.microsoft", 1)
+    save_model(model, path)
+
+
+def save_model(model: onnx_ir.Model, path: Path) -> None:
+    """Write a graph to `path` (NAME.onnx), its weights beside it as `export_module` does."""
     try:
         onnx_ir.save(
             model,

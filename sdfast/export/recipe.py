@@ -135,7 +135,8 @@ class ControlNetSetting(_Part):
 class Recipe(_Part):
     """How to build one engine.
 
-    sizes: a list of "WIDTHxHEIGHT", each compiled for itself, or {min, max}; default: the checkpoint's own.
+    sizes: a list of "WIDTHxHEIGHT", each compiled for itself, or {min, max}; default: the checkpoint's own,
+        or of optimum's graphs all that they take.
     batch: the most pictures of one call into the networks (any number up to it), or a list of exact numbers,
         each compiled for itself.
     provider: ONNX: the execution provider that the graphs are written for; they run on no other. Default:

@@ -160,6 +160,8 @@ def _opened(engine: Engine | str | Path, device: str | torch.device | None) -> E
 def _checkpoint(engine: Engine, given: str | Path | None) -> tuple[Checkpoint, list[str]]:
     """The checkpoint to compare with, and what is to be said of it."""
     made_from = engine.manifest.checkpoint
+    if made_from.graphs is not None:
+        return _beside_graphs(engine, given)
     if given is None:
         try:
             found = resolve_checkpoint(
@@ -189,6 +191,20 @@ def _checkpoint(engine: Engine, given: str | Path | None) -> tuple[Checkpoint, l
             "so a comparison would mean nothing; export it again, or name a checkpoint with --checkpoint"
         )
     return found, [f"compared, as asked, with weights that the engine was not exported from: {changed}"]
+
+
+def _beside_graphs(engine: Engine, given: str | Path | None) -> tuple[Checkpoint, list[str]]:
+    """The same where the engine is made of graphs, which do not tell of the checkpoint's weights."""
+    made_from = engine.manifest.checkpoint
+    if given is None:
+        raise EngineError(
+            f"{engine.folder}: made of graphs that {made_from.graphs} exported ({made_from.source}), which "
+            "stock diffusers does not run; name the checkpoint that they were exported from with --checkpoint"
+        )
+    return resolve_checkpoint(given), [
+        f"made of graphs that {made_from.graphs} exported, and compared, as asked, with {given}; "
+        "conditioning and U-Net are one figure, as these graphs compute both in each step"
+    ]
 
 
 def _all_digests(

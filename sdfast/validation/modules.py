@@ -93,6 +93,9 @@ def _text_encoders(engine: Engine, stock: Stock, prompts: Sequence[str]) -> Iter
         truth = _text_states(stock.exact, name, ids)
         same = None if stock.same is None else _text_states(stock.same, name, ids)
         given = engine.call(name, {"input_ids": ids.to(engine.device)})
+        if engine.manifest.checkpoint.graphs is not None:  # they may have the last layers alone
+            layers = given["hidden_states"].shape[1]
+            truth["hidden_states"] = truth["hidden_states"][:, -layers:]
         for output, what in _used_outputs(stock.exact, name):
             value = shaped(name, given[output], truth[output])
             error = compare(zip(value, truth[output], strict=True))
@@ -147,13 +150,17 @@ def _unet(
     contexts = [_context(engine, step) for step in steps]
     shifts = [_time_shift(engine, step) for step in steps]
     controls = [_control(engine, step) for step in steps]
-    alone = [
-        _output(engine, step, truth.time_shift, truth.context, truth.control, height, width)
-        for step, truth in zip(steps, truths, strict=True)
-    ]
     whole = [
         _output(engine, step, shift, context, control, height, width)
         for step, shift, context, control in zip(steps, shifts, contexts, controls, strict=True)
+    ]
+    in_one = measured("step", "context + time_shift + unet", whole, lambda outputs: outputs.output)
+    if engine.manifest.checkpoint.graphs is not None:  # their U-Net has the conditioning inside
+        yield in_one
+        return
+    alone = [
+        _output(engine, step, truth.time_shift, truth.context, truth.control, height, width)
+        for step, truth in zip(steps, truths, strict=True)
     ]
     own_controls = [control for control in controls if control is not None]
     yield measured("context", "keys and values of the prompt", contexts, lambda outputs: outputs.context)
@@ -162,7 +169,7 @@ def _unet(
         what = "the embedded control image"
         yield measured(CONTROL, what, own_controls, lambda outputs: cast(Tensor, outputs.control))
     yield measured("unet", "on the reference's context and shifts", alone, lambda outputs: outputs.output)
-    yield measured("step", "context + time_shift + unet", whole, lambda outputs: outputs.output)
+    yield in_one
 
 
 def _context(engine: Engine, step: StepInputs) -> Tensor:

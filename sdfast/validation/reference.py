@@ -77,6 +77,7 @@ def reference_pipeline(
     device is not there, `CheckpointError` for a LoRA or an embedding that diffusers does not load.
     """
     diffusers, device = stock(), torch.device(device)
+    checkpoint.check_weights()
     if device.type == "cuda" and not torch.cuda.is_available():
         raise BackendError(
             "device 'cuda' was asked for, but this torch sees no CUDA device; `sdfast doctor` says more"

@@ -1,0 +1,100 @@
+"""One side as a process, in the environment of that side.
+
+    python -m benchmarks.peers.worker prepare SIDE TASK    makes what the side runs, if it is not there
+    python -m benchmarks.peers.worker serve SIDE TASK      opens it and measures what it is asked, by lines
+
+Questions of `serve`: `{"do": "open"}`, then `{"do": MEASURE}` for each measure, and `{"do": "memory"}`.
+"""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.peers.channel import answer_all, own_stdout
+from benchmarks.peers.sides import SIDES, Side
+from benchmarks.peers.task import ASKED, Task
+
+SETTLE = 0.1  # seconds that threads of this process, and of the one measured before, have to go to sleep
+
+
+class Serving:
+    """Answers the questions about one side."""
+
+    def __init__(self, side: Side, task: Task, outputs: Path) -> None:
+        """outputs: the folder for what each measure computed the first time."""
+        self._side = side
+        self._task = task
+        self._outputs = outputs
+        self._kept: set[str] = set()
+        self._rested: tuple[float, float] | None = None
+
+    def answer(self, question: dict[str, Any]) -> dict[str, Any]:
+        """Raises `KeyError` for a question that there is not."""
+        do = question["do"]
+        if do == "open":
+            return self._open()
+        if do == "memory":
+            return {"peak_bytes": peak_bytes()}
+        if do not in ASKED:
+            raise KeyError(do)
+        return self._measure(do)
+
+    def _open(self) -> dict[str, Any]:
+        torch.set_num_threads(self._task.threads)
+        self._side.imports()
+        start = time.perf_counter()
+        self._side.open(self._task)
+        seconds = time.perf_counter() - start
+        return {"seconds": seconds, "facts": self._side.facts(), "peak_bytes": peak_bytes()}
+
+    @torch.no_grad()
+    def _measure(self, name: str) -> dict[str, Any]:
+        idle = self._idle_share()
+        time.sleep(SETTLE)
+        measured = getattr(self._side, name)()
+        self._rested = time.process_time(), time.perf_counter()
+        if name not in self._kept:
+            self._kept.add(name)
+            self._outputs.mkdir(parents=True, exist_ok=True)
+            np.save(self._outputs / f"{name}.npy", np.asarray(measured.output, dtype=np.float32))
+        return {"seconds": measured.seconds, "step_seconds": measured.step_seconds, "idle": idle}
+
+    def _idle_share(self) -> float | None:
+        """The share of a processor that this process took since it last measured: it should sleep."""
+        if self._rested is None:
+            return None
+        computed, waited = (now - then for now, then in zip(_clocks(), self._rested, strict=True))
+        return round(computed / waited, 4)
+
+
+def _clocks() -> tuple[float, float]:
+    return time.process_time(), time.perf_counter()
+
+
+def peak_bytes() -> int | None:
+    """The most memory that this process had resident, mapped files included; None where Linux does not say.
+
+    Of this process alone: `getrusage` tells that of the parent where it was more when this one began.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
+
+
+def main(work: str, name: str, path: str) -> None:
+    task, side = Task.read(path), SIDES[name]()
+    if work == "prepare":
+        side.prepare(task)
+        return
+    serving = Serving(side, task, Path(task.outputs) / name)
+    answer_all(serving.answer, sys.stdin, own_stdout())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
