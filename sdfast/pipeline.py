@@ -134,7 +134,7 @@ class Pipeline(DiffusersCall):
         calls with a `cache_interval`, see `sdfast.models.step_cache`. `compile`, for `backend="eager"`: see
         `Engine.open`.
         """
-        from sdfast.export.cache import cached_engine
+        from sdfast.export.first_use import cached_engine
 
         refuse(refused, "from_pretrained", neutral={"use_safetensors": True})
         check_options(backend, torch.device("cpu"), compile=compile, attention=None)  # before it exports

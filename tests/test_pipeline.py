@@ -620,7 +620,8 @@ def test_from_pretrained_in_float16_is_for_the_gpu_if_there_is_one(
     monkeypatch: pytest.MonkeyPatch, gpu: bool, given: str | None, provider: str
 ) -> None:
     recipes: list[Recipe] = []
-    monkeypatch.setattr("sdfast.export.cache.export", lambda _, target, recipe, **__: recipes.append(recipe))
+    keep = "sdfast.export.first_use.export"
+    monkeypatch.setattr(keep, lambda _, target, recipe, **__: recipes.append(recipe))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(StableDiffusionPipeline, "from_engine", lambda folder, **_: None)
     loras = ["org/style", {"source": "a.safetensors", "scale": 0.5}]
