@@ -182,7 +182,7 @@ def test_unet(tmp_path, dtype, tolerance):
         expected["Split"] += count(network, unet.SelfAttention)
     assert found == expected
     check(path, network, unet_inputs(network, 2, 8, 8, dtype), tolerance)
-    # ONNX Runtime checks operators, attributes, types and shapes before it looks for kernels; a CPU lacks them.
+    # ONNX Runtime checks operators, attributes, types and shapes before it looks for kernels.
     with pytest.raises(NoKernel, match=r"NhwcConv\(1\)"):
         session(path)
 
