@@ -20,7 +20,8 @@ from sdfast.first_latents import Over, check_fit
 from sdfast.images import open_image, read_controls, read_images, read_masks
 from sdfast.infotext import Infotext, infotext_of, png
 from sdfast.manifest import Model
-from sdfast.pipeline import Pipeline, check_cached, check_channels
+from sdfast.pipeline import Pipeline
+from sdfast.preparation import check_cached, check_channels
 from sdfast.request import Hires, Request
 from sdfast.schedulers import schedule
 

@@ -6,7 +6,7 @@ from sdfast.engine import Engine
 from sdfast.errors import RequestError
 from sdfast.first_latents import Over, check_edits, check_strength
 from sdfast.images import check_bytes, from_bytes, mask_from_bytes
-from sdfast.pipeline import check_cached, check_channels
+from sdfast.preparation import check_cached, check_channels
 from sdfast.server.jobs import Job
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from sdfast.loop import Member, Row, Rows
-from sdfast.pipeline import Prepared
+from sdfast.preparation import Prepared
 from sdfast.server.jobs import Begun, Done, Event, Failed, Job, Queued, Step
 
 Listener = Callable[[Event], None]

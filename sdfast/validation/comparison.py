@@ -21,7 +21,8 @@ from sdfast.export.checkpoint import resolve as resolve_checkpoint
 from sdfast.export.one_file import Found
 from sdfast.first_latents import Over, check_edits
 from sdfast.manifest import AddedControlNet, FromFile
-from sdfast.pipeline import Pipeline, check_cached, check_channels
+from sdfast.pipeline import Pipeline
+from sdfast.preparation import check_cached, check_channels
 from sdfast.request import Request
 from sdfast.schedulers import Schedule, resolve, schedule
 from sdfast.validation import rule

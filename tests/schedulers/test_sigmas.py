@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sdfast.errors import RequestError
-from sdfast.pipeline import Scheduler
+from sdfast.preparation import Scheduler
 from sdfast.schedulers import SOLVERS, resolve, schedule
 from sdfast.schedulers.config import read
 from sdfast.schedulers.layouts import ALIGN_YOUR_STEPS, LAYOUTS

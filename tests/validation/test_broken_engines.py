@@ -111,7 +111,7 @@ def test_a_scheduler_that_only_the_figures_can_tell(engine: Path, monkeypatch: p
 
     schedule = comparison.schedule
     monkeypatch.setattr(comparison, "schedule", first_order)
-    monkeypatch.setattr("sdfast.pipeline.schedule", first_order)
+    monkeypatch.setattr("sdfast.preparation.schedule", first_order)
     report = validate(engine, prompts=PROMPT, steps=6)
     assert at_fault(report) - {"picture"} == {"scheduler DPMSolverMultistepScheduler"}
 

@@ -107,7 +107,7 @@ def of_start(change: Callable[[Tensor], Tensor]) -> Callable[[pytest.MonkeyPatch
             assert made.beside is not None
             return replace(made, beside=change(made.beside))
 
-        patch.setattr("sdfast.pipeline.start_over", start)
+        patch.setattr("sdfast.preparation.start_over", start)
 
     return broken
 
