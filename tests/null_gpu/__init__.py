@@ -8,6 +8,6 @@ the host does is real: what is exported, compiled (by Triton for sm_90 too) and 
 stream, waited for, captured into a graph. In a capture this GPU refuses what a real one refuses.
 
 Needs torch with CUDA 13 from pip, gcc, and CUDA's headers (pip install nvidia-cuda-crt nvidia-cuda-cccl). The
-plugin leaves out the tests' comparisons of numbers; assertions on numbers of their own still fail, and mean
-nothing. What was compiled is dropped at the end, unless NULL_GPU_CACHE names a folder for it.
+plugin leaves out the tests' comparisons of numbers, and expects the tests marked `numbers` to fail in their
+assertions alone. What was compiled is dropped at the end, unless NULL_GPU_CACHE names a folder for it.
 """
