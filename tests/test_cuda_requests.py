@@ -1,4 +1,4 @@
-"""What requests ask for, on a GPU: no step waits, each kind of tick is one graph, memory is given back, and the
+"""What requests ask for, on a GPU: no step waits, each kind of tick is one graph, memory is given back, and
 pictures are those of the processor."""
 
 import shutil
@@ -239,7 +239,7 @@ def test_memory_is_given_back(engines: dict[bool, Path], name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [False, True])
-def test_a_server_draws_all_of_them_side_by_side(engines: dict[bool, Path], kind: bool, strict: None) -> None:
+def test_a_server_draws_all_of_them_side_by_side(engines: dict[bool, Path], kind: bool) -> None:
     engine = Engine.open(engines[kind], "cuda")
     asks = [ask for ask in ASKS.values() if controlled(ask) == kind]
     batcher, ears = Batcher(engine, max_rows=3), [Ear() for _ in asks]
