@@ -119,17 +119,24 @@ def make(shallow_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     def made(name: str, *, controlled: bool, **recipe: Any) -> Path:
         own: dict[str, Any] = {"controlnet": controlnet, "sizes": ["16x16"], "batch": [1]}
         if not controlled:
-            own = {"embeddings": [{"source": embedding}], "sizes": {"min": "16x16", "max": "32x32"}}
-            own |= {"batch": 2, "cache_branch": 0}
+            own = {"embeddings": [{"source": embedding}], "cache_branch": 0}
+            if recipe["backend"] == "onnx":  # which captures what is of one size
+                own |= {"sizes": ["16x16", "32x32"], "batch": [1]}
+            else:
+                own |= {"sizes": {"min": "16x16", "max": "32x32"}, "batch": 2}
             own |= {"long_prompts": True} if recipe["backend"] == "inductor" else {}
         return export(checkpoint, place / f"{name}-{controlled}", Recipe.make(**own, **recipe))
 
     return made
 
 
-@pytest.fixture(scope="module", params=["eager", "inductor"])
+@pytest.fixture(scope="module", params=["eager", "inductor", "onnx"])
 def engines(request: pytest.FixtureRequest, make: Any) -> dict[bool, Path]:
     """In half precision, one without a ControlNet and one with."""
+    if request.param == "onnx":
+        providers = pytest.importorskip("onnxruntime").get_available_providers()
+        if "CUDAExecutionProvider" not in providers:
+            pytest.skip("this ONNX Runtime is not the one for CUDA")
     compiled = {"device": "cuda", "autotune": False} if request.param == "inductor" else {}
     return {
         kind: make(request.param, controlled=kind, backend=request.param, dtype="fp16", **compiled)

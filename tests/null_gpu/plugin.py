@@ -19,13 +19,17 @@ def _equal(a: torch.Tensor, b: torch.Tensor, _equal: Any = torch.equal) -> bool:
 
 
 def _text(tensor: torch.Tensor, *, tensor_contents: Any = None, _text: Any = torch.Tensor.__repr__) -> str:
-    return f"<cuda {list(tensor.shape)}>" if tensor.is_cuda else str(_text(tensor))
+    # a tensor of another class, as those that are traced, would be seen to be asked for its device
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)
+    return f"<cuda {list(tensor.shape)}>" if plain and tensor.is_cuda else str(_text(tensor))
 
 
 def pytest_configure() -> None:
     import sdfast.loop
     import sdfast.pipeline
+    from tests.null_gpu import onnx_runtime
 
+    sys.modules["onnxruntime"] = onnx_runtime
     torch.backends.cudnn.enabled = False  # it would look for the GPU
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.equal = _equal
