@@ -116,6 +116,7 @@ def test_the_picture_over_an_image_is_the_processors(
         assert_same(ours.cpu(), Pipeline.from_engine(sd_engine)("the sea", **call).images)
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("guidance_end", [1.0, 0.5])
 def test_the_picture_of_cached_steps_is_the_processors(engine: Path, guidance_end: float) -> None:
     call: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""ONNX Runtime for CUDA on a GPU that computes nothing: a session knows the shapes of its outputs, no more."""
+"""ONNX Runtime for CUDA on a GPU that computes nothing: sessions know the shapes of their outputs alone."""
 
 from collections.abc import Mapping
 from types import SimpleNamespace
