@@ -62,6 +62,7 @@ def test_between_joining_and_leaving_nothing_waits() -> None:
         running.close()
 
 
+@pytest.mark.numbers
 def test_a_graph_replays_what_was_run_first() -> None:
     x = torch.zeros(4, device="cuda")
     graph = Graph(lambda: x.add_(1), x.device)  # type: ignore[arg-type,return-value]
@@ -115,6 +116,7 @@ def test_the_picture_over_an_image_is_the_processors(
         assert_same(ours.cpu(), Pipeline.from_engine(sd_engine)("the sea", **call).images)
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("guidance_end", [1.0, 0.5])
 def test_the_picture_of_cached_steps_is_the_processors(engine: Path, guidance_end: float) -> None:
     call: dict[str, Any] = {
@@ -173,6 +175,7 @@ fp8 = pytest.mark.skipif(
 
 
 @fp8
+@pytest.mark.numbers
 @pytest.mark.parametrize("rows", [1, 77, 300])  # not only multiples of the kernels' tiles
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_gpus_fp8_product_is_the_definition(rows: int, bias: bool) -> None:
@@ -186,6 +189,7 @@ def test_the_gpus_fp8_product_is_the_definition(rows: int, bias: bool) -> None:
 
 
 @fp8
+@pytest.mark.numbers
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_an_fp8_engine_on_a_gpu_is_near_the_one_without(backend: str, tiny_sd: Path, tmp_path: Path) -> None:
     """Near, no more: what is rounded otherwise in its last bit differs by FP8's own steps a few layers on."""

@@ -16,7 +16,10 @@ LIBRARIES = {
     "blas.c": "libcublas.so.13",
     "driver.c": "libcuda.so.1",
 }
+# What torch does not bring, and what does.
+HEADERS = {"crt/host_defines.h": "nvidia-cuda-crt", "nv/target": "nvidia-cuda-cccl"}
 # Of what is compiled: for this GPU it is kept from what is compiled for a real one.
+KEPT = "NULL_GPU_CACHE"  # the variable that names a folder where it stays from one command to the next
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "SDFAST_CACHE")
 
 
@@ -26,8 +29,9 @@ def site() -> Path:
     packages = Path(torch.origin).parents[1] if torch and torch.origin else None
     if packages is None or not (packages / "nvidia" / "cu13").is_dir():
         sys.exit("a GPU that computes nothing needs torch with CUDA 13 from pip")
-    if not (packages / "nvidia/cu13/include/crt/host_defines.h").is_file():
-        sys.exit("CUDA's headers are missing: pip install nvidia-cuda-crt==13.0.*")
+    for header, package in HEADERS.items():
+        if not (packages / "nvidia/cu13/include" / header).is_file():
+            sys.exit(f"CUDA's headers are missing: pip install {package}==13.0.*")
     return packages / "nvidia" / "cu13"
 
 
@@ -69,6 +73,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="null-gpu-") as made:
         folder = Path(made)
         libraries = build(cuda, folder)
+        caches = Path(os.environ.get(KEPT, made)).absolute()
         environment = {
             **os.environ,
             "LD_PRELOAD": ":".join(map(str, libraries)),
@@ -76,11 +81,7 @@ def main() -> None:
             "LIBRARY_PATH": str(folder),
             "TRITON_LIBCUDA_PATH": str(folder),
             "CUDA_HOME": str(cuda),
-            # what is compiled for it is kept from what is compiled for a GPU
-            **{
-                name: str(folder / name)
-                for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "SDFAST_CACHE")
-            },
+            **{name: str(caches / name) for name in CACHES},
         }
         plugin = ["-p", "tests.null_gpu.plugin"] if sys.argv[1:3] == ["-m", "pytest"] else []
         command = [sys.executable, *sys.argv[1:3], *plugin, *sys.argv[3:]]

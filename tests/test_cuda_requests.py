@@ -1,0 +1,273 @@
+"""What requests ask for, on a GPU: no step waits, each kind of tick is one graph, memory is given back, and
+pictures are those of the processor."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from sdfast.engine import Engine
+from sdfast.export.build import export
+from sdfast.export.recipe import Recipe
+from sdfast.graph import Graph
+from sdfast.loop import Rows
+from sdfast.pipeline import Pipeline
+from sdfast.request import Hires, Request
+from sdfast.server.batcher import Batcher
+from sdfast.server.jobs import Job
+from tests import checkpoints
+from tests.export.embeddings import automatic1111
+from tests.server.test_batcher import Ear
+from tests.test_image_to_image import image
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="this torch sees no CUDA device"),
+]
+
+LONG = "a cabin in the misty mountains, the sea and a boat, " * 4  # 96 tokens, of which two chunks are made
+CHUNKS = {"long_prompts": "chunk"}
+LARGE = {"height": 32, "width": 32, "strength": 0.6, "num_inference_steps": 4}
+CONTROLS = [image(1, 16, 16), image(2, 16, 16)]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """call: of a pipeline. graphs: how many kinds of ticks it has. plain: what it is like without."""
+
+    call: dict[str, Any]
+    graphs: int
+    plain: dict[str, Any]
+
+
+ASKS = {
+    "a prompt of two chunks": Ask({"prompt": LONG, **CHUNKS}, 1, {"long_prompts": "truncate"}),
+    "a negative prompt of three": Ask(
+        {"negative_prompt": LONG * 2, **CHUNKS}, 1, {"long_prompts": "truncate"}
+    ),
+    "emphasis": Ask({"prompt": "a (cabin:4)", "emphasis": "original"}, 1, {"emphasis": "ignore"}),
+    "guidance in the middle": Ask({"guidance_start": 0.2, "guidance_end": 0.7}, 2, {"guidance_start": 0.0}),
+    "an embedding": Ask({"prompt": "a cabin, zq-style"}, 1, {"prompt": "a cabin"}),
+    "prompts that change": Ask(
+        {"prompt": "a [boat|zq-style] in [mist:rain:2]", "prompt_editing": True, "scheduler": "ddim"},
+        1,
+        {"prompt": "a boat in mist"},
+    ),
+    "prompts that change, of other lengths": Ask(
+        {"prompt": f"a [boat:zq-style, {LONG}:3]", "prompt_editing": True, **CHUNKS, "scheduler": "ddim"},
+        1,
+        {"prompt": "a boat"},
+    ),
+    "a second pass over latents": Ask({"hires": LARGE}, 2, {"hires": {**LARGE, "strength": 1.0}}),
+    "a second pass over pictures": Ask({"hires": {**LARGE, "upscaler": "lanczos"}}, 2, {"hires": LARGE}),
+    "shallow steps": Ask({"cache_interval": 3}, 2, {"cache_interval": 1}),
+    "shallow steps and guidance that ends": Ask(
+        {"cache_interval": 3, "guidance_end": 0.6}, 4, {"cache_interval": 1}
+    ),
+    "a control image": Ask({"control_image": CONTROLS[0]}, 1, {"control_image": CONTROLS[1]}),
+    "a control image in the middle": Ask(
+        {
+            "control_image": CONTROLS,
+            "num_images_per_prompt": 2,
+            "controlnet_conditioning_scale": 1.5,
+            "control_guidance_start": 0.2,
+            "control_guidance_end": 0.5,
+        },
+        1,
+        {"control_guidance_end": 1.0},
+    ),
+    "a control image and guidance that begins late": Ask(
+        {"control_image": CONTROLS[0], "guidance_start": 0.4}, 2, {"guidance_start": 0.0}
+    ),
+}
+COMMON = {
+    "prompt": "the sea",
+    "num_inference_steps": 8,
+    "seed": 5,
+    "height": 16,
+    "width": 16,
+    "scheduler": "euler_a",
+    "output_type": "latent",
+}
+
+
+@pytest.fixture(scope="module")
+def make(shallow_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Exports an engine, with a ControlNet or with all else that requests ask for.
+
+    Prompts matter more to its U-Net than half precision does.
+    """
+    place = tmp_path_factory.mktemp("cuda")
+    checkpoint = Path(shutil.copytree(shallow_sd, place / "checkpoint"))
+    weights = load_file(file := checkpoint / "unet" / "diffusion_pytorch_model.safetensors")
+    for name in weights:
+        if name.endswith((".attn2.to_v.weight", ".attn2.to_out.0.weight")):
+            weights[name] *= 3
+    save_file(weights, file)
+    controlnet = checkpoints.build_controlnet(
+        place / "controlnet", checkpoint, conditioning_embedding_out_channels=(4, 16)
+    )
+    embedding = automatic1111(place / "zq-style.safetensors", 5)
+
+    def made(name: str, *, controlled: bool, **recipe: Any) -> Path:
+        own: dict[str, Any] = {"controlnet": controlnet, "sizes": ["16x16"], "batch": [1]}
+        if not controlled:
+            own = {"embeddings": [{"source": embedding}], "cache_branch": 0}
+            if recipe["backend"] == "onnx":  # which captures what is of one size
+                own |= {"sizes": ["16x16", "32x32"], "batch": [1]}
+            else:
+                own |= {"sizes": {"min": "16x16", "max": "32x32"}, "batch": 2}
+            own |= {"long_prompts": True} if recipe["backend"] == "inductor" else {}
+        return export(checkpoint, place / f"{name}-{controlled}", Recipe.make(**own, **recipe))
+
+    return made
+
+
+@pytest.fixture(scope="module", params=["eager", "inductor", "onnx"])
+def engines(request: pytest.FixtureRequest, make: Any) -> dict[bool, Path]:
+    """In half precision, one without a ControlNet and one with."""
+    if request.param == "onnx":
+        providers = pytest.importorskip("onnxruntime").get_available_providers()
+        if "CUDAExecutionProvider" not in providers:
+            pytest.skip("this ONNX Runtime is not the one for CUDA")
+    compiled = {"device": "cuda", "autotune": False} if request.param == "inductor" else {}
+    return {
+        kind: make(request.param, controlled=kind, backend=request.param, dtype="fp16", **compiled)
+        for kind in (False, True)
+    }
+
+
+@pytest.fixture(scope="module")
+def exact(make: Any) -> dict[bool, Pipeline]:
+    """The same on the processor, in single precision; what these draw is compared with stock diffusers."""
+    return {
+        kind: Pipeline.from_engine(make("exact", controlled=kind, backend="eager")) for kind in (False, True)
+    }
+
+
+def draw(pipe: Pipeline, **call: Any) -> torch.Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    found: torch.Tensor = pipe(**{**COMMON, **call}).images
+    return found.float().cpu()
+
+
+@contextmanager
+def synchronisation(mode: str) -> Iterator[None]:
+    """What waits for the device meanwhile: "error", or "default"."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode(mode)
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@pytest.fixture
+def strict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ticks that wait raise. Rows that move to another bucket within one take the host's time by design."""
+    tick, change = Rows.tick, Rows.change
+
+    def strict_tick(self: Rows) -> None:
+        with synchronisation("error"):
+            tick(self)
+
+    def free_change(self: Rows, *args: Any, **options: Any) -> None:
+        with synchronisation("default"):
+            change(self, *args, **options)
+
+    monkeypatch.setattr(Rows, "tick", strict_tick)
+    monkeypatch.setattr(Rows, "change", free_change)
+
+
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
+    """The graphs, as they are captured."""
+    found: list[Graph] = []
+    capture = Graph._captured
+
+    def captured(self: Graph) -> Any:
+        found.append(self)
+        return capture(self)
+
+    monkeypatch.setattr(Graph, "_captured", captured)
+    return found
+
+
+def controlled(ask: Ask) -> bool:
+    return "control_image" in ask.call
+
+
+def job(name: str, ask: Ask) -> Job:
+    """The same of a server."""
+    given = {**COMMON, "negative_prompt": None, **ask.call}
+    control = given.pop("control_image", None)
+    texts = {f"{name}s": (given.pop(name),) for name in ("prompt", "negative_prompt")}
+    del given["output_type"]
+    if control is not None:
+        given.setdefault("controlnet_conditioning_scale", 1.0)
+        control = (control if isinstance(control, Image.Image) else control[0]).tobytes()
+    if "hires" in given:
+        given["hires"] = Hires.make(**given["hires"])
+    return Job(name, "engine", Request.make(**texts, **given), control=control)
+
+
+@pytest.mark.parametrize("name", ASKS)
+def test_no_step_waits_and_each_kind_of_tick_is_one_graph(
+    engines: dict[bool, Path], name: str, strict: None, captures: list[Graph]
+) -> None:
+    ask = ASKS[name]
+    pipe = Pipeline.from_engine(engines[controlled(ask)], "cuda")
+    for _ in range(4):  # a tick that comes once in a picture is captured in the second one
+        draw(pipe, **ask.call)
+    assert len(captures) == len(set(captures)) == ask.graphs
+
+
+@pytest.mark.parametrize("name", ASKS)
+def test_memory_is_given_back(engines: dict[bool, Path], name: str) -> None:
+    ask = ASKS[name]
+
+    def drawn() -> int:
+        pipe = Pipeline.from_engine(engines[controlled(ask)], "cuda")
+        for _ in range(2):
+            draw(pipe, **ask.call)
+        del pipe
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+
+    before = drawn()
+    assert drawn() - before < 2**20
+
+
+@pytest.mark.parametrize("kind", [False, True])
+def test_a_server_draws_all_of_them_side_by_side(engines: dict[bool, Path], kind: bool) -> None:
+    engine = Engine.open(engines[kind], "cuda")
+    asks = [ask for ask in ASKS.values() if controlled(ask) == kind]
+    batcher, ears = Batcher(engine, max_rows=3), [Ear() for _ in asks]
+    try:
+        for i, (ask, ear) in enumerate(zip(asks, ears, strict=True)):
+            batcher.submit(job(str(i), ask), ear)
+        for ear in ears:
+            assert ear.done().pngs
+    finally:
+        assert batcher.close(drain=False, timeout=60)
+
+
+@pytest.mark.numbers
+@pytest.mark.parametrize("name", ASKS)
+def test_pictures_are_those_of_the_processor(
+    engines: dict[bool, Path], exact: dict[bool, Pipeline], name: str
+) -> None:
+    ask = ASKS[name]
+    expected = draw(exact[controlled(ask)], **ask.call)
+    plain = draw(exact[controlled(ask)], **{**ask.call, **ask.plain})
+    pipe = Pipeline.from_engine(engines[controlled(ask)], "cuda")
+    for _ in range(3):  # by eager ticks, some graphs, and all of them
+        error = (draw(pipe, **ask.call) - expected).norm()
+        assert error < 0.01 * expected.norm() and error < 0.4 * (plain - expected).norm()
