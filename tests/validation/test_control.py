@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdfast import control, pipeline
+from sdfast import control, preparation
 from sdfast.errors import EngineError
 from sdfast.manifest import read_manifest
 from sdfast.models import ops
@@ -80,7 +80,7 @@ def of_image(change: Callable[[Tensor], Tensor]) -> Callable[[pytest.MonkeyPatch
 
     def broken(patch: pytest.MonkeyPatch) -> None:
         sound = control.embedded
-        patch.setattr(pipeline, "embedded", lambda engine, image: sound(engine, change(image)))
+        patch.setattr(preparation, "embedded", lambda engine, image: sound(engine, change(image)))
 
     return broken
 
@@ -90,7 +90,7 @@ def of_scales(change: Callable[[list[float]], Sequence[float]]) -> Callable[[pyt
 
     def broken(patch: pytest.MonkeyPatch) -> None:
         sound = control.scales
-        patch.setattr(pipeline, "scales", lambda request, steps: change(sound(request, steps)))
+        patch.setattr(preparation, "scales", lambda request, steps: change(sound(request, steps)))
 
     return broken
 
