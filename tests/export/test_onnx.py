@@ -210,8 +210,13 @@ def test_vae(tmp_path, half):
 
 @pytest.mark.parametrize(
     ("projected", "eos", "table"),
-    [(False, 99, CPU), (False, 2, TENSORRT), (True, 2, CPU), (True, 99, TENSORRT)],  # every pair of two
-    ids=["pooled-99-cpu", "pooled-2-tensorrt", "projected-2-cpu", "projected-99-tensorrt"],
+    [  # every pair of two
+        pytest.param(False, 2, CPU, id="pooled-2-cpu"),
+        pytest.param(True, 99, TENSORRT, id="projected-99-tensorrt"),
+        pytest.param(False, 99, TENSORRT, id="pooled-99-tensorrt", marks=pytest.mark.slow),
+        pytest.param(True, 99, CPU, id="projected-99-cpu", marks=pytest.mark.slow),
+        pytest.param(True, 2, TENSORRT, id="projected-2-tensorrt", marks=pytest.mark.slow),
+    ],
 )
 def test_text_encoder(tmp_path, projected, eos, table):
     """eos 2, of old configs: transformers takes the largest id for the end of the prompt."""

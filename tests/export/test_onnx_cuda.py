@@ -170,7 +170,9 @@ def test_sd15_is_made_of_fused_operators():
     assert all(n.attributes["channels_last"].value == 1 for n in nodes if "GroupNorm" in n.op_type)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(HALF, 5e-3), (SINGLE, 1e-5)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(HALF, 5e-3), pytest.param(SINGLE, 1e-5, marks=pytest.mark.slow)]
+)
 def test_unet(tmp_path, dtype, tolerance):
     network, _, _ = unet_modules(WIDE, dtype)
     path = tmp_path / "unet.onnx"
