@@ -90,6 +90,23 @@ class Checkpoint:
                 "the checkpoint that they were exported from"
             )
 
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """Their names, in the order in which prompts are told to the U-Net."""
+        return tuple(sorted(name for name in self.components if name.startswith("text_encoder")))
+
+    @property
+    def sample_size(self) -> int:
+        """The side in latents of the pictures that its U-Net was trained on."""
+        size = self.components["unet"].config.get("sample_size") or 64
+        return int(size if isinstance(size, int) else size[0])
+
+    @property
+    def zero_empty_negative(self) -> bool:
+        """See `manifest.Model`."""
+        sdxl = self.family == "sdxl"  # where diffusers' pipeline has that on by default
+        return bool(self.index.get("force_zeros_for_empty_prompt", sdxl))
+
     def component(self, name: str) -> Component:
         """A network of it, or its ControlNet. Raises `CheckpointError` for one that is not there."""
         if name == layout.CONTROLNET and self.controlnet is not None:

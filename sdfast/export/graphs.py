@@ -100,14 +100,13 @@ class Graphs:
             checkpoint,
             UNetConfig.from_diffusers(parts["unet"].config),
             VAEConfig.from_diffusers(parts[VAE_DECODER].config),
-            tuple(sorted(name for name in parts if name.startswith("text_encoder"))),
+            checkpoint.text_encoders,
         )
 
     @property
     def default_side(self) -> int:
         """The side in pixels of the pictures that the checkpoint was trained on."""
-        size = self.checkpoint.components["unet"].config.get("sample_size") or 64
-        return int(size if isinstance(size, int) else size[0]) * self.vae.scale
+        return self.checkpoint.sample_size * self.vae.scale
 
     @property
     def told(self) -> dict[str, int]:
@@ -122,7 +121,6 @@ class Graphs:
 
     def model(self) -> Model:
         """What the manifest says of the networks."""
-        sdxl = self.checkpoint.family == "sdxl"  # where diffusers' pipeline has that on by default
         return Model(
             family=self.checkpoint.family,
             in_channels=self.unet.in_channels,
@@ -136,7 +134,7 @@ class Graphs:
             time_shift_width=sum(self.told.values()),
             pooled_width=self.unet.pooled_dim,
             guidance_embedding=self.unet.time_cond_proj_dim,
-            zero_empty_negative=bool(self.checkpoint.index.get("force_zeros_for_empty_prompt", sdxl)),
+            zero_empty_negative=self.checkpoint.zero_empty_negative,
         )
 
     def specs(self, recipe: Recipe) -> list[GraphSpec]:

@@ -94,7 +94,7 @@ class Networks:
             checkpoint,
             unet,
             VAEConfig.from_diffusers(parts["vae"].config),
-            tuple(sorted(name for name in parts if name.startswith("text_encoder"))),
+            checkpoint.text_encoders,
             step_cache=None if cache_branch is None else _step_cache(unet, cache_branch),
         )
         return networks if checkpoint.controlnet is None else networks._with(checkpoint.controlnet)
@@ -111,13 +111,12 @@ class Networks:
     @property
     def factor(self) -> int:
         """Pixels a latent, in each direction."""
-        return int(2 ** (len(self.vae.block_out_channels) - 1))
+        return self.vae.scale
 
     @property
     def default_side(self) -> int:
         """The side in pixels of the pictures that the checkpoint was trained on."""
-        size = self.checkpoint.components["unet"].config.get("sample_size") or 64
-        return int(size if isinstance(size, int) else size[0]) * self.factor
+        return self.checkpoint.sample_size * self.factor
 
     def fp8(self) -> tuple[str, ...]:
         """The layers of the U-Net that FP8 is for. Raises `ExportError` when there are none."""
@@ -142,7 +141,6 @@ class Networks:
     def model(self) -> Model:
         """What the manifest says of the networks."""
         step = self.step()
-        sdxl = self.checkpoint.family == "sdxl"  # where diffusers' pipeline has that on by default
         widths = [int(self.checkpoint.components[name].config["hidden_size"]) for name in self.text]
         return Model(
             family=self.checkpoint.family,
@@ -157,7 +155,7 @@ class Networks:
             control_channels=self.controlnet.channels if self.controlnet else None,
             pooled_width=self.unet.pooled_dim,
             guidance_embedding=self.unet.time_cond_proj_dim,
-            zero_empty_negative=bool(self.checkpoint.index.get("force_zeros_for_empty_prompt", sdxl)),
+            zero_empty_negative=self.checkpoint.zero_empty_negative,
             step_cache=self.step_cache,
         )
 
