@@ -3,6 +3,8 @@
 Both are the same sums in another order: exact but for rounding.
 """
 
+from functools import partial
+
 import numpy as np
 import onnx_ir
 
@@ -103,9 +105,8 @@ def of_enlarged(g: Graph, x: Value, weight: Value, bias: Value | None) -> Value:
     for a in (0, 1):
         row = []
         for b in (0, 1):
-            phase = g.transformed(
-                weight, f"phase_{a}{b}", (outputs, inputs, 2, 2), lambda w, a=a, b=b: _phase_weight(w, a, b)
-            )
+            taps = partial(_phase_weight, a, b)
+            phase = g.transformed(weight, f"phase_{a}{b}", (outputs, inputs, 2, 2), taps)
             given = [x, phase] if bias is None else [x, phase, bias]
             pixels = g.Conv(*given, kernel_shape=[2, 2], pads=[1 - a, 1 - b, a, b])  # [B, O, h, w]
             row.append(g.Unsqueeze(pixels, g.ints(-1)))
@@ -115,6 +116,7 @@ def of_enlarged(g: Graph, x: Value, weight: Value, bias: Value | None) -> Value:
     return g.reshape(g.Concat(*rows, axis=-1), 0, outputs, -1, _times(g, width, 2))
 
 
-def _phase_weight(weight: Array, a: int, b: int) -> Array:
+def _phase_weight(a: int, b: int, weight: Array) -> Array:
     """[O, I, 3, 3] -> [O, I, 2, 2] of the result's rows 2 i + a and columns 2 j + b."""
-    return np.einsum("pu,oiuv,qv->oipq", PHASES[a], weight.astype(np.float64), PHASES[b]).astype(weight.dtype)
+    taps: Array = np.einsum("pu,oiuv,qv->oipq", PHASES[a], weight.astype(np.float64), PHASES[b])
+    return taps.astype(weight.dtype)

@@ -16,6 +16,7 @@ ENLARGED = "enlarged"  # a note on a value: the image that it has each pixel of 
 BLOCK = 16  # channels of a block in ONNX Runtime's layout for convolutions, with AVX-512; 8 without
 Affine = Callable[[Graph, Value, Value, Value], Value]
 ROWS = "rows"  # a note on tokens [B, N, C]: the same as a matrix, [B N, C]
+LIKE = "like"  # a note on tokens: earlier ones of the same B and N
 
 
 def linear(g: Graph, x: Value, weight: Value, bias: Value | None = None) -> Value:
@@ -30,7 +31,9 @@ def tokens_of(g: Graph, rows: Value, like: Value, width: int) -> Value:
     """rows [N, width] as [..., width], where `like` is [..., I]. The rows are noted: see `row_wise`."""
     leading = [-1 if not isinstance(d, int) else d for d in like.shape[:-1]]
     if leading.count(-1) > 1:
-        result = g.reshape(rows, *g.sizes(like, 0, len(like.shape) - 1), width)
+        first: Value = g.memory.get((LIKE, like), like)
+        result = g.reshape(rows, *g.sizes(first, 0, len(first.shape) - 1), width)
+        g.memory[LIKE, result] = first
     else:
         result = g.Reshape(rows, g.ints(*leading, width))
     g.memory[ROWS, result] = rows
