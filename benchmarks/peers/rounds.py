@@ -51,8 +51,10 @@ class Rounds:
         self._seconds: Seconds = {name: {} for name in (*ASKED, "step")}
 
     def together(self, workers: Mapping[str, Asked], rounds: Mapping[str, int]) -> Seconds:
-        """So many `rounds` of each measure, after one that is not counted, of sides that all stay open. Within
-        a round every side has its turn, in an order that moves on by one from round to round."""
+        """So many `rounds` of each measure, after one that is not counted, of sides that all stay open.
+
+        Within a round every side has its turn, in an order that moves on by one from round to round.
+        """
         for measure in ASKED:
             for turn in range(-1, rounds[measure]):
                 for side in self._order(turn):
