@@ -27,12 +27,13 @@ from sdfast.export.recipe import Recipe
 from sdfast.first_latents import Over
 from sdfast.images import read_images
 from sdfast.infotext import infotext_of, read
-from sdfast.loop import Member, Row, Rows
+from sdfast.loop import Rows
 from sdfast.manifest import SHALLOW, Span, read_manifest
 from sdfast.models.fp8 import LinearFP8
 from sdfast.pictures import Job, draw
 from sdfast.pipeline import Pipeline
 from sdfast.request import Hires, Request
+from sdfast.row import Member, Row
 from sdfast.server import jobs
 from sdfast.server.batcher import Batcher
 from sdfast.server.work import Room

@@ -20,11 +20,13 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
+from sdfast.bucket import Buckets
 from sdfast.call import Given
 from sdfast.engine import Engine
 from sdfast.errors import BackendError, EngineError, NumericalError, SdfastError, first_line
-from sdfast.loop import Buckets, Row, Rows, check_finite
+from sdfast.loop import Rows, check_finite
 from sdfast.pipeline import Pipeline, to_uint8
+from sdfast.row import Row
 from sdfast.schedulers.estimate import clean_estimate
 from sdfast.server.clerk import Clerk
 from sdfast.server.given import check_given, given_of

@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from sdfast.errors import BackendError, RequestError
-from sdfast.loop import Row
 from sdfast.manifest import Span
 from sdfast.pipeline import Pipeline
 from sdfast.request import Hires, Request
+from sdfast.row import Row
 from sdfast.server.app import create_app
 from sdfast.server.batcher import Batcher
 from sdfast.server.jobs import Done, EngineInfo, Event, Failed, Job, Preview, Statistics, Step
