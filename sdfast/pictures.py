@@ -288,7 +288,7 @@ def _stock_painter(job: Job, folder: Path) -> Painter:
 def _checkpoint_painter(job: Job, source: str) -> Painter:
     """The stock pipeline of a checkpoint of which there is no engine."""
     from sdfast.export.checkpoint import name_of, resolve
-    from sdfast.export.modules import Networks
+    from sdfast.export.networks import Networks
 
     stock, checkpoint = Stock.of(job), resolve(source, progress=_say)
     return Painter(

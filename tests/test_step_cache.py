@@ -22,7 +22,8 @@ from sdfast.cli import main
 from sdfast.errors import EngineError, ExportError, RequestError
 from sdfast.export.build import export
 from sdfast.export.checkpoint import resolve
-from sdfast.export.modules import Networks, module_specs
+from sdfast.export.modules import module_specs
+from sdfast.export.networks import Networks
 from sdfast.export.recipe import Recipe
 from sdfast.first_latents import Over
 from sdfast.images import read_images

@@ -23,7 +23,8 @@ from sdfast.export.build import export
 from sdfast.export.checkpoint import resolve
 from sdfast.export.code_store import CodeStore
 from sdfast.export.inductor import Compiler
-from sdfast.export.modules import Form, ModuleSpec, Networks, module_specs
+from sdfast.export.modules import Form, ModuleSpec, module_specs
+from sdfast.export.networks import Networks
 from sdfast.export.recipe import LoraSetting, Recipe
 from sdfast.export.tracing import traced_with
 from sdfast.manifest import Span, Target, read_manifest

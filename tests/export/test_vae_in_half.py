@@ -19,7 +19,8 @@ from sdfast.errors import NumericalError
 from sdfast.export.build import Silent, export
 from sdfast.export.checkpoint import resolve
 from sdfast.export.forms import compile_onnx, lowerings
-from sdfast.export.modules import Networks, module_specs
+from sdfast.export.modules import module_specs
+from sdfast.export.networks import Networks
 from sdfast.export.recipe import Recipe
 from sdfast.first_latents import encoded
 from sdfast.manifest import HalfRange, read_manifest
