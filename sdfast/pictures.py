@@ -242,8 +242,9 @@ class Stock:
         given: Given,
         cache_branch: int | None = None,
     ) -> list[Image.Image]:
+        from sdfast.validation.drawing import generate
         from sdfast.validation.reading import written_out
-        from sdfast.validation.reference import generate, reference_pipeline
+        from sdfast.validation.reference import reference_pipeline
 
         pipe = reference_pipeline(
             checkpoint, dtype=DTYPES[dtype], device=self.device, attention=self.attention

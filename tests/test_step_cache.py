@@ -39,7 +39,8 @@ from sdfast.server import jobs
 from sdfast.server.batcher import Batcher
 from sdfast.server.work import Room
 from sdfast.server.worker.opening import warm_up
-from sdfast.validation.reference import generate, reference_pipeline
+from sdfast.validation.drawing import generate
+from sdfast.validation.reference import reference_pipeline
 from tests.fakes import FakeEngine
 from tests.sealing import reseal
 from tests.test_image_to_image import image

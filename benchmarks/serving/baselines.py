@@ -98,7 +98,8 @@ def one_at_a_time(folder: Path, info: EngineInfo, checkpoint: str, most: int) ->
 
     def open() -> tuple[Pipeline, Draw]:
         from sdfast.export.checkpoint import resolve
-        from sdfast.validation.reference import generate, reference_pipeline
+        from sdfast.validation.drawing import generate
+        from sdfast.validation.reference import reference_pipeline
 
         pipe: Any = reference_pipeline(resolve(checkpoint))
         pipe.set_progress_bar_config(disable=True)
