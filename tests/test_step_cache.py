@@ -39,6 +39,7 @@ from sdfast.server import jobs
 from sdfast.server.batcher import Batcher
 from sdfast.server.work import Room
 from sdfast.server.worker.opening import warm_up
+from sdfast.summary import summary
 from sdfast.validation.drawing import generate
 from sdfast.validation.reference import reference_pipeline
 from tests.fakes import FakeEngine
@@ -410,7 +411,7 @@ def test_what_cannot_be_exported_is_refused(tiny_sd: Path, tmp_path: Path) -> No
 
 def test_an_engine_without_its_shallow_steps_is_not_opened(made: Any, tmp_path: Path) -> None:
     engine = shutil.copytree(made("sd", 0)[1].engine.folder, tmp_path / "engine")
-    assert "step cache   branch 0" in read_manifest(engine).summary()
+    assert "step cache   branch 0" in summary(read_manifest(engine))
     reseal(engine, lambda document: document["modules"].pop(SHALLOW))
     with pytest.raises(EngineError, match="no module 'unet_shallow'"):
         read_manifest(engine)
