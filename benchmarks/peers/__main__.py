@@ -32,7 +32,7 @@ from benchmarks.peers.rounds import Comparison, Rounds, compared
 from benchmarks.peers.sides import SIDES
 from benchmarks.peers.task import ASKED, Task
 from sdfast.export.checkpoint import resolve
-from sdfast.export.modules import Networks
+from sdfast.export.networks import Networks
 from sdfast.export.recipe import sides as sides_of
 from sdfast.export.sharing import link_or_copy
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sdfast.export.checkpoint import resolve
-from sdfast.export.modules import Networks
+from sdfast.export.networks import Networks
 from sdfast.models.unet import UNet
 from sdfast.validation import Report, validate
 from sdfast.validation.rule import RELATIVE_L2
