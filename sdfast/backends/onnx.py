@@ -58,7 +58,7 @@ _NEEDS = {
 }
 MAX_GRAPHS = 16  # CUDA graphs of one session
 CACHE = ".tensorrt"
-_LARGE = 250 * 2**20  # bytes of weights
+_LARGE = 2**30  # bytes of weights: U-Nets, not VAEs
 _INSTALL = 'pip install "sdfast[cpu]" (or "sdfast[cuda]" for NVIDIA GPUs)'
 
 
@@ -121,7 +121,8 @@ class OnnxRuntime:
         """Options for a module of so many bytes of weights.
 
         The last level lays the weights of convolutions out anew in memory: a tenth of a small network's time,
-        nothing of a large one's, for which it takes seconds and a copy of the weights.
+        some hundredths of a VAE's, nothing of a large U-Net's, for which it takes seconds and a copy of the
+        weights.
 
         Every session has threads of its own, which by default spin for some 100 ms after its last call and so
         keep the processor from the next session's: a third of the time of a small picture. They are told to
