@@ -106,10 +106,10 @@ def build_sd(
     return _save_index(folder, pipeline, entries)
 
 
-def build_shallow_sd(folder: Path, *, seed: int = 0) -> Path:
+def build_shallow_sd(folder: Path, *, seed: int = 0, levels: int = 2) -> Path:
     """An SD 1.x checkpoint with one or two of each kind of layer, for what takes its time over each layer.
 
-    Its pictures are 16x16, of which the latents are 8x8.
+    Its pictures are 16x16, of which the latents are 8x8. levels: of its U-Net, one or two.
     """
     return build_sd(
         folder,
@@ -121,9 +121,15 @@ def build_shallow_sd(folder: Path, *, seed: int = 0) -> Path:
             "down_block_types": ("DownEncoderBlock2D",) * 2,
             "up_block_types": ("UpDecoderBlock2D",) * 2,
         },
-        down_block_types=("DownBlock2D", "DownBlock2D"),  # attention is in the middle alone
-        up_block_types=("UpBlock2D", "UpBlock2D"),
+        block_out_channels=(32, 64)[-levels:],
+        down_block_types=("DownBlock2D",) * levels,  # attention is in the middle alone
+        up_block_types=("UpBlock2D",) * levels,
     )
+
+
+def build_flat_sd(folder: Path, *, seed: int = 0) -> Path:
+    """The same with a U-Net of one level, for what takes its time over each operation."""
+    return build_shallow_sd(folder, seed=seed, levels=1)
 
 
 def build_sdxl(
