@@ -53,18 +53,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def flat_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of which little is to be compiled: deeper networks are the slow tests'."""
-    return checkpoints.build_flat_sd(tmp_path_factory.mktemp("flat") / "sd")
-
-
-@pytest.fixture(scope="module")
-def flat_engine(flat_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same as an eager engine."""
-    return export(flat_sd, tmp_path_factory.mktemp("flat") / "engine", EAGER)
-
-
-@pytest.fixture(scope="module")
 def decoding_sd(flat_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint without its VAE's encoder: each module takes ten seconds to compile."""
     return without_encoder(flat_sd, tmp_path_factory.mktemp("decoding") / "sd")

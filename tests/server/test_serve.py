@@ -128,7 +128,7 @@ def test_a_picture_served_is_the_pipelines_and_a_signal_ends_it(onnx: Path) -> N
         assert process.wait(30) == 0
 
 
-@pytest.mark.parametrize("damage", ["verified", "drawn"])
+@pytest.mark.parametrize("damage", [pytest.param("verified", marks=pytest.mark.slow), "drawn"])
 def test_an_engine_that_cannot_draw_ends_the_server_with_the_reason(onnx: Path, damage: str) -> None:
     weights = onnx / "unet.onnx.data"
     content = bytearray(weights.read_bytes())

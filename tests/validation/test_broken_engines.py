@@ -18,6 +18,7 @@ from sdfast.export.recipe import Recipe
 from sdfast.models.unet import UNet
 from sdfast.validation import Report, validate
 from sdfast.validation.rule import RELATIVE_L2
+from tests.conftest import FLAT_SIZES
 from tests.export.loras import ATTENTION, kohya, random_changes, write
 from tests.validation import engines
 
@@ -144,14 +145,14 @@ def test_another_tokenizer(engine: Path) -> None:
 
 
 @pytest.mark.usefixtures("parsed_once")
-def test_one_weight_of_an_onnx_engine(shallow_sd: Path, shallow_onnx: Path, tmp_path: Path) -> None:
+def test_one_weight_of_an_onnx_engine(flat_sd: Path, flat_onnx: Path, tmp_path: Path) -> None:
     """The same through ONNX Runtime, with a LoRA: sound as exported, not when external data is changed."""
     pytest.importorskip("onnxruntime")
-    checkpoint = engines.use_own_scheduler(shutil.copytree(shallow_sd, tmp_path / "checkpoint"))
+    checkpoint = engines.use_own_scheduler(shutil.copytree(flat_sd, tmp_path / "checkpoint"))
     changes = random_changes(checkpoint, ATTENTION, components=["text_encoder"])
     lora = write(tmp_path / "lora.safetensors", changes, kohya)
-    folder = Path(shutil.copytree(shallow_onnx, tmp_path / "onnx"))
-    export(checkpoint, folder, Recipe.make(backend="onnx", batch=1, loras=[lora]))  # other modules are kept
+    folder = Path(shutil.copytree(flat_onnx, tmp_path / "onnx"))
+    export(checkpoint, folder, Recipe.make(sizes=FLAT_SIZES, batch=2, loras=[lora]))  # other modules are kept
     report = validate(folder, prompts=PROMPT, steps=4)
     assert report.passed, report.table()
     assert max(errors(report).values()) < SOUND
