@@ -31,7 +31,7 @@ def engine(controlled_engine: Path, tmp_path: Path) -> Path:
 
 
 def short(folder: Path) -> Report:
-    return validate(folder, prompts=PROMPT, steps=2, scheduler="Euler a")
+    return validate(folder, prompts=PROMPT, steps=4, scheduler="Euler a")
 
 
 def errors(report: Report) -> dict[str, float]:
