@@ -464,12 +464,6 @@ def test_the_package_can_be_called_like_the_function() -> None:
 # ONNX
 
 
-@pytest.fixture
-def onnx_engine(sd_onnx: Path, target: Path) -> Path:
-    """An ONNX engine to be exported over."""
-    return Path(shutil.copytree(sd_onnx, target))
-
-
 def assert_draws_like(engine: Path, eager: Path, width: int, height: int, count: int) -> None:
     size = {"width": width, "height": height, "num_images_per_prompt": count}
     call = {"num_inference_steps": 2, "scheduler": "euler", "seed": 1, "output_type": "pt"}

@@ -89,10 +89,10 @@ def wait_for(url: str, status: int, seconds: float = 60) -> None:
 
 
 @pytest.fixture
-def onnx(sd_onnx: Path, tmp_path: Path) -> Path:
+def onnx(flat_onnx: Path, tmp_path: Path) -> Path:
     """A tiny ONNX engine of a test's own: its workers start in a third of the time of an eager one's, which
     import transformers."""
-    return named("sd", sd_onnx, tmp_path)
+    return named("sd", flat_onnx, tmp_path)
 
 
 def named(name: str, engine: Path, place: Path) -> Path:
@@ -108,10 +108,10 @@ def test_a_picture_served_is_the_pipelines_and_a_signal_ends_it(onnx: Path) -> N
         wait_for(f"{url}/health/ready", 200)
         client = openai.OpenAI(api_key="none", base_url=f"{url}/v1", max_retries=0)
         extra = {**CALL, "seed": 11}
-        answer = client.images.generate(prompt="the sea", n=2, size="64x64", extra_body=extra)
+        answer = client.images.generate(prompt="the sea", n=2, size="16x16", extra_body=extra)
         pictures = [Image.open(BytesIO(base64.b64decode(one.b64_json or ""))) for one in answer.data or ()]
         expected = Pipeline.from_engine(onnx)(
-            "the sea", seed=11, num_images_per_prompt=2, height=64, width=64, **CALL
+            "the sea", seed=11, num_images_per_prompt=2, height=16, width=16, **CALL
         ).images
         for picture, due in zip(pictures, expected, strict=True):
             assert np.abs(np.asarray(picture, int) - np.asarray(due, int)).max() <= 1
@@ -160,7 +160,7 @@ def test_two_engines_are_served_at_once_survive_a_fault_and_finish_what_runs(
         wait_for(f"{url}/health/ready", 200)
 
         def draw(model: str, steps: int) -> httpx.Response:
-            body = {"prompt": "a", "model": model, "size": "64x64", **CALL, "num_inference_steps": steps}
+            body = {"prompt": "a", "model": model, "size": "16x16", **CALL, "num_inference_steps": steps}
             return httpx.post(f"{url}/v1/images/generations", json=body, timeout=30)
 
         failing, untouched = pool.submit(draw, "sd", 900), pool.submit(draw, "other", 600)
