@@ -140,8 +140,17 @@ class Convolution(nn.Module):
         return ops.upsample_twice(self.conv(x))[:, :, ::2, ::2]
 
 
-@pytest.mark.parametrize("size", [(16, 16), (17, 30), "any"])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("size", "bias"),
+    [
+        ((16, 16), True),
+        ((17, 30), False),
+        ("any", True),
+        pytest.param((16, 16), False, marks=pytest.mark.slow),
+        pytest.param((17, 30), True, marks=pytest.mark.slow),
+        pytest.param("any", False, marks=pytest.mark.slow),
+    ],
+)
 def test_winograd_is_the_convolution(tmp_path, size, bias):
     """As exact as float32 allows: a few roundings more than the direct sum, against float64."""
     channels = 320 if size == "any" else 128  # of unknown size, only wide layers are transformed
