@@ -33,6 +33,7 @@ _PAIRS = (
     "ar",
     "te",
 )
+_WORDS = ("the", "a", "in", "of", "and", "cabin", "sea", "style", "misty", "mountain", "boat", "forest")
 # The configuration of a VAE of two levels, for pictures of 16x16.
 SMALL_VAE: Mapping[str, Any] = MappingProxyType(
     {
@@ -42,7 +43,6 @@ SMALL_VAE: Mapping[str, Any] = MappingProxyType(
         "up_block_types": ("UpDecoderBlock2D",) * 2,
     }
 )
-_WORDS = ("the", "a", "in", "of", "and", "cabin", "sea", "style", "misty", "mountain", "boat", "forest")
 
 
 def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
