@@ -45,6 +45,15 @@ def keep(name: str, command: str, result: dict[str, Any]) -> Path:
     return path
 
 
+def free_bytes() -> int | None:
+    """Memory that programs can have without others losing theirs; None where Linux does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
 def _processor() -> str:
     """The processor, with what of its vector instructions decides the speed."""
     try:

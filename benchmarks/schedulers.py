@@ -20,8 +20,9 @@ import torch
 
 from benchmarks import machine
 from benchmarks.timing import Comparison, Measure, clocked, compare, settle, table
-from sdfast.loop import Conditioning, Row, Rows
+from sdfast.loop import Rows
 from sdfast.noise import OwnNoise
+from sdfast.row import Conditioning, Row
 from sdfast.schedulers import SAMPLERS, Sampler, Schedule, schedule
 
 CONFIG = {

@@ -331,10 +331,11 @@ def info(engine: Path, as_json: bool) -> None:
     """Verify ENGINE and show what it is."""
     from sdfast.engine import verify
     from sdfast.manifest import read_manifest
+    from sdfast.summary import summary
 
     manifest = read_manifest(engine)
     verify(engine, manifest.files)
-    click.echo(manifest.to_json() if as_json else manifest.summary())
+    click.echo(manifest.to_json() if as_json else summary(manifest))
 
 
 @main.command()

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from sdfast.engine import Engine
 from sdfast.errors import NumericalError, RequestError
-from sdfast.loop import Conditioning
 from sdfast.manifest import CONTROL, Model
 from sdfast.request import Request
+from sdfast.row import Conditioning
 
 DEFAULT_SCALE = 1.0  # as in diffusers
 

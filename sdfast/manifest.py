@@ -7,9 +7,6 @@ itself. It proves integrity, not origin.
 
 import hashlib
 import json
-import re
-from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -376,99 +373,8 @@ class Manifest(_Part):
         """The same manifest with its seal set."""
         return self.model_copy(update={"seal": _seal(self.model_dump(mode="json"))})
 
-    def summary(self) -> str:
-        """The manifest for a person: a line a fact."""
-        unet = self.modules["unet"].variants
-        sizes = dict.fromkeys(f"{form.width}x{form.height}" for form in unet)
-        packages = self.builder.packages
-        facts = {
-            "engine": self.name,
-            "created": self.created,
-            "checkpoint": " ".join(filter(None, [self.checkpoint.source, self.checkpoint.revision])),
-            **self._graphs(),
-            **self._beside(),
-            **({"ControlNet": str(self.checkpoint.controlnet)} if self.checkpoint.controlnet else {}),
-            "family": self.model.family,
-            "backend": " ".join(filter(None, [self.backend, self.dtype, self.provider])),
-            **self._measured(),
-            **self._approximated(),
-            **self._vae(),
-            "sizes": ", ".join(sizes),
-            "pictures": f"up to {self.max_images} a call",
-            "files": f"{len(self.files)}, {sum(file.size for file in self.files) / 1e6:,.1f} MB, verified",
-            "built with": ", ".join(f"{name} {version}" for name, version in packages.items()),
-            **self._compiled_for(),
-            "validation": self._verdict(),
-        }
-        return "\n".join(f"{name:<12} {value}" for name, value in facts.items())
-
-    def _graphs(self) -> dict[str, str]:
-        """Where the networks are somebody else's graphs."""
-        if self.checkpoint.graphs is None:
-            return {}
-        return {"graphs": f"{self.checkpoint.graphs}'s, given sdfast's inputs and outputs; not sdfast's own"}
-
-    def _beside(self) -> dict[str, str]:
-        """The LoRAs and the embeddings, where there are any."""
-        told = {"LoRAs": self.checkpoint.loras, "embeddings": self.checkpoint.embeddings}
-        return {name: "; ".join(map(str, found)) for name, found in told.items() if found}
-
-    def _compiled_for(self) -> dict[str, str]:
-        target = self.builder.target
-        if target is None:
-            return {}
-        versions = f"torch {target.torch}" + (f", CUDA {target.cuda}" if target.cuda else "")
-        return {"compiled for": f"{target.architecture.split()[0]} ({target.device}), {versions}"}
-
-    def _measured(self) -> dict[str, str]:
-        """How many shapes each kernel that an export took computes; `to_json` has each."""
-        forms = [form for module in self.modules.values() for form in module.variants]
-        told = {
-            "attention": {what: kind for form in forms for what, kind in form.attention.items()},
-            "kernels": {what: kind for form in forms for what, kind in form.kernels.items()},
-        }
-        return {name: _kinds(taken) for name, taken in told.items() if taken}
-
-    def _approximated(self) -> dict[str, str]:
-        """The layers in FP8 by their own names, without where they are; `to_json` has each. And the branch of
-        step caching, which a request asks for."""
-        told = {}
-        if self.fp8:
-            kinds = Counter(_layer_kind(name) for name in self.fp8)
-            layers = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-            told["in FP8"] = f"{len(self.fp8)} layers of the U-Net: {layers}"
-        if self.model.step_cache is not None:
-            told["step cache"] = f"branch {self.model.step_cache.branch}, for requests with a cache_interval"
-        return told
-
-    def _vae(self) -> dict[str, str]:
-        """The precision of each half of the VAE, where it is not simply that of the engine."""
-        names = ("vae_decoder", "vae_encoder")
-        found = {name: self.modules[name].half_range for name in names if name in self.modules}
-        told = {name: str(half) for name, half in found.items() if half is not None}
-        if not told and self.dtype == "fp16" and self.recipe.get("vae") == "fp32":
-            return {"VAE": "fp32, as the recipe asks"}
-        return told
-
-    def _verdict(self) -> str:
-        if self.validation is None:
-            return "never validated; run `sdfast validate`"
-        figures = ", ".join(f"{name} {value:.3g}" for name, value in self.validation.figures.items())
-        return f"{'passed' if self.validation.passed else 'FAILED'} on {self.validation.created}: {figures}"
-
     def to_json(self) -> str:
         return json.dumps(self.sealed().model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
-
-
-def _kinds(taken: Mapping[str, str]) -> str:
-    """ "flash for 12 shapes, sdpa for 1": of what was taken for each shape, the most frequent first."""
-    kinds = Counter(taken.values()).most_common()
-    return ", ".join(f"{kind} for {count} shape{'s' * (count != 1)}" for kind, count in kinds)
-
-
-def _layer_kind(name: str) -> str:
-    """ "attn1.to_qkv" of "down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_qkv"."""
-    return re.sub(r".*\b(resnets|attentions|transformer_blocks)\.\d+\.", "", name)
 
 
 def _seal(document: dict[str, Any]) -> str:

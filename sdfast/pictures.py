@@ -242,8 +242,9 @@ class Stock:
         given: Given,
         cache_branch: int | None = None,
     ) -> list[Image.Image]:
+        from sdfast.validation.drawing import generate
         from sdfast.validation.reading import written_out
-        from sdfast.validation.reference import generate, reference_pipeline
+        from sdfast.validation.reference import reference_pipeline
 
         pipe = reference_pipeline(
             checkpoint, dtype=DTYPES[dtype], device=self.device, attention=self.attention
@@ -288,7 +289,7 @@ def _stock_painter(job: Job, folder: Path) -> Painter:
 def _checkpoint_painter(job: Job, source: str) -> Painter:
     """The stock pipeline of a checkpoint of which there is no engine."""
     from sdfast.export.checkpoint import name_of, resolve
-    from sdfast.export.modules import Networks
+    from sdfast.export.networks import Networks
 
     stock, checkpoint = Stock.of(job), resolve(source, progress=_say)
     return Painter(

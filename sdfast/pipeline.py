@@ -10,12 +10,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from sdfast.backends import check_options, parse_device
+from sdfast.bucket import Buckets
 from sdfast.call import DiffusersCall, Given, PipelineOutput, StepCallback, refuse
 from sdfast.engine import Engine
 from sdfast.errors import NumericalError
 from sdfast.first_latents import Over
 from sdfast.hires import enlarged_images, enlarged_latents
-from sdfast.loop import Buckets, Rows
+from sdfast.loop import Rows
 from sdfast.preparation import Preparation, Prepared
 from sdfast.prompts import Prompts, check_tensor
 from sdfast.request import Request

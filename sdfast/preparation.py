@@ -13,7 +13,6 @@ from sdfast.editing import Editing
 from sdfast.engine import Engine
 from sdfast.errors import RequestError
 from sdfast.first_latents import Start, check_edits, check_noising, check_strength, start_over
-from sdfast.loop import Conditioning, Row
 from sdfast.manifest import Model
 from sdfast.noise import BrownianNoise, NoiseSource, OwnNoise, SharedNoise, generator
 from sdfast.prompts import (
@@ -28,6 +27,7 @@ from sdfast.prompts import (
     told_sizes,
 )
 from sdfast.request import Hires, Request
+from sdfast.row import Conditioning, Row
 from sdfast.schedulers import SOLVERS, Schedule, own_config, resolve, schedule
 from sdfast.schedulers.run import left_out
 

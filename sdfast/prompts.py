@@ -13,8 +13,8 @@ from sdfast.editing import Editing
 from sdfast.emphasis import Emphasis, Piece, parse
 from sdfast.engine import Engine
 from sdfast.errors import RequestError
-from sdfast.loop import Conditioning
 from sdfast.request import TOLD_SIZES, Request
+from sdfast.row import Conditioning
 from sdfast.schedulers import Schedule
 from sdfast.tokenizer import Chunks
 

@@ -9,11 +9,12 @@ import torch
 
 from sdfast.arithmetic import DeviceArithmetic
 from sdfast.backends.fp8 import scaled_mm
+from sdfast.bucket import Buckets
 from sdfast.engine import Engine
 from sdfast.export.build import export
 from sdfast.export.recipe import Recipe
 from sdfast.graph import Graph
-from sdfast.loop import Buckets, Rows
+from sdfast.loop import Rows
 from sdfast.manifest import Span
 from sdfast.models import ops
 from sdfast.models.fp8 import LinearFP8

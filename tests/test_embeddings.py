@@ -20,9 +20,10 @@ from sdfast.pipeline import Pipeline
 from sdfast.request import Request
 from sdfast.server.studio import info_of
 from sdfast.tokenizer import SETTINGS_FILE, VOCABULARY_FILE, Tokenizer
+from sdfast.validation.drawing import generate
 from sdfast.validation.modules import token_ids
 from sdfast.validation.reading import _chunks
-from sdfast.validation.reference import generate, reference_pipeline
+from sdfast.validation.reference import reference_pipeline
 from tests.conftest import FLAT_SIZES
 from tests.export.embeddings import automatic1111, for_family
 from tests.test_long_prompts import error, request_of

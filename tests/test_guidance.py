@@ -15,7 +15,8 @@ from sdfast.images import read_images
 from sdfast.infotext import infotext_of
 from sdfast.pipeline import Pipeline
 from sdfast.request import Request
-from sdfast.validation.reference import generate, reference_pipeline
+from sdfast.validation.drawing import generate
+from sdfast.validation.reference import reference_pipeline
 from tests.fakes import FakeEngine
 
 SIDE = 64

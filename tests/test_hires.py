@@ -20,7 +20,8 @@ from sdfast.export.recipe import Recipe
 from sdfast.manifest import Span
 from sdfast.pipeline import Pipeline
 from sdfast.request import UPSCALERS, Hires, Request
-from sdfast.validation.reference import generate, reference_pipeline
+from sdfast.validation.drawing import generate
+from sdfast.validation.reference import reference_pipeline
 from tests.fakes import FakeEngine
 from tests.test_image_to_image import stock
 from tests.test_pipeline import PROMPT, assert_same, ours, seeded

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from sdfast.arithmetic import HostArithmetic, device
-from sdfast.loop import Buckets, Row, Rows
+from sdfast.bucket import Buckets
+from sdfast.loop import Rows
 from sdfast.manifest import Span
+from sdfast.row import Row
 from tests.fakes import Failpoint, FakeEngine
 from tests.test_loop import KEEPING, MIXED, SIDE, Arithmetics, alone, arithmetic, row
 

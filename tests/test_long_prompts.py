@@ -12,7 +12,8 @@ from sdfast.infotext import infotext_of
 from sdfast.manifest import CHUNK
 from sdfast.pipeline import Pipeline
 from sdfast.request import Request
-from sdfast.validation.reference import generate, reference_pipeline
+from sdfast.validation.drawing import generate
+from sdfast.validation.reference import reference_pipeline
 from tests.fakes import FakeEngine
 from tests.sealing import reseal
 

@@ -16,10 +16,12 @@ from sdfast.arithmetic import (
     device,
     rescale_guidance,
 )
+from sdfast.bucket import Buckets
 from sdfast.errors import BackendError, NumericalError
-from sdfast.loop import Buckets, Conditioning, Row, Rows
+from sdfast.loop import Rows
 from sdfast.manifest import Span
 from sdfast.noise import OwnNoise, SharedNoise, generator
+from sdfast.row import Conditioning, Row
 from sdfast.schedulers import Schedule, schedule
 from tests.fakes import CONTEXT_WIDTH, LENGTH, SCHEDULER_CONFIG, SHIFT_WIDTH, Failpoint, FakeEngine
 

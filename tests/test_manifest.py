@@ -9,6 +9,7 @@ import pytest
 
 from sdfast.errors import EngineError
 from sdfast.manifest import MANIFEST_NAME, read_manifest
+from sdfast.summary import summary
 from tests.sealing import Document, reseal, seal
 
 
@@ -148,7 +149,7 @@ def test_where_there_is_no_engine_the_way_to_one_is_told(tmp_path: Path) -> None
 def test_the_summary_counts_what_was_measured(folder: Path) -> None:
     """Each shape once, however many forms have it; and nothing where nothing was measured."""
     assert not {"attention", "kernels"} & {
-        line.split()[0] for line in read_manifest(folder).summary().splitlines()
+        line.split()[0] for line in summary(read_manifest(folder)).splitlines()
     }
 
     def measured(document: Document) -> None:
@@ -159,7 +160,7 @@ def test_the_summary_counts_what_was_measured(folder: Path) -> None:
         decoder["kernels"] = {"norm of 64": "triton whole", "norm of 128": "triton whole"}
 
     reseal(folder, measured)
-    lines = read_manifest(folder).summary().splitlines()
+    lines = summary(read_manifest(folder)).splitlines()
     assert "attention    flash for 2 shapes, cudnn for 1 shape" in lines
     assert "kernels      triton whole for 2 shapes, compiler for 1 shape" in lines
     assert '"norm of 128": "triton whole"' in read_manifest(folder).to_json()
@@ -176,6 +177,6 @@ def test_an_engine_from_before_its_kernels_were_told_opens(folder: Path) -> None
 
 
 def test_the_summary_tells_what_the_engine_is(folder: Path) -> None:
-    summary = read_manifest(folder).summary()
+    told = summary(read_manifest(folder))
     for fact in ("eager fp32", "64..128x64..128", "never validated", "family       sd"):
-        assert fact in summary
+        assert fact in told

@@ -9,9 +9,9 @@ import torch
 from sdfast.pipeline import Pipeline
 from sdfast.request import Request
 from sdfast.schedulers import schedule
+from sdfast.validation.drawing import generate
 from sdfast.validation.modules import scheduler_error
 from sdfast.validation.observe import observed_run
-from sdfast.validation.reference import generate
 from tests.test_pipeline import assert_same, both, ours, stock
 
 SDE = "DPMSolverSDEScheduler"

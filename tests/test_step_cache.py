@@ -22,22 +22,26 @@ from sdfast.cli import main
 from sdfast.errors import EngineError, ExportError, RequestError
 from sdfast.export.build import export
 from sdfast.export.checkpoint import resolve
-from sdfast.export.modules import Networks, module_specs
+from sdfast.export.modules import module_specs
+from sdfast.export.networks import Networks
 from sdfast.export.recipe import Recipe
 from sdfast.first_latents import Over
 from sdfast.images import read_images
 from sdfast.infotext import infotext_of, read
-from sdfast.loop import Member, Row, Rows
+from sdfast.loop import Rows
 from sdfast.manifest import SHALLOW, Span, read_manifest
 from sdfast.models.fp8 import LinearFP8
 from sdfast.pictures import Job, draw
 from sdfast.pipeline import Pipeline
 from sdfast.request import Hires, Request
+from sdfast.row import Member, Row
 from sdfast.server import jobs
 from sdfast.server.batcher import Batcher
 from sdfast.server.work import Room
 from sdfast.server.worker.opening import warm_up
-from sdfast.validation.reference import generate, reference_pipeline
+from sdfast.summary import summary
+from sdfast.validation.drawing import generate
+from sdfast.validation.reference import reference_pipeline
 from tests.fakes import FakeEngine
 from tests.sealing import reseal
 from tests.test_image_to_image import image
@@ -407,7 +411,7 @@ def test_what_cannot_be_exported_is_refused(tiny_sd: Path, tmp_path: Path) -> No
 
 def test_an_engine_without_its_shallow_steps_is_not_opened(made: Any, tmp_path: Path) -> None:
     engine = shutil.copytree(made("sd", 0)[1].engine.folder, tmp_path / "engine")
-    assert "step cache   branch 0" in read_manifest(engine).summary()
+    assert "step cache   branch 0" in summary(read_manifest(engine))
     reseal(engine, lambda document: document["modules"].pop(SHALLOW))
     with pytest.raises(EngineError, match="no module 'unet_shallow'"):
         read_manifest(engine)

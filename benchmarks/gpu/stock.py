@@ -9,8 +9,9 @@ import torch
 
 from benchmarks.gpu.workloads import PROMPT, SCHEDULER, SEED, Draw, Workload
 from sdfast.noise import generator
+from sdfast.validation.drawing import stock_scheduler
 from sdfast.validation.modules import token_ids
-from sdfast.validation.reference import quiet, stock_scheduler
+from sdfast.validation.reference import quiet
 
 
 def draw_with(pipe: Any, workload: Workload, draw: Draw, output_type: str, seeds: list[int]) -> Any:

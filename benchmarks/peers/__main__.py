@@ -6,8 +6,9 @@
 
 The sides are stock diffusers (eager, and channels last), optimum-onnx, OpenVINO and sdfast's `onnx` backend.
 Peers are installed on first use, each in an environment of its own under --environments, in the versions of
-`constraints/`. Every side is a process that stays open; they are measured in turn, round by round. `sd15` and
-`sd21` are the real architectures with random weights, made on first use in --workdir.
+`constraints/`. Every side is a process; they are measured in turn, round by round. They stay open, unless
+they have no room in memory beside one another: then each is opened for its turn. `sd15` and `sd21` are the
+real architectures with random weights, made on first use in --workdir.
 """
 
 import shlex
@@ -15,7 +16,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import click
@@ -31,11 +32,12 @@ from benchmarks.peers.rounds import Comparison, Rounds, compared
 from benchmarks.peers.sides import SIDES
 from benchmarks.peers.task import ASKED, Task
 from sdfast.export.checkpoint import resolve
-from sdfast.export.modules import Networks
+from sdfast.export.networks import Networks
 from sdfast.export.recipe import sides as sides_of
 from sdfast.export.sharing import link_or_copy
 
 REPOSITORY = Path(__file__).parents[2]
+ROOM = 0.6  # of the free memory: sides take more than when they open
 PREFIX, PREFIXED = "text_model.", ("embeddings", "encoder", "final_layer_norm")
 
 
@@ -84,6 +86,7 @@ def main(
             "size": size,
             "steps": steps,
             "threads": task.threads,
+            "open_at_once": bench.together,
             "comparisons": [one.as_json() for one in result],
             "sides": {name: side.as_json() for name, side in bench.opened.items()},
         }
@@ -101,21 +104,27 @@ class Bench:
         self._environments = environments
         self._file = task.write(Path(task.outputs) / "task.json")
         self._pythons: dict[str, str] = {}
+        self.together = True
+        """Whether the sides were open at once."""
 
     def run(self, rounds: Mapping[str, int], openings: int) -> list[Comparison]:
         for name in self.opened:
             self._part(name, lambda name=name: self._prepare(name))
-        for _ in range(openings - 1):
+        for _ in range(openings):
             for name in self.taking:
                 self._part(name, lambda name=name: self._open(name).close())
-        with self._all_open() as workers:
-            measuring = Rounds(workers, click.echo)
-            seconds = measuring.run(rounds)
-            for name, why in measuring.failed.items():
-                self.opened[name].failed = why
-            for name in self.taking:
-                self.opened[name].peak_bytes = workers[name].ask(do="memory")["peak_bytes"]
-                self.opened[name].idle = measuring.idle.get(name)
+        self.together = self._have_room()
+        if self.together:
+            with self._all_open() as workers:
+                measuring = Rounds(list(workers), click.echo)
+                seconds = measuring.together(workers, rounds)
+        else:
+            measuring = Rounds(self.taking, click.echo)
+            seconds = measuring.apart(self._one_open, rounds)
+        for name, why in measuring.failed.items():
+            self.opened[name].failed = why
+        for name in self.taking:
+            self.opened[name].idle = measuring.idle.get(name)
         for name, far in distances(Path(self._task.outputs), self.taking).items():
             self.opened[name].distances = far
         return compared(seconds)
@@ -146,20 +155,37 @@ class Bench:
         except WorkerError as error:
             raise WorkerError(f"could not export: {error}") from error
 
+    def _have_room(self) -> bool:
+        """Whether all sides can be open at once. Without room the system throws out pages of the files that
+        some have mapped, and what is measured is its disk."""
+        peaks = [self.opened[name].open_peak_bytes for name in self.taking]
+        free = machine.free_bytes()
+        if free is None or sum(peak or 0 for peak in peaks) < ROOM * free:
+            return True
+        click.echo("too little memory for all sides at once: each is opened for its turn, and closed")
+        return False
+
     @contextmanager
     def _all_open(self) -> Iterator[dict[str, Worker]]:
         workers: dict[str, Worker] = {}
+        with ExitStack() as stack:
 
-        def start(name: str) -> None:
-            workers[name] = self._open(name)
+            def start(name: str) -> None:
+                workers[name] = stack.enter_context(self._one_open(name))
 
-        try:
             for name in self.taking:
                 self._part(name, lambda name=name: start(name))
             yield workers
+
+    @contextmanager
+    def _one_open(self, name: str) -> Iterator[Worker]:
+        worker, side = self._open(name), self.opened[name]
+        try:
+            yield worker
+            with suppress(WorkerError):  # one that has ended failed before, and is left out
+                side.peak_bytes = max(worker.ask(do="memory")["peak_bytes"], side.peak_bytes or 0)
         finally:
-            for worker in workers.values():
-                worker.close()
+            worker.close()
 
     def _open(self, name: str) -> Worker:
         worker, side = self._worker("serve", name), self.opened[name]

@@ -1,7 +1,8 @@
 """The sides in turn: what is asked of them, and the figures of what they answer."""
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -42,41 +43,73 @@ class Rounds:
     """idle: side -> the largest share of a processor that it took while others were measured.
     failed: side -> why it was left out from then on."""
 
-    def __init__(self, sides: Mapping[str, Asked], say: Callable[[str], None]) -> None:
-        self.sides = dict(sides)
+    def __init__(self, sides: Sequence[str], say: Callable[[str], None]) -> None:
         self.idle: dict[str, float] = {}
         self.failed: dict[str, str] = {}
+        self._sides = sides
         self._say = say
+        self._seconds: Seconds = {name: {} for name in (*ASKED, "step")}
 
-    def run(self, rounds: Mapping[str, int]) -> Seconds:
-        """So many `rounds` of each measure, after one that is not counted. Within a round every side has its
-        turn, in an order that moves on by one from round to round."""
-        seconds: Seconds = {name: {} for name in (*ASKED, "step")}
+    def together(self, workers: Mapping[str, Asked], rounds: Mapping[str, int]) -> Seconds:
+        """So many `rounds` of each measure, after one that is not counted, of sides that all stay open.
+
+        Within a round every side has its turn, in an order that moves on by one from round to round.
+        """
         for measure in ASKED:
             for turn in range(-1, rounds[measure]):
-                for side in order(list(self.sides), turn):
-                    self._turn(measure, side, seconds if turn >= 0 else None)
+                for side in self._order(turn):
+                    with self._or_left_out(side):
+                        self._measure(side, workers[side], measure, turn >= 0)
             self._say(f"{measure}: {rounds[measure]} rounds")
-        whole = {name: {s: list(t) for s, t in by.items() if s in self.sides} for name, by in seconds.items()}
-        return {name: by for name, by in whole.items() if any(by.values())}
+        return self._whole()
 
-    def _turn(self, measure: str, side: str, seconds: Seconds | None) -> None:
-        if side not in self.sides:  # it failed earlier in this round
-            return
+    def apart(
+        self, opened: Callable[[str], AbstractContextManager[Asked]], rounds: Mapping[str, int]
+    ) -> Seconds:
+        """The same of sides that have no room beside one another: in each round a side is opened, measured,
+        each measure once uncounted and once more, and closed."""
+        for turn in range(max(rounds.values())):
+            due = [measure for measure in ASKED if turn < rounds[measure]]
+            for side in self._order(turn):
+                with self._or_left_out(side), opened(side) as worker:
+                    for measure in due:
+                        for counted in (False, True):
+                            self._measure(side, worker, measure, counted)
+            self._say(f"round {turn + 1}: {', '.join(due)}")
+        self.idle.clear()  # nobody else was measured while a side was open
+        return self._whole()
+
+    def _order(self, turn: int) -> list[str]:
+        return [side for side in order(self._sides, turn) if side not in self.failed]
+
+    @contextmanager
+    def _or_left_out(self, side: str) -> Iterator[None]:
         try:
-            answer = self.sides[side].ask(do=measure)
+            yield
         except WorkerError as error:
-            self.failed[side] = f"{measure}: {error}"
-            del self.sides[side]
-            self._say(f"{side} failed: {self.failed[side]}")
-            return
-        if seconds is None:
+            self.failed[side] = str(error)
+            self._say(f"{side} failed: {error}")
+
+    def _measure(self, side: str, worker: Asked, measure: str, counted: bool) -> None:
+        try:
+            answer = worker.ask(do=measure)
+        except WorkerError as error:
+            raise WorkerError(f"{measure}: {error}") from error
+        if not counted:
             return
         if answer["idle"] is not None:
             self.idle[side] = max(answer["idle"], self.idle.get(side, 0.0))
-        seconds[measure].setdefault(side, []).append(answer["seconds"])
+        self._seconds[measure].setdefault(side, []).append(answer["seconds"])
         if answer["step_seconds"] is not None:
-            seconds["step"].setdefault(side, []).append(answer["step_seconds"])
+            self._seconds["step"].setdefault(side, []).append(answer["step_seconds"])
+
+    def _whole(self) -> Seconds:
+        """Without the sides that failed."""
+        whole = {
+            name: {side: list(took) for side, took in by_side.items() if side not in self.failed}
+            for name, by_side in self._seconds.items()
+        }
+        return {name: by_side for name, by_side in whole.items() if any(by_side.values())}
 
 
 def order(sides: Sequence[str], turn: int) -> list[str]:

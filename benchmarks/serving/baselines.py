@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from PIL import Image
 
+from sdfast.bucket import Buckets
 from sdfast.engine import Engine
 from sdfast.infotext import infotext_of, png
-from sdfast.loop import Buckets, Row, Rows
+from sdfast.loop import Rows
 from sdfast.pipeline import Pipeline, to_uint8
+from sdfast.row import Row
 from sdfast.server.jobs import Done, EngineInfo, Event, Job, Load, Statistics
 from sdfast.server.worker.opening import warm_up
 
@@ -96,7 +98,8 @@ def one_at_a_time(folder: Path, info: EngineInfo, checkpoint: str, most: int) ->
 
     def open() -> tuple[Pipeline, Draw]:
         from sdfast.export.checkpoint import resolve
-        from sdfast.validation.reference import generate, reference_pipeline
+        from sdfast.validation.drawing import generate
+        from sdfast.validation.reference import reference_pipeline
 
         pipe: Any = reference_pipeline(resolve(checkpoint))
         pipe.set_progress_bar_config(disable=True)

@@ -24,7 +24,8 @@ from sdfast.export.checkpoint import Checkpoint, resolve
 from sdfast.export.controlnet import with_controlnet
 from sdfast.export.embedding import with_embeddings
 from sdfast.export.lora import with_loras
-from sdfast.export.modules import Form, Networks, module_specs
+from sdfast.export.modules import Form, module_specs
+from sdfast.export.networks import Networks
 from sdfast.export.publish import check_space, clear_leftovers, locked, publish, workplace
 from sdfast.export.recipe import Recipe
 from sdfast.export.sharing import link_or_copy, share_with

@@ -9,22 +9,22 @@ which the first nodes of the U-Net take apart. Each row of a batch has a timeste
 graphs take one for all: what they spread over the rows is replaced by the rows' own.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import onnx
 import onnx_ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from sdfast.errors import CheckpointError, ExportError, first_line
 from sdfast.export.checkpoint import Checkpoint
+from sdfast.export.graph_surgery import FLOAT, INT64, Opened, new_model, new_value
 from sdfast.export.modules import ONE, Form
-from sdfast.export.onnx import OPSET, save_model
-from sdfast.export.onnx_graph import Graph, Value
+from sdfast.export.networks import Configs
+from sdfast.export.onnx import save_model
 from sdfast.export.optimum import MODEL, VAE_DECODER, VAE_ENCODER
 from sdfast.export.recipe import Recipe
 from sdfast.manifest import CHUNK, LONG_PROMPTS, ONE_CHUNK, HalfRange, Model, Span, Variant
@@ -32,12 +32,9 @@ from sdfast.models.config import UNetConfig
 from sdfast.models.vae import LOG_VARIANCE, VAEConfig
 from sdfast.request import MAX_SIDE, MAX_STEPS
 
-FLOAT, INT64 = onnx_ir.DataType.FLOAT, onnx_ir.DataType.INT64
 TIME_IDS = 6
 LAST = "last_hidden_state"
 _HIDDEN = "hidden_states."
-_RANKS = {"context": 3, "time_shift": 2, "text_embeds": 2}  # of outputs; the others have four axes
-_KEEPS_ELEMENTS = ("Unsqueeze", "Squeeze", "Reshape", "Identity", "Cast")
 _REFUSED = {
     "loras": "LoRAs are merged into weights",
     "embeddings": "embeddings are added to the weights of text encoders",
@@ -84,14 +81,8 @@ def recipe_for_graphs(recipe: Recipe, source: str) -> Recipe:
     return recipe.model_copy(update={"winograd": None})  # of sdfast's own graphs
 
 
-@dataclass(frozen=True)
-class Graphs:
+class Graphs(Configs):
     """The configs of a checkpoint's graphs."""
-
-    checkpoint: Checkpoint
-    unet: UNetConfig
-    vae: VAEConfig
-    text: tuple[str, ...]  # names of the text encoders
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Self:
@@ -102,11 +93,6 @@ class Graphs:
             VAEConfig.from_diffusers(parts[VAE_DECODER].config),
             checkpoint.text_encoders,
         )
-
-    @property
-    def default_side(self) -> int:
-        """The side in pixels of the pictures that the checkpoint was trained on."""
-        return self.checkpoint.sample_size * self.vae.scale
 
     @property
     def told(self) -> dict[str, int]:
@@ -121,20 +107,11 @@ class Graphs:
 
     def model(self) -> Model:
         """What the manifest says of the networks."""
-        return Model(
-            family=self.checkpoint.family,
-            in_channels=self.unet.in_channels,
-            latent_channels=self.vae.latent_channels,
-            vae_scale_factor=self.vae.scale,
-            side_multiple=self.vae.scale * self.unet.size_factor,
-            default_height=self.default_side,
-            default_width=self.default_side,
+        return self._model(
             text_width=self.unet.cross_attention_dim,
             context_width=self.unet.cross_attention_dim,
             time_shift_width=sum(self.told.values()),
-            pooled_width=self.unet.pooled_dim,
-            guidance_embedding=self.unet.time_cond_proj_dim,
-            zero_empty_negative=self.checkpoint.zero_empty_negative,
+            side_multiple=self.factor * self.unet.size_factor,
         )
 
     def specs(self, recipe: Recipe) -> list[GraphSpec]:
@@ -149,16 +126,16 @@ class Graphs:
             *(self._text_encoder(name) for name in self.text),
         ]
 
-    def open(self, name: str) -> "Opened":
+    def open(self, name: str) -> Opened:
         """The graph of a component, to be changed."""
         return Opened(name, self.checkpoint)
 
     def _sizes(self, recipe: Recipe) -> list[tuple[Span, Span]]:
         """The (height, width) spans in pixels: the recipe's, or else whatever the U-Net's graph takes."""
-        multiple = self.vae.scale * self.unet.size_factor
+        multiple = self.factor * self.unet.size_factor
         spans = recipe.size_spans(self.default_side)
         axes = [self.open("unet").size("sample", axis) for axis in (2, 3)]
-        own = [None if size is None else size * self.vae.scale for size in axes]
+        own = [None if size is None else size * self.factor for size in axes]
         if recipe.sizes is None:
             free = Span(low=multiple, high=MAX_SIDE // multiple * multiple)
             height, width = (free if side is None else Span.exactly(side) for side in own)
@@ -207,9 +184,9 @@ class Graphs:
         width = self.unet.cross_attention_dim
 
         def make() -> onnx_ir.Model:
-            hidden = _value("hidden_states", FLOAT, ["batch", CHUNK, width])
+            hidden = new_value("hidden_states", FLOAT, ["batch", CHUNK, width])
             context = onnx_ir.node("Identity", [hidden])
-            return _model([hidden], {"context": context.outputs[0]}, [context])
+            return new_model([hidden], {"context": context.outputs[0]}, [context])
 
         return GraphSpec("context", make, ("hidden_states",), ("context",), ("unet",), (Form(ONE),))
 
@@ -219,19 +196,19 @@ class Graphs:
 
         def make() -> onnx_ir.Model:
             times, *others = widths
-            given = [_value(times, FLOAT, ["steps"])]
-            given += [_value(name, FLOAT, ["steps", widths[name]]) for name in others]
+            given = [new_value(times, FLOAT, ["steps"])]
+            given += [new_value(name, FLOAT, ["steps", widths[name]]) for name in others]
             axes = onnx_ir.node("Constant", [], {"value_ints": [1]})
             first = onnx_ir.node("Unsqueeze", [given[0], axes.outputs[0]])
             packed = onnx_ir.node("Concat", [first.outputs[0], *given[1:]], {"axis": 1})
-            return _model(given, {"time_shift": packed.outputs[0]}, [axes, first, packed])
+            return new_model(given, {"time_shift": packed.outputs[0]}, [axes, first, packed])
 
         return GraphSpec("time_shift", make, tuple(widths), ("time_shift",), ("unet",), forms)
 
     def _vae_decoder(self, sizes: list[tuple[Span, Span]]) -> GraphSpec:
         opened = self.open(VAE_DECODER)
         opened.check_inputs("latent_sample")
-        self._check_picture(opened, "latent_sample", sizes, self.vae.scale)
+        self._check_picture(opened, "latent_sample", sizes, self.factor)
         forms = tuple(Form(ONE, *size) for size in sizes)
 
         def make() -> onnx_ir.Model:
@@ -280,9 +257,7 @@ class Graphs:
 
         yield GraphSpec("vae_encoder", make, ("image",), ("mean", "std"), (VAE_ENCODER,), forms)
 
-    def _check_picture(
-        self, opened: "Opened", name: str, sizes: list[tuple[Span, Span]], pixels: int
-    ) -> None:
+    def _check_picture(self, opened: Opened, name: str, sizes: list[tuple[Span, Span]], pixels: int) -> None:
         """Refuse a half of the VAE that does not take single pictures of `sizes`, of `pixels` each."""
         batch, *sides = (opened.size(name, axis) for axis in (0, 2, 3))
         if batch not in (None, 1):
@@ -318,7 +293,7 @@ class Graphs:
 
         return GraphSpec(name, make, ("input_ids",), outputs, (name,), (Form(ONE),))
 
-    def _states(self, opened: "Opened") -> list[str]:
+    def _states(self, opened: Opened) -> list[str]:
         """The outputs that are hidden states as the family takes them, the last layer's last.
 
         Stable Diffusion 1.x and 2.x finish whichever layer they take by the last norm, which the graph does
@@ -334,127 +309,11 @@ class Graphs:
         opened.check_outputs(*names)
         return names
 
-    def _pooled(self, opened: "Opened") -> str | None:
+    def _pooled(self, opened: Opened) -> str | None:
         """The output that is the prompt as a whole, which SDXL takes of its second encoder."""
         if self.checkpoint.family == "sdxl" and opened.name == self.text[-1]:
             opened.check_outputs("text_embeds")
         return next((name for name in ("text_embeds", "pooler_output") if name in opened.outputs), None)
-
-
-class Opened:
-    """A graph that is being changed. tape: where nodes are written until they are placed."""
-
-    def __init__(self, name: str, checkpoint: Checkpoint) -> None:
-        self.name = name
-        self._source = checkpoint.source
-        path = checkpoint.folder / name / MODEL
-        try:
-            self._model = onnx_ir.load(str(path))
-        except Exception as error:  # what it raises for a graph that makes no sense has no base class
-            raise CheckpointError(
-                f"{self._source}: {name}/{MODEL} cannot be read: {first_line(error)}"
-            ) from error
-        self._graph = self._model.graph
-        self.inputs: dict[str, Value] = {str(value.name): value for value in self._graph.inputs}
-        self.outputs: dict[str, Value] = {str(value.name): value for value in self._graph.outputs}
-        self.tape = Graph(self._graph)
-
-    def refuse(self, what: str) -> CheckpointError:
-        return CheckpointError(f"{self._source}: {self.name}/{MODEL} {what}")
-
-    def check_inputs(self, *needed: str) -> None:
-        """Refuse a graph with other inputs, or with floating point inputs that are not float32."""
-        if sorted(self.inputs) != sorted(needed):
-            raise self.refuse(
-                f"takes {', '.join(sorted(self.inputs))}, and sdfast knows such graphs with "
-                f"{', '.join(sorted(needed))}; export the checkpoint itself"
-            )
-        for name, value in self.inputs.items():
-            whole = name == "input_ids"
-            allowed = (INT64, onnx_ir.DataType.INT32) if whole else (FLOAT,)
-            if value.dtype not in allowed:
-                raise self.refuse(
-                    f"takes {name} as {value.dtype}, not {' or '.join(map(str, allowed))}; export the "
-                    "checkpoint again with a newer optimum, in fp32"
-                )
-
-    def check_outputs(self, *needed: str) -> None:
-        for name in needed:
-            if name not in self.outputs:
-                raise self.refuse(
-                    f"gives {', '.join(self.outputs)}, and no {name}; export the checkpoint again with a "
-                    "newer optimum"
-                )
-
-    def output(self, name: str) -> Value:
-        self.check_outputs(name)
-        return self.outputs[name]
-
-    def size(self, name: str, axis: int) -> int | None:
-        """The size of an axis of an input; None where it is free."""
-        shape = self.inputs[name].shape
-        if shape is None or len(shape) <= axis:
-            raise self.refuse(f"does not say the shape of {name}; export it again")
-        return shape[axis] if isinstance(shape[axis], int) else None
-
-    def number(self, value: float) -> Value:
-        return self.tape.constant(np.array(value, np.float32))
-
-    def input(self, name: str, kind: onnx_ir.DataType, shape: Sequence[int | str]) -> Value:
-        """A new input."""
-        value = _value(name, kind, shape)
-        old = self.inputs.get(name)
-        if old is not None:
-            old.name = f"optimum.{name}"
-        self._graph.inputs.append(value)
-        return value
-
-    def rename(self, old: str, new: str) -> None:
-        self.inputs[old].name = new
-
-    def replace(self, name: str, value: Value) -> None:
-        """Have the graph read `value` where it reads an input."""
-        self.inputs[name].replace_all_uses_with(value)
-
-    def spread(self, name: str, rows: Value) -> None:
-        """Have the graph read `rows` [B] where it has spread the one number of an input over its rows.
-
-        On the way there the number's shape alone may change; anything else is refused.
-        """
-        value = self.inputs[name]
-        while True:
-            uses = [node for node, _ in value.uses()]
-            if len(uses) != 1 or uses[0].op_type not in (*_KEEPS_ELEMENTS, "Expand"):
-                break
-            value = uses[0].outputs[0]
-            if uses[0].op_type == "Cast" and uses[0].attributes["to"].value != FLOAT:
-                break
-            if uses[0].op_type == "Expand":
-                value.replace_all_uses_with(rows)
-                return
-        raise self.refuse(
-            f"does not spread its {name} over the rows as optimum's exports do; export the checkpoint itself"
-        )
-
-    def prepend(self) -> None:
-        """Place the nodes that were written, before all others."""
-        self._graph.insert_before(self._graph[0], self.tape.nodes)
-        self.tape = Graph(self._graph)
-
-    def append(self) -> Graph:
-        """Where nodes are written that `finished` places, after all others."""
-        self.tape = Graph(self._graph)
-        return self.tape
-
-    def finished(self, inputs: Sequence[str], outputs: Mapping[str, Value]) -> onnx_ir.Model:
-        """The graph with these inputs and outputs alone, in this order."""
-        self._graph.extend(self.tape.nodes)
-        by_name = {value.name: value for value in self._graph.inputs}
-        self._graph.inputs[:] = [by_name[name] for name in inputs]
-        self._graph.outputs[:] = _named(outputs)
-        RemoveUnusedNodesPass()(self._model)
-        self._model.metadata_props.clear()
-        return self._model
 
 
 def compile_graph(spec: GraphSpec, place: Path) -> list[Variant]:
@@ -469,19 +328,3 @@ def compile_graph(spec: GraphSpec, place: Path) -> list[Variant]:
         Variant(file=path.name, batch=form.batch, height=form.height, width=form.width, tokens=form.tokens)
         for form in spec.forms
     ]
-
-
-def _value(name: str, kind: onnx_ir.DataType, shape: Sequence[int | str]) -> Value:
-    return onnx_ir.Value(name=name, type=onnx_ir.TensorType(kind), shape=onnx_ir.Shape(shape))
-
-
-def _named(outputs: Mapping[str, Value]) -> list[Value]:
-    for name, value in outputs.items():
-        value.name, value.type = name, onnx_ir.TensorType(FLOAT)
-        value.shape = onnx_ir.Shape([f"{name}_{axis}" for axis in range(_RANKS.get(name, 4))])
-    return list(outputs.values())
-
-
-def _model(inputs: list[Value], outputs: Mapping[str, Value], nodes: list[Any]) -> onnx_ir.Model:
-    graph = onnx_ir.Graph(inputs, _named(outputs), nodes=nodes, opset_imports={"": OPSET}, name="module")
-    return onnx_ir.Model(graph, ir_version=10)

@@ -1,42 +1,25 @@
 """The modules of an engine: what each one computes, from which weights, on which inputs, in which sizes."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from sdfast.engine import DTYPES
 from sdfast.errors import CheckpointError, ExportError
-from sdfast.export.checkpoint import Checkpoint
-from sdfast.export.controlnet import ControlNetSource
 from sdfast.export.layout import CONTROLNET
-from sdfast.export.magnitudes import DoesNotFit, extents, scales_for
+from sdfast.export.loading import UNetParts, VAEHalves, load_text_model
+from sdfast.export.networks import Networks
 from sdfast.export.recipe import Recipe
-from sdfast.manifest import CHUNK, CONTROL, ONE_CHUNK, SHALLOW, HalfRange, Model, Span, StepCache
-from sdfast.models.controlnet import (
-    ControlEmbedding,
-    Controlled,
-    ControlledContext,
-    ControlledTimeShift,
-    ControlledUNet,
-    ControlNet,
-    ControlNetConfig,
-    load_controlled,
-    load_embedding,
-)
-from sdfast.models.fp8 import MULTIPLE, convert, fp8_layers
-from sdfast.models.half_range import VAE, rescale
-from sdfast.models.step_cache import ShallowUNet
+from sdfast.manifest import CHUNK, CONTROL, ONE_CHUNK, SHALLOW, HalfRange, Model, Span
+from sdfast.models.controlnet import ControlEmbedding, load_embedding
 from sdfast.models.text import TextEncoder
-from sdfast.models.unet import Context, TimeShift, UNet, UNetConfig, load_unet, rungs, skip_levels
-from sdfast.models.vae import VAEConfig, VAEDecoder, VAEEncoder, has_encoder, load_vae
+from sdfast.models.unet import UNetConfig
+from sdfast.models.vae import VAEDecoder, VAEEncoder, has_encoder
 from sdfast.request import MAX_STEPS
 
 ONE = Span.exactly(1)
-V = TypeVar("V", VAEDecoder, VAEEncoder)
 
 
 @dataclass(frozen=True)
@@ -73,110 +56,14 @@ class ModuleSpec:
     half_range: Callable[[], HalfRange | None] = lambda: None
 
 
-@dataclass(frozen=True)
-class Networks:
-    """The configs of a checkpoint's networks."""
-
-    checkpoint: Checkpoint
-    unet: UNetConfig
-    vae: VAEConfig
-    text: tuple[str, ...]  # names of the text encoders
-    controlnet: ControlNetConfig | None = None
-    step_cache: StepCache | None = None
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint, cache_branch: int | None = None) -> "Networks":
-        """cache_branch: as a recipe's. Raises `ExportError` for one that the U-Net does not have."""
-        checkpoint.check_weights()
-        parts = checkpoint.components
-        unet = UNetConfig.from_diffusers(parts["unet"].config)
-        networks = cls(
-            checkpoint,
-            unet,
-            VAEConfig.from_diffusers(parts["vae"].config),
-            checkpoint.text_encoders,
-            step_cache=None if cache_branch is None else _step_cache(unet, cache_branch),
-        )
-        return networks if checkpoint.controlnet is None else networks._with(checkpoint.controlnet)
-
-    def _with(self, added: ControlNetSource) -> "Networks":
-        """These and a ControlNet's. Raises `CheckpointError` for one that does not fit."""
-        try:
-            config = ControlNetConfig.from_diffusers(added.component.config)
-            config.check_fits(self.unet, self.vae.latent_channels, self.factor)
-        except CheckpointError as error:
-            raise CheckpointError(f"{added.source}: {error}") from error
-        return replace(self, controlnet=config)
-
-    @property
-    def factor(self) -> int:
-        """Pixels a latent, in each direction."""
-        return self.vae.scale
-
-    @property
-    def default_side(self) -> int:
-        """The side in pixels of the pictures that the checkpoint was trained on."""
-        return self.checkpoint.sample_size * self.factor
-
-    def fp8(self) -> tuple[str, ...]:
-        """The layers of the U-Net that FP8 is for. Raises `ExportError` when there are none."""
-        layers = fp8_layers(self.step())
-        if not layers:
-            raise ExportError(
-                f"fp8: {self.checkpoint.source}: no linear layer of this U-Net has widths that are multiples "
-                f"of {MULTIPLE}; leave fp8 out"
-            )
-        return layers
-
-    def step(self) -> UNet | ControlledUNet:
-        """The network of a step, without weights."""
-        with torch.device("meta"):
-            unet = UNet(self.unet, self.step_cache.branch if self.step_cache else None)
-            return (
-                unet
-                if self.controlnet is None
-                else ControlledUNet(unet, ControlNet(self.controlnet.way_down))
-            )
-
-    def model(self) -> Model:
-        """What the manifest says of the networks."""
-        step = self.step()
-        widths = [int(self.checkpoint.components[name].config["hidden_size"]) for name in self.text]
-        return Model(
-            family=self.checkpoint.family,
-            in_channels=self.unet.in_channels,
-            latent_channels=self.vae.latent_channels,
-            vae_scale_factor=self.factor,
-            default_height=self.default_side,
-            default_width=self.default_side,
-            text_width=sum(widths),
-            context_width=sum(step.context_widths),
-            time_shift_width=sum(step.shift_widths),
-            control_channels=self.controlnet.channels if self.controlnet else None,
-            pooled_width=self.unet.pooled_dim,
-            guidance_embedding=self.unet.time_cond_proj_dim,
-            zero_empty_negative=self.checkpoint.zero_empty_negative,
-            step_cache=self.step_cache,
-        )
-
-
-def _step_cache(unet: UNetConfig, branch: int) -> StepCache:
-    skips = rungs(unet)
-    if branch >= len(skips):
-        raise ExportError(
-            f"cache_branch: {branch}, but this U-Net has branches 0 to {len(skips) - 1}; 0 is the usual one"
-        )
-    return StepCache(branch=branch, channels=skips[branch].channels, scale=2 ** skip_levels(unet)[branch])
-
-
 def module_specs(networks: Networks, recipe: Recipe) -> list[ModuleSpec]:
     """Every module of an engine of `recipe`, in the order in which they are built: the largest first."""
     model, dtype = networks.model(), DTYPES[recipe.dtype]
     sizes = recipe.size_spans(networks.default_side)
     _check_sizes(sizes, networks.factor)
-    load = _UNetParts(networks, dtype, networks.fp8() if recipe.fp8 else ())
+    load = UNetParts(networks, dtype, networks.fp8() if recipe.fp8 else ())
     steps = model, load, dtype, recipe.unet_batches(), sizes, recipe.prompt_lengths()
-    vae = _VAEHalves(networks, half=dtype == torch.float16 and recipe.vae == "auto")
+    vae = VAEHalves(networks, half=dtype == torch.float16 and recipe.vae == "auto")
     return [
         _unet(*steps),
         *_shallow(recipe.backend, *steps),
@@ -189,50 +76,9 @@ def module_specs(networks: Networks, recipe: Recipe) -> list[ModuleSpec]:
     ]
 
 
-class _UNetParts:
-    """The modules that the weights of a U-Net, and of its ControlNet, are dealt out to, loaded one at a time.
-
-    components: which of the two there are.
-    """
-
-    def __init__(self, networks: Networks, dtype: torch.dtype, fp8: tuple[str, ...]) -> None:
-        self._networks = networks
-        self._dtype = dtype
-        self.fp8 = fp8
-        self.components = ("unet", CONTROLNET) if networks.controlnet else ("unet",)
-
-    def _load(self) -> tuple[UNet, TimeShift, Context] | Controlled:
-        unet, added = self._networks.unet, self._networks.checkpoint.controlnet
-        weights = self._networks.checkpoint.state_dict("unet")
-        if self._networks.controlnet is None or added is None:
-            cache = self._networks.step_cache
-            return load_unet(unet, weights, self._dtype, cache.branch if cache else None)
-        return load_controlled(unet, weights, self._networks.controlnet, added.state_dict(), self._dtype)
-
-    def unet(self) -> UNet | ControlledUNet:
-        return convert(self._load()[0], self.fp8)
-
-    def shallow(self, branch: int) -> ShallowUNet:
-        weights = self._networks.checkpoint.state_dict("unet")
-        unet = load_unet(self._networks.unet, weights, self._dtype)[0]
-        return convert(ShallowUNet.of(unet, branch), self.shallow_fp8(branch))
-
-    def shallow_fp8(self, branch: int) -> tuple[str, ...]:
-        """Of the layers in FP8 those that shallow steps have."""
-        with torch.device("meta"):
-            own = {name for name, _ in ShallowUNet(self._networks.unet, branch).named_modules()}
-        return tuple(name for name in self.fp8 if name in own)
-
-    def time_shift(self) -> TimeShift | ControlledTimeShift:
-        return self._load()[1]
-
-    def context(self) -> Context | ControlledContext:
-        return self._load()[2]
-
-
 def _unet(
     model: Model,
-    load: _UNetParts,
+    load: UNetParts,
     dtype: torch.dtype,
     batches: list[Span],
     sizes: list[tuple[Span, Span]],
@@ -269,7 +115,7 @@ _IMAGE: Mapping[int, str] = {0: "batch", 2: "height", 3: "width"}
 def _shallow(
     backend: str,
     model: Model,
-    load: _UNetParts,
+    load: UNetParts,
     dtype: torch.dtype,
     batches: list[Span],
     sizes: list[tuple[Span, Span]],
@@ -302,14 +148,14 @@ def _shallow(
     )
 
 
-def _context(model: Model, load: _UNetParts, dtype: torch.dtype) -> ModuleSpec:
+def _context(model: Model, load: UNetParts, dtype: torch.dtype) -> ModuleSpec:
     def inputs(batch: int, height: int, width: int, tokens: int) -> dict[str, Tensor]:
         return {"hidden_states": torch.randn(batch, CHUNK, model.text_width, dtype=dtype)}
 
     return ModuleSpec("context", load.context, inputs, {}, ("context",), load.components, (Form(ONE),))
 
 
-def _time_shift(config: UNetConfig, model: Model, load: _UNetParts, dtype: torch.dtype) -> ModuleSpec:
+def _time_shift(config: UNetConfig, model: Model, load: UNetParts, dtype: torch.dtype) -> ModuleSpec:
     widths = {
         "text_embeds": (model.pooled_width, dtype),
         "time_ids": (6 if model.pooled_width else None, torch.float32),
@@ -347,49 +193,7 @@ def _control_embedding(
     yield ModuleSpec(CONTROL, load, inputs, free, ("control",), (CONTROLNET,), forms)
 
 
-class _VAEHalves:
-    """The two modules that a VAE's weights are dealt out to, loaded one at a time.
-
-    half: in float16, where that can hold their numbers.
-    """
-
-    def __init__(self, networks: Networks, half: bool) -> None:
-        self._networks = networks
-        self._half = half
-        self._found: dict[type[VAE], HalfRange] = {}
-
-    def decoder(self) -> VAEDecoder:
-        return self._fitted(self._load()[0])
-
-    def encoder(self) -> VAEEncoder:
-        encoder = self._load()[1]
-        if encoder is None:
-            source = self._networks.checkpoint.source
-            raise CheckpointError(f"{source}: its VAE's encoder is not there any more")
-        return self._fitted(encoder)
-
-    def range_of(self, kind: type[VAE]) -> HalfRange | None:
-        return self._found.get(kind)
-
-    def _load(self) -> tuple[VAEDecoder, VAEEncoder | None]:
-        return load_vae(self._networks.vae, self._networks.checkpoint.state_dict("vae"), torch.float32)
-
-    def _fitted(self, vae: V) -> V:
-        """The network in float16 if that holds it, else as it is."""
-        if not self._half:
-            return vae
-        found = extents(vae)
-        try:
-            scales = scales_for(vae, found)
-        except DoesNotFit as reason:
-            self._found[type(vae)] = HalfRange(dtype="fp32", largest=found.largest, reason=str(reason))
-            return vae
-        rescale(vae, scales)
-        self._found[type(vae)] = HalfRange(dtype="fp16", largest=found.largest, scale=scales.smallest)
-        return vae.half()
-
-
-def _vae_decoder(vae: _VAEHalves, model: Model, sizes: list[tuple[Span, Span]]) -> ModuleSpec:
+def _vae_decoder(vae: VAEHalves, model: Model, sizes: list[tuple[Span, Span]]) -> ModuleSpec:
     def inputs(batch: int, height: int, width: int, tokens: int) -> dict[str, Tensor]:
         factor = model.vae_scale_factor
         shape = (batch, model.latent_channels, height // factor, width // factor)
@@ -410,7 +214,7 @@ def _vae_decoder(vae: _VAEHalves, model: Model, sizes: list[tuple[Span, Span]]) 
     )
 
 
-def _vae_encoder(vae: _VAEHalves, networks: Networks, sizes: list[tuple[Span, Span]]) -> Iterator[ModuleSpec]:
+def _vae_encoder(vae: VAEHalves, networks: Networks, sizes: list[tuple[Span, Span]]) -> Iterator[ModuleSpec]:
     """One, or none where the checkpoint's VAE is stored without its encoder."""
     if not has_encoder(networks.checkpoint.state_dict("vae")):
         return
@@ -443,48 +247,6 @@ def _text_encoder(networks: Networks, name: str, dtype: torch.dtype) -> ModuleSp
         return TextEncoder(model, final_norm=networks.checkpoint.family == "sd")
 
     return ModuleSpec(name, load, inputs, {}, ("hidden_states", "text_embeds"), (name,), (Form(ONE),))
-
-
-def load_text_model(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Any:
-    """transformers' own CLIP text model on the checkpoint's weights."""
-    import transformers
-
-    component = checkpoint.components[name]
-    cls = getattr(transformers, component.class_name, None)
-    if component.class_name not in ("CLIPTextModel", "CLIPTextModelWithProjection") or cls is None:
-        raise CheckpointError(
-            f"{checkpoint.source}: {name} is a {component.class_name}; "
-            "CLIPTextModel and CLIPTextModelWithProjection are supported"
-        )
-    config = transformers.CLIPTextConfig(**component.config)
-    try:
-        with _no_progress_bar():
-            model = cls.from_pretrained(
-                None,
-                config=config,
-                state_dict=checkpoint.state_dict(name),
-                dtype=dtype,
-                attn_implementation="eager",
-            )
-    except (RuntimeError, ValueError) as error:
-        raise CheckpointError(
-            f"{checkpoint.source}: {name}: its weights do not fit its config: {error}"
-        ) from error
-    return model.eval()
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """transformers shows a bar for every loaded model; an export has a display of its own."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _check_sizes(sizes: list[tuple[Span, Span]], factor: int) -> None:

@@ -3,26 +3,51 @@
 Each function writes one operation of `sdfast.models.ops` into a graph; its result's shape is already known.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import onnx_ir
 
-from sdfast.export.onnx_graph import MICROSOFT, Array, Graph, Lowerings, Value
+from sdfast.export.onnx_conv import of_enlarged, winograd, winograd_pays
+from sdfast.export.onnx_graph import MICROSOFT, Graph, Lowerings, Value
+
+ENLARGED = "enlarged"  # a note on a value: the image that it has each pixel of four times
+BLOCK = 16  # channels of a block in ONNX Runtime's layout for convolutions, with AVX-512; 8 without
+Affine = Callable[[Graph, Value, Value, Value], Value]
+ROWS = "rows"  # a note on tokens [B, N, C]: the same as a matrix, [B N, C]
+LIKE = "like"  # a note on tokens: earlier ones of the same B and N
 
 
 def linear(g: Graph, x: Value, weight: Value, bias: Value | None = None) -> Value:
     # Gemm takes the weights as they lie and adds the bias as it starts; MatMul would need both changed.
-    inputs = [x] if bias is None else [x, bias]
-    if len(x.shape) > 2:
-        inputs[0] = g.Reshape(x, g.ints(-1, weight.shape[1]))
-    result = g.Gemm(inputs[0], weight, *inputs[1:], transB=1)
-    if len(x.shape) == 2:
-        return result
-    leading = [-1 if not isinstance(d, int) else d for d in x.shape[:-1]]
+    outputs, inputs = weight.shape
+    rows = x if len(x.shape) == 2 else g.memory.get((ROWS, x)) or g.Reshape(x, g.ints(-1, inputs))
+    result = g.Gemm(rows, weight, *([] if bias is None else [bias]), transB=1)
+    return result if len(x.shape) == 2 else tokens_of(g, result, x, outputs)
+
+
+def tokens_of(g: Graph, rows: Value, like: Value, width: int) -> Value:
+    """rows [N, width] as [..., width], where `like` is [..., I]. The rows are noted: see `row_wise`."""
+    leading = [-1 if not isinstance(d, int) else d for d in like.shape[:-1]]
     if leading.count(-1) > 1:
-        return g.reshape(result, *g.sizes(x, 0, len(x.shape) - 1), weight.shape[0])
-    return g.Reshape(result, g.ints(*leading, weight.shape[0]))
+        first: Value = g.memory.get((LIKE, like), like)
+        result = g.reshape(rows, *g.sizes(first, 0, len(first.shape) - 1), width)
+        g.memory[LIKE, result] = first
+    else:
+        result = g.Reshape(rows, g.ints(*leading, width))
+    g.memory[ROWS, result] = rows
+    return result
+
+
+def row_wise(g: Graph, make: Callable[..., Value], *tokens: Value, width: int) -> Value:
+    """make(*tokens) [..., width], which does the same to each row by itself: of their rows, if all are noted.
+
+    So what follows one another goes on with matrices, and the shapes between, for which nobody asks, are
+    dropped.
+    """
+    rows = [g.memory.get((ROWS, each)) for each in tokens]
+    return make(*tokens) if None in rows else tokens_of(g, make(*rows), tokens[0], width)
 
 
 def conv3x3(
@@ -33,94 +58,22 @@ def conv3x3(
     return g.Conv(*inputs, kernel_shape=[3, 3], strides=[stride, stride], pads=[before, before, after, after])
 
 
-def conv3x3_fast(
+def conv3x3_enlarged(
     g: Graph, x: Value, weight: Value, bias: Value | None = None, *, stride: int, padding: Sequence[int]
 ) -> Value:
-    if stride == 1 and list(padding) == [1, 1] and winograd_pays(x, weight):
-        return winograd(g, x, weight, bias)
+    small = g.memory.get((ENLARGED, x))
+    if small is not None and stride == 1 and list(padding) == [1, 1]:
+        return of_enlarged(g, small, weight, bias)
     return conv3x3(g, x, weight, bias, stride=stride, padding=padding)
 
 
-# Winograd's minimal filtering F(4×4, 3×3) (Lavin & Gray 2016): a 4 × 4 tile of the result from a 6 × 6 tile
-# of x by 36 multiplications in place of 144. The points 0, ±3/4, ±3/2, ∞ halve the rounding error of the
-# usual 0, ±1, ±2, ∞ (how points set the error: Barabasz et al. 2020).
-POINTS = (0.0, 0.75, -0.75, 1.5, -1.5)
-TILE = 4
-
-
-def toom_cook() -> tuple[Array, Array, Array]:
-    """Matrices A [6, 4], G [6, 3], B [6, 6]: result = Aᵀ ((G w) · (B x)) is w, three taps, along six of x."""
-    n = len(POINTS)
-    rest = [[p for p in POINTS if p != point] for point in POINTS]
-    scale = np.array(
-        [np.prod([point - p for p in others]) for point, others in zip(POINTS, rest, strict=True)]
-    )
-    infinity = np.eye(1, n)[:, ::-1]
-    A = np.vstack([np.vander(POINTS, TILE, increasing=True), infinity[:, n - TILE :]])
-    G = np.vstack([np.vander(POINTS, 3, increasing=True) / scale[:, None], infinity[:, n - 3 :]])
-    B = np.array([[*np.poly(others)[::-1], 0] for others in rest] + [np.poly(POINTS)[::-1]])
-    return A, G, B
-
-
-def winograd_pays(x: Value, weight: Value) -> bool:
-    """Whether it is faster than a convolution: measured, for float32 from 16 × 16 pixels and 128 channels on.
-
-    Its weights are four times as large and its tiles twice as large as x, so pictures of many megabytes go
-    without. Of images of unknown size only those of the U-Nets' two outer levels are sure to be large.
-    """
-    (outputs, inputs), (height, width) = weight.shape[:2], x.shape[2:]
-    if x.dtype != onnx_ir.DataType.FLOAT or min(outputs, inputs) < 128:
-        return False
-    if not isinstance(height, int) or not isinstance(width, int):
-        return bool(min(outputs, inputs) >= 320 and outputs * inputs <= 640 * 1280)
-    return bool(min(height, width) >= 16 and inputs * height * width <= 2**25)
-
-
-def winograd(g: Graph, x: Value, weight: Value, bias: Value | None) -> Value:
-    A, G, B = toom_cook()
-    outputs, inputs = weight.shape[:2]
-    (batch,), (height, width) = g.sizes(x, 0, 1), g.sizes(x, 2, 4)
-    # Both transforms of x at once: 36 fixed filters over every channel as an image of its own.
-    filters = g.constant(np.kron(B, B).reshape(36, 1, 6, 6).astype(np.float32))
-    planes = g.reshape(x, -1, 1, height, width)
-    tiles = g.Conv(planes, filters, kernel_shape=[6, 6], strides=[TILE, TILE], pads=[1, 1, TILE, TILE])
-    tiles = g.Transpose(g.reshape(tiles, batch, inputs, 36, -1), perm=[2, 1, 0, 3])  # [36, I, B, tiles]
-    product = g.MatMul(
-        g.transformed(weight, "winograd", (36, outputs, inputs), lambda w: _winograd_weight(G, w)),
-        g.Reshape(tiles, g.ints(36, inputs, -1)),
-    )  # [36, O, B tiles]
-    back = g.constant(np.kron(A.T, A.T).astype(np.float32))
-    rows, columns = _tiles(g, height), _tiles(g, width)
-    result = g.MatMul(back, g.Reshape(product, g.ints(36, -1)))
-    result = g.reshape(result, TILE, TILE, outputs, -1, rows, columns)
-    result = g.Transpose(result, perm=[3, 2, 4, 0, 5, 1])  # [B, O, rows, 4, columns, 4]
-    result = g.reshape(result, batch, outputs, _times(g, rows, TILE), _times(g, columns, TILE))
-    result = _crop(g, result, height, width)
-    return result if bias is None else g.Add(result, g.Reshape(bias, g.ints(-1, 1, 1)))
-
-
-def _winograd_weight(G: Array, weight: Array) -> Array:
-    """[O, I, 3, 3] float32 -> [36, O, I] float32."""
-    flat = weight.reshape(-1, 9).astype(np.float64)
-    return (np.kron(G, G) @ flat.T).astype(np.float32).reshape(36, *weight.shape[:2])
-
-
-def _tiles(g: Graph, size: int | Value) -> int | Value:
-    if isinstance(size, int):
-        return -(-size // TILE)
-    return g.Div(g.Add(size, g.ints(TILE - 1)), g.ints(TILE))
-
-
-def _times(g: Graph, size: int | Value, factor: int) -> int | Value:
-    return size * factor if isinstance(size, int) else g.Mul(size, g.ints(factor))
-
-
-def _crop(g: Graph, x: Value, height: int | Value, width: int | Value) -> Value:
-    """The last tiles may reach over the edge."""
-    if isinstance(height, int) and isinstance(width, int) and height % TILE == 0 == width % TILE:
-        return x
-    ends = [g.ints(s) if isinstance(s, int) else s for s in (height, width)]
-    return g.Slice(x, g.ints(0, 0), g.Concat(*ends, axis=0), g.ints(2, 3))
+def conv3x3_fast(
+    g: Graph, x: Value, weight: Value, bias: Value | None = None, *, stride: int, padding: Sequence[int]
+) -> Value:
+    pays = stride == 1 and list(padding) == [1, 1] and winograd_pays(x, weight)
+    if pays and (ENLARGED, x) not in g.memory:
+        return winograd(g, x, weight, bias)
+    return conv3x3_enlarged(g, x, weight, bias, stride=stride, padding=padding)
 
 
 def conv1x1(g: Graph, x: Value, weight: Value, bias: Value | None = None) -> Value:
@@ -128,31 +81,74 @@ def conv1x1(g: Graph, x: Value, weight: Value, bias: Value | None = None) -> Val
     return g.Conv(*inputs, kernel_shape=[1, 1])
 
 
-def group_norm(g: Graph, x: Value, weight: Value, bias: Value, groups: int, eps: float) -> Value:
+def times_and_plus(g: Graph, x: Value, weight: Value, bias: Value) -> Value:
+    """x [B, C, H, W], weight and bias [C] -> x · weight + bias."""
+    return g.Add(g.Mul(x, g.Reshape(weight, g.ints(-1, 1, 1))), g.Reshape(bias, g.ints(-1, 1, 1)))
+
+
+def times_and_plus_at_once(g: Graph, x: Value, weight: Value, bias: Value) -> Value:
+    """The same as a convolution of each channel by itself, which ONNX Runtime runs in the blocked layout of
+    the convolution that follows, if the channels fill its blocks."""
+    channels = weight.shape[0]
+    if channels % BLOCK:
+        return times_and_plus(g, x, weight, bias)
+    filters = g.transformed(weight, "filters", (channels, 1, 1, 1), lambda w: w.reshape(-1, 1, 1, 1))
+    return g.Conv(x, filters, bias, kernel_shape=[1, 1], group=channels)
+
+
+def group_norm(
+    g: Graph,
+    x: Value,
+    weight: Value,
+    bias: Value,
+    groups: int,
+    eps: float,
+    affine: Affine = times_and_plus,
+) -> Value:
     one, zero = (g.constant(np.full(groups, v, x.dtype.numpy())) for v in (1, 0))
     normal = g.InstanceNormalization(g.Reshape(x, g.ints(0, groups, -1)), one, zero, epsilon=eps)
-    scaled = g.Mul(g.reshape(normal, *g.sizes(x, 0, 4)), g.Reshape(weight, g.ints(-1, 1, 1)))
-    return g.Add(scaled, g.Reshape(bias, g.ints(-1, 1, 1)))
+    return affine(g, g.reshape(normal, *g.sizes(x, 0, 4)), weight, bias)
 
 
-def group_norm_silu(g: Graph, x: Value, weight: Value, bias: Value, groups: int, eps: float) -> Value:
-    return g.QuickGelu(group_norm(g, x, weight, bias, groups, eps), alpha=1.0, domain=MICROSOFT)
+def group_norm_silu(
+    g: Graph,
+    x: Value,
+    weight: Value,
+    bias: Value,
+    groups: int,
+    eps: float,
+    affine: Affine = times_and_plus,
+) -> Value:
+    normal = group_norm(g, x, weight, bias, groups, eps, affine)
+    return g.QuickGelu(normal, alpha=1.0, domain=MICROSOFT)
 
 
 def shifted_group_norm_silu(
-    g: Graph, x: Value, shift: Value, weight: Value, bias: Value, groups: int, eps: float
+    g: Graph,
+    x: Value,
+    shift: Value,
+    weight: Value,
+    bias: Value,
+    groups: int,
+    eps: float,
+    affine: Affine = times_and_plus,
 ) -> Value:
     total = g.Add(x, g.Unsqueeze(shift, g.ints(2, 3)))
     total.shape, total.dtype = x.shape, x.dtype
-    return group_norm_silu(g, total, weight, bias, groups, eps)
+    return group_norm_silu(g, total, weight, bias, groups, eps, affine)
 
 
 def layer_norm(g: Graph, x: Value, weight: Value, bias: Value, eps: float) -> Value:
-    return g.LayerNormalization(x, weight, bias, axis=-1, epsilon=eps)
+    return row_wise(
+        g,
+        lambda rows: g.LayerNormalization(rows, weight, bias, axis=-1, epsilon=eps),
+        x,
+        width=weight.shape[0],
+    )
 
 
 def add(g: Graph, x: Value, branch: Value) -> Value:
-    return g.Add(x, branch)
+    return row_wise(g, g.Add, x, branch, width=x.shape[-1])
 
 
 def add_scaled(g: Graph, x: Value, branch: Value, scale: Value) -> Value:
@@ -178,12 +174,17 @@ def self_attention(
 
 
 def geglu(g: Graph, x: Value) -> Value:
-    value, gate = g.split(x, 2, x.dtype)
-    return g.Mul(value, g.Gelu(gate))
+    def gated(rows: Value) -> Value:
+        value, gate = g.split(rows, 2, x.dtype)
+        return g.Mul(value, g.Gelu(gate))
+
+    return row_wise(g, gated, x, width=x.shape[-1] // 2)
 
 
 def upsample_nearest(g: Graph, x: Value, like: Value) -> Value:
     height, width = g.sizes(like, 2, 4)
+    if [height, width] == [2 * side if isinstance(side, int) else None for side in x.shape[2:]]:
+        return upsample_twice(g, x)
     parts = [g.ints(s) if isinstance(s, int) else s for s in (*g.sizes(x, 0, 2), height, width)]
     return g.Resize(
         x,
@@ -198,9 +199,12 @@ def upsample_nearest(g: Graph, x: Value, like: Value) -> Value:
 
 def upsample_twice(g: Graph, x: Value) -> Value:
     twice = g.constant(np.array([1, 1, 2, 2], np.float32))
-    return g.Resize(
+    result = g.Resize(
         x, None, twice, mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor"
     )
+    if x.dtype == onnx_ir.DataType.FLOAT:
+        g.memory[ENLARGED, result] = x
+    return result
 
 
 def tokens_from_image(g: Graph, x: Value) -> Value:
@@ -211,7 +215,7 @@ def image_from_tokens(g: Graph, x: Value, like: Value) -> Value:
     return g.reshape(g.Transpose(x, perm=[0, 2, 1]), *g.sizes(like, 0, 4))
 
 
-CPU_COMPACT: Lowerings = {
+PLAIN: Lowerings = {
     lowering.__name__: lowering
     for lowering in (
         linear,
@@ -232,6 +236,16 @@ CPU_COMPACT: Lowerings = {
         tokens_from_image,
         image_from_tokens,
     )
+}
+
+# For the CPU's provider alone; the others' tables take what they have no better form of from PLAIN.
+CPU_COMPACT: Lowerings = {
+    **PLAIN,
+    "conv3x3": conv3x3_enlarged,
+    **{
+        norm.__name__: partial(norm, affine=times_and_plus_at_once)
+        for norm in (group_norm, group_norm_silu, shifted_group_norm_silu)
+    },
 }
 
 # Faster, for some more memory: at SD 1.5 and 32 × 32 latents 4.2 GB of weights in place of 3.2.

@@ -7,7 +7,7 @@ is written as for the CPU.
 import numpy as np
 import onnx_ir
 
-from sdfast.export.onnx_cpu import CPU_COMPACT, group_norm, linear
+from sdfast.export.onnx_cpu import PLAIN, group_norm, linear
 from sdfast.export.onnx_graph import Graph, Lowerings, Value
 
 
@@ -53,7 +53,7 @@ def _attend(
 
 
 TENSORRT: Lowerings = {
-    **CPU_COMPACT,
+    **PLAIN,
     "group_norm_silu": group_norm_silu,
     "shifted_group_norm_silu": shifted_group_norm_silu,
     "attention": attention,

@@ -19,9 +19,9 @@ and, written out, the matrix of that step is
 `solvers/` holds one short function a scheduler, in the papers' symbols, beside its config; `noise.py` the
 noise levels, `levels.py` which of them a run visits, and `layouts.py` layouts that no config asks for;
 `prediction.py` what the network's output means; `config.py` what configs share; `run.py` what a request may
-ask; `names.py` what people call a scheduler; `table.py` the table. That a table is right is algebra: composed
-over its K rows, it must be the map that diffusers' own scheduler is, and the tests compare the two entry by
-entry.
+ask; `samplers.py` the samplers there are, `schedule_types.py` how their levels may be spaced, and `names.py`
+what people call them; `table.py` the table. That a table is right is algebra: composed over its K rows, it
+must be the map that diffusers' own scheduler is, and the tests compare the two entry by entry.
 
     >>> s = schedule("DPM++ 2M Karras", {"beta_schedule": "scaled_linear"}, num_inference_steps=20)
     >>> s.matrix.shape
@@ -36,9 +36,10 @@ import numpy as np
 
 from sdfast.schedulers.config import ending_at, own_config, read
 from sdfast.schedulers.layouts import LAYOUTS, laid_out
-from sdfast.schedulers.names import SAMPLERS, Sampler, resolve
-from sdfast.schedulers.names import SCHEDULE_TYPES as BY_CONFIG
+from sdfast.schedulers.names import resolve
 from sdfast.schedulers.run import checked_run
+from sdfast.schedulers.samplers import SAMPLERS, Sampler
+from sdfast.schedulers.schedule_types import SCHEDULE_TYPES as BY_CONFIG
 from sdfast.schedulers.solvers import SOLVERS
 from sdfast.schedulers.table import Brownian, Schedule
 

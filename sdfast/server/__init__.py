@@ -1,8 +1,8 @@
 """Serving engines over HTTP: many requests share the rows of one loop.
 
 `jobs.py` says what the API and the engine tell each other; `app.py` speaks HTTP. Each engine has a process of
-its own, `worker/`, where `batcher.py` runs its jobs, rows joining and leaving at every step; `studio.py` is
-all of these processes together, as the API sees them.
+its own, `worker/`, where `batcher.py` runs its jobs, rows joining and leaving at every step, and `works.py`
+keeps them in the meantime; `studio.py` is all of these processes together, as the API sees them.
 
 A request's way: `guard.py` lets it in, an interface (`openai/`, `automatic1111/`) takes it, `body.py` or
 `form.py` reads it into the interface's fields, `uploads.py` opens the pictures in it, `desk.py` takes the job

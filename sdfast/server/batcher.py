@@ -20,18 +20,21 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
+from sdfast.bucket import Buckets
 from sdfast.call import Given
 from sdfast.engine import Engine
 from sdfast.errors import BackendError, EngineError, NumericalError, SdfastError, first_line
-from sdfast.loop import Buckets, Row, Rows, check_finite
+from sdfast.loop import Rows, check_finite
 from sdfast.pipeline import Pipeline, to_uint8
-from sdfast.schedulers.estimate import clean_estimate
+from sdfast.row import Row
 from sdfast.server.clerk import Clerk
 from sdfast.server.given import check_given, given_of
 from sdfast.server.jobs import TICK_SECONDS, Failed, FailureKind, Job, Load, QueueFull
 from sdfast.server.memory import memory_of
 from sdfast.server.places import Pace, Picture, changes
+from sdfast.server.previews import previews_due
 from sdfast.server.work import Listener, Room, Work, row_of
+from sdfast.server.works import Works
 
 log = logging.getLogger(__name__)
 
@@ -56,20 +59,6 @@ class Latents:
     work: Work
     index: int
     latents: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Before:
-    """A row before the step after which its estimate is wanted, the preview's index counted from 0.
-
-    latents: [C, h, w] float32. estimate: see `clean_estimate`.
-    """
-
-    work: Work
-    preview: int
-    row: Row
-    latents: torch.Tensor
-    estimate: tuple[float, float]
 
 
 class Batcher:
@@ -100,15 +89,8 @@ class Batcher:
         """
         self.pipeline, self._engine = Pipeline(engine), engine
         self._max_rows = ROWS.get(engine.device.type, ROWS["cpu"]) if max_rows is None else max_rows
-        self._max_queue = max_queue
         self._buckets = Buckets(self._max_rows if buckets is None else buckets)
-        self._changed = threading.Condition()  # guards the next five
-        self._works: dict[str, Work] = {}  # all that have not had their last event
-        self._queue: list[Work] = []  # who is due the earliest comes first
-        self._arrived = 0
-        self._closing = False
-        self._healthy = True
-        self._begun: list[Work] = []
+        self._works = Works(max_queue)
         # By height, width, tokens of the context and cache interval; the next one to tick comes first.
         self._rooms: dict[tuple[int, int, int, int], Room] = {}
         self._estimates: list[Latents] = []  # both wait for the decoder
@@ -145,65 +127,41 @@ class Batcher:
         check_given(self._engine, job)
         if job.request.hires is not None:
             self.pipeline.check_hires(job.request, job.request.hires)
-        with self._changed:
-            if self._closing or not self._healthy:
-                raise BackendError("the engine takes no more jobs: it is closed, or it failed too often")
-            if job.id in self._works:
-                raise ValueError(f"job {job.id!r} is under way already")
-            if len(self._queue) >= self._max_queue:
-                raise QueueFull(self.retry_after())
+
+        def work(number: int) -> Work:
             patience = sum(map(self._pace.patience, job.request.passes, steps))
-            work = self._works[job.id] = Work(
-                job, listener, self._arrived, steps[0], patience, sum(steps[1:])
-            )
-            insort(self._queue, work, key=lambda waiting: Picture(waiting, 0).due)
-            work.queued(self._queue.index(work))
-            self._arrived += 1
-            self._changed.notify()
+            return Work(job, listener, number, steps[0], patience, sum(steps[1:]))
+
+        if not self._works.take_in(job.id, work):
+            raise QueueFull(self.retry_after())
 
     def cancel(self, job_id: str) -> bool:
         """End a job at the next step at the latest; False when none of this id is under way."""
-        with self._changed:
-            work = self._works.get(job_id)
-            if work is None:
-                return False
-            work.cancelled = True
-            self._changed.notify()
-            return True
+        return self._works.cancel(job_id)
 
     def preview(self, job_id: str) -> bool:
         """Ask for a preview after a job's next step; False when none of this id is under way."""
-        with self._changed:
-            work = self._works.get(job_id)
-            if work is not None:
-                work.preview_asked = True
-            return work is not None
+        return self._works.preview(job_id)
 
     @property
     def healthy(self) -> bool:
         """Whether the engine can go on; once it is not, it stays so."""
-        return self._healthy and self._thread.is_alive()
+        return self._works.healthy and self._thread.is_alive()
 
     def waiting(self) -> int:
         """How many jobs wait, none of their rows begun."""
-        with self._changed:
-            return len(self._queue)
+        return len(self._works.queue)
 
     def running(self) -> int:
         """How many rows are in the loop."""
-        return sum(len(work.running) for work in tuple(self._begun))
+        return sum(len(work.running) for work in self._works.begun)
 
     def close(self, *, drain: bool = True, timeout: float | None = None) -> bool:
         """Take no more jobs and end the thread, after the jobs that are there, or else cancelling them.
 
         Returns whether that was within `timeout` seconds.
         """
-        with self._changed:
-            self._closing = True
-            if not drain:
-                for work in self._works.values():
-                    work.cancelled = True
-            self._changed.notify()
+        self._works.close(drain=drain)
         self._thread.join(timeout)
         if self._thread.is_alive():
             return False
@@ -212,7 +170,7 @@ class Batcher:
 
     def retry_after(self) -> float:
         """Seconds until some job has left the queue, about."""
-        rows = sum(work.job.request.images for work in tuple(self._queue))
+        rows = sum(work.job.request.images for work in self._works.queue)
         return max(1.0, rows * self._run_seconds / self._max_rows)
 
     def stalled(self) -> float:
@@ -227,8 +185,7 @@ class Batcher:
 
     def load(self) -> Load:
         """What there is to do, and what was done."""
-        with self._changed:
-            works = list(self._works.values())
+        works = self._works.all
         return Load(
             rows=self.running(),
             waiting_steps=sum(work.waiting_steps for work in works),
@@ -246,7 +203,7 @@ class Batcher:
             try:
                 while self._wait():
                     with self._engine.running():
-                        while self._busy():
+                        while self._works.busy:
                             self._turn()
             except Exception as error:  # a bug: nobody may wait for this thread
                 self._break_down(error, final=True)
@@ -255,16 +212,10 @@ class Batcher:
     def _wait(self) -> bool:
         """Until there is a job; False when there will be none."""
         self._moved = None
-        with self._changed:
-            self._changed.wait_for(lambda: self._queue or self._closing)
-            return bool(self._queue)
+        return self._works.wait()
 
     def _go_on(self) -> None:
         self._moved = time.monotonic()
-
-    def _busy(self) -> bool:
-        with self._changed:
-            return bool(self._queue or self._begun)
 
     def _turn(self) -> None:
         try:
@@ -276,9 +227,8 @@ class Batcher:
 
     def _sweep(self) -> None:
         """End the jobs that were cancelled, and those that waited too long."""
-        with self._changed:
-            queue = list(self._queue)
-        for work in [*queue, *self._begun]:
+        queue = self._works.queue
+        for work in [*queue, *self._works.begun]:
             if work.cancelled:
                 self._fail(work, "cancelled", "the job was cancelled")
         for work in queue:
@@ -287,8 +237,7 @@ class Batcher:
 
     def _admit(self) -> None:
         """Give the places in the loop to those who are due."""
-        with self._changed:
-            arrived, works = self._arrived, self._begun + self._queue
+        arrived, works = self._works.candidates()
         settled = self._considered == arrived and self.running() == self._max_rows
         if not settled and len(self._finished) < self._max_rows:
             self._considered = arrived
@@ -309,9 +258,7 @@ class Batcher:
 
     def _begin(self, work: Work) -> bool:
         """Take a job out of the queue and encode its prompts and its images; False when that ends it."""
-        with self._changed:
-            self._queue.remove(work)
-            self._begun.append(work)
+        self._works.begin(work)
         work.begin()
         self._go_on()
         request = work.job.request
@@ -345,9 +292,7 @@ class Batcher:
         return self._rooms[key]
 
     def _tell_positions(self) -> None:
-        with self._changed:
-            queue = list(self._queue)
-        for position, work in enumerate(queue):
+        for position, work in enumerate(self._works.queue):
             work.queued(position)
 
     def _settle(self) -> None:
@@ -368,7 +313,8 @@ class Batcher:
             return
         key = next(iter(self._rooms))
         room = self._rooms[key] = self._rooms.pop(key)  # the last one now
-        due, start = self._previews_due(room.rows), time.monotonic()
+        due = previews_due(self._works.begun, room.rows, self._engine.scheduler_config)
+        start = time.monotonic()
         try:
             room.rows.tick()
         except torch.OutOfMemoryError as error:
@@ -377,10 +323,10 @@ class Batcher:
         self._stay_near()
         self._count_tick(time.monotonic() - start, len(room.rows.rows), key[:2])
         present = set(room.rows.rows)
-        for work in self._begun:
+        for work in self._works.begun:
             if stepped := len(present & work.running.keys()):
                 work.stepped(stepped)
-        self._estimates.extend(self._estimate(before, room.rows) for before in due)
+        self._estimates.extend(Latents(one.work, one.preview, one.clean(room.rows)) for one in due)
         for row in room.rows.finished:
             work = self._owner(row)
             latents = Latents(work, work.running.pop(row), room.rows.latents_of(row))
@@ -391,26 +337,6 @@ class Batcher:
         self._pace.ticked(seconds, rows, *size)
         self._ticks[bisect_left(TICK_SECONDS, seconds)] += 1
         self._tick_seconds += seconds
-
-    def _previews_due(self, rows: Rows) -> list[Before]:
-        """The rows of which a preview is wanted after their next step, as they are before it."""
-        due, steps = [], rows.steps
-        for work in self._begun:
-            row = work.first_running
-            if row in steps and work.preview_due(row, steps[row] + 1):
-                due += self._before(work, row, rows)
-        return due
-
-    def _before(self, work: Work, row: Row, rows: Rows) -> list[Before]:
-        estimate = clean_estimate(row.schedule, rows.steps[row], self._engine.scheduler_config)
-        if estimate is None:
-            return []
-        return [Before(work, work.next_preview(), row, rows.latents_of(row), estimate)]
-
-    def _estimate(self, before: Before, rows: Rows) -> Latents:
-        """What the step has told of the clean latents."""
-        a, b = before.estimate
-        return Latents(before.work, before.preview, a * before.latents + b * rows.output_of(before.row))
 
     def _stay_near(self) -> None:
         """On CUDA: wait for the tick before the last, so that who cancels or joins has not long to wait."""
@@ -468,26 +394,23 @@ class Batcher:
         return pixels
 
     def _complete(self, work: Work) -> None:
-        self._begun.remove(work)
+        self._works.leave(work)
         runs = -(-work.job.request.images // self._max_rows)
         took = (work.seconds["denoising"] + work.seconds["decoding"]) / runs
         self._run_seconds += (took - self._run_seconds) / 8
-        self._clerk.deliver(work, self._forget)
+        self._clerk.deliver(work, self._works.forget)
 
     def _owner(self, row: Row) -> Work:
-        return next(work for work in self._begun if row in work.running)
+        return next(work for work in self._works.begun if row in work.running)
 
     def _fail(self, work: Work, kind: FailureKind, message: str) -> None:
         """End one job; its rows leave."""
-        with self._changed:
-            for works in (self._queue, self._begun):
-                if work in works:
-                    works.remove(work)
+        self._works.leave(work)
         for row in work.running:
             self._room(row).leave(row)
         work.running.clear()
         work.aside.clear()
-        self._forget(work)
+        self._works.forget(work)
         work.tell(Failed(kind, message))
 
     def _fail_memory(self, work: Work, error: torch.OutOfMemoryError) -> None:
@@ -507,9 +430,8 @@ class Batcher:
         self.fault = first_line(error)
         self._failures += 1
         if final or self._failures >= FAILURES or not self._answers():
-            self._give_up()
-        with self._changed:
-            failed = self._begun + ([] if self._healthy else self._queue)
+            self._works.give_up()
+        failed = self._works.begun + ([] if self._works.healthy else self._works.queue)
         self._rooms.clear()
         self._estimates.clear()
         self._finished.clear()
@@ -518,10 +440,6 @@ class Batcher:
         for work in failed:
             work.running.clear()
             self._fail(work, "engine", f"the engine failed: {first_line(error)}")
-
-    def _give_up(self) -> None:
-        with self._changed:
-            self._healthy = False
 
     def _answers(self) -> bool:
         """Whether the device still does: after some errors CUDA refuses everything until the process ends."""
@@ -532,11 +450,6 @@ class Batcher:
                 log.error("the device does not answer", exc_info=error)
                 return False
         return True
-
-    def _forget(self, work: Work) -> None:
-        """Its last event is next: it cannot be cancelled any more, and its id is free."""
-        with self._changed:
-            del self._works[work.job.id]
 
 
 @contextmanager

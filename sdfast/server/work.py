@@ -7,8 +7,9 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from sdfast.loop import Member, Row, Rows
+from sdfast.loop import Rows
 from sdfast.preparation import Prepared
+from sdfast.row import Member, Row
 from sdfast.server.jobs import Begun, Done, Event, Failed, Job, Queued, Step
 
 Listener = Callable[[Event], None]

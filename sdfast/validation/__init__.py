@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sdfast.validation.comparison import validate
-    from sdfast.validation.reference import generate, reference_pipeline
+    from sdfast.validation.drawing import generate
+    from sdfast.validation.reference import reference_pipeline
     from sdfast.validation.report import Report
 
 _HOMES = {
     "Report": "report",
-    "generate": "reference",
+    "generate": "drawing",
     "reference_pipeline": "reference",
     "validate": "comparison",
 }

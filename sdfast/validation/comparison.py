@@ -2,7 +2,7 @@
 
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,19 +14,16 @@ from torch import Tensor
 
 import sdfast
 from sdfast.engine import Engine
-from sdfast.errors import CheckpointError, EngineError, RequestError
-from sdfast.export.additions import as_made
+from sdfast.errors import RequestError
 from sdfast.export.checkpoint import Checkpoint, silent
-from sdfast.export.checkpoint import resolve as resolve_checkpoint
-from sdfast.export.one_file import Found
 from sdfast.first_latents import Over, check_edits
-from sdfast.manifest import AddedControlNet, FromFile
 from sdfast.pipeline import Pipeline
 from sdfast.preparation import check_cached, check_channels
 from sdfast.request import Request
 from sdfast.schedulers import Schedule, resolve, schedule
 from sdfast.validation import rule
 from sdfast.validation.control import END, SCALE, control_image, measure_control
+from sdfast.validation.counterpart import counterpart
 from sdfast.validation.inpainting import Scene, measure_told
 from sdfast.validation.metrics import psnr, ssim
 from sdfast.validation.modules import Stock, measure, scheduler_error, token_ids
@@ -109,7 +106,7 @@ def validate(
     if engine.manifest.model.inpaints:
         check_edits(engine)
     tell("checkpoint")
-    reference, notes = _checkpoint(engine, checkpoint)
+    reference, notes = counterpart(engine, checkpoint)
     tell("stock pipelines")
     sides = Stock(
         reference_pipeline(reference, device=engine.device),
@@ -156,77 +153,6 @@ def _opened(engine: Engine | str | Path, device: str | torch.device | None) -> E
             f"device: {device}, but this engine is open on {engine.device}; open it on {device}"
         )
     return engine
-
-
-def _checkpoint(engine: Engine, given: str | Path | None) -> tuple[Checkpoint, list[str]]:
-    """The checkpoint to compare with, and what is to be said of it."""
-    made_from = engine.manifest.checkpoint
-    if made_from.graphs is not None:
-        return _beside_graphs(engine, given)
-    if given is None:
-        try:
-            found = resolve_checkpoint(
-                made_from.source, revision=made_from.revision, variant=engine.manifest.recipe.get("variant")
-            )
-            found = as_made(found, engine.manifest)
-        except CheckpointError as error:
-            raise EngineError(
-                f"{engine.folder}: what it was exported from is not there any more: {error}. Put it back, or "
-                "give the checkpoint with --checkpoint"
-            ) from error
-    else:
-        found = as_made(resolve_checkpoint(given), engine.manifest)
-    changed = _changed(
-        _all_digests(made_from.weights, made_from.beside, made_from.controlnet),
-        _all_digests(
-            found.digests(),
-            (*found.loras, *found.embeddings),
-            found.controlnet.record() if found.controlnet else None,
-        ),
-    )
-    if not changed:
-        return found, []
-    if given is None:
-        raise EngineError(
-            f"{engine.folder}: exported from other weights than {made_from.source} now holds ({changed}), "
-            "so a comparison would mean nothing; export it again, or name a checkpoint with --checkpoint"
-        )
-    return found, [f"compared, as asked, with weights that the engine was not exported from: {changed}"]
-
-
-def _beside_graphs(engine: Engine, given: str | Path | None) -> tuple[Checkpoint, list[str]]:
-    """The same where the engine is made of graphs, which do not tell of the checkpoint's weights."""
-    made_from = engine.manifest.checkpoint
-    if given is None:
-        raise EngineError(
-            f"{engine.folder}: made of graphs that {made_from.graphs} exported ({made_from.source}), which "
-            "stock diffusers does not run; name the checkpoint that they were exported from with --checkpoint"
-        )
-    return resolve_checkpoint(given), [
-        f"made of graphs that {made_from.graphs} exported, and compared, as asked, with {given}; "
-        "conditioning and U-Net are one figure, as these graphs compute both in each step"
-    ]
-
-
-def _all_digests(
-    weights: Mapping[str, str], beside: Iterable[Found | FromFile], controlnet: AddedControlNet | None
-) -> dict[str, str]:
-    """What a network is made of: digests by name."""
-    added = {} if controlnet is None else controlnet.weights
-    return {
-        **weights,
-        **{one.name: one.digest for one in beside},
-        **{f"ControlNet {name}": digest for name, digest in added.items()},
-    }
-
-
-def _changed(exported: Mapping[str, str], found: Mapping[str, str]) -> str:
-    """The first weights file that differs, with both digests; "" when there is none."""
-    for name in sorted({*exported, *found}):
-        old, new = exported.get(name, "none"), found.get(name, "none")
-        if old != new:
-            return f"{name}: exported {old[:12]}, found {new[:12]}"
-    return ""
 
 
 def _requests(

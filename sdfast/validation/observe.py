@@ -11,7 +11,8 @@ from torch import Tensor
 
 from sdfast.first_latents import Over
 from sdfast.request import Request
-from sdfast.validation.reference import as_reference, generate, step_networks, stock_scheduler
+from sdfast.validation.drawing import generate, stock_scheduler
+from sdfast.validation.reference import as_reference, step_networks
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from sdfast.engine import Engine
 from sdfast.manifest import SHALLOW, StepCache
 from sdfast.pipeline import Pipeline
 from sdfast.request import Request
+from sdfast.validation.hooks import cached_steps
 from sdfast.validation.metrics import compare, psnr, ssim
 from sdfast.validation.modules import Measured, Stock, as_inputs, shaped
 from sdfast.validation.observe import StepInputs, evaluate, observed_step
 from sdfast.validation.pictures import Drawn, Picture, draw
-from sdfast.validation.reference import cached_steps
 from sdfast.validation.report import CachePrice
 
 DEEP = "deep"

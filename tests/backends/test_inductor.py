@@ -23,7 +23,8 @@ from sdfast.export.build import export
 from sdfast.export.checkpoint import resolve
 from sdfast.export.code_store import CodeStore
 from sdfast.export.inductor import Compiler
-from sdfast.export.modules import Form, ModuleSpec, Networks, module_specs
+from sdfast.export.modules import Form, ModuleSpec, module_specs
+from sdfast.export.networks import Networks
 from sdfast.export.recipe import LoraSetting, Recipe
 from sdfast.export.tracing import traced_with
 from sdfast.manifest import Span, Target, read_manifest
@@ -31,6 +32,7 @@ from sdfast.models import ops
 from sdfast.models.fp8 import Conv1x1FP8, LinearFP8
 from sdfast.models.layers import Conv1x1, Linear
 from sdfast.pipeline import Pipeline
+from sdfast.summary import summary
 from tests import checkpoints
 from tests.export.loras import kohya, random_changes, write
 from tests.models.conftest import randomise
@@ -366,7 +368,7 @@ def test_an_autotuned_engine_draws_the_same_picture(
     assert sorted(f"{what}: {kind}" for what, kind in taken.items()) == [
         line.partition(" (")[0] for line in code.attention
     ]
-    assert "\nattention    " in manifest.summary()
+    assert "\nattention    " in summary(manifest)
     assert_same(picture(tuned), picture(shallow_engine, width=16, height=16))
 
 

@@ -3,6 +3,8 @@
 import json
 import sys
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -95,8 +97,8 @@ class Clockwork:
 def test_sides_are_measured_in_turn_and_compared_round_by_round() -> None:
     asked: list[tuple[str, str]] = []
     turns = {name: Clockwork(name, n, asked) for name, n in (("sdfast", 2.0), ("a", 3.0), ("b", 5.0))}
-    measuring = Rounds(turns, lambda message: None)
-    seconds = measuring.run({**dict.fromkeys(ASKED, 2), "picture": 1})
+    measuring = Rounds(list(turns), lambda message: None)
+    seconds = measuring.together(turns, {**dict.fromkeys(ASKED, 2), "picture": 1})
     texts = [name for name, measure in asked if measure == "text"]
     assert texts == [
         "b",
@@ -128,13 +130,56 @@ def test_ratios_are_of_the_same_round() -> None:
 def test_a_side_that_fails_is_left_out_and_says_why() -> None:
     asked: list[tuple[str, str]] = []
     turns = {"sdfast": Clockwork("sdfast", 1.0, asked), "a": Clockwork("a", 1.0, asked, fails="vae")}
-    measuring = Rounds(turns, lambda message: None)
-    seconds = measuring.run(dict.fromkeys(ASKED, 2))
+    measuring = Rounds(list(turns), lambda message: None)
+    seconds = measuring.together(turns, dict.fromkeys(ASKED, 2))
     assert measuring.failed == {"a": "vae: out of memory"}
     assert [measure for name, measure in asked if name == "a"].count("vae") == 1
     assert seconds["picture"] == {"sdfast": [1.0, 1.0]}
     assert all("a" not in by_side for by_side in seconds.values())  # no column of it is half there
     assert "a: vae: out of memory" in properties({"a": Opened(failed=measuring.failed["a"])})
+
+
+def test_sides_without_room_beside_one_another_are_opened_in_turn() -> None:
+    asked: list[tuple[str, str]] = []
+    turns = {name: Clockwork(name, n, asked) for name, n in (("sdfast", 2.0), ("a", 3.0))}
+    open_now: set[str] = set()
+
+    @contextmanager
+    def opened(name: str) -> Iterator[Clockwork]:
+        assert not open_now
+        open_now.add(name)
+        asked.append((name, "open"))
+        yield turns[name]
+        open_now.remove(name)
+
+    measuring = Rounds(list(turns), lambda message: None)
+    seconds = measuring.apart(opened, {**dict.fromkeys(ASKED, 2), "picture": 1})
+    assert [name for name, do in asked if do == "open"] == ["sdfast", "a", "a", "sdfast"]
+    assert asked[:9] == [("sdfast", do) for do in ("open", *(each for each in ASKED for _ in range(2)))]
+    assert seconds["unet"] == {
+        "sdfast": [2.0] * 2,
+        "a": [3.0] * 2,
+    }  # the first of each opening does not count
+    assert seconds["picture"] == {"sdfast": [2.0], "a": [3.0]}
+    assert measuring.idle == {}
+
+
+def test_a_side_that_cannot_be_opened_again_is_left_out() -> None:
+    asked: list[tuple[str, str]] = []
+    turns = {name: Clockwork(name, 1.0, asked) for name in ("sdfast", "a")}
+    opened_before: set[str] = set()
+
+    @contextmanager
+    def opened(name: str) -> Iterator[Clockwork]:
+        if name == "a" and name in opened_before:
+            raise WorkerError("could not be opened")
+        opened_before.add(name)
+        yield turns[name]
+
+    measuring = Rounds(list(turns), lambda message: None)
+    seconds = measuring.apart(opened, dict.fromkeys(ASKED, 3))
+    assert measuring.failed == {"a": "could not be opened"}
+    assert seconds["text"] == {"sdfast": [1.0] * 3}
 
 
 def test_order_moves_on() -> None:

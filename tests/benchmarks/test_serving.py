@@ -11,7 +11,7 @@ from benchmarks.serving.baselines import Batches, _alike, _together
 from benchmarks.serving.client import Answered
 from benchmarks.serving.report import Point, capacity, ratios
 from benchmarks.serving.workload import STEPS, Arrival, arrivals
-from sdfast.loop import Buckets
+from sdfast.bucket import Buckets
 from sdfast.pipeline import Pipeline
 from sdfast.request import Request
 from sdfast.server.jobs import Done, EngineInfo, Job

@@ -23,6 +23,7 @@ from sdfast.export.build import Silent, Stage, export
 from sdfast.export.recipe import Recipe
 from sdfast.manifest import MANIFEST_NAME, AddedEmbedding, MergedLora, read_manifest
 from sdfast.pipeline import Pipeline
+from sdfast.summary import summary
 from tests import checkpoints
 from tests.conftest import FLAT_SIZES
 from tests.export.embeddings import automatic1111
@@ -143,7 +144,7 @@ def test_a_lora_builds_what_it_touches_and_is_told(
     manifest = read_manifest(engine)
     told = MergedLora(source=str(file), digest=sha256(file), scale=0.5)
     assert manifest.checkpoint.loras == (told,)
-    assert f"LoRAs        {file}, scale 0.5" in manifest.summary().splitlines()
+    assert f"LoRAs        {file}, scale 0.5" in summary(manifest).splitlines()
     assert (engine / "text_encoder.safetensors").samefile(plain / "text_encoder.safetensors")
     assert (engine / "unet.safetensors").read_bytes() != (plain / "unet.safetensors").read_bytes()
     assert not again_beside(with_scale(0.5)).built

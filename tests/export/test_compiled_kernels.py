@@ -20,7 +20,8 @@ from sdfast.export.checkpoint import resolve
 from sdfast.export.code_store import CodeStore
 from sdfast.export.inductor import Compiler, _Chosen
 from sdfast.export.kernels import OwnKernels, use_own
-from sdfast.export.modules import Form, ModuleSpec, Networks, module_specs
+from sdfast.export.modules import Form, ModuleSpec, module_specs
+from sdfast.export.networks import Networks
 from sdfast.export.recipe import Recipe
 from sdfast.export.tracing import traced_with
 from sdfast.manifest import Span

@@ -12,7 +12,7 @@ from sdfast.export.build import export
 from sdfast.export.checkpoint import resolve
 from sdfast.export.controlnet import with_controlnet
 from sdfast.export.files import sha256
-from sdfast.export.modules import Networks
+from sdfast.export.networks import Networks
 from sdfast.export.recipe import ControlNetSetting, Recipe
 from sdfast.manifest import read_manifest
 from tests import checkpoints

@@ -13,7 +13,7 @@ from torch import Tensor
 from sdfast.errors import CheckpointError
 from sdfast.export.checkpoint import Checkpoint, resolve
 from sdfast.export.embedding import with_embeddings
-from sdfast.export.modules import load_text_model
+from sdfast.export.loading import load_text_model
 from sdfast.export.recipe import Recipe
 from sdfast.validation.reference import reference_pipeline
 from tests.export import embeddings

@@ -14,10 +14,10 @@ from sdfast.export.onnx import export_module
 from sdfast.export.onnx_cpu import CPU, CPU_COMPACT
 from sdfast.export.onnx_tensorrt import TENSORRT
 from sdfast.models import ops
-from sdfast.models.layers import Conv3x3
+from sdfast.models.layers import Conv3x3, GroupNorm, Linear
 from sdfast.models.step_cache import ShallowUNet
 from sdfast.models.text import TextEncoder
-from sdfast.models.unet import SelfAttention, UNetConfig, load_unet, skip_levels
+from sdfast.models.unet import SelfAttention, TransformerBlock, UNetConfig, load_unet, skip_levels
 from sdfast.models.vae import VAEConfig, load_vae
 from tests.export.microsoft import OPERATORS
 from tests.models.conftest import SHALLOW, SHALLOW_VAE, SHALLOW_XL, UPCAST, randomise
@@ -171,6 +171,94 @@ def test_winograd_is_the_convolution(tmp_path, size, bias):
             truth += conv.bias.double()[:, None, None]
         assert got.shape == truth.shape
         assert (got - truth).norm() / truth.norm() < 2e-6
+
+
+class EnlargedConvolution(nn.Module):
+    """like: a size to enlarge to, of an image; by default twice its own."""
+
+    def __init__(self, inputs, outputs, bias):
+        super().__init__()
+        self.conv = randomise(Conv3x3(inputs, outputs, bias=bias))
+
+    def forward(self, x, like=None):
+        return self.conv(ops.upsample_twice(x) if like is None else ops.upsample_nearest(x, like))
+
+
+@pytest.mark.parametrize("table", [CPU, CPU_COMPACT], ids=["cpu", "compact"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("size", [(8, 16), (5, 3), "any"])
+def test_a_convolution_of_an_enlarged_image_reads_the_small_one(tmp_path, size, bias, table):
+    """By four multiplications in place of nine, and as exact: against float64."""
+    module, path = EnlargedConvolution(128, 48, bias), tmp_path / "conv.onnx"
+    dynamic = {"x": {0: BATCH, 2: ("height", 2, 64), 3: ("width", 2, 64)}} if size == "any" else {}
+    height, width = (8, 16) if size == "any" else size
+    export_module(module, {"x": torch.randn(2, 128, height, width)}, dynamic, ["y"], path, table)
+    assert kinds(path).count("Conv") == 4
+    assert "Resize" not in kinds(path)
+    for rows, h, w in ((2, height, width), (1, 5, 2), (3, 2, 9))[: 3 if dynamic else 1]:
+        x = torch.randn(rows, 128, h, w)
+        got = torch.from_numpy(session(path).run(None, {"x": x.numpy()})[0])
+        large = x.double().repeat_interleave(2, 2).repeat_interleave(2, 3)
+        truth = nn.functional.conv2d(large, module.conv.weight.double(), padding=1)
+        if bias:
+            truth += module.conv.bias.double()[:, None, None]
+        assert got.shape == truth.shape
+        assert (got - truth).norm() / truth.norm() < 1e-6
+
+
+@pytest.mark.parametrize("twice", [True, False])
+def test_enlarging_to_a_size_reads_the_small_image_only_where_that_is_twice_its_own(tmp_path, twice):
+    module, path = EnlargedConvolution(32, 16, True), tmp_path / "conv.onnx"
+    size = (10, 14) if twice else (9, 14)
+    inputs = {"x": torch.randn(2, 32, 5, 7), "like": torch.randn(1, 4, *size)}
+    export_module(module, inputs, {}, ["y"], path)
+    assert ("Resize" in kinds(path)) is not twice
+    check(path, module, inputs)
+
+
+class Normalisation(nn.Module):
+    def __init__(self, channels, groups, silu):
+        super().__init__()
+        self.norm = randomise(GroupNorm(channels, groups, 1e-5, silu=silu))
+
+    def forward(self, x):
+        return self.norm(x)
+
+
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize(("channels", "groups"), [(32, 4), (24, 4)])
+def test_a_group_norm_scales_in_blocks_where_its_channels_fill_them(tmp_path, channels, groups, silu):
+    module, path = Normalisation(channels, groups, silu), tmp_path / "norm.onnx"
+    x = {"x": torch.randn(2, channels, 6, 5)}
+    export_module(module, x, {"x": {0: BATCH, 2: HEIGHT, 3: WIDTH}}, ["y"], path)
+    assert ("Conv" in kinds(path)) is (channels % 16 == 0)
+    check(path, module, x)
+    check(path, module, {"x": torch.randn(1, channels, 9, 2)})
+
+
+class TransformerAfterLinear(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.proj_in, self.block = Linear(channels, channels), TransformerBlock(channels, 2, False)
+
+    def forward(self, x, k, v):
+        return self.block(self.proj_in(x), iter([k, v]))
+
+
+@pytest.mark.parametrize("free", [False, True])
+def test_the_rows_of_a_transformer_are_laid_out_as_tokens_only_for_attention(tmp_path, free):
+    module, path = randomise(TransformerAfterLinear(32)), tmp_path / "block.onnx"
+
+    def inputs(rows, tokens):
+        return {name: torch.randn(rows, n, 32) for name, n in (("x", tokens), ("k", 7), ("v", 7))}
+
+    dynamic = {"x": {0: BATCH, 1: ("tokens", 2, 99)}, "k": {0: BATCH}, "v": {0: BATCH}} if free else {}
+    export_module(module, inputs(2, 12), dynamic, ["y"], path)
+    # Before and after each of two attentions, and for x as it comes and the result as it leaves.
+    assert kinds(path).count("Reshape") == 6
+    check(path, module, inputs(2, 12))
+    if free:
+        check(path, module, inputs(3, 5))
 
 
 def test_conditioning_of_sdxl(tmp_path):

@@ -27,6 +27,7 @@ from sdfast.models import layers, ops, unet, vae
 from sdfast.models.text import TextEncoder
 from sdfast.models.unet import UNet, UNetConfig
 from sdfast.models.vae import VAEConfig, load_vae
+from sdfast.summary import summary
 from tests.checkpoints import build_flat_sd
 from tests.export.microsoft import OPERATORS
 from tests.export.test_onnx import (
@@ -327,7 +328,7 @@ def test_an_fp16_engine_is_for_cuda_in_every_module(tmp_path):
     engine = export(checkpoint, tmp_path / "engine", Recipe(dtype="fp16", batch=1))
     manifest = read_manifest(engine)
     assert manifest.provider == manifest.recipe["provider"] == "cuda"
-    assert "onnx fp16 cuda" in manifest.summary()
+    assert "onnx fp16 cuda" in summary(manifest)
     for name, module in manifest.modules.items():
         spec = onnx.load(engine / module.variants[0].file, load_external_data=False)
         assert {(n.domain, n.op_type) for n in spec.graph.node} <= set(KERNELS), name

@@ -20,7 +20,7 @@ from sdfast.errors import CheckpointError, EngineError, ExportError, RequestErro
 from sdfast.export.build import export
 from sdfast.export.checkpoint import resolve
 from sdfast.export.graphs import Graphs, compile_graph
-from sdfast.export.modules import Networks
+from sdfast.export.networks import Networks
 from sdfast.export.recipe import Recipe
 from sdfast.manifest import Span, read_manifest
 from sdfast.pipeline import Pipeline

@@ -19,12 +19,14 @@ from sdfast.errors import NumericalError
 from sdfast.export.build import Silent, export
 from sdfast.export.checkpoint import resolve
 from sdfast.export.forms import compile_onnx, lowerings
-from sdfast.export.modules import Networks, module_specs
+from sdfast.export.modules import module_specs
+from sdfast.export.networks import Networks
 from sdfast.export.recipe import Recipe
 from sdfast.first_latents import encoded
 from sdfast.manifest import HalfRange, read_manifest
 from sdfast.models.vae import VAEConfig, load_vae
 from sdfast.pipeline import Pipeline
+from sdfast.summary import summary
 from tests.export.test_onnx_cuda import run
 from tests.sealing import reseal
 
@@ -132,7 +134,7 @@ def test_fp32_for_those_who_want_it(loud: Path, tmp_path: Path) -> None:
     assert dtypes(folder / "unet.safetensors") == {"F16"}
     manifest = read_manifest(folder)
     assert manifest.modules["vae_decoder"].half_range is None
-    assert "VAE          fp32, as the recipe asks" in manifest.summary()
+    assert "VAE          fp32, as the recipe asks" in summary(manifest)
     export(loud, folder, Recipe.make(**HALF))  # another recipe: the VAE is built again
     assert dtypes(folder / "vae_decoder.safetensors") == {"F16"}
 
@@ -142,7 +144,7 @@ def test_a_vae_that_fits_has_the_checkpoints_numbers(tiny_sd: Path, tmp_path: Pa
     half = read_manifest(folder).modules["vae_decoder"].half_range
     assert half is not None
     assert (half.dtype, half.scale) == ("fp16", 1.0)
-    assert "held as" not in read_manifest(folder).summary()
+    assert "held as" not in summary(read_manifest(folder))
     state, own = (
         load_file(folder / "vae_decoder.safetensors"),
         networks(tiny_sd, torch.float16)[0].state_dict(),
@@ -161,7 +163,7 @@ def test_the_demos_vae_fits(tmp_path: Path) -> None:
 def test_an_fp32_engine_is_not_looked_at(sdxl_engine: Path) -> None:
     manifest = read_manifest(sdxl_engine)
     assert all(module.half_range is None for module in manifest.modules.values())
-    assert "vae" not in manifest.summary().lower().replace("vae_scale", "")
+    assert "vae" not in summary(manifest).lower().replace("vae_scale", "")
 
 
 def test_a_vae_beyond_help_stays_float32_and_says_why(tiny_sdxl: Path, tmp_path: Path) -> None:
@@ -172,7 +174,7 @@ def test_a_vae_beyond_help_stays_float32_and_says_why(tiny_sdxl: Path, tmp_path:
     assert half is not None and half.reason is not None
     assert half.dtype == "fp32"
     assert "where no scale helps" in half.reason
-    assert f"vae_decoder  fp32: {half.reason}" in manifest.summary()
+    assert f"vae_decoder  fp32: {half.reason}" in summary(manifest)
     assert dtypes(folder / "vae_decoder.safetensors") == {"F32"}
     assert dtypes(folder / "vae_encoder.safetensors") == {"F16"}
     assert manifest.remedy("vae_decoder").startswith("the VAE is float32 already")
@@ -189,7 +191,7 @@ def test_engines_from_before_open(engine: Path, tmp_path: Path) -> None:
     reseal(folder, forget)
     manifest = read_manifest(folder)
     assert manifest.modules["vae_decoder"].half_range is None
-    assert "vae_decoder" not in manifest.summary()
+    assert "vae_decoder" not in summary(manifest)
     assert manifest.remedy("vae_decoder").endswith("--vae-dtype fp32")
 
 

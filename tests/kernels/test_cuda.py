@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from sdfast import kernels
 from sdfast.arithmetic import DeviceArithmetic, FusedArithmetic
-from sdfast.loop import Buckets, Rows
+from sdfast.bucket import Buckets
+from sdfast.loop import Rows
 from sdfast.manifest import Span
 from sdfast.models import ops
 from tests.test_cuda import CudaEngine

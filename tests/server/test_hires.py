@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from sdfast.errors import BackendError, RequestError
-from sdfast.loop import Row
 from sdfast.manifest import Span
 from sdfast.pipeline import Pipeline
 from sdfast.request import Hires, Request
+from sdfast.row import Row
 from sdfast.server.app import create_app
 from sdfast.server.batcher import Batcher
 from sdfast.server.jobs import Done, EngineInfo, Event, Failed, Job, Preview, Statistics, Step
@@ -141,7 +141,7 @@ def test_its_patience_is_that_of_both_passes(open_batcher: Open) -> None:
         asked = twice(num_inference_steps=3)
         ear = Ear()
         batcher.submit(Job("two", "fake", asked), ear)
-        work = batcher._works["two"]
+        [work] = batcher._works.queue
         assert work.due(0) - work._arrived == pytest.approx(PLACES_PATIENCE * (4 + 3 * 4))
 
 
@@ -287,7 +287,7 @@ async def test_one_bar_over_both_passes_and_an_interrupt_in_the_second(
         [image] = answer["images"]
         assert Image.open(io.BytesIO(base64.b64decode(image))).size == (LARGE, LARGE)
         assert (await http.get("progress")).json()["state"]["interrupted"] is True
-        await come(lambda: studio.running() == 0 and not studio.batcher._works)
+        await come(lambda: studio.running() == 0 and not studio.batcher._works.all)
         whole = (await http.post("txt2img", json=CALL)).json()
         assert Image.open(io.BytesIO(base64.b64decode(whole["images"][0]))).size == (LARGE, LARGE)
 
@@ -304,7 +304,7 @@ async def test_a_client_that_leaves_in_the_second_pass_frees_its_place(
         call.cancel()
         await asyncio.gather(call, return_exceptions=True)
         engine.failpoints.pop("unet").released.set()
-        await come(lambda: studio.running() == 0 and not studio.batcher._works)
+        await come(lambda: studio.running() == 0 and not studio.batcher._works.all)
         assert len(engine.calls["unet"]) == 7
         answer = await http.post("txt2img", json=CALL)
         assert answer.status_code == 200

@@ -6,8 +6,8 @@ from typing import Any, cast
 
 import pytest
 
-from sdfast.loop import Member, Row
 from sdfast.request import Request
+from sdfast.row import Member, Row
 from sdfast.server import work as work_module
 from sdfast.server.jobs import Job
 from sdfast.server.places import PATIENCE, STEP_SECONDS, Pace, changes

@@ -13,7 +13,7 @@ import torch
 
 from sdfast.export.build import export
 from sdfast.export.checkpoint import resolve
-from sdfast.export.modules import Networks
+from sdfast.export.networks import Networks
 from sdfast.export.recipe import Recipe
 from sdfast.models.unet import UNet
 from sdfast.validation import Report, validate

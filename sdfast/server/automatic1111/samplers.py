@@ -4,7 +4,7 @@ from typing import Any
 
 from sdfast.errors import RequestError
 from sdfast.schedulers import SAMPLERS, SCHEDULE_TYPES, SOLVERS, Sampler, resolve
-from sdfast.schedulers.names import PLAIN_TYPES
+from sdfast.schedulers.schedule_types import PLAIN_TYPES
 from sdfast.server.problems import Problem
 
 AUTOMATIC = "Automatic"

@@ -9,8 +9,8 @@ import torch
 
 from sdfast.arithmetic import Buffers, Capacity, DeviceArithmetic, FusedArithmetic, Keep, Plan, fused
 from sdfast.errors import BackendError
-from sdfast.loop import Row
 from sdfast.noise import generator
+from sdfast.row import Row
 from sdfast.schedulers import schedule
 from tests import test_joining, test_loop
 from tests.fakes import SCHEDULER_CONFIG

@@ -1,0 +1,157 @@
+"""Loading a checkpoint's networks on its weights, one at a time.
+
+The weights of a U-Net are those of several modules, and so are a VAE's: each time the part that one module
+has of them is made, so that no more than one network is in memory.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+
+from sdfast.errors import CheckpointError
+from sdfast.export.checkpoint import Checkpoint
+from sdfast.export.layout import CONTROLNET
+from sdfast.export.magnitudes import DoesNotFit, extents, scales_for
+from sdfast.export.networks import Networks
+from sdfast.manifest import HalfRange
+from sdfast.models.controlnet import (
+    Controlled,
+    ControlledContext,
+    ControlledTimeShift,
+    ControlledUNet,
+    load_controlled,
+)
+from sdfast.models.fp8 import convert
+from sdfast.models.half_range import VAE, rescale
+from sdfast.models.step_cache import ShallowUNet
+from sdfast.models.unet import Context, TimeShift, UNet, load_unet
+from sdfast.models.vae import VAEDecoder, VAEEncoder, load_vae
+
+V = TypeVar("V", VAEDecoder, VAEEncoder)
+
+
+class UNetParts:
+    """The modules that the weights of a U-Net, and of its ControlNet, are dealt out to, loaded one at a time.
+
+    components: which of the two there are.
+    """
+
+    def __init__(self, networks: Networks, dtype: torch.dtype, fp8: tuple[str, ...]) -> None:
+        self._networks = networks
+        self._dtype = dtype
+        self.fp8 = fp8
+        self.components = ("unet", CONTROLNET) if networks.controlnet else ("unet",)
+
+    def _load(self) -> tuple[UNet, TimeShift, Context] | Controlled:
+        unet, added = self._networks.unet, self._networks.checkpoint.controlnet
+        weights = self._networks.checkpoint.state_dict("unet")
+        if self._networks.controlnet is None or added is None:
+            cache = self._networks.step_cache
+            return load_unet(unet, weights, self._dtype, cache.branch if cache else None)
+        return load_controlled(unet, weights, self._networks.controlnet, added.state_dict(), self._dtype)
+
+    def unet(self) -> UNet | ControlledUNet:
+        return convert(self._load()[0], self.fp8)
+
+    def shallow(self, branch: int) -> ShallowUNet:
+        weights = self._networks.checkpoint.state_dict("unet")
+        unet = load_unet(self._networks.unet, weights, self._dtype)[0]
+        return convert(ShallowUNet.of(unet, branch), self.shallow_fp8(branch))
+
+    def shallow_fp8(self, branch: int) -> tuple[str, ...]:
+        """Of the layers in FP8 those that shallow steps have."""
+        with torch.device("meta"):
+            own = {name for name, _ in ShallowUNet(self._networks.unet, branch).named_modules()}
+        return tuple(name for name in self.fp8 if name in own)
+
+    def time_shift(self) -> TimeShift | ControlledTimeShift:
+        return self._load()[1]
+
+    def context(self) -> Context | ControlledContext:
+        return self._load()[2]
+
+
+class VAEHalves:
+    """The two modules that a VAE's weights are dealt out to, loaded one at a time.
+
+    half: in float16, where that can hold their numbers.
+    """
+
+    def __init__(self, networks: Networks, half: bool) -> None:
+        self._networks = networks
+        self._half = half
+        self._found: dict[type[VAE], HalfRange] = {}
+
+    def decoder(self) -> VAEDecoder:
+        return self._fitted(self._load()[0])
+
+    def encoder(self) -> VAEEncoder:
+        encoder = self._load()[1]
+        if encoder is None:
+            source = self._networks.checkpoint.source
+            raise CheckpointError(f"{source}: its VAE's encoder is not there any more")
+        return self._fitted(encoder)
+
+    def range_of(self, kind: type[VAE]) -> HalfRange | None:
+        return self._found.get(kind)
+
+    def _load(self) -> tuple[VAEDecoder, VAEEncoder | None]:
+        return load_vae(self._networks.vae, self._networks.checkpoint.state_dict("vae"), torch.float32)
+
+    def _fitted(self, vae: V) -> V:
+        """The network in float16 if that holds it, else as it is."""
+        if not self._half:
+            return vae
+        found = extents(vae)
+        try:
+            scales = scales_for(vae, found)
+        except DoesNotFit as reason:
+            self._found[type(vae)] = HalfRange(dtype="fp32", largest=found.largest, reason=str(reason))
+            return vae
+        rescale(vae, scales)
+        self._found[type(vae)] = HalfRange(dtype="fp16", largest=found.largest, scale=scales.smallest)
+        return vae.half()
+
+
+def load_text_model(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Any:
+    """transformers' own CLIP text model on the checkpoint's weights."""
+    import transformers
+
+    component = checkpoint.components[name]
+    cls = getattr(transformers, component.class_name, None)
+    if component.class_name not in ("CLIPTextModel", "CLIPTextModelWithProjection") or cls is None:
+        raise CheckpointError(
+            f"{checkpoint.source}: {name} is a {component.class_name}; "
+            "CLIPTextModel and CLIPTextModelWithProjection are supported"
+        )
+    config = transformers.CLIPTextConfig(**component.config)
+    try:
+        with _no_progress_bar():
+            model = cls.from_pretrained(
+                None,
+                config=config,
+                state_dict=checkpoint.state_dict(name),
+                dtype=dtype,
+                attn_implementation="eager",
+            )
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"{checkpoint.source}: {name}: its weights do not fit its config: {error}"
+        ) from error
+    return model.eval()
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """transformers shows a bar for every loaded model; an export has a display of its own."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,136 @@
+"""The networks of a checkpoint: their configs, and what the manifest says of them."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from sdfast.errors import CheckpointError, ExportError
+from sdfast.export.checkpoint import Checkpoint
+from sdfast.export.controlnet import ControlNetSource
+from sdfast.manifest import Model, StepCache
+from sdfast.models.controlnet import ControlledUNet, ControlNet, ControlNetConfig
+from sdfast.models.fp8 import MULTIPLE, fp8_layers
+from sdfast.models.unet import UNet, UNetConfig, rungs, skip_levels
+from sdfast.models.vae import VAEConfig
+
+
+@dataclass(frozen=True)
+class Configs:
+    """The configs of a checkpoint's networks, whether it holds weights or graphs."""
+
+    checkpoint: Checkpoint
+    unet: UNetConfig
+    vae: VAEConfig
+    text: tuple[str, ...]  # names of the text encoders
+
+    @property
+    def factor(self) -> int:
+        """Pixels a latent, in each direction."""
+        return self.vae.scale
+
+    @property
+    def default_side(self) -> int:
+        """The side in pixels of the pictures that the checkpoint was trained on."""
+        return self.checkpoint.sample_size * self.factor
+
+    def _model(
+        self,
+        *,
+        text_width: int,
+        context_width: int,
+        time_shift_width: int,
+        side_multiple: int | None = None,
+        control_channels: int | None = None,
+        step_cache: StepCache | None = None,
+    ) -> Model:
+        """What the manifest says of the networks."""
+        return Model(
+            family=self.checkpoint.family,
+            in_channels=self.unet.in_channels,
+            latent_channels=self.vae.latent_channels,
+            vae_scale_factor=self.factor,
+            side_multiple=side_multiple,
+            default_height=self.default_side,
+            default_width=self.default_side,
+            text_width=text_width,
+            context_width=context_width,
+            time_shift_width=time_shift_width,
+            control_channels=control_channels,
+            pooled_width=self.unet.pooled_dim,
+            guidance_embedding=self.unet.time_cond_proj_dim,
+            zero_empty_negative=self.checkpoint.zero_empty_negative,
+            step_cache=step_cache,
+        )
+
+
+@dataclass(frozen=True)
+class Networks(Configs):
+    """The configs of the networks that are built on a checkpoint's weights."""
+
+    controlnet: ControlNetConfig | None = None
+    step_cache: StepCache | None = None
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, cache_branch: int | None = None) -> "Networks":
+        """cache_branch: as a recipe's. Raises `ExportError` for one that the U-Net does not have."""
+        checkpoint.check_weights()
+        parts = checkpoint.components
+        unet = UNetConfig.from_diffusers(parts["unet"].config)
+        networks = cls(
+            checkpoint,
+            unet,
+            VAEConfig.from_diffusers(parts["vae"].config),
+            checkpoint.text_encoders,
+            step_cache=None if cache_branch is None else _step_cache(unet, cache_branch),
+        )
+        return networks if checkpoint.controlnet is None else networks._with(checkpoint.controlnet)
+
+    def _with(self, added: ControlNetSource) -> "Networks":
+        """These and a ControlNet's. Raises `CheckpointError` for one that does not fit."""
+        try:
+            config = ControlNetConfig.from_diffusers(added.component.config)
+            config.check_fits(self.unet, self.vae.latent_channels, self.factor)
+        except CheckpointError as error:
+            raise CheckpointError(f"{added.source}: {error}") from error
+        return replace(self, controlnet=config)
+
+    def fp8(self) -> tuple[str, ...]:
+        """The layers of the U-Net that FP8 is for. Raises `ExportError` when there are none."""
+        layers = fp8_layers(self.step())
+        if not layers:
+            raise ExportError(
+                f"fp8: {self.checkpoint.source}: no linear layer of this U-Net has widths that are multiples "
+                f"of {MULTIPLE}; leave fp8 out"
+            )
+        return layers
+
+    def step(self) -> UNet | ControlledUNet:
+        """The network of a step, without weights."""
+        with torch.device("meta"):
+            unet = UNet(self.unet, self.step_cache.branch if self.step_cache else None)
+            return (
+                unet
+                if self.controlnet is None
+                else ControlledUNet(unet, ControlNet(self.controlnet.way_down))
+            )
+
+    def model(self) -> Model:
+        """What the manifest says of the networks."""
+        step = self.step()
+        widths = [int(self.checkpoint.components[name].config["hidden_size"]) for name in self.text]
+        return self._model(
+            text_width=sum(widths),
+            context_width=sum(step.context_widths),
+            time_shift_width=sum(step.shift_widths),
+            control_channels=self.controlnet.channels if self.controlnet else None,
+            step_cache=self.step_cache,
+        )
+
+
+def _step_cache(unet: UNetConfig, branch: int) -> StepCache:
+    skips = rungs(unet)
+    if branch >= len(skips):
+        raise ExportError(
+            f"cache_branch: {branch}, but this U-Net has branches 0 to {len(skips) - 1}; 0 is the usual one"
+        )
+    return StepCache(branch=branch, channels=skips[branch].channels, scale=2 ** skip_levels(unet)[branch])

@@ -1,0 +1,195 @@
+"""Drawing with the stock pipeline: a request of sdfast's, in diffusers' own arguments and pipelines."""
+
+import inspect
+from typing import Any
+
+import numpy as np
+import torch
+
+from sdfast.errors import BackendError, RequestError
+from sdfast.first_latents import Over
+from sdfast.hires import enlarged_images, enlarged_latents
+from sdfast.noise import generator
+from sdfast.request import TOLD_SIZES, Hires, Request
+from sdfast.schedulers import resolve
+from sdfast.validation.hooks import cached_steps, guided_steps
+from sdfast.validation.reading import as_given, embeddings, is_plain
+from sdfast.validation.reference import pipeline_class, quiet, stock
+
+INPAINTED_CHANNELS = (4, 9)  # of the U-Nets that diffusers' inpainting pipelines take
+
+
+def generate(
+    pipe: Any,
+    request: Request,
+    *,
+    scheduler: Any = None,
+    output_type: str = "pil",
+    over: Over | None = None,
+    control: torch.Tensor | None = None,
+    cache_branch: int | None = None,
+) -> Any:
+    """The pictures of `request` by the stock pipeline, the way sdfast's `Pipeline.generate` draws them.
+
+    Image i has the generator of seed + i. scheduler: a diffusers scheduler in place of the one that the
+    request names. over: what a request with `strength` is drawn over, by the stock pipeline for that, on the
+    networks of `pipe`. control: the control images of a pipeline with a ControlNet, [m, 3, H, W], which the
+    pictures take in turn. cache_branch: of a request with a `cache_interval`, see `cached_steps`. Returns a
+    list of PIL images; or for `output_type="pt"` a tensor [n, 3, H, W] float32 in [0, 1], for "latent" the
+    latents [n, C, h, w] float32.
+
+    Raises `RequestError` and `BackendError` for what that pipeline cannot do.
+    """
+    if request.prompt_editing:
+        raise RequestError("prompt_editing: diffusers has none; leave it out, or draw with an engine")
+    if request.hires is not None:
+        return _generate_twice(pipe, request, request.hires, scheduler, output_type, cache_branch)
+    drawing = pipe if over is None else _pipeline_over(pipe, request, over)
+    own = drawing.scheduler
+    drawing.scheduler = scheduler or stock_scheduler(pipe, request.scheduler)
+    try:
+        with quiet():
+            parts = [
+                _generate_one(drawing, request, i, output_type, over, control, cache_branch)
+                for i in range(len(request.prompts))
+            ]
+    finally:
+        drawing.scheduler = own
+    if output_type in ("pt", "latent"):
+        return torch.cat(parts).float()
+    return [image for part in parts for image in part]
+
+
+def _generate_twice(
+    pipe: Any, request: Request, hires: Hires, scheduler: Any, output_type: str, cache_branch: int | None
+) -> Any:
+    """Text to image, what that gives enlarged, and image to image over it."""
+    first, second = request.model_copy(update={"hires": None}), request.passes[-1]
+    factor = pipe.vae_scale_factor
+    if hires.latent:
+        latents = generate(pipe, first, scheduler=scheduler, output_type="latent", cache_branch=cache_branch)
+        over = Over(enlarged_latents(latents, request, hires, factor))
+    else:
+        images = generate(pipe, first, scheduler=scheduler, cache_branch=cache_branch)
+        over = Over(enlarged_images(np.stack(images), request, hires, factor))
+    own = None if hires.scheduler is not None else scheduler
+    return generate(
+        pipe, second, scheduler=own, output_type=output_type, over=over, cache_branch=cache_branch
+    )
+
+
+def _pipeline_over(pipe: Any, request: Request, over: Over) -> Any:
+    """diffusers' own image-to-image or inpainting pipeline, on the networks of `pipe`."""
+    channels = pipe.unet.config.in_channels
+    if over.mask is not None and channels not in INPAINTED_CHANNELS:
+        raise BackendError(
+            f"diffusers' inpainting takes U-Nets of 4 or 9 channels, and this one has {channels}; leave the "
+            "mask out, or draw with an engine"
+        )
+    sdxl, controlnet = hasattr(pipe, "text_encoder_2"), hasattr(pipe, "controlnet")
+    if request.guidance_rescale and (controlnet or not sdxl):
+        raise RequestError("guidance_rescale: diffusers takes none over an image; leave it at 0")
+    without = {"add_watermarker": False} if sdxl else {"requires_safety_checker": False}
+    kind = pipeline_class("sdxl" if sdxl else "sd", controlnet=controlnet, masked=over.mask is not None)
+    with quiet():
+        made = getattr(stock(), kind).from_pipe(pipe, torch_dtype=pipe.unet.dtype, **without)
+    made.set_progress_bar_config(**pipe._progress_bar_config)
+    return made
+
+
+def _over_arguments(request: Request, rows: range, over: Over) -> dict[str, Any]:
+    """What the stock pipeline is told of an image: one for each picture, which its own generator samples."""
+    run: dict[str, Any] = {
+        "strength": request.strength,
+        "image": over.image[[i % len(over.image) for i in rows]],
+    }
+    if over.mask is not None:
+        run |= {"mask_image": over.mask[[i % len(over.mask) for i in rows]]}
+        run |= {"height": request.height, "width": request.width}
+    return run
+
+
+def _control_arguments(
+    request: Request, rows: range, control: torch.Tensor, over: Over | None
+) -> dict[str, Any]:
+    """What the stock pipeline is told of a control image, which is its `image` unless it has another."""
+    return {
+        "image" if over is None else "control_image": control[[i % len(control) for i in rows]],
+        "controlnet_conditioning_scale": request.controlnet_conditioning_scale,
+        "control_guidance_start": request.control_guidance_start,
+        "control_guidance_end": request.control_guidance_end,
+    }
+
+
+def _generate_one(
+    pipe: Any,
+    request: Request,
+    index: int,
+    output_type: str,
+    over: Over | None = None,
+    control: torch.Tensor | None = None,
+    cache_branch: int | None = None,
+) -> Any:
+    """The pictures of one prompt: diffusers takes a missing negative prompt for all prompts or for none."""
+    count, sdxl = request.num_images_per_prompt, hasattr(pipe, "text_encoder_2")
+    rows = range(index * count, (index + 1) * count)
+    seeds = [request.seeds[i] for i in rows]
+    run: dict[str, Any] = {"num_inference_steps": request.num_inference_steps}
+    if request.timesteps is not None:
+        run = {"timesteps": [_whole(t) for t in request.timesteps]}
+    if request.sigmas is not None:
+        run = {"sigmas": list(request.sigmas)}
+    if pipe.scheduler.config.get("noise_sampler_seed", 0) is None:
+        # DPM++ SDE would seed its Brownian motion at random; sdfast gives each picture its own
+        pipe.scheduler.noise_sampler_seed = seeds
+    if over is None:
+        run |= {"height": request.height, "width": request.width}
+    else:
+        run |= _over_arguments(request, rows, over)
+    if control is not None:
+        run |= _control_arguments(request, rows, control, over)
+    if "guidance_rescale" in inspect.signature(pipe.__call__).parameters:
+        run["guidance_rescale"] = request.guidance_rescale
+    if is_plain(request):
+        texts = {"prompt": request.prompts[index], "negative_prompt": request.negative_prompts[index]}
+        run |= {name: as_given(pipe.tokenizer, text) for name, text in texts.items()}
+        if sdxl:
+            # as lists, in which diffusers takes an empty text for one
+            seconds = {
+                "prompt_2": request.pairs[index][1],
+                "negative_prompt_2": request.negative_pairs[index][1],
+            }
+            run |= {
+                name: None if text is None else [as_given(pipe.tokenizer_2, text)]
+                for name, text in seconds.items()
+            }
+    else:
+        run |= embeddings(pipe, request, index)
+    if sdxl:
+        run |= {name: getattr(request, name) for name in TOLD_SIZES}
+    with guided_steps(pipe, request), cached_steps(pipe, request.cache_interval, cache_branch):
+        return pipe(
+            guidance_scale=request.guidance_scale,
+            num_images_per_prompt=count,
+            eta=request.eta,
+            clip_skip=request.clip_skip,
+            generator=[generator(seed) for seed in seeds],
+            output_type=output_type,
+            **run,
+        ).images
+
+
+def _whole(timestep: float) -> float:
+    return int(timestep) if timestep == int(timestep) else timestep
+
+
+def stock_scheduler(pipe: Any, name: str | None) -> Any:
+    """A new diffusers scheduler with the config of the checkpoint, which the name may override in part.
+
+    name: any that `sdfast.schedulers.resolve` knows; None for the checkpoint's own class.
+    """
+    config = pipe.scheduler.config
+    if name is None:
+        return type(pipe.scheduler).from_config(config)
+    sampler = resolve(name)
+    return getattr(stock(), sampler.scheduler).from_config(config, **sampler.overrides)
