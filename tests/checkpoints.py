@@ -34,6 +34,15 @@ _PAIRS = (
     "te",
 )
 _WORDS = ("the", "a", "in", "of", "and", "cabin", "sea", "style", "misty", "mountain", "boat", "forest")
+# The configuration of a VAE of two levels, for pictures of 16x16.
+SMALL_VAE: Mapping[str, Any] = MappingProxyType(
+    {
+        "sample_size": 16,
+        "block_out_channels": (16, 32),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+    }
+)
 
 
 def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -106,24 +115,25 @@ def build_sd(
     return _save_index(folder, pipeline, entries)
 
 
-def build_shallow_sd(folder: Path, *, seed: int = 0) -> Path:
+def build_shallow_sd(folder: Path, *, seed: int = 0, levels: int = 2) -> Path:
     """An SD 1.x checkpoint with one or two of each kind of layer, for what takes its time over each layer.
 
-    Its pictures are 16x16, of which the latents are 8x8.
+    Its pictures are 16x16, of which the latents are 8x8. levels: of its U-Net, one or two.
     """
     return build_sd(
         folder,
         seed=seed,
         text_layers=1,
-        vae={
-            "sample_size": 16,
-            "block_out_channels": (16, 32),
-            "down_block_types": ("DownEncoderBlock2D",) * 2,
-            "up_block_types": ("UpDecoderBlock2D",) * 2,
-        },
-        down_block_types=("DownBlock2D", "DownBlock2D"),  # attention is in the middle alone
-        up_block_types=("UpBlock2D", "UpBlock2D"),
+        vae=SMALL_VAE,
+        block_out_channels=(32, 64)[-levels:],
+        down_block_types=("DownBlock2D",) * levels,  # attention is in the middle alone
+        up_block_types=("UpBlock2D",) * levels,
     )
+
+
+def build_flat_sd(folder: Path, *, seed: int = 0) -> Path:
+    """The same with a U-Net of one level, for what takes its time over each operation."""
+    return build_shallow_sd(folder, seed=seed, levels=1)
 
 
 def build_sdxl(
@@ -132,9 +142,13 @@ def build_sdxl(
     seed: int = 0,
     pipeline: str = "StableDiffusionXLPipeline",
     force_zeros_for_empty_prompt: bool = True,
+    vae: Mapping[str, Any] = MappingProxyType({}),
     **unet: Any,
 ) -> Path:
-    """Write a tiny SDXL checkpoint into `folder` and return it: two text encoders, text_time conditioning."""
+    """Write a tiny SDXL checkpoint into `folder` and return it: two text encoders, text_time conditioning.
+
+    `vae` and `unet` override their configs.
+    """
     torch.manual_seed(seed)
     size = save_tokenizer(folder / "tokenizer")
     save_tokenizer(folder / "tokenizer_2", pad="!")
@@ -152,7 +166,7 @@ def build_sdxl(
         "attention_head_dim": [2, 4],
     }
     _unet(seed, **{**sdxl, **unet}).save_pretrained(folder / "unet")
-    _vae(seed, scaling_factor=0.13025).save_pretrained(folder / "vae")
+    _vae(seed, **{"scaling_factor": 0.13025, **vae}).save_pretrained(folder / "vae")
     _save_scheduler(folder, "epsilon")
     entries = {
         "text_encoder": ["transformers", "CLIPTextModel"],

@@ -21,6 +21,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach the real Hub
 os.environ.setdefault("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")  # a third of a compile's time
 os.environ.setdefault("AOT_INDUCTOR_ENABLE_LINE_TABLES", "0")  # for debuggers: a tenth of it
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # or four compiles ask what the compiler knows
+FLAT_SIZES = {"min": "16x16", "max": "32x24"}  # of `flat_onnx`
 # Or else pytest hangs its handlers on it too, and torch writes down all that it traces for them.
 logging.getLogger("torch.__trace").propagate = True
 
@@ -106,10 +107,23 @@ def shallow_engine(shallow_sd: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="session")
-def shallow_onnx(parsed_once: None, shallow_sd: Path, shared: Path) -> Path:
-    """The same as an ONNX engine, for pictures of 16 pixels, one at a time: copy it before changing it."""
-    recipe = Recipe.make(backend="onnx", batch=1)
-    return made_once(shared / "shallow-onnx", lambda part: export(shallow_sd, part, recipe))
+def flat_sd(shared: Path) -> Path:
+    """A checkpoint of fewer still, its U-Net of one level, shared: copy it before changing it."""
+    return made_once(shared / "flat", checkpoints.build_flat_sd)
+
+
+@pytest.fixture(scope="session")
+def flat_engine(flat_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as an eager engine, for 16 to 32 pixels: copy it before changing it."""
+    recipe = Recipe.make(backend="eager", sizes={"min": "16x16", "max": "32x32"})
+    return export(flat_sd, tmp_path_factory.mktemp("flat") / "engine", recipe)
+
+
+@pytest.fixture(scope="session")
+def flat_onnx(parsed_once: None, flat_sd: Path, shared: Path) -> Path:
+    """The same as an ONNX engine, for `FLAT_SIZES`, two pictures at a time: copy it before changing it."""
+    recipe = Recipe.make(backend="onnx", sizes=FLAT_SIZES, batch=2)
+    return made_once(shared / "flat-onnx", lambda part: export(flat_sd, part, recipe))
 
 
 @pytest.fixture(scope="session")
@@ -158,35 +172,44 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 # The files that take longest, the longest first: one that was begun late would be waited for by all workers.
 LONGEST = (
     "backends/test_inductor.py",
-    "export/test_onnx_cuda.py",
     "export/test_onnx.py",
+    "server/test_page.py",
+    "benchmarks/test_gpu_suite.py",
+    "server/test_serve.py",
+    "export/test_onnx_cuda.py",
+    "validation/test_broken_engines.py",
     "export/test_build.py",
     "validation/test_validate.py",
-    "server/test_serve.py",
-    "validation/test_broken_engines.py",
-    "benchmarks/test_gpu_suite.py",
     "server/test_automatic1111.py",
     "kernels/test_interpreted.py",
+    "test_cli.py",
+    "server/test_faults.py",
+    "export/test_vae_in_half.py",
     "test_image_to_image.py",
+    "schedulers/test_configs.py",
+    "hub/test_download.py",
+    "test_controlnet.py",
+    "validation/test_inpainting.py",
+    "schedulers/test_tables.py",
+    "export/test_optimum.py",
+    "server/test_worker.py",
+    "server/test_edits.py",
+    "server/test_live.py",
+    "test_landscapes.py",
     "test_pipeline.py",
     "schedulers/test_k_diffusion.py",
     "schedulers/test_solvers.py",
-    "server/test_edits.py",
-    "server/test_faults.py",
+    "schedulers/test_extract.py",
+    "validation/test_control.py",
     "server/test_schema.py",
-    "test_controlnet.py",
-    "backends/test_eager.py",
-    "hub/test_download.py",
     "export/test_lora.py",
     "kernels/test_compiled.py",
-    "export/test_vae_in_half.py",
-    "export/test_optimum.py",
+    "backends/test_eager.py",
+    "test_step_cache.py",
+    "test_tokenizer.py",
     "models/test_unet.py",
-    "schedulers/test_extract.py",
-    "schedulers/test_tables.py",
     "models/test_half_range.py",
     "export/test_compiled_kernels.py",
-    "test_step_cache.py",
 )
 
 

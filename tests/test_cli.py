@@ -226,13 +226,13 @@ def test_an_attention_that_is_not_here_is_one_line(
 
 
 def test_an_eager_engine_can_be_compiled_and_says_so(
-    shallow_engine: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+    flat_engine: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sdfast.backends.eager._COMPILER", "eager")  # Inductor takes a minute
-    compiled = draw(shallow_engine, "--seed", 3, "--backend", "eager", "--compile", "-o", "compiled.png")
+    compiled = draw(flat_engine, "--seed", 3, "--backend", "eager", "--compile", "-o", "compiled.png")
     assert compiled.exit_code == 0, compiled.output
     assert "sdfast: compiling unet for sample 2x4x8x8" in compiled.stderr
-    assert draw(shallow_engine, "--seed", 3, "-o", "plain.png").exit_code == 0
+    assert draw(flat_engine, "--seed", 3, "-o", "plain.png").exit_code == 0
     assert (here / "compiled.png").read_bytes() == (here / "plain.png").read_bytes()
 
 

@@ -29,6 +29,7 @@ from sdfast.server.jobs import Done, Event, Failed, Job
 from sdfast.server.studio import info_of
 from sdfast.server.worker.opening import warm_up
 from tests import checkpoints
+from tests.conftest import FLAT_SIZES
 from tests.fakes import FakeEngine
 from tests.test_image_to_image import image, mask
 from tests.test_pipeline import PROMPT, assert_same, ours, seeded
@@ -134,19 +135,19 @@ def test_over_an_image_equals_stock_diffusers(request: pytest.FixtureRequest, fa
     assert_same(*both((over(reference, task), pipe), scheduler=scheduler, **call, **masked))
 
 
-def test_an_onnx_engine_equals_stock_diffusers(shallow_sd: Path, shallow_onnx: Path, tmp_path: Path) -> None:
+def test_an_onnx_engine_equals_stock_diffusers(flat_sd: Path, flat_onnx: Path, tmp_path: Path) -> None:
     """Made of one without: what a ControlNet does not change is kept."""
     small = checkpoints.build_controlnet(
-        tmp_path / "controlnet", shallow_sd, conditioning_embedding_out_channels=(4, 16)
+        tmp_path / "controlnet", flat_sd, conditioning_embedding_out_channels=(4, 16)
     )
-    engine = shutil.copytree(shallow_onnx, tmp_path / "engine")
-    pipe = ours(export(shallow_sd, engine, Recipe.make(batch=1, controlnet=small)))
+    engine = shutil.copytree(flat_onnx, tmp_path / "engine")
+    pipe = ours(export(flat_sd, engine, Recipe.make(sizes=FLAT_SIZES, batch=2, controlnet=small)))
     told = {name: module.fingerprint for name, module in pipe.engine.manifest.modules.items()}
-    before = {name: module.fingerprint for name, module in read_manifest(shallow_onnx).modules.items()}
+    before = {name: module.fingerprint for name, module in read_manifest(flat_onnx).modules.items()}
     changed = {name for name in told if told[name] != before.get(name)}
     assert changed == {"unet", "time_shift", "context", "control_embedding"}
     call = {"control_image": image().resize((16, 16)), "controlnet_conditioning_scale": 0.6}
-    reference = stock(shallow_sd, small, "StableDiffusionControlNetPipeline")
+    reference = stock(flat_sd, small, "StableDiffusionControlNetPipeline")
     expected, drawn = both((reference, pipe), **call, num_images_per_prompt=2, output_type="pt")
     assert 10 * torch.log10(1 / (expected - drawn).square().mean()) > 100
 

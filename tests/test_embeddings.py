@@ -24,6 +24,7 @@ from sdfast.validation.drawing import generate
 from sdfast.validation.modules import token_ids
 from sdfast.validation.reading import _chunks
 from sdfast.validation.reference import reference_pipeline
+from tests.conftest import FLAT_SIZES
 from tests.export.embeddings import automatic1111, for_family
 from tests.test_long_prompts import error, request_of
 
@@ -202,11 +203,12 @@ def test_an_old_config_pools_sdxls_prompt_where_stock_does(tiny_sdxl: Path, tmp_
     assert pair.compare(request_of(ASKS["in both prompts"])) < 1e-5
 
 
-def test_an_onnx_engine_has_them(tiny_sd: Path, sd_onnx: Path, tmp_path: Path) -> None:
-    engine = Path(shutil.copytree(sd_onnx, tmp_path / "engine"))
-    export(tiny_sd, engine, Recipe.make(backend="onnx", embeddings=settings(tmp_path, "sd")))
-    assert (engine / "unet.onnx").stat().st_mtime == (sd_onnx / "unet.onnx").stat().st_mtime
-    assert paired(tiny_sd, engine).compare(request_of(ASKS["in both prompts"])) < 1e-5
+def test_an_onnx_engine_has_them(flat_sd: Path, flat_onnx: Path, tmp_path: Path) -> None:
+    engine, embeddings = Path(shutil.copytree(flat_onnx, tmp_path / "engine")), settings(tmp_path, "sd")
+    export(flat_sd, engine, Recipe.make(sizes=FLAT_SIZES, batch=2, embeddings=embeddings))
+    assert (engine / "unet.onnx").stat().st_mtime == (flat_onnx / "unet.onnx").stat().st_mtime
+    asked = request_of({**ASKS["in both prompts"], "height": 16, "width": 16})
+    assert paired(flat_sd, engine).compare(asked) < 1e-5
 
 
 @pytest.mark.parametrize(

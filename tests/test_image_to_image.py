@@ -214,10 +214,12 @@ def test_masks_in_every_form(pairs: dict[Any, Any], kind: str) -> None:
     assert torch.equal(read_masks(given), read_masks(mask()))
 
 
-def test_an_onnx_engine_equals_stock_diffusers(pairs: dict[Any, Any], sd_onnx: Path) -> None:
+def test_an_onnx_engine_equals_stock_diffusers(flat_sd: Path, flat_onnx: Path) -> None:
+    size = {"width": 32, "height": 24}
     for masked in (False, True):
-        given = {"mask_image": mask()} if masked else {}
-        assert_same(*both((pairs["sd", masked][0], ours(sd_onnx)), strength=0.6, output_type="pt", **given))
+        given = {"mask_image": mask(**size), **size} if masked else {}
+        pair = stock(flat_sd, KINDS["sd", masked]), ours(flat_onnx)
+        assert_same(*both(pair, image=image(**size), strength=0.6, output_type="pt", **given))
 
 
 def test_pictures_of_a_seed_are_what_they_are_alone(pairs: dict[Any, Any]) -> None:

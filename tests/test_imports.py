@@ -33,13 +33,13 @@ def test_the_help_loads_nothing_heavy(arguments: str) -> None:
     assert not loaded_by(code).intersection(HEAVY)
 
 
-def test_drawing_on_an_onnx_engine_loads_neither_diffusers_nor_transformers(sd_onnx: Path) -> None:
+def test_drawing_on_an_onnx_engine_loads_neither_diffusers_nor_transformers(flat_onnx: Path) -> None:
     code = (
         "import sys, sdfast\n"
         "pipe = sdfast.Pipeline.from_engine(sys.argv[1], threads=1)\n"
         "assert pipe('a boat', num_inference_steps=2, scheduler='dpmpp_2m_karras', seed=1).images"
     )
-    loaded = loaded_by(code, str(sd_onnx))
+    loaded = loaded_by(code, str(flat_onnx))
     assert "onnxruntime" in loaded
     assert not loaded & {"diffusers", "transformers", "onnxscript", "onnx_ir"}
 

@@ -195,8 +195,8 @@ def test_captions_of_held_out_combinations_are_obeyed(pipe: Any, count: int) -> 
     assert min(measured.values()) >= 0.85, measured  # of all 275: the model card; of a few by chance less
 
 
-@pytest.mark.parametrize("seeds", [(14, 20), pytest.param((23, 35), marks=pytest.mark.slow)])
-def test_a_negative_prompt_clears_the_mist(pipe: Any, seeds: tuple[int, int]) -> None:
+@pytest.mark.parametrize("seeds", [(14,), pytest.param((20, 23, 35), marks=pytest.mark.slow)])
+def test_a_negative_prompt_clears_the_mist(pipe: Any, seeds: tuple[int, ...]) -> None:
     """On prompts that leave the weather open, with seeds that make it misty."""
     misty = ATTRIBUTES["weather"].index("misty")
     judge = load_judge()

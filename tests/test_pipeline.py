@@ -194,8 +194,8 @@ def test_other_sizes_equal_stock_diffusers(sd: tuple[Any, Pipeline]) -> None:
 
 
 @pytest.mark.parametrize("call", ["one prompt", "several pictures a prompt", "Euler ancestral", "sigmas"])
-def test_an_onnx_engine_equals_stock_diffusers(sd: tuple[Any, Pipeline], sd_onnx: Path, call: str) -> None:
-    assert_same(*both((sd[0], ours(sd_onnx)), **CALLS[call]))
+def test_an_onnx_engine_equals_stock_diffusers(flat_sd: Path, flat_onnx: Path, call: str) -> None:
+    assert_same(*both((stock(flat_sd), ours(flat_onnx)), **CALLS[call]))
 
 
 @pytest.mark.parametrize("prediction_type", ["v_prediction"])

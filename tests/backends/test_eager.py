@@ -60,10 +60,10 @@ def compiled(network: nn.Module) -> TorchCompiledModule:
 
 @pytest.mark.usefixtures("dynamo")
 def test_a_compiled_engine_draws_the_same_and_compiles_before_the_first_step(
-    shallow_engine: Path, capsys: pytest.CaptureFixture[str]
+    flat_engine: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    expected = draw(Pipeline.from_engine(shallow_engine))
-    pipe = Pipeline.from_engine(shallow_engine, compile=True)
+    expected = draw(Pipeline.from_engine(flat_engine))
+    pipe = Pipeline.from_engine(flat_engine, compile=True)
     assert told(capsys) == []
     steps: list[list[str]] = []
 
@@ -88,8 +88,8 @@ def test_a_compiled_engine_draws_the_same_and_compiles_before_the_first_step(
 
 
 @pytest.mark.usefixtures("dynamo")
-def test_latents_need_no_decoder(shallow_engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    draw(Pipeline.from_engine(shallow_engine, compile=True), output_type="latent")
+def test_latents_need_no_decoder(flat_engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draw(Pipeline.from_engine(flat_engine, compile=True), output_type="latent")
     assert not [line for line in told(capsys) if "vae" in line]
 
 
@@ -175,14 +175,11 @@ def test_an_engine_with_another_attention_draws_the_same(sd_engine: Path, kind: 
 
 @pytest.mark.usefixtures("dynamo")
 @pytest.mark.parametrize("compile", [False, True])
-def test_engines_of_one_process_keep_their_own_attention(shallow_engine: Path, compile: bool) -> None:
-    expected = {
-        kind: draw(Pipeline.from_engine(shallow_engine, attention=kind)) for kind in ("flash", "math")
-    }
+def test_engines_of_one_process_keep_their_own_attention(flat_engine: Path, compile: bool) -> None:
+    expected = {kind: draw(Pipeline.from_engine(flat_engine, attention=kind)) for kind in ("flash", "math")}
     assert not torch.equal(expected["flash"], expected["math"])
     pipes = {
-        kind: Pipeline.from_engine(shallow_engine, attention=kind, compile=compile)
-        for kind in ("flash", "math")
+        kind: Pipeline.from_engine(flat_engine, attention=kind, compile=compile) for kind in ("flash", "math")
     }
     for kind in ("flash", "math", "flash"):
         assert torch.equal(draw(pipes[kind]), expected[kind])

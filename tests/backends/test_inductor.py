@@ -41,6 +41,7 @@ from tests.test_pipeline import assert_same
 
 CPU = torch.device("cpu")
 ONE = Recipe.make(backend="inductor", sizes=["16x16"], batch=[1])
+EAGER = Recipe.make(backend="eager", sizes=["16x16"])
 CALL: dict[str, Any] = {"num_inference_steps": 3, "output_type": "latent", "seed": 5}
 
 
@@ -54,9 +55,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def decoding_sd(shallow_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def decoding_sd(flat_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint without its VAE's encoder: each module takes ten seconds to compile."""
-    return without_encoder(shallow_sd, tmp_path_factory.mktemp("decoding") / "sd")
+    return without_encoder(flat_sd, tmp_path_factory.mktemp("decoding") / "sd")
 
 
 def without_encoder(checkpoint: Path, folder: Path) -> Path:
@@ -88,15 +89,15 @@ def picture(folder: Path, prompt: str = "the sea", **call: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("guidance", [1.0, 7.0])
 @pytest.mark.parametrize("pictures", [1, 3])
-def test_the_picture_is_the_shallow_engines(
-    engine: Path, shallow_engine: Path, guidance: float, pictures: int
+def test_the_picture_is_the_eager_engines(
+    engine: Path, flat_engine: Path, guidance: float, pictures: int
 ) -> None:
     call = {"guidance_scale": guidance, "num_images_per_prompt": pictures, "height": 16, "width": 16}
-    assert_same(picture(engine, **call), picture(shallow_engine, **call))
+    assert_same(picture(engine, **call), picture(flat_engine, **call))
 
 
-def test_every_module_is_the_eager_one(engine: Path, shallow_engine: Path) -> None:
-    compiled, eager = Engine.open(engine, load=True), Engine.open(shallow_engine)
+def test_every_module_is_the_eager_one(engine: Path, flat_engine: Path) -> None:
+    compiled, eager = Engine.open(engine, load=True), Engine.open(flat_engine)
     model = compiled.manifest.model
     generator = torch.Generator().manual_seed(0)
 
@@ -171,13 +172,13 @@ def test_a_further_form_draws_as_the_others(decoding_sd: Path, own: Path, compil
 
 @pytest.mark.slow
 def test_an_encoder_is_the_eager_one(
-    shallow_sd: Path, own: Path, shallow_engine: Path, compiled: list[str]
+    flat_sd: Path, own: Path, flat_engine: Path, compiled: list[str]
 ) -> None:
     """And an engine that had none is given it alone."""
-    export(shallow_sd, own, ONE)
-    assert compiled == ["vae_encoder-16x16"]
+    export(flat_sd, own, ONE)
+    assert compiled == ["vae_encoder"]
     given = {"image": torch.randn(1, 3, 16, 16)}
-    ours, truth = (Engine.open(one).call("vae_encoder", given, 16, 16) for one in (own, shallow_engine))
+    ours, truth = (Engine.open(one).call("vae_encoder", given, 16, 16) for one in (own, flat_engine))
     for key, value in truth.items():
         assert torch.linalg.norm(ours[key] - value) <= 1e-5 * torch.linalg.norm(value), key
 
@@ -196,10 +197,10 @@ def test_another_checkpoint_of_the_same_networks_is_not_compiled(
     engine: Path, tmp_path: Path, compiled: list[str]
 ) -> None:
     """And draws its own picture: the weights are none of the code's."""
-    other = without_encoder(checkpoints.build_shallow_sd(tmp_path / "shallow", seed=1), tmp_path / "other")
+    other = without_encoder(checkpoints.build_flat_sd(tmp_path / "flat", seed=1), tmp_path / "other")
     swapped = export(other, tmp_path / "swapped", ONE)
     assert compiled == []
-    eager = export(other, tmp_path / "eager", Recipe.make(backend="eager", sizes=["16x16"]))
+    eager = export(other, tmp_path / "eager", EAGER)
     ours = picture(swapped)
     assert_same(ours, picture(eager))
     assert torch.linalg.norm(ours - picture(engine)) > 0.1 * torch.linalg.norm(ours)
@@ -246,13 +247,13 @@ def test_engines_of_one_checkpoint_share_their_weights(
 
 @pytest.mark.parametrize("kind", ["sdpa", "flash", "math"])
 def test_attention_is_the_fastest_kernel_for_each_shape(
-    shallow_sd: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+    flat_sd: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
 ) -> None:
     """What was measured is what is traced, and is told."""
     kernels = exportable(CPU)
     fastest = kernels[kind]
     monkeypatch.setattr(clock, "milliseconds", lambda run, _: 1.0 if run.__defaults__ == (fastest,) else 2.0)
-    spec = unet_spec(shallow_sd)
+    spec = unet_spec(flat_sd)
     compiler = Compiler(this_machine(CPU), autotune=True, store=CodeStore(tmp_path))
     network = spec.load()
     inputs, _ = traced_with(spec, spec.forms[0])
@@ -273,10 +274,10 @@ def test_attention_is_the_fastest_kernel_for_each_shape(
 
 
 def test_attention_that_was_measured_once_is_not_measured_again(
-    shallow_sd: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    flat_sd: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """So that a second export traces what the first has compiled, whatever the clock would say now."""
-    spec, timed, times = unet_spec(shallow_sd), list[str](), dict.fromkeys(exportable(CPU), 2.0)
+    spec, timed, times = unet_spec(flat_sd), list[str](), dict.fromkeys(exportable(CPU), 2.0)
 
     def time(run: Any, _: torch.device) -> float:
         [kernel] = run.__defaults__

@@ -20,7 +20,7 @@ from sdfast.models.text import TextEncoder
 from sdfast.models.unet import SelfAttention, TransformerBlock, UNetConfig, load_unet, skip_levels
 from sdfast.models.vae import VAEConfig, load_vae
 from tests.export.microsoft import OPERATORS
-from tests.models.conftest import SDXL, SHALLOW, SHALLOW_XL, VAES, randomise
+from tests.models.conftest import SHALLOW, SHALLOW_VAE, SHALLOW_XL, UPCAST, randomise
 
 BATCH = ("batch", 1, 8)
 HEIGHT, WIDTH = ("height", 4, 64), ("width", 4, 64)
@@ -140,8 +140,17 @@ class Convolution(nn.Module):
         return ops.upsample_twice(self.conv(x))[:, :, ::2, ::2]
 
 
-@pytest.mark.parametrize("size", [(16, 16), (17, 30), "any"])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("size", "bias"),
+    [
+        ((16, 16), True),
+        ((17, 30), False),
+        ("any", True),
+        pytest.param((16, 16), False, marks=pytest.mark.slow),
+        pytest.param((17, 30), True, marks=pytest.mark.slow),
+        pytest.param("any", False, marks=pytest.mark.slow),
+    ],
+)
 def test_winograd_is_the_convolution(tmp_path, size, bias):
     """As exact as float32 allows: a few roundings more than the direct sum, against float64."""
     channels = 320 if size == "any" else 128  # of unknown size, only wide layers are transformed
@@ -253,7 +262,7 @@ def test_the_rows_of_a_transformer_are_laid_out_as_tokens_only_for_attention(tmp
 
 
 def test_conditioning_of_sdxl(tmp_path):
-    _, time_shift, context = unet_modules(SDXL)
+    _, time_shift, context = unet_modules(SHALLOW_XL)
     inputs = {
         "timesteps": torch.tensor([981.0, 17.25]),
         "text_embeds": torch.randn(2, 40),
@@ -286,8 +295,8 @@ def test_conditioning_of_an_lcm_whose_inputs_are_not_all_of_them(tmp_path):
 def test_vae(tmp_path, half):
     from diffusers import AutoencoderKL
 
-    weights = randomise(AutoencoderKL(**VAES["sd"])).state_dict()
-    module = load_vae(VAEConfig.from_diffusers(VAES["sd"]), weights)[half]
+    weights = randomise(AutoencoderKL(**SHALLOW_VAE)).state_dict()
+    module = load_vae(VAEConfig.from_diffusers(SHALLOW_VAE), weights)[half]
     name, channels = (("latents", 4), ("image", 3))[half]
     outputs = (["image"], ["mean", "std"])[half]
     dynamic = {name: {0: BATCH, 2: ("height", 8, 64), 3: ("width", 8, 64)}}
@@ -334,7 +343,7 @@ def test_text_encoder(tmp_path, projected, eos, table):
 
 def test_half_precision_keeps_what_must_stay_single(tmp_path):
     """upcast_attention: the scores are computed in float32, all else in float16."""
-    unet, _, _ = unet_modules(SHALLOW | {"upcast_attention": True}, torch.float16)
+    unet, _, _ = unet_modules(UPCAST, torch.float16)
     path = tmp_path / "unet.onnx"
     export_module(unet, unet_inputs(unet, 2, 8, 8, torch.float16), {}, ["out"], path)
     graph = onnx.load(path, load_external_data=False).graph
@@ -354,7 +363,7 @@ def test_half_precision_keeps_what_must_stay_single(tmp_path):
 
 def overflowing_unet(upcast):
     """Queries and keys of some hundreds, whose products are beyond float16's 65504."""
-    unet, _, _ = unet_modules(SHALLOW | {"upcast_attention": upcast}, torch.float16)
+    unet, _, _ = unet_modules(UPCAST | {"upcast_attention": upcast}, torch.float16)
     attentions = [m for m in unet.modules() if isinstance(m, SelfAttention)]
     assert attentions
     for attention in attentions:
@@ -399,7 +408,7 @@ def test_a_folder_that_is_not_there_is_an_export_error(tmp_path):
         export_module(nn.Linear(64, 64), inputs, {}, ["y"], tmp_path / "none" / "m.onnx")
 
 
-@pytest.mark.parametrize("config", [SHALLOW_XL, SHALLOW | {"upcast_attention": True}], ids=["sdxl", "upcast"])
+@pytest.mark.parametrize("config", [SHALLOW_XL, UPCAST], ids=["sdxl", "upcast"])
 def test_graphs_for_tensorrt_are_of_standard_operators(tmp_path, config):
     unet, _, _ = unet_modules(config)
     path, inputs = tmp_path / "unet.onnx", unet_inputs(unet, 2, 8, 12)
@@ -411,7 +420,7 @@ def test_graphs_for_tensorrt_are_of_standard_operators(tmp_path, config):
 
 
 def test_graphs_for_tensorrt_upcast_the_scores_alone(tmp_path):
-    unet, _, _ = unet_modules(SHALLOW | {"upcast_attention": True}, torch.float16)
+    unet, _, _ = unet_modules(UPCAST, torch.float16)
     path = tmp_path / "unet.onnx"
     export_module(unet, unet_inputs(unet, 2, 8, 8, torch.float16), {}, ["out"], path, TENSORRT)
     graph = onnx.load(path, load_external_data=False).graph

@@ -28,7 +28,7 @@ from sdfast.models.text import TextEncoder
 from sdfast.models.unet import UNet, UNetConfig
 from sdfast.models.vae import VAEConfig, load_vae
 from sdfast.summary import summary
-from tests.checkpoints import build_shallow_sd
+from tests.checkpoints import build_flat_sd
 from tests.export.microsoft import OPERATORS
 from tests.export.test_onnx import (
     BATCH,
@@ -39,7 +39,7 @@ from tests.export.test_onnx import (
     unet_inputs,
     unet_modules,
 )
-from tests.models.conftest import SDXL, SHALLOW, SHALLOW_XL, VAES, randomise
+from tests.models.conftest import SHALLOW, SHALLOW_VAE, SHALLOW_XL, UPCAST, VAES, randomise
 
 HALF, SINGLE = torch.float16, torch.float32
 # As wide as SD 1.5's first level, so that every fused operator has its size, and as shallow as can be.
@@ -50,6 +50,12 @@ WIDE = {
     "layers_per_block": 1,
     "cross_attention_dim": 24,
     "attention_head_dim": 8,
+}
+WIDE_LEVEL = WIDE | {
+    "block_out_channels": [320],
+    "down_block_types": ["CrossAttnDownBlock2D"],
+    "up_block_types": ["UpBlock2D"],
+    "mid_block_type": None,
 }
 LISTING = Path(__file__).with_name("cuda_kernels.txt")
 
@@ -144,6 +150,7 @@ def test_every_operation_has_a_lowering():
     assert set(CUDA) == set(CPU) == set(ops.NAMES) - {"linear_fp8"}  # which a recipe refuses for this backend
 
 
+@pytest.mark.slow
 def test_sd15_is_made_of_fused_operators():
     """The real network, its weights never written. All is counted but Reshape, which moves nothing."""
     stock = json.loads((resources.files("sdfast.export") / "stock" / "sd15.json").read_text("utf-8"))
@@ -192,7 +199,7 @@ def test_unet(tmp_path, dtype, tolerance):
 
 @pytest.mark.parametrize(
     ("config", "dtype", "tolerance"),
-    [(SHALLOW_XL, SINGLE, 1e-5), (SHALLOW | {"upcast_attention": True}, HALF, 5e-3)],
+    [(SHALLOW_XL, SINGLE, 1e-5), (UPCAST, HALF, 5e-3)],
     ids=["sdxl", "upcast"],
 )
 def test_sizes_without_a_fused_operator(tmp_path, config, dtype, tolerance):
@@ -241,7 +248,7 @@ def test_a_scaled_sum_takes_no_image_out_of_its_form(tmp_path):
 
 def test_a_free_batch_asks_for_no_shapes(tmp_path):
     """Shape arithmetic runs on the processor: a graph that leaves only the batch open has none."""
-    network, _, _ = unet_modules(WIDE, HALF)
+    network, _, _ = unet_modules(WIDE_LEVEL, HALF)
     dynamic = {name: {0: BATCH} for name in ("sample", "time_shift", "context")}
     path = tmp_path / "unet.onnx"
     export_module(network, unet_inputs(network, 2, 4, 4, HALF), dynamic, ["output"], path, CUDA)
@@ -260,11 +267,16 @@ def vae_halves(config, dtype):
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype", "tolerance"), [*((name, HALF, 5e-3) for name in VAES), ("sd", SINGLE, 1e-5)]
+    ("config", "dtype", "tolerance"),
+    [
+        pytest.param(SHALLOW_VAE, HALF, 5e-3, id="sd"),
+        pytest.param(VAES["shifted"], HALF, 5e-3, id="shifted"),
+        pytest.param(SHALLOW_VAE, SINGLE, 1e-5, id="sd-fp32", marks=pytest.mark.slow),
+    ],
 )
-def test_vae_decoder(tmp_path, name, dtype, tolerance):
+def test_vae_decoder(tmp_path, config, dtype, tolerance):
     """Latents and picture are float32. Groups of three channels, which "shifted" has, have no fused norm."""
-    decoder = vae_halves(VAES[name], dtype)[0]
+    decoder = vae_halves(config, dtype)[0]
     latents = {"latents": torch.randn(1, decoder.config.latent_channels, 8, 12)}
     path = tmp_path / "vae.onnx"
     export_module(decoder, latents, {}, ["image"], path, CUDA)
@@ -274,7 +286,7 @@ def test_vae_decoder(tmp_path, name, dtype, tolerance):
     assert found["GroupNorm"] + found["SkipGroupNorm"] == len(fit)
     assert found["NhwcConv"] == count(decoder, layers.Conv3x3, layers.Conv1x1)
     assert found["MultiHeadAttention"] == count(decoder, vae.Attention)
-    if name == "sd":
+    if config is SHALLOW_VAE:
         assert len(fit) == len(norms)
         assert found["Transpose"] == 2
     check(path, decoder, latents, tolerance)
@@ -285,7 +297,7 @@ def test_vae_decoder(tmp_path, name, dtype, tolerance):
 )
 def test_vae_encoder(tmp_path, dtype, tolerance):
     """Image and moments are float32; its strided convolutions pad one end only."""
-    encoder = vae_halves(VAES["sd"], dtype)[1]
+    encoder = vae_halves(SHALLOW_VAE, dtype)[1]
     picture = {"image": torch.randn(1, 3, 16, 24)}
     path = tmp_path / "vae.onnx"
     export_module(encoder, picture, {}, ["mean", "std"], path, CUDA)
@@ -295,7 +307,7 @@ def test_vae_encoder(tmp_path, dtype, tolerance):
 
 
 def test_conditioning(tmp_path):
-    _, time_shift, context = unet_modules(SDXL, HALF)
+    _, time_shift, context = unet_modules(SHALLOW_XL, HALF)
     inputs = {
         "timesteps": torch.tensor([981.0, 17.25]),
         "text_embeds": torch.randn(2, 40, dtype=HALF),
@@ -312,7 +324,7 @@ def test_conditioning(tmp_path):
 
 def test_an_fp16_engine_is_for_cuda_in_every_module(tmp_path):
     """Its text encoder too, which transformers defines but for the end of a prompt."""
-    checkpoint = build_shallow_sd(tmp_path / "sd")
+    checkpoint = build_flat_sd(tmp_path / "sd")
     engine = export(checkpoint, tmp_path / "engine", Recipe(dtype="fp16", batch=1))
     manifest = read_manifest(engine)
     assert manifest.provider == manifest.recipe["provider"] == "cuda"
@@ -329,7 +341,7 @@ def test_an_fp16_engine_is_for_cuda_in_every_module(tmp_path):
 
 @pytest.mark.slow
 def test_an_engine_for_another_provider_is_made_anew(tmp_path):
-    checkpoint = build_shallow_sd(tmp_path / "sd")
+    checkpoint = build_flat_sd(tmp_path / "sd")
     engine = export(checkpoint, tmp_path / "engine", Recipe(dtype="fp16", batch=1))
     export(checkpoint, engine, Recipe(dtype="fp16", batch=1, provider="cpu"))
     assert Engine.open(engine).manifest.provider == "cpu"

@@ -174,7 +174,7 @@ def test_it_compiles_for_an_h100_and_spills_nothing(case: Case, tmp_path: Path) 
         assert "ld.global.v4" in kernel.asm["ptx"]  # 16 bytes a thread
 
 
-@pytest.mark.parametrize("capability", [80, 120])
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 120])
 @pytest.mark.parametrize(
     "case", [*norms(320, 32, True, True), products(wide=False)[-1], advances(4, True, True), FETCH], ids=str
 )

@@ -55,6 +55,14 @@ SHALLOW_XL = SDXL | {
     "transformer_layers_per_block": [1, 2],
     "attention_head_dim": [2, 6],
 }
+# One transformer between ResNet blocks, for what is asked of attention alone.
+UPCAST = SHALLOW | {
+    "block_out_channels": [24],
+    "down_block_types": ["CrossAttnDownBlock2D"],
+    "up_block_types": ["UpBlock2D"],
+    "mid_block_type": None,
+    "upcast_attention": True,
+}
 UNETS: dict[str, dict[str, Any]] = {
     "sd15": SD15,
     "sd21": SD21,
@@ -92,6 +100,8 @@ VAES: dict[str, dict[str, Any]] = {
         "mid_block_add_attention": False,
     },
 }
+# All three levels of it, with as few blocks in each.
+SHALLOW_VAE = VAES["sd"] | {"layers_per_block": 1}
 
 
 def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:

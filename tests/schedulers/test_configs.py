@@ -72,7 +72,7 @@ def test_config_is_read_as_from_config_reads_it(sampler: Sampler, config: dict[s
     overrides = {k: v for k, v in sampler.overrides.items() if k in defaults_of(sampler.scheduler)}
     assert overrides == sampler.overrides
     reference = getattr(diffusers, sampler.scheduler).from_config(config, **overrides)
-    for k in (5, 8):
+    for k in (5, 8) if config.get("_class_name") == "PNDMScheduler" else (8,):
         table = schedule(sampler.name, config, num_inference_steps=k)
         assert_same_map(table, reference, num_inference_steps=k)
     own = schedule(sampler.scheduler, own_config(reference), num_inference_steps=8)

@@ -1,6 +1,7 @@
 """The schema is right: Schemathesis sends every route what the schema allows, and what it forbids."""
 
 import re
+from functools import partial
 from html.parser import HTMLParser
 from typing import Any
 
@@ -22,7 +23,6 @@ from tests.server.studio import FakeStudio
 from tests.server.test_edits import png
 
 PICTURE = png(Image.new("RGBA", (64, 64)))  # of a size that the engine has; as a mask it leaves all open
-EXAMPLES = 30  # of each route
 schemathesis.openapi.format(
     "binary", st.sampled_from([Binary(data) for data in (PICTURE, PICTURE[:99], b"")])
 )
@@ -32,16 +32,26 @@ schema = schemathesis.openapi.from_asgi(
 )
 
 
-@schema.parametrize()
-@settings(
-    max_examples=EXAMPLES,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=list(HealthCheck),
+drawn = partial(
+    settings, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
+
+
+@schema.parametrize()
+@drawn(max_examples=10)
 def test_every_route_answers_as_the_schema_says(case: schemathesis.Case) -> None:
     """Keys have tests of their own; and what an engine takes, the schema of all engines cannot tell."""
+    answers(case)
+
+
+@pytest.mark.slow
+@schema.parametrize()
+@drawn(max_examples=100)
+def test_every_route_answers_whatever_it_is_sent(case: schemathesis.Case) -> None:
+    answers(case)
+
+
+def answers(case: schemathesis.Case) -> None:
     case.call_and_validate(headers=SHOWN, excluded_checks=[ignored_auth, positive_data_acceptance])
 
 

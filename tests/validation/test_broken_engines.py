@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from sdfast.export.build import export
 from sdfast.export.checkpoint import resolve
 from sdfast.export.networks import Networks
+from sdfast.export.recipe import Recipe
 from sdfast.models.unet import UNet
 from sdfast.validation import Report, validate
 from sdfast.validation.rule import RELATIVE_L2
+from tests.conftest import FLAT_SIZES
 from tests.export.loras import ATTENTION, kohya, random_changes, write
 from tests.validation import engines
 
@@ -24,7 +27,7 @@ SOUND = 1e-5  # ten times below the bar: what float32 rounding leaves in a sound
 
 
 def short(folder: Path, **options: object) -> Report:
-    return validate(folder, **{"prompts": PROMPT, "steps": 4, "scheduler": "Euler a", **options})
+    return validate(folder, **{"prompts": PROMPT, "steps": 2, "scheduler": "Euler a", **options})
 
 
 def errors(report: Report) -> dict[str, float]:
@@ -142,12 +145,14 @@ def test_another_tokenizer(engine: Path) -> None:
 
 
 @pytest.mark.usefixtures("parsed_once")
-def test_one_weight_of_an_onnx_engine(shallow_sd: Path, tmp_path: Path) -> None:
+def test_one_weight_of_an_onnx_engine(flat_sd: Path, flat_onnx: Path, tmp_path: Path) -> None:
     """The same through ONNX Runtime, with a LoRA: sound as exported, not when external data is changed."""
     pytest.importorskip("onnxruntime")
-    checkpoint = engines.use_own_scheduler(shutil.copytree(shallow_sd, tmp_path / "checkpoint"))
-    lora = write(tmp_path / "lora.safetensors", random_changes(checkpoint, ATTENTION), kohya)
-    folder = engines.build(checkpoint, tmp_path / "onnx", backend="onnx", loras=[lora])
+    checkpoint = engines.use_own_scheduler(shutil.copytree(flat_sd, tmp_path / "checkpoint"))
+    changes = random_changes(checkpoint, ATTENTION, components=["text_encoder"])
+    lora = write(tmp_path / "lora.safetensors", changes, kohya)
+    folder = Path(shutil.copytree(flat_onnx, tmp_path / "onnx"))
+    export(checkpoint, folder, Recipe.make(sizes=FLAT_SIZES, batch=2, loras=[lora]))  # other modules are kept
     report = validate(folder, prompts=PROMPT, steps=4)
     assert report.passed, report.table()
     assert max(errors(report).values()) < SOUND

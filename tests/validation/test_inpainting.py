@@ -71,7 +71,9 @@ def test_a_sound_engine_passes_with_a_margin(engine: Path) -> None:
 def test_an_sdxl_engine(tmp_path: Path) -> None:
     """In float32; and in half precision, where stock keeps its VAE in float32."""
     kind = "StableDiffusionXLInpaintPipeline"
-    checkpoint = checkpoints.build_sdxl(tmp_path / "sdxl", in_channels=9, pipeline=kind)
+    checkpoint = checkpoints.build_sdxl(
+        tmp_path / "sdxl", in_channels=9, pipeline=kind, vae=checkpoints.SMALL_VAE
+    )
     report = short(engines.build(checkpoint, tmp_path / "engine"))
     assert report.passed, report.table()
     assert max(errors(report).values()) < SOUND

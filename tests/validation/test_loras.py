@@ -19,7 +19,7 @@ MERGED: Merged = Part.merged  # type: ignore[assignment]
 
 
 def short(folder: Path) -> Report:
-    return validate(folder, prompts=["a cabin in misty mountains"], steps=4, scheduler="Euler a")
+    return validate(folder, prompts=["a cabin in misty mountains"], steps=2, scheduler="Euler a")
 
 
 @pytest.fixture

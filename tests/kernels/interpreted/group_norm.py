@@ -43,20 +43,26 @@ def definition(
     return (ops.group_norm_silu if silu else ops.group_norm)(x, weight, bias, groups, 1e-5)
 
 
+SIZES = [
+    (1, 2, 7, 9),
+    (4, 3, 13, 11),
+    (10, 3, 13, 11),
+    (20, 2, 7, 9),
+    (30, 1, 1, 3),
+    (40, 2, 13, 11),
+    (60, 2, 7, 9),
+    (80, 1, 13, 11),
+]
+SHIFTED = {4, 10, 60}
+
+
 @pytest.mark.parametrize(
-    ("each", "batch", "height", "width"),
-    [
-        (1, 2, 7, 9),
-        (4, 3, 13, 11),
-        (10, 3, 13, 11),
-        (20, 2, 7, 9),
-        (30, 1, 1, 3),
-        (40, 2, 13, 11),
-        (60, 2, 7, 9),
-        (80, 1, 13, 11),
+    ("each", "batch", "height", "width", "shifted"),
+    [  # the other half is slow
+        *((*size, size[0] in SHIFTED) for size in SIZES),
+        *(pytest.param(*size, size[0] not in SHIFTED, marks=pytest.mark.slow) for size in SIZES),
     ],
 )
-@pytest.mark.parametrize("shifted", [False, True])
 def test_it_is_the_definition(
     norm: ops.GroupNormKernel, each: int, batch: int, height: int, width: int, shifted: bool
 ) -> None:
@@ -69,7 +75,7 @@ def test_it_is_the_definition(
     torch.testing.assert_close(y.double(), definition(x, shift, weight, bias, 3, silu), rtol=2e-6, atol=4e-6)
 
 
-@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("silu", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_an_image_of_many_chunks(norm: ops.GroupNormKernel, silu: bool) -> None:
     x, (weight, bias) = (
         image(1, 32, 67, 65),
@@ -98,7 +104,7 @@ def test_one_channel_far_from_the_others(norm: ops.GroupNormKernel) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("silu", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_half_precision_is_rounded_once(norm: ops.GroupNormKernel, dtype: torch.dtype, silu: bool) -> None:
     x, (weight, bias) = image(2, 40, 9, 7, dtype=dtype), parameters(40, dtype)
     shift = torch.randn(2, 40).to(dtype)
