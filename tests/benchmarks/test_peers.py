@@ -338,3 +338,24 @@ def test_a_worker_measures_what_it_is_asked(tmp_path: Path, monkeypatch: pytest.
         serving.answer({"do": "prepare"})
     with pytest.raises(RuntimeError, match="no memory"):
         serving.answer({"do": "vae"})
+
+
+@pytest.mark.parametrize(
+    ("measure", "took", "told", "calls"),
+    [
+        ("unet", [9e-3, 3e-3, 1e-3, 2e-3, 5e-3, 4e-3], 3e-3, 6),  # the first after a pause is not counted
+        ("unet", [0.5], 0.5, 1),
+        ("picture", [9e-3], 9e-3, 1),
+    ],
+)
+def test_a_short_module_is_called_until_it_is_warm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measure: str, took: list[float], told: float, calls: int
+) -> None:
+    monkeypatch.setattr(worker, "SETTLE", 0.0)
+    left, side = iter(took), Toy()
+    monkeypatch.setattr(side, measure, lambda: Measured(next(left), np.ones(1)))
+    task = Task(checkpoint="toy", exports="", outputs="", inputs="", height=8, width=8, steps=3, threads=1)
+    serving = worker.Serving(side, task, tmp_path)
+    assert serving.answer({"do": measure})["seconds"] == told
+    assert list(left) == []
+    assert len(took) == calls
