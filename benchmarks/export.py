@@ -23,6 +23,7 @@ from typing import Any
 import click
 
 from benchmarks import machine, random_weights
+from benchmarks.proc import bytes_of
 
 
 @click.command()
@@ -122,10 +123,7 @@ def _open(target: Path) -> float:
 
 def _anonymous_bytes() -> int:
     """Resident memory of this process that no file backs."""
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    return 0
+    return bytes_of("/proc/self/status", "RssAnon") or 0
 
 
 def _weights_bytes(source: Path) -> int:

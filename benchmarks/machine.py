@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.proc import bytes_of
 from sdfast.versions import installed
 
 RESULTS = Path(__file__).parent / "results"
@@ -47,11 +48,7 @@ def keep(name: str, command: str, result: dict[str, Any]) -> Path:
 
 def free_bytes() -> int | None:
     """Memory that programs can have without others losing theirs; None where Linux does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    return bytes_of("/proc/meminfo", "MemAvailable")
 
 
 def _processor() -> str:

@@ -21,9 +21,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach the real Hub
 os.environ.setdefault("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")  # a third of a compile's time
 os.environ.setdefault("AOT_INDUCTOR_ENABLE_LINE_TABLES", "0")  # for debuggers: a tenth of it
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # or four compiles ask what the compiler knows
-FLAT_SIZES = {"min": "16x16", "max": "32x24"}  # of `flat_onnx`
 # Or else pytest hangs its handlers on it too, and torch writes down all that it traces for them.
 logging.getLogger("torch.__trace").propagate = True
+
+EAGER_SMALL = Recipe.make(backend="eager", sizes={"min": "16x16", "max": "32x32"})
+FLAT_SIZES = {"min": "16x16", "max": "32x24"}  # of `flat_onnx`
 
 
 @pytest.fixture(scope="session")
@@ -102,8 +104,7 @@ def shallow_sd(shared: Path) -> Path:
 @pytest.fixture(scope="session")
 def shallow_engine(shallow_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same as an eager engine, for 16 to 32 pixels: copy it before changing it."""
-    recipe = Recipe.make(backend="eager", sizes={"min": "16x16", "max": "32x32"})
-    return export(shallow_sd, tmp_path_factory.mktemp("shallow") / "engine", recipe)
+    return export(shallow_sd, tmp_path_factory.mktemp("shallow") / "engine", EAGER_SMALL)
 
 
 @pytest.fixture(scope="session")
@@ -115,8 +116,7 @@ def flat_sd(shared: Path) -> Path:
 @pytest.fixture(scope="session")
 def flat_engine(flat_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same as an eager engine, for 16 to 32 pixels: copy it before changing it."""
-    recipe = Recipe.make(backend="eager", sizes={"min": "16x16", "max": "32x32"})
-    return export(flat_sd, tmp_path_factory.mktemp("flat") / "engine", recipe)
+    return export(flat_sd, tmp_path_factory.mktemp("flat") / "engine", EAGER_SMALL)
 
 
 @pytest.fixture(scope="session")

@@ -110,7 +110,7 @@ class Bench:
     def run(self, rounds: Mapping[str, int], openings: int) -> list[Comparison]:
         for name in self.opened:
             self._part(name, lambda name=name: self._prepare(name))
-        for _ in range(openings):
+        for _ in range(max(1, openings - 1)):  # and once more to be measured
             for name in self.taking:
                 self._part(name, lambda name=name: self._open(name).close())
         self.together = self._have_room()

@@ -18,13 +18,13 @@ import torch
 from benchmarks.peers.channel import answer_all, own_stdout
 from benchmarks.peers.sides import SIDES, Side
 from benchmarks.peers.task import ASKED, Task
+from benchmarks.proc import bytes_of
 
 SETTLE = 0.1  # seconds that threads of this process, and of the one measured before, have to go to sleep
 MODULES = ("text", "unet", "vae")
-SHORT = (
-    0.2  # seconds: below, a call after a pause measures how processor and caches wake up, and is not counted
-)
-CALLS = 5  # of a short module after that, of which the median counts: as it runs from step to step
+# Of a module that takes less, in seconds, a call after a pause measures how processor and caches wake up. It
+# is not counted, but the median of so many calls after it: as the module runs from step to step.
+SHORT, CALLS = 0.2, 5
 
 
 class Serving:
@@ -89,11 +89,7 @@ def peak_bytes() -> int | None:
 
     Of this process alone: `getrusage` tells that of the parent where it was more when this one began.
     """
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
+    return bytes_of("/proc/self/status", "VmHWM")
 
 
 def main(work: str, name: str, path: str) -> None:
