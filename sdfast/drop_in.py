@@ -18,9 +18,11 @@ _OUTPUT = ("output_type", "return_dict", "cross_attention_kwargs")
 _CONTROL = ("controlnet_conditioning_scale", "guess_mode", "control_guidance_start", "control_guidance_end")
 _SCORES = ("aesthetic_score", "negative_aesthetic_score")
 _EMBEDS = ("prompt_embeds", "negative_prompt_embeds")
-_EMBEDS_XL = (*_EMBEDS, "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+_POOLED = ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+_EMBEDS_XL = (*_EMBEDS, *_POOLED)
 _DRAWN = ("num_images_per_prompt", "eta", "generator")
 _MASKED = ("image", "mask_image", "masked_image_latents", "height", "width", "padding_mask_crop", "strength")
+_MASKED_CONTROL = ("image", "mask_image", "control_image")
 _GUIDED = ("guidance_scale", "negative_prompt")
 _ENDS = ("denoising_start", "denoising_end")
 _REST = (*_ADAPTER, *_OUTPUT, *_CALLBACK)
@@ -126,7 +128,7 @@ class StableDiffusionControlNetPipeline(_Controlled):
         *("prompt", "image", "height", "width", *_STEPS, *_GUIDED, *_DRAWN, "latents", *_EMBEDS),
         *(*_ADAPTER, *_OUTPUT, *_CONTROL, *_CALLBACK),
     )
-    defaults: ClassVar[Mapping[str, Any]] = {"guidance_scale": 7.5}
+    defaults: ClassVar[Mapping[str, Any]] = {"guidance_scale": 7.5, "controlnet_conditioning_scale": 1.0}
 
 
 class StableDiffusionXLControlNetPipeline(_Controlled):
@@ -137,7 +139,75 @@ class StableDiffusionXLControlNetPipeline(_Controlled):
         *("negative_prompt_2", *_DRAWN, "latents", *_EMBEDS_XL, *_ADAPTER, *_OUTPUT, *_CONTROL),
         *(*TOLD_SIZES, *_CALLBACK),
     )
-    defaults: ClassVar[Mapping[str, Any]] = {"guidance_scale": 5.0}
+    defaults: ClassVar[Mapping[str, Any]] = {"guidance_scale": 5.0, "controlnet_conditioning_scale": 1.0}
+
+
+class _ControlledOver(_InOrder):
+    needed_for = "draws over an image under the guidance of a control image"
+
+
+class StableDiffusionControlNetImg2ImgPipeline(_ControlledOver):
+    """The drop-in for diffusers' class of this name."""
+
+    needs = ("image", "control_image")
+    order = (
+        *("prompt", "image", "control_image", "height", "width", "strength", "num_inference_steps", *_GUIDED),
+        *(*_DRAWN, "latents", *_EMBEDS, *_ADAPTER, *_OUTPUT, *_CONTROL, *_CALLBACK),
+    )
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "strength": 0.8,
+        "guidance_scale": 7.5,
+        "controlnet_conditioning_scale": 0.8,
+    }
+
+
+class StableDiffusionControlNetInpaintPipeline(_ControlledOver):
+    """The drop-in for diffusers' class of this name."""
+
+    needs = _MASKED_CONTROL
+    order = (
+        *("prompt", *_MASKED_CONTROL, "height", "width", "padding_mask_crop", "strength"),
+        *("num_inference_steps", *_GUIDED, *_DRAWN, "latents", *_EMBEDS),
+        *(*_ADAPTER, *_OUTPUT, *_CONTROL, *_CALLBACK),
+    )
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "strength": 1.0,
+        "guidance_scale": 7.5,
+        "controlnet_conditioning_scale": 0.5,
+    }
+
+
+class StableDiffusionXLControlNetImg2ImgPipeline(_ControlledOver):
+    """The drop-in for diffusers' class of this name."""
+
+    needs = ("image", "control_image")
+    order = (
+        *("prompt", "prompt_2", "image", "control_image", "height", "width", "strength"),
+        *("num_inference_steps", *_GUIDED, "negative_prompt_2", *_DRAWN, "latents", *_EMBEDS_XL),
+        *(*_ADAPTER, *_OUTPUT, *_CONTROL, *TOLD_SIZES, *_SCORES, *_CALLBACK),
+    )
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "strength": 0.8,
+        "guidance_scale": 5.0,
+        "controlnet_conditioning_scale": 0.8,
+    }
+
+
+class StableDiffusionXLControlNetInpaintPipeline(_ControlledOver):
+    """The drop-in for diffusers' class of this name. The negative prompt's sizes go by their names alone."""
+
+    needs = _MASKED_CONTROL
+    order = (
+        *("prompt", "prompt_2", *_MASKED_CONTROL, "height", "width", "padding_mask_crop", "strength"),
+        *("num_inference_steps", *_ENDS, *_GUIDED, "negative_prompt_2", *_DRAWN, "latents", *_EMBEDS),
+        *(*_ADAPTER, *_POOLED, *_OUTPUT, *_CONTROL, "guidance_rescale", *TOLD_SIZES[:3]),
+        *(*_SCORES, *_CALLBACK),
+    )
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "strength": 0.9999,
+        "guidance_scale": 5.0,
+        "controlnet_conditioning_scale": 1.0,
+    }
 
 
 class StableDiffusionXLImg2ImgPipeline(_InOrder):

@@ -251,6 +251,26 @@ def test_a_drop_in_draws_what_diffusers_class_draws(request: pytest.FixtureReque
         own(PROMPT)
 
 
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+@pytest.mark.parametrize("task", ["Img2Img", "Inpaint"])
+def test_a_drop_in_over_an_image_draws_what_diffusers_class_draws(
+    request: pytest.FixtureRequest, family: str, task: str
+) -> None:
+    """By places alone, the strength and the scale at the defaults of diffusers' class."""
+    pair = request.getfixturevalue(family)
+    reference = over(pair[0], task)
+    kind = type(reference).__name__
+    own = getattr(drop_in, kind)(pair[1].engine)
+    own.set_progress_bar_config(disable=True)
+    reference.scheduler = own.scheduler = diffusers.DDIMScheduler.from_config(own.engine.scheduler_config)
+    images = (image(1), *[mask()] * (task == "Inpaint"), image(2))
+    args = (PROMPT, *[None] * (family == "sdxl"), *images)
+    call = {"num_inference_steps": 3, "output_type": "latent"}
+    assert_same(*[drawn(*args, **call, generator=seeded(1)).images for drawn in (reference, own)])
+    with pytest.raises(RequestError, match=f"control_image: is missing; {kind} draws over an image under"):
+        own(*args[:-1])
+
+
 def test_from_pretrained_takes_the_source_of_a_controlnet(
     tiny_sd: Path, tiny_controlnet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sd: Pair
 ) -> None:

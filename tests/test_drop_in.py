@@ -31,7 +31,7 @@ def unsupported() -> list[tuple[str, str]]:
 
 def test_there_is_one_for_each_class() -> None:
     xl = ("", "XL")
-    tasks = ("", "ControlNet", "Img2Img", "Inpaint")
+    tasks = [f"{control}{over}" for control in ("", "ControlNet") for over in ("", "Img2Img", "Inpaint")]
     assert sorted(f"StableDiffusion{size}{task}Pipeline" for size in xl for task in tasks) == KINDS
 
 
@@ -40,7 +40,8 @@ def test_the_arguments_are_diffusers_in_diffusers_order(kind: str) -> None:
     own, named = getattr(drop_in, kind), defaults_of(kind)
     assert getattr(sdfast, kind) is own
     assert own.order == tuple(named)
-    assert own.defaults == {name: named[name] for name in ("strength", "guidance_scale") if name in named}
+    told = ("strength", "guidance_scale", "controlnet_conditioning_scale")
+    assert own.defaults == {name: named[name] for name in told if name in named}
 
 
 @pytest.mark.parametrize("kind", ["StableDiffusionPipeline", "StableDiffusionXLPipeline"])
