@@ -113,7 +113,7 @@ def main(debug: bool) -> None:
 @click.option(
     "--controlnet",
     metavar="SOURCE",
-    help="Put a ControlNet beside the U-Net: a diffusers folder, or a Hub id.",
+    help="Put a ControlNet beside the U-Net: a folder, a .safetensors file, or a Hub id.",
 )
 @click.option(
     "--embedding",

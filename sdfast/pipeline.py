@@ -76,9 +76,9 @@ class Pipeline(Preparation, DiffusersCall):
         else "cpu". `loras`: what is merged into the weights, each a file, a folder or a Hub id, or a mapping
         of `source`, `weight_name`, `revision` and `scale`. `embeddings`: what tokens in prompts stand for
         (textual inversion), likewise, with `token` in place of `scale`. `controlnet`: what is put beside the
-        U-Net, a folder or a Hub id, or a mapping of `source`, `revision` and `variant`. `cache_branch`: for
-        calls with a `cache_interval`, see `sdfast.models.step_cache`. `compile`, for `backend="eager"`: see
-        `Engine.open`.
+        U-Net, a folder, a file or a Hub id, or a mapping of `source`, `revision` and `variant`.
+        `cache_branch`: for calls with a `cache_interval`, see `sdfast.models.step_cache`. `compile`, for
+        `backend="eager"`: see `Engine.open`.
         """
         from sdfast.export.first_use import cached_engine
 

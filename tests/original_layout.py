@@ -68,6 +68,22 @@ def to_original(states: dict[str, Tensors], *, layers_per_block: int, sd2: bool 
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
+def controlnet_to_original(state: Tensors, *, layers_per_block: int) -> Tensors:
+    """The tensors of a ControlNet likewise."""
+    return {_controlnet_name(name, layers_per_block): tensor for name, tensor in state.items()}
+
+
+def _controlnet_name(name: str, layers: int) -> str:
+    if match := re.fullmatch(r"controlnet_cond_embedding\.(conv_in|blocks\.(\d)|conv_out)\.(\w+)", name):
+        layer, block, leaf = match.groups()
+        number = 2 * int(block) + 2 if block else {"conv_in": 0, "conv_out": 14}[layer]
+        return f"input_hint_block.{number}.{leaf}"
+    name = name.replace("controlnet_mid_block.", "middle_block_out.0.")
+    if match := re.fullmatch(r"controlnet_down_blocks\.(\d+)\.(\w+)", name):
+        return f"zero_convs.{match[1]}.0.{match[2]}"
+    return name if name.startswith("middle_block_out.") else _unet_name(name, layers)
+
+
 def _bare(name: str) -> str:
     return name.removeprefix("text_model.")
 

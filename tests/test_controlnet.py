@@ -277,7 +277,9 @@ def test_from_pretrained_takes_the_source_of_a_controlnet(
     monkeypatch.setenv("SDFAST_CACHE", str(tmp_path))
     pipe = Pipeline.from_pretrained(tiny_sd, backend="eager", controlnet={"source": tiny_controlnet})
     assert pipe.engine.manifest.checkpoint.controlnet == sd[1].engine.manifest.checkpoint.controlnet
-    with pytest.raises(ExportError, match="controlnet: must be a folder or a Hub id, or a table of source"):
+    with pytest.raises(
+        ExportError, match="controlnet: must be a folder, a file or a Hub id, or a table of source"
+    ):
         Pipeline.from_pretrained(tiny_sd, backend="eager", controlnet=sd[0].controlnet)
 
 

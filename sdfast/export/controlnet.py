@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from sdfast.errors import CheckpointError
-from sdfast.export import layout
+from sdfast.export import controlnet_file, layout
 from sdfast.export.checkpoint import Checkpoint, Component, Progress, component_of, silent
 from sdfast.export.files import Files, load_tensors, sha256
 from sdfast.export.recipe import ControlNetSetting
@@ -15,7 +15,7 @@ from sdfast.export.sources import kind_of
 from sdfast.manifest import AddedControlNet, Manifest
 from sdfast.models.controlnet import CLASS
 
-_WANTED = "a ControlNet is a diffusers folder or a Hub id"
+_WANTED = "a ControlNet is a diffusers folder, a .safetensors file or a Hub id"
 
 
 @dataclass(frozen=True)
@@ -23,24 +23,27 @@ class ControlNetSource:
     """A ControlNet on this disk, verified as far as its headers go.
 
     source: what the user gave. revision: the commit on the Hub. digests: the SHA-256 of each of its weights
-    files, by name.
+    files, by name. names: of a single file: diffusers' names of its tensors, by its own.
     """
 
     source: str
     revision: str | None
     component: Component
     digests: Mapping[str, str]
+    names: Mapping[str, str] | None = None
 
     @property
     def folder(self) -> Path:
         return self.component.weights[0].parent
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Its tensors, as `Checkpoint.state_dict` has those of a component."""
+        """Its tensors by diffusers' names, as `Checkpoint.state_dict` has those of a component."""
         tensors: dict[str, Tensor] = {}
         for path in self.component.weights:
             tensors.update(load_tensors(path, self.source))
-        return tensors
+        if self.names is None:
+            return tensors
+        return {theirs: tensors[name] for name, theirs in self.names.items()}
 
     def record(self) -> AddedControlNet:
         """What an engine's manifest tells of it."""
@@ -57,7 +60,7 @@ def with_controlnet(
     """
     if setting is None:
         return checkpoint
-    return replace(checkpoint, controlnet=_resolve(setting, progress or silent))
+    return replace(checkpoint, controlnet=_resolve(setting, checkpoint, progress or silent))
 
 
 def setting_of(manifest: Manifest) -> ControlNetSetting | None:
@@ -69,19 +72,18 @@ def setting_of(manifest: Manifest) -> ControlNetSetting | None:
     return ControlNetSetting(source=made_with.source, revision=made_with.revision, variant=variant)
 
 
-def _resolve(setting: ControlNetSetting, progress: Progress) -> ControlNetSource:
+def _resolve(setting: ControlNetSetting, checkpoint: Checkpoint, progress: Progress) -> ControlNetSource:
     source, revision = setting.source, setting.revision
     kind = kind_of(source, _WANTED)
-    if kind == "file":
-        raise CheckpointError(
-            f"{source}: a ControlNet in a single file, which does not say what network it is of; load it "
-            "by diffusers' ControlNetModel.from_single_file, and give the folder that save_pretrained writes"
-        )
-    if kind == "folder":
-        if revision is not None:
+    unused = {"folder": ("revision",), "file": ("revision", "variant")}.get(kind, ())
+    for name in unused:
+        if getattr(setting, name) is not None:
             raise CheckpointError(
-                f"{source}: is a ControlNet's folder, for which revision has no meaning; leave it out"
+                f"{source}: is a ControlNet's {kind}, for which {name} has no meaning; leave it out"
             )
+    if kind == "file":
+        return _of_file(source, checkpoint)
+    if kind == "folder":
         folder = Path(source).expanduser().resolve()
     else:
         from sdfast.export import hub
@@ -92,6 +94,13 @@ def _resolve(setting: ControlNetSetting, progress: Progress) -> ControlNetSource
     component = _read(Files(folder, source), setting.variant)
     digests = {path.name: sha256(path, source) for path in component.weights}
     return ControlNetSource(source, revision, component, digests)
+
+
+def _of_file(source: str, checkpoint: Checkpoint) -> ControlNetSource:
+    path = Path(source).expanduser().resolve()
+    config, names = controlnet_file.read(path, source, checkpoint.component("unet").config)
+    component = Component(layout.CONTROLNET, CLASS, config, (path,))
+    return ControlNetSource(source, None, component, {path.name: sha256(path, source)}, names)
 
 
 def _read(files: Files, variant: str | None) -> Component:

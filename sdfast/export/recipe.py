@@ -114,7 +114,7 @@ class EmbeddingSetting(FileSetting):
 class ControlNetSetting(_Part):
     """A ControlNet to be put beside the U-Net. A text in its place is its source.
 
-    source: a diffusers folder of a ControlNet, or a Hub id.
+    source: a diffusers folder of a ControlNet, a .safetensors file, or a Hub id.
     revision, variant: as those of the checkpoint.
     """
 
@@ -128,7 +128,9 @@ class ControlNetSetting(_Part):
         if isinstance(given, str | os.PathLike):
             return {"source": given}
         if not isinstance(given, Mapping | cls):  # such as a network that was loaded already
-            raise ValueError("must be a folder or a Hub id, or a table of source, revision and variant")
+            raise ValueError(
+                "must be a folder, a file or a Hub id, or a table of source, revision and variant"
+            )
         return given
 
 

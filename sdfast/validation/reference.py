@@ -4,11 +4,14 @@ Nothing of sdfast's networks, schedulers or loop takes part in it, nor in what d
 is what makes it a reference.
 """
 
+import json
 import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ContextDecorator, contextmanager
 from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +26,7 @@ from sdfast.validation.reading import in_small_letters
 
 if TYPE_CHECKING:
     from sdfast.backends.attention import Attention
+    from sdfast.export.controlnet import ControlNetSource
     from sdfast.export.embedding import Embedding
     from sdfast.export.lora import Lora
 
@@ -80,12 +84,7 @@ def reference_pipeline(
     kind = pipeline_class(checkpoint.family, controlnet=checkpoint.controlnet is not None)
     with quiet():
         if checkpoint.controlnet is not None:
-            options["controlnet"] = diffusers.ControlNetModel.from_pretrained(
-                checkpoint.controlnet.folder,
-                use_safetensors=True,
-                local_files_only=True,
-                variant=_variant(checkpoint.controlnet.component),
-            )
+            options["controlnet"] = _controlnet(checkpoint.controlnet)
         pipe = getattr(diffusers, kind).from_pretrained(
             checkpoint.folder,
             use_safetensors=True,
@@ -105,6 +104,27 @@ def reference_pipeline(
             network.set_attn_processor({name: _Attending(stock, attention) for name, stock in processors})
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _controlnet(added: "ControlNetSource") -> Any:
+    """diffusers' own network of a ControlNet; of a single file by diffusers' own conversion of its names.
+
+    That leaves out SDXL's added embedding, so that such a file is renamed by sdfast.
+    """
+    network = stock().ControlNetModel
+    if added.names is None:
+        return network.from_pretrained(
+            added.folder,
+            use_safetensors=True,
+            local_files_only=True,
+            variant=_variant(added.component),
+        )
+    with TemporaryDirectory() as folder:
+        config = {"_class_name": added.component.class_name, **added.component.config}
+        (Path(folder) / "config.json").write_text(json.dumps(config), "utf-8")
+        sdxl = any("label_emb." in name for name in added.names)
+        given = added.state_dict() if sdxl else str(added.component.weights[0])
+        return network.from_single_file(given, config=folder, local_files_only=True)
 
 
 def step_networks(pipe: Any) -> list[Any]:

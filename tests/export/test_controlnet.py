@@ -4,8 +4,12 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from diffusers import ControlNetModel
+from safetensors.torch import load_file, save_file
 
 from sdfast.errors import CheckpointError, EngineError, ExportError
 from sdfast.export.build import export
@@ -15,7 +19,9 @@ from sdfast.export.files import sha256
 from sdfast.export.networks import Networks
 from sdfast.export.recipe import ControlNetSetting, Recipe
 from sdfast.manifest import read_manifest
+from sdfast.validation.reference import reference_pipeline
 from tests import checkpoints
+from tests.original_layout import controlnet_to_original
 from tests.sealing import reseal
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -68,16 +74,117 @@ def test_what_does_not_fit_is_refused_by_name(tiny_sd: Path, controlnet: Path, c
 
 
 def test_what_is_no_folder_or_has_other_settings_is_refused(tiny_sd: Path, controlnet: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"a ControlNet in a single file.*from_single_file"):
-        beside(tiny_sd, controlnet / WEIGHTS)
+    with pytest.raises(CheckpointError, match="file, for which variant has no meaning; leave it out"):
+        beside(tiny_sd, controlnet / WEIGHTS, variant="fp16")
     with pytest.raises(CheckpointError, match="revision has no meaning; leave it out"):
         beside(tiny_sd, controlnet, revision="main")
     with pytest.raises(CheckpointError, match=r"no weights of the variant 'fp16'; .* ask for no variant"):
         beside(tiny_sd, controlnet, variant="fp16")
-    with pytest.raises(CheckpointError, match="a ControlNet is a diffusers folder or a Hub id"):
+    with pytest.raises(
+        CheckpointError, match=r"a ControlNet is a diffusers folder, a \.safetensors file or a"
+    ):
         beside(tiny_sd, "nowhere")
     with pytest.raises(ExportError, match="controlnet: unknown field 'scale'; there are: source, revision"):
         Recipe.make(controlnet={"source": "org/canny", "scale": 1})
+
+
+LAYOUTS = ("diffusers", "original", "prefixed")
+
+
+def as_file(folder: Path, file: Path, layout: str) -> Path:
+    """A ControlNet's folder as a single file."""
+    state = load_file(folder / WEIGHTS)
+    if layout != "diffusers":
+        state = controlnet_to_original(state, layers_per_block=1)
+    if layout == "prefixed":
+        state = {f"control_model.{name}": tensor for name, tensor in state.items()}
+    save_file(state, file)
+    return file
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("linear", [False, True], ids=["SD 1", "SD 2"])
+def test_a_single_file_is_read_as_diffusers_reads_it(
+    tiny_sd: Path, tmp_path: Path, layout: str, linear: bool
+) -> None:
+    """And gets the config of the folder it was made of."""
+    folder = checkpoints.build_controlnet(tmp_path / "folder", tiny_sd, use_linear_projection=linear)
+    file = as_file(folder, tmp_path / "canny.safetensors", layout)
+    theirs = ControlNetModel.from_single_file(str(file), config=str(folder)).state_dict()
+    networks = beside(tiny_sd, file)
+    added = networks.checkpoint.controlnet
+    assert added is not None
+    read = added.state_dict()
+    assert read.keys() == theirs.keys()
+    assert all(torch.equal(read[name], theirs[name]) for name in theirs)
+    assert networks.controlnet == beside(tiny_sd, folder).controlnet
+    reference = reference_pipeline(networks.checkpoint).controlnet.state_dict()
+    assert all(torch.equal(reference[name], theirs[name]) for name in theirs)
+    assert added.record().weights == {"canny.safetensors": sha256(file, "")}
+
+
+WITHOUT_ATTENTION = {"down_block_types": ("DownBlock2D",) * 2, "mid_block_type": "UNetMidBlock2D"}
+
+
+@pytest.mark.parametrize(
+    ("layout", "changes"),
+    [
+        ("diffusers", {}),
+        ("original", {}),
+        ("original", {"transformer_layers_per_block": [1, 1]}),
+        ("diffusers", WITHOUT_ATTENTION),
+    ],
+)
+def test_a_single_file_for_sdxl(
+    tiny_sdxl: Path, tmp_path: Path, layout: str, changes: dict[str, Any]
+) -> None:
+    folder = checkpoints.build_controlnet(tmp_path / "folder", tiny_sdxl, **changes)
+    networks = beside(tiny_sdxl, as_file(folder, tmp_path / "canny.safetensors", layout))
+    added, read = networks.checkpoint.controlnet, load_file(folder / WEIGHTS)
+    assert added is not None
+    state, reference = added.state_dict(), reference_pipeline(networks.checkpoint).controlnet.state_dict()
+    assert state.keys() == reference.keys() == read.keys()
+    assert all(torch.equal(state[n], read[n]) and torch.equal(reference[n], read[n]) for n in read)
+    assert networks.controlnet == beside(tiny_sdxl, folder).controlnet
+
+
+NO_CONTROLNETS = {
+    "lllite_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.down.0.weight": "a ControlLLLite",
+    "lora_controlnet": "a Control-LoRA",
+    "task_embedding": "a ControlNet union",
+    "adapter.body.0.resnets.0.block1.weight": "a T2I-Adapter",
+    "ip_adapter.1.to_k_ip.weight": "an IP-Adapter",
+    "difference": "a difference from a U-Net",
+    "double_blocks.0.img_attn.qkv.weight": "what is for a model with a transformer",
+    "up_blocks.0.resnets.0.conv1.weight": "a U-Net",
+    "decoder.conv_in.weight": "neither controlnet_cond_embedding nor input_hint_block",
+}
+
+
+@pytest.mark.parametrize("name", NO_CONTROLNETS)
+def test_a_file_that_is_no_controlnet_is_refused_by_name(tiny_sd: Path, tmp_path: Path, name: str) -> None:
+    file = tmp_path / "some.safetensors"
+    union = {"controlnet_cond_embedding.conv_in.weight": torch.ones(1)} if name == "task_embedding" else {}
+    save_file({name: torch.ones(1), **union}, file)
+    with pytest.raises(CheckpointError, match=f"holds {NO_CONTROLNETS[name]}.*; supported: ControlNets for"):
+        beside(tiny_sd, file)
+
+
+def test_a_controlnet_file_that_does_not_fit_is_refused(
+    tiny_sd: Path, tiny_sdxl: Path, controlnet: Path, tmp_path: Path
+) -> None:
+    file = as_file(controlnet, tmp_path / "canny.safetensors", "original")
+    with pytest.raises(CheckpointError, match=r"does not fit the U-Net: .* another kind of Stable Diffusion"):
+        beside(tiny_sdxl, file)
+    with pytest.raises(CheckpointError, match=r"shuffle\.safetensors: a ControlNet of this name pools"):
+        beside(tiny_sd, file.rename(tmp_path / "control_v11e_sd15_shuffle.safetensors"))
+    (tmp_path / "canny.pth").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"canny\.pth is a pickle"):
+        beside(tiny_sd, tmp_path / "canny.pth")
+    state = {name: t for name, t in load_file(controlnet / WEIGHTS).items() if "resnets.0.conv1" not in name}
+    save_file(state, file)
+    with pytest.raises(CheckpointError, match=r"conv1\.weight' is missing"):
+        beside(tiny_sd, file)
 
 
 def test_an_engine_records_it_and_is_made_again_when_it_changes(
