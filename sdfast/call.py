@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sdfast.control import DEFAULT_SCALE
+from sdfast.control import asked_scale, controlnets_of
 from sdfast.engine import Engine
 from sdfast.errors import RequestError
 from sdfast.first_latents import Over
@@ -51,7 +51,7 @@ class PipelineOutput:
 @dataclass(frozen=True)
 class Given:
     """Tensors that a caller may give in place of what the pipeline would make; what is drawn over; and the
-    control images of a ControlNet, [m, 3, H, W] float32, which the pictures take in turn."""
+    control images of N ControlNets, [m, N 3, H, W] float32, which the pictures take in turn."""
 
     generators: torch.Generator | Sequence[torch.Generator] | None = None
     latents: torch.Tensor | None = None
@@ -115,9 +115,9 @@ class DiffusersCall(ABC):
         mask_image: Any = None,
         strength: float | None = None,
         control_image: Any = None,
-        controlnet_conditioning_scale: float | None = None,
-        control_guidance_start: float = 0.0,
-        control_guidance_end: float = 1.0,
+        controlnet_conditioning_scale: float | Sequence[float] | None = None,
+        control_guidance_start: float | Sequence[float] = 0.0,
+        control_guidance_end: float | Sequence[float] = 1.0,
         seed: int | None = None,
         scheduler: str | None = None,
         guidance_start: float = 0.0,
@@ -151,7 +151,9 @@ class DiffusersCall(ABC):
             what it is there: 0.8, or 1 with a mask; for SDXL 0.3 and 0.9999.
         control_image: what guides an engine with a ControlNet, of the picture's size; see `sdfast.images`.
             controlnet_conditioning_scale: how much of the ControlNet is added, by default 1;
-            control_guidance_start, control_guidance_end: between which shares of the steps.
+            control_guidance_start, control_guidance_end: between which shares of the steps. With several
+            ControlNets a list of an image for each, None for one that is to add nothing; and for the rest a
+            list of a number for each, or one for all.
 
         Sizes are in pixels; by default the image's, or the control image's, or else the engine's own. Returns
         a `PipelineOutput`, or (images, None) with `return_dict=False`.
@@ -168,6 +170,10 @@ class DiffusersCall(ABC):
             raise RequestError("give seed or generator, not both")
         if negative_prompt is not None and negative_prompt_embeds is not None:
             raise RequestError("give negative_prompt or negative_prompt_embeds, not both")
+        model, control, scale = self.engine.manifest.model, None, controlnet_conditioning_scale
+        if control_image is not None:
+            control = read_controls(control_image, controlnets_of(model))
+            scale = asked_scale(model, control_image, scale)
         given = Given(
             generator,
             latents,
@@ -176,18 +182,15 @@ class DiffusersCall(ABC):
             pooled_prompt_embeds,
             negative_pooled_prompt_embeds,
             self._over(image, mask_image, strength, latents),
-            None if control_image is None else read_controls(control_image),
+            control,
         )
         if timesteps is not None or sigmas is not None:
             num_inference_steps = None  # their length is the number of steps, as in diffusers
         elif num_inference_steps is None:
             num_inference_steps = DEFAULT_STEPS
-        model = self.engine.manifest.model
         own_height, own_width = self._size_of(given)
         if given.over is not None and strength is None:
             strength = DEFAULT_STRENGTH[model.family][given.over.mask is not None]
-        if given.control is not None and controlnet_conditioning_scale is None:
-            controlnet_conditioning_scale = DEFAULT_SCALE
         fields = {
             **_texts(prompt, negative_prompt, prompt_embeds, prompt_2, negative_prompt_2),
             "original_size": original_size,
@@ -209,7 +212,7 @@ class DiffusersCall(ABC):
             "cache_interval": cache_interval,
             "eta": eta,
             "strength": strength,
-            "controlnet_conditioning_scale": controlnet_conditioning_scale,
+            "controlnet_conditioning_scale": scale,
             "control_guidance_start": control_guidance_start,
             "control_guidance_end": control_guidance_end,
             "num_images_per_prompt": num_images_per_prompt,

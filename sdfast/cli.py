@@ -112,8 +112,10 @@ def main(debug: bool) -> None:
 )
 @click.option(
     "--controlnet",
+    multiple=True,
     metavar="SOURCE",
-    help="Put a ControlNet beside the U-Net: a folder, a .safetensors file, or a Hub id.",
+    help="Put a ControlNet beside the U-Net: a folder, a .safetensors file, or a Hub id. Repeatable, in "
+    "place of the recipe's: several add up.",
 )
 @click.option(
     "--embedding",
@@ -135,6 +137,7 @@ def export(
     height: int | None,
     width: int | None,
     loras: tuple[str, ...],
+    controlnet: tuple[str, ...],
     embeddings: tuple[str, ...],
     **fields: Any,
 ) -> None:
@@ -148,6 +151,8 @@ def export(
     from sdfast.export.recipe import Recipe
 
     given = {name: value for name, value in fields.items() if value is not None}
+    if controlnet:
+        given["controlnet"] = controlnet
     if loras:
         given["loras"] = [_lora(text) for text in loras]
     if embeddings:
@@ -221,10 +226,23 @@ def rebuild(engine: Path, checkpoint: str | None) -> None:
 @click.option("--image", type=click.Path(path_type=Path), help="Draw over this PNG, JPEG or WebP.")
 @click.option("--mask", type=click.Path(path_type=Path), help="Of it, draw anew only what is white here.")
 @click.option("--strength", type=float, help="The share of the steps that is done. [default: diffusers']")
-@click.option("--control", type=click.Path(path_type=Path), help="For a ControlNet: the control image.")
-@click.option("--control-scale", type=float, help="How much of the ControlNet is added. [default: 1]")
-@click.option("--control-start", type=float, help="From this share of the steps on. [default: 0]")
-@click.option("--control-end", type=float, help="To this share of the steps. [default: 1]")
+@click.option(
+    "--control",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="For a ControlNet: the control image. Repeatable, in the order of the engine's ControlNets; "
+    '"none" for one that is to add nothing.',
+)
+@click.option(
+    "--control-scale",
+    type=float,
+    multiple=True,
+    help="How much of the ControlNet is added; once for all, or for each. [default: 1]",
+)
+@click.option(
+    "--control-start", type=float, multiple=True, help="From this share of the steps on. [default: 0]"
+)
+@click.option("--control-end", type=float, multiple=True, help="To this share of the steps. [default: 1]")
 @click.option("--hires", metavar="SIZE", help="Draw over the picture once more at this WIDTHxHEIGHT.")
 @click.option(
     "--hires-upscaler",

@@ -1,29 +1,58 @@
-"""A control image on its way to the loop: checked, embedded, and how much it weighs at each step."""
+"""Control images on their way to the loop: checked, embedded, and how much they weigh at each step.
+
+Those of several ControlNets lie one after the other in the channels, in the order of the ControlNets.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sdfast.engine import Engine
 from sdfast.errors import NumericalError, RequestError
+from sdfast.images import controls_of_each
 from sdfast.manifest import CONTROL, Model
-from sdfast.request import Request
+from sdfast.request import Request, each
 from sdfast.row import Conditioning
 
 DEFAULT_SCALE = 1.0  # as in diffusers
 
 
+def asked_scale(model: Model, images: Any, scale: Any) -> Any:
+    """What a request's scale is to be, with control images as `read_controls` takes them.
+
+    By default 1, and 0 for a ControlNet without an image.
+    """
+    count = controlnets_of(model)
+    given = controls_of_each(images, count)
+    scale = DEFAULT_SCALE if scale is None else scale
+    scale = tuple(scale) if isinstance(scale, list) else scale
+    if all(one is not None for one in given) or len(each(scale, count)) != count:  # which is refused later
+        return scale
+    return tuple(0.0 if one is None else s for one, s in zip(given, each(scale, count), strict=True))
+
+
+def controlnets_of(model: Model) -> int:
+    """For how many ControlNets images are read: where there are none, as for one, which is refused later."""
+    return max(1, model.controlnets)
+
+
 def check_control(model: Model, request: Request, control: Tensor | None) -> None:
     """Raises `RequestError` for a control image that is missing, of no use here, or does not fit the request.
 
-    control: [m, 3, H, W]; m divides the number of pictures, which take them in turn.
+    control: [m, N 3, H, W] with N ControlNets; m divides the number of pictures, which take them in turn.
     """
     check_controlled(model, request, controlled=control is not None)
     if control is None:
         return
-    count, _, height, width = control.shape
+    count, channels, height, width = control.shape
+    if channels != 3 * model.controlnets:
+        raise RequestError(
+            f"control_image: {channels // 3}, but this engine has {model.controlnets} ControlNets; give one "
+            "for each, in their order"
+        )
     if (height, width) != (request.height, request.width):
         raise RequestError(
             f"control_image: {width}x{height}, but the picture is {request.width}x{request.height} "
@@ -36,7 +65,7 @@ def check_control(model: Model, request: Request, control: Tensor | None) -> Non
 
 
 def check_controlled(model: Model, request: Request, *, controlled: bool) -> None:
-    """Raises `RequestError` for a control image, or none, where the engine or the request asks otherwise."""
+    """Raises `RequestError` for control images, or none, where the engine or the request asks otherwise."""
     if model.controlled and not controlled:
         raise RequestError(
             "control_image: is missing; this engine has a ControlNet, which draws every picture under the "
@@ -51,10 +80,21 @@ def check_controlled(model: Model, request: Request, *, controlled: bool) -> Non
         raise RequestError(
             "controlnet_conditioning_scale and a control image go together; give both, or neither"
         )
+    for name in ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end"):
+        given = getattr(request, name)
+        if controlled and isinstance(given, tuple) and len(given) != model.controlnets:
+            raise RequestError(
+                f"{name}: {len(given)} numbers, but this engine has "
+                f"{_of_controlnets(model.controlnets)}; give one for each, in their order, or one for all"
+            )
+
+
+def _of_controlnets(count: int) -> str:
+    return "one ControlNet" if count == 1 else f"{count} ControlNets"
 
 
 def embedded(engine: Engine, control: Tensor) -> Tensor:
-    """control [m, 3, H, W] -> [m, C_0, h, w] in the engine's dtype, on its device.
+    """control [m, N 3, H, W] -> [m, N C_0, h, w] in the engine's dtype, on its device.
 
     Raises `NumericalError` for what is not finite.
     """
@@ -65,22 +105,31 @@ def embedded(engine: Engine, control: Tensor) -> Tensor:
     return found
 
 
-def scales(request: Request, steps: int) -> list[float]:
-    """How much of the ControlNet is added at each of so many evaluations of the network."""
-    scale = request.controlnet_conditioning_scale
-    if scale is None:
+def scales(request: Request, steps: int, count: int = 1) -> list[tuple[float, ...]]:
+    """How much of each of `count` ControlNets is added at each of so many evaluations of the network."""
+    if request.controlnet_conditioning_scale is None:
         raise ValueError("a request without a control image has no scales")
-    start, end = request.control_guidance_start, request.control_guidance_end
-    return [scale if k / steps >= start and (k + 1) / steps <= end else 0.0 for k in range(steps)]
+    every = list(
+        zip(
+            each(request.controlnet_conditioning_scale, count),
+            each(request.control_guidance_start, count),
+            each(request.control_guidance_end, count),
+            strict=True,
+        )
+    )
+    return [
+        tuple(scale if k / steps >= start and (k + 1) / steps <= end else 0.0 for scale, start, end in every)
+        for k in range(steps)
+    ]
 
 
-def with_scales(told: Sequence[Conditioning], by_step: Sequence[float]) -> list[Conditioning]:
-    """What a U-Net with a ControlNet is told: the scale of each step is a last column of the time shifts.
+def with_scales(told: Sequence[Conditioning], by_step: Sequence[Sequence[float]]) -> list[Conditioning]:
+    """What a U-Net with ControlNets is told: the scales of each step are the last columns of the time shifts.
 
-    In half precision it is rounded as they are, by 0.05 % at most.
+    In half precision they are rounded as these are, by 0.05 % at most.
     """
     return [replace(one, time_shift=_beside(one.time_shift, by_step)) for one in told]
 
 
-def _beside(time_shift: Tensor, by_step: Sequence[float]) -> Tensor:
-    return torch.cat([time_shift, time_shift.new_tensor(by_step)[:, None]], dim=1)
+def _beside(time_shift: Tensor, by_step: Sequence[Sequence[float]]) -> Tensor:
+    return torch.cat([time_shift, time_shift.new_tensor(by_step)], dim=1)

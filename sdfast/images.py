@@ -33,17 +33,62 @@ def read_images(given: Any, latent_channels: int) -> Tensor:
     return read
 
 
-def read_controls(given: Any) -> Tensor:
-    """[n, 3, H, W] float32: control images.
+def read_controls(given: Any, controlnets: int = 1) -> Tensor:
+    """[n, N 3, H, W] float32: control images of N ControlNets, one after the other in the channels.
 
     In [0, 1]; of arrays and tensors also negative numbers as low as -1, by which ControlNets for inpainting
-    are told what is drawn anew. Raises `RequestError` for what is no image.
+    are told what is drawn anew. With several ControlNets: what `controls_of_each` takes; None is black.
+    Raises `RequestError` for what is no image.
     """
-    read = _joined(
-        "control_image", [_image(one, 3, "control_image") for one in _several("control_image", given)]
-    )
+    each = controls_of_each(given, controlnets)
+    read = {i: _controls(images) for i, images in enumerate(each) if images is not None}
+    count, shape = max(map(len, read.values())), next(iter(read.values())).shape[1:]
+    for images in read.values():
+        if images.shape[1:] != shape or count % len(images):
+            raise RequestError(
+                f"control_image: {', '.join(_told(images) for images in read.values())}; those of one call "
+                "have one size, and are as many for each ControlNet, or one for all pictures"
+            )
+    black = torch.zeros(1, *shape)
+    spread = [read.get(i, black) for i in range(len(each))]
+    return torch.cat([images.repeat(count // len(images), 1, 1, 1) for images in spread], dim=1)
+
+
+def controls_of_each(given: Any, controlnets: int) -> list[Any]:
+    """What is given for each of several ControlNets: of a list with an image for each, or a batch, or None;
+    or of a list of such lists, one for each picture, as diffusers takes them. Raises `RequestError`."""
+    if controlnets == 1:
+        return [given]
+    several = list(given) if isinstance(given, (list, tuple)) else [given]
+    by_picture = [one for one in several if isinstance(one, (list, tuple))]
+    if by_picture and len(by_picture) == len(several):
+        if any(len(images) != controlnets or any(one is None for one in images) for images in by_picture):
+            raise RequestError(
+                f"control_image: of a list for each picture each has {controlnets} images, one for each "
+                "ControlNet"
+            )
+        return [list(images) for images in zip(*by_picture, strict=True)]
+    if len(several) != controlnets:
+        raise RequestError(
+            f"control_image: {len(several)}, but this engine has {controlnets} ControlNets; give a list with "
+            "one for each, in their order, and None for one that is to add nothing"
+        )
+    if all(one is None for one in several):
+        raise RequestError("control_image: None for every ControlNet; give one at least")
+    return several
+
+
+def _controls(given: Any) -> Tensor:
+    """Of one ControlNet: [n, 3, H, W]."""
+    images = [_image(one, 3, "control_image") for one in _several("control_image", given)]
+    read = _joined("control_image", images)
     _check_range("control_image", read, lowest=-1)
     return read
+
+
+def _told(images: Tensor) -> str:
+    count, _, height, width = images.shape
+    return f"{count} of {width}x{height}"
 
 
 def read_masks(given: Any) -> Tensor:
@@ -66,6 +111,13 @@ def check_bytes(name: str, given: bytes, shape: tuple[int, ...]) -> None:
 def from_bytes(image: bytes, height: int, width: int) -> Tensor:
     """[1, 3, H, W] float32 in [0, 1] of the bytes of RGB pixels [H, W, 3] uint8."""
     return _of_uint8(_pixels("image", image, (height, width, 3)))
+
+
+def controls_from_bytes(controls: bytes, height: int, width: int) -> Tensor:
+    """[1, N 3, H, W], as `read_controls`, of the bytes of RGB pixels [N, H, W, 3] uint8."""
+    count = len(controls) // (height * width * 3)
+    images = _of_uint8(_pixels("control_image", controls, (count, height, width, 3)))
+    return images.reshape(1, 3 * count, height, width)
 
 
 def mask_from_bytes(mask: bytes, height: int, width: int) -> Tensor:

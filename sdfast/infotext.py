@@ -21,7 +21,7 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from sdfast import __version__
 from sdfast.editing import changes
 from sdfast.errors import RequestError
-from sdfast.request import TOLD_SIZES, UPSCALERS, Hires, Request
+from sdfast.request import TOLD_SIZES, UPSCALERS, Hires, Request, each
 from sdfast.schedulers import Schedule, resolve
 
 PNG_KEY = "parameters"
@@ -136,8 +136,7 @@ def _extra(request: Request, prompt: int) -> dict[str, str]:
     """What is told only of requests that ask for it, of the picture of prompt `prompt`."""
     texts = (request.prompts[prompt], request.negative_prompts[prompt] or "")
     strength, clip_skip, emphasis = request.strength, request.clip_skip, request.emphasis
-    control, start = request.controlnet_conditioning_scale, request.control_guidance_start
-    end, second = request.control_guidance_end, (request.pairs[prompt][1], request.negative_pairs[prompt][1])
+    second = (request.pairs[prompt][1], request.negative_pairs[prompt][1])
     return {
         **({} if strength is None else {"Denoising strength": _number(strength)}),
         **({} if request.hires is None else of_hires(request, request.hires, prompt)),
@@ -147,8 +146,7 @@ def _extra(request: Request, prompt: int) -> dict[str, str]:
             if (share := getattr(request, name)) != usual
         },
         **({} if request.cache_interval == 1 else {"Cache interval": str(request.cache_interval)}),
-        **({} if control is None else {"ControlNet scale": _number(control)}),
-        **({} if (start, end) == (0.0, 1.0) else {"ControlNet steps": f"{_number(start)}-{_number(end)}"}),
+        **_of_controlnets(request),
         **({} if clip_skip is None else {"Clip skip": str(clip_skip + 1)}),
         **({} if emphasis is None else {"Emphasis": _label(emphasis)}),
         **({"Prompt editing": "True"} if request.prompt_editing and any(map(changes, texts)) else {}),
@@ -164,6 +162,15 @@ def _extra(request: Request, prompt: int) -> dict[str, str]:
             if (size := getattr(request, name)) not in (None, (0, 0))
         },
     }
+
+
+def _of_controlnets(request: Request) -> dict[str, str]:
+    """How much ControlNets add, and in which steps; of several in their order, with slashes between."""
+    if request.controlnet_conditioning_scale is None:
+        return {}
+    told = {"ControlNet scale": "/".join(map(_number, each(request.controlnet_conditioning_scale)))}
+    spans = [f"{_number(start)}-{_number(end)}" for start, end in request.control_spans]
+    return told if set(spans) == {"0-1"} else {**told, "ControlNet steps": "/".join(spans)}
 
 
 def of_hires(request: Request, hires: Hires, prompt: int) -> dict[str, str]:

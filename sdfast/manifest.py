@@ -166,7 +166,8 @@ class Model(_Part):
     text_width: int = Field(ge=1)  # D of the text encoders' joined hidden states [B, L, D]
     context_width: int = Field(ge=1)  # KV of the packed context [B, L, KV]
     time_shift_width: int = Field(ge=1)  # T of the packed time projections [B, T]
-    control_channels: int | None = None  # C_0 of the embedded control image, of engines with a ControlNet
+    control_channels: int | None = None  # of the embedded control images, all together, with ControlNets
+    controlnets: int = Field(default=0, ge=0)
     pooled_width: int | None = None  # P of the pooled text embedding that SDXL adds to the time embedding
     guidance_embedding: int | None = None  # W of an LCM's guidance embedding
     zero_empty_negative: bool = False  # SDXL: a missing negative prompt is a context of zeros, not of ""
@@ -179,8 +180,8 @@ class Model(_Part):
 
     @property
     def controlled(self) -> bool:
-        """Whether pictures are drawn under the guidance of a control image."""
-        return self.control_channels is not None
+        """Whether pictures are drawn under the guidance of control images."""
+        return self.controlnets > 0
 
 
 class FromFile(_Part):
@@ -224,7 +225,7 @@ class AddedEmbedding(FromFile):
 
 
 class AddedControlNet(_Part):
-    """The ControlNet beside the checkpoint's U-Net. weights: as those of a checkpoint."""
+    """A ControlNet beside the checkpoint's U-Net. weights: as those of a checkpoint."""
 
     source: str
     revision: str | None = None
@@ -246,7 +247,7 @@ class Source(_Part):
     weights: dict[str, Digest]  # file name in the checkpoint → sha256
     settings: Digest | None = None  # of its tokenizers and its scheduler config
     loras: tuple[MergedLora, ...] = ()
-    controlnet: AddedControlNet | None = None
+    controlnets: tuple[AddedControlNet, ...] = ()
     embeddings: tuple[AddedEmbedding, ...] = ()
     graphs: Literal["optimum"] | None = None
 
@@ -402,12 +403,27 @@ def read_manifest(folder: Path) -> Manifest:
     if document.get("seal") != _seal(document):
         raise EngineError(f"{path}: does not match its seal: it was changed after the export; export again")
     try:
-        return Manifest.model_validate_json(json.dumps(document))
+        return Manifest.model_validate_json(json.dumps(_counted(document)))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "manifest"
         message = first["msg"].removeprefix("Value error, ")
         raise EngineError(f"{path}: {where}: {message}; export the engine again") from error
+
+
+def _counted(document: dict[str, Any]) -> dict[str, Any]:
+    """The document of an older engine, which has one ControlNet at most, as newer ones tell of several."""
+    made_of, model = document.get("checkpoint"), document.get("model")
+    if not isinstance(made_of, dict) or not isinstance(model, dict) or "controlnet" not in made_of:
+        return document
+    one = made_of["controlnet"]
+    rest = {name: value for name, value in made_of.items() if name != "controlnet"}
+    added = [] if one is None else [one]
+    return {
+        **document,
+        "checkpoint": {**rest, "controlnets": added},
+        "model": {**model, "controlnets": len(added)},
+    }
 
 
 def _document(folder: Path, path: Path) -> dict[str, Any]:

@@ -3,17 +3,17 @@
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from PIL import Image
 
 from sdfast.backends import check_device, parse_device
 from sdfast.call import DEFAULT_STRENGTH, Given
-from sdfast.control import DEFAULT_SCALE, check_control
+from sdfast.control import asked_scale, check_control, controlnets_of
 from sdfast.engine import DTYPES, Engine
 from sdfast.errors import BackendError, RequestError
 from sdfast.first_latents import Over, check_fit
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from sdfast.backends.attention import Attention
     from sdfast.export.checkpoint import Checkpoint
 
+T = TypeVar("T")
+
+_OFF = "none"  # in place of a control image
 _SIZE = re.compile(r"(\d{1,9})x(\d{1,9})")
 _OTHER_PICTURES = {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
 _NUMBERED = re.compile(r"(\d{5})-\d+\.png")
@@ -43,7 +46,8 @@ class Job:
     backend: "engine" for whatever the engine is, "onnx", "inductor" or "eager" for one that must be that, or
         "diffusers" for the stock pipeline of its checkpoint.
     image, mask: files of what is drawn over, and of what of it is drawn anew (white).
-    control: file of a ControlNet's control image; the other controls are the request's.
+    control: files of the ControlNets' control images, in their order, "none" for one that is to add nothing;
+        the other controls are the request's: one number, or one for each.
     hires: the size of a second pass, "WIDTHxHEIGHT"; what it is told besides is `sdfast.request.Hires`'s.
     """
 
@@ -72,10 +76,10 @@ class Job:
     image: Path | None = None
     mask: Path | None = None
     strength: float | None = None
-    control: Path | None = None
-    control_scale: float | None = None
-    control_start: float | None = None
-    control_end: float | None = None
+    control: tuple[Path, ...] = ()
+    control_scale: tuple[float, ...] = ()
+    control_start: tuple[float, ...] = ()
+    control_end: tuple[float, ...] = ()
     hires: str | None = None
     hires_upscaler: str = "latent"
     hires_strength: float = 0.75
@@ -83,13 +87,18 @@ class Job:
 
     def given(self, model: Model) -> Given:
         """What it is drawn over, and the control image. Raises `RequestError` for what is no image."""
-        settings = (self.control_scale, self.control_start, self.control_end)
-        if self.control is None and any(value is not None for value in settings):
+        if not self.control and (self.control_scale or self.control_start or self.control_end):
             raise RequestError(
                 "control-scale, control-start and control-end are for a control image; give --control too"
             )
-        control = None if self.control is None else read_controls(open_image(self.control))
+        images = [path and open_image(path) for path in self._controls]
+        control = read_controls(_one_or_each(images), controlnets_of(model)) if images else None
         return Given(over=self._over(model), control=control)
+
+    @property
+    def _controls(self) -> list[Path | None]:
+        """Of each ControlNet the file of its control image."""
+        return [None if str(path) == _OFF else path for path in self.control]
 
     def _over(self, model: Model) -> Over | None:
         """What is drawn over. Raises `RequestError` for files that are no images."""
@@ -104,10 +113,10 @@ class Job:
         """The checked request, of the size of what it is drawn over or under. Raises `RequestError`."""
         size = _size("size", self.size)
         width, height = model.default_width, model.default_height
-        strength, scale, over = self.strength, self.control_scale, given.over
+        strength, over, scale = self.strength, given.over, _one_or_each(self.control_scale)
         if given.control is not None:
             height, width = given.control.shape[2:]
-            scale = DEFAULT_SCALE if scale is None else scale
+            scale = asked_scale(model, _one_or_each(self._controls), scale)
         if over is not None:
             height, width = over.image.shape[2:]
             strength = DEFAULT_STRENGTH[model.family][over.mask is not None] if strength is None else strength
@@ -131,8 +140,8 @@ class Job:
             prompt_editing=self.prompt_editing,
             strength=strength,
             controlnet_conditioning_scale=scale,
-            control_guidance_start=0.0 if self.control_start is None else self.control_start,
-            control_guidance_end=1.0 if self.control_end is None else self.control_end,
+            control_guidance_start=_one_or_each(self.control_start) or 0.0,
+            control_guidance_end=1.0 if not self.control_end else _one_or_each(self.control_end),
             hires=self._second_pass(),
             **seed,
         )
@@ -152,6 +161,11 @@ class Job:
             strength=self.hires_strength,
             num_inference_steps=self.hires_steps,
         )
+
+
+def _one_or_each(said: Sequence[T]) -> T | tuple[T, ...] | None:
+    """What was said of ControlNets: once, or for each."""
+    return tuple(said) if len(said) > 1 else next(iter(said), None)
 
 
 def _size(name: str, text: str | None) -> tuple[int, int] | None:

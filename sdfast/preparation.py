@@ -217,7 +217,7 @@ class Preparation:
         told_negative = self._told(negative, plan, request, away) if negative else None
         control = None if given.control is None else embedded(self.engine, given.control)
         if control is not None:
-            by_step = scales(request, len(plan))
+            by_step = scales(request, len(plan), self.engine.manifest.model.controlnets)
             told = with_scales(told, by_step)
             told_negative = with_scales(told_negative, by_step) if told_negative else None
         return [

@@ -33,6 +33,13 @@ TOLD_SIZES = (
 """Fields of what SDXL is told of a picture's size."""
 ToldSize = tuple[Annotated[int, Field(ge=0, le=MAX_TOLD)], Annotated[int, Field(ge=0, le=MAX_TOLD)]]
 
+ControlScale = Annotated[float, Field(ge=0.0, le=MAX_CONTROL)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+ControlScales = ControlScale | Annotated[tuple[ControlScale, ...], Field(min_length=1)]
+"""Of all ControlNets, or of each."""
+Shares = Share | Annotated[tuple[Share, ...], Field(min_length=1)]
+"""The same of the steps."""
+
 Upscaler = Literal[
     "latent",
     "latent_antialiased",
@@ -124,7 +131,8 @@ class Request(_Checked):
     is made, so that it can always be told. `num_inference_steps`, `timesteps` and `sigmas` are alternatives.
     `strength`, with an image to draw over: the share of the steps that is done, as in diffusers.
     `controlnet_conditioning_scale`, with a control image: how much the ControlNet adds, in the steps between
-    `control_guidance_start` and `control_guidance_end`, which are shares of all steps, as in diffusers.
+    `control_guidance_start` and `control_guidance_end`, which are shares of all steps, as in diffusers. With
+    several ControlNets each of these is a list of a number for each, or one for all.
 
     `guidance_start` and `guidance_end`: the shares of the steps between which there is guidance (Kynkäänniemi
     et al. 2024). The others cost half as much; the picture is another one than with guidance in all.
@@ -161,9 +169,9 @@ class Request(_Checked):
     cache_interval: int = Field(default=1, ge=1, le=MAX_STEPS)
     eta: float = Field(default=0.0, ge=0.0, le=1.0)
     strength: float | None = Field(default=None, gt=0.0, le=1.0)
-    controlnet_conditioning_scale: float | None = Field(default=None, ge=0.0, le=MAX_CONTROL)
-    control_guidance_start: float = Field(default=0.0, ge=0.0, le=1.0)
-    control_guidance_end: float = Field(default=1.0, ge=0.0, le=1.0)
+    controlnet_conditioning_scale: ControlScales | None = None
+    control_guidance_start: Shares = 0.0
+    control_guidance_end: Shares = 1.0
     num_images_per_prompt: int = Field(default=1, ge=1, le=MAX_IMAGES)
     clip_skip: int | None = Field(default=None, ge=0, le=64)
     long_prompts: Literal["truncate", "chunk"] = "truncate"
@@ -287,21 +295,38 @@ class Request(_Checked):
                 f"num_images_per_prompt: {self.num_images_per_prompt} for {len(self.prompts)} prompts are "
                 f"{self.images} pictures; at most {MAX_IMAGES} in one request"
             )
-        span = (self.control_guidance_start, self.control_guidance_end)
-        if span[0] >= span[1]:
-            raise ValueError(
-                f"control_guidance_start: {span[0]:g} is not below control_guidance_end, {span[1]:g}"
-            )
-        if self.controlnet_conditioning_scale is None and span != (0.0, 1.0):
-            raise ValueError(
-                "control_guidance_start and control_guidance_end are for a control image; give one, or leave "
-                "them out"
-            )
+        self._check_control_spans()
         if self.seed + self.images > SEED_LIMIT:
             raise ValueError(f"seed: {self.seed} leaves no seeds below 2**64 for {self.images} pictures")
         if self.hires is not None:
             self._check_hires(self.hires)
         return self
+
+    @property
+    def control_spans(self) -> list[tuple[float, float]]:
+        """Between which shares of the steps ControlNets add something: of each, or of all."""
+        starts, ends = each(self.control_guidance_start), each(self.control_guidance_end)
+        if 1 < len(starts) != len(ends) > 1:
+            raise ValueError(
+                f"control_guidance_start: {len(starts)} numbers, but control_guidance_end has {len(ends)}; "
+                "give one for each ControlNet, or one for all"
+            )
+        count = max(len(starts), len(ends))
+        return list(zip(each(starts, count), each(ends, count), strict=True))
+
+    def _check_control_spans(self) -> None:
+        """Raises `ValueError` for those without a step, and without a control image."""
+        spans = self.control_spans
+        for start, end in spans:
+            if start >= end:
+                raise ValueError(
+                    f"control_guidance_start: {start:g} is not below control_guidance_end, {end:g}"
+                )
+        if self.controlnet_conditioning_scale is None and spans != [(0.0, 1.0)]:
+            raise ValueError(
+                "control_guidance_start and control_guidance_end are for a control image; give one, or leave "
+                "them out"
+            )
 
     def _check_hires(self, hires: Hires) -> None:
         """Raises `ValueError` for a second pass that does not go with the first."""
@@ -345,6 +370,12 @@ def check_text(text: str) -> None:
         raise ValueError("holds a lone surrogate, which is not text; remove it") from None
 
 
+def each(given: float | tuple[float, ...], count: int | None = None) -> tuple[float, ...]:
+    """What is given for several: one number stands for all of `count`."""
+    several = given if isinstance(given, tuple) else (given,)
+    return several * (count or 1) if len(several) == 1 else several
+
+
 def _plain(value: Any) -> Any:
     """Numpy scalars and lists as the strict schema wants them; everything else as it is."""
     if isinstance(value, np.generic):
@@ -356,11 +387,14 @@ def _plain(value: Any) -> Any:
 
 def _explain(error: ValidationError, fields: Collection[str]) -> str:
     """One line: the field, what is wrong with it, what was given. fields: those that there are."""
-    first: Mapping[str, Any] = error.errors()[0]
+    errors = error.errors()
+    own = [one for one in errors if one["loc"][:1] == errors[0]["loc"][:1]]
+    first: Mapping[str, Any] = max(own, key=lambda one: len(one["loc"]))  # of alternatives the one meant
     message = str(first["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
     if not first["loc"]:
         return message
-    field, given = ".".join(str(part) for part in first["loc"]), first["input"]
+    name, *rest = first["loc"]
+    field, given = ".".join(str(part) for part in (name, *filter(_is_place, rest))), first["input"]
     if first["type"] == "missing":
         return f"{field}: is missing"
     if first["type"] == "extra_forbidden":
@@ -368,6 +402,11 @@ def _explain(error: ValidationError, fields: Collection[str]) -> str:
     if isinstance(given, float) and not math.isfinite(given):
         message = "must be a finite number"
     return f"{field}: {message} (got {shown(given)})"
+
+
+def _is_place(part: object) -> bool:
+    """Whether a part of a field's name is a place in a list, or a field's: else it is one of its types'."""
+    return isinstance(part, int)
 
 
 def shown(value: Any) -> str:

@@ -18,7 +18,6 @@ def summary(manifest: Manifest) -> str:
         "checkpoint": " ".join(filter(None, [manifest.checkpoint.source, manifest.checkpoint.revision])),
         **_graphs(manifest),
         **_beside(manifest),
-        **({"ControlNet": str(manifest.checkpoint.controlnet)} if manifest.checkpoint.controlnet else {}),
         "family": manifest.model.family,
         "backend": " ".join(filter(None, [manifest.backend, manifest.dtype, manifest.provider])),
         **_measured(manifest),
@@ -42,8 +41,14 @@ def _graphs(manifest: Manifest) -> dict[str, str]:
 
 
 def _beside(manifest: Manifest) -> dict[str, str]:
-    """The LoRAs and the embeddings, where there are any."""
-    told = {"LoRAs": manifest.checkpoint.loras, "embeddings": manifest.checkpoint.embeddings}
+    """The LoRAs, the embeddings and the ControlNets, where there are any."""
+    made_of = manifest.checkpoint
+    several = "s" * (len(made_of.controlnets) > 1)
+    told = {
+        "LoRAs": made_of.loras,
+        "embeddings": made_of.embeddings,
+        f"ControlNet{several}": made_of.controlnets,
+    }
     return {name: "; ".join(map(str, found)) for name, found in told.items() if found}
 
 

@@ -160,7 +160,7 @@ class FakeEngine(Engine):
 
     batches: the batch forms of the U-Net. sizes: its (height, width) forms in pixels. failpoints: by module
     name; may be changed at any time. calls: the batch of every call, by module name. edits: whether it takes
-    images. controlled: whether it has a ControlNet. cached: whether it has shallow steps.
+    images. controlnets: how many it has. cached: whether it has shallow steps.
     """
 
     def __init__(
@@ -171,11 +171,11 @@ class FakeEngine(Engine):
         guidance_embedding: int | None = None,
         dtype: torch.dtype = torch.float32,
         edits: bool = True,
-        controlled: bool = False,
+        controlnets: int = 0,
         cached: bool = False,
     ) -> None:
         self.folder = Path("fake")
-        self.manifest = _manifest(batches, sizes, guidance_embedding, controlled, cached)
+        self.manifest = _manifest(batches, sizes, guidance_embedding, controlnets, cached)
         if not edits:
             del self.manifest.modules["vae_encoder"]
         self.device = torch.device("cpu")
@@ -192,7 +192,7 @@ def _manifest(
     batches: Sequence[Span],
     sizes: Sequence[tuple[Span, Span]],
     guidance_embedding: int | None,
-    controlled: bool,
+    controlnets: int,
     cached: bool,
 ) -> Manifest:
     forms: dict[str, list[Variant]] = {
@@ -227,7 +227,8 @@ def _manifest(
         context_width=CONTEXT_WIDTH,
         time_shift_width=SHIFT_WIDTH,
         guidance_embedding=guidance_embedding,
-        control_channels=CONTROL_CHANNELS if controlled else None,
+        control_channels=CONTROL_CHANNELS * controlnets or None,
+        controlnets=controlnets,
         step_cache=STEP_CACHE if cached else None,
     )
     return Manifest.model_construct(
@@ -274,7 +275,11 @@ def _unet(
 ) -> dict[str, torch.Tensor]:
     told = context[:, 0, 0] / 100 + time_shift[:, 0] + time_shift[:, 1]
     output = sample * 0.5 + told.view(-1, 1, 1, 1)
-    return {"output": output if control is None else output + time_shift[:, 2].view(-1, 1, 1, 1) * control}
+    if control is not None:
+        count = control.shape[1] // CONTROL_CHANNELS
+        for scale, one in zip(time_shift[:, 2:].T, control.chunk(count, dim=1), strict=True):
+            output = output + scale.view(-1, 1, 1, 1) * one
+    return {"output": output}
 
 
 def _unet_and_deep(
@@ -305,8 +310,9 @@ def _vae_encoder(image: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def _control_embedding(image: torch.Tensor) -> dict[str, torch.Tensor]:
-    small = torch.nn.functional.avg_pool2d(image, FACTOR)
-    return {"control": torch.cat([small, small.sum(1, keepdim=True)], dim=1)}
+    small = torch.nn.functional.avg_pool2d(image, FACTOR).split(3, dim=1)
+    each = [torch.cat([one, one.sum(1, keepdim=True)], dim=1) for one in small]
+    return {"control": torch.cat(each, dim=1)}
 
 
 _FUNCTIONS: dict[str, Callable[..., dict[str, torch.Tensor]]] = {

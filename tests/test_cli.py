@@ -17,6 +17,7 @@ from sdfast import infotext
 from sdfast.cli import _engine_name, _lora, main
 from sdfast.manifest import read_manifest
 from sdfast.schedulers import SAMPLERS, resolve
+from tests import checkpoints
 from tests.backends import xformers
 from tests.export.embeddings import automatic1111
 from tests.export.loras import kohya, random_changes, write
@@ -568,6 +569,31 @@ def test_a_controlnet_is_told_and_rebuilt_and_stock_draws_with_it(
     )
     assert "this engine has no ControlNet" in refused(*asked, sd_engine, "--control", "image.png")
     assert not (files / "a.png").exists()
+
+
+def test_several_controlnets_are_told_in_their_order(
+    tiny_sd: Path, tiny_controlnet: Path, files: Path
+) -> None:
+    second = checkpoints.build_controlnet(files / "pose", tiny_sd, seed=7)
+    nets = [argument for net in (tiny_controlnet, second) for argument in ("--controlnet", net)]
+    made = sdfast("export", tiny_sd, "-o", "engine", "--backend", "eager", *nets)
+    assert made.exit_code == 0, made.output
+    assert f"ControlNets  {tiny_controlnet}; {second}\n" in sdfast("info", "engine").output
+    same = sdfast("rebuild", "engine")
+    assert same.exit_code == 0 and "up to date" in same.output
+    for name, files_of_both, scales in (
+        ("both", ("image.png", "image.png"), (0.8, 0.0)),
+        ("first", ("image.png", "none"), (0.8,)),
+    ):
+        control = [argument for file in files_of_both for argument in ("--control", file)]
+        control += [argument for scale in scales for argument in ("--control-scale", scale)]
+        result = draw(files / "engine", "--seed", 3, *control, "-o", f"{name}.png")
+        assert result.exit_code == 0, result.output
+        assert infotext.read(files / f"{name}.png").extra == {"ControlNet scale": "0.8/0"}
+    pictures = [Image.open(files / f"{name}.png").tobytes() for name in ("both", "first")]
+    assert pictures[0] == pictures[1]
+    asked = ("generate", "a", "-o", "a.png", "--engine", "engine")
+    assert "control_image: 1, but this engine has 2" in refused(*asked, "--control", "image.png")
 
 
 def test_embeddings_are_added_told_and_rebuilt_and_stock_draws_with_them(tiny_sd: Path, here: Path) -> None:

@@ -38,12 +38,16 @@ STEPS = 4
 SIDE = 64
 
 
-def stock(checkpoint: Path, controlnet: Path, kind: str) -> Any:
+def stock(checkpoint: Path, controlnets: Path | list[Path], kind: str) -> Any:
     """diffusers' pipeline of that name."""
     without = {"add_watermarker": False} if "XL" in kind else {"safety_checker": None}
-    network = diffusers.ControlNetModel.from_pretrained(controlnet)
+    several = controlnets if isinstance(controlnets, list) else [controlnets]
+    networks = [diffusers.ControlNetModel.from_pretrained(one) for one in several]
     pipe = getattr(diffusers, kind).from_pretrained(
-        checkpoint, controlnet=network, local_files_only=True, **without
+        checkpoint,
+        controlnet=networks if len(networks) > 1 else networks[0],
+        local_files_only=True,
+        **without,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -180,12 +184,15 @@ def test_rows_of_different_scales_and_images_share_a_batch(sd: Pair, arithmetic:
 
 
 def test_nothing_is_added_outside_of_the_steps_asked_for() -> None:
-    assert scales(request_of(), 3) == [1.0, 1.0, 1.0]
+    assert scales(request_of(), 3) == [(1.0,), (1.0,), (1.0,)]
     asked = request_of(
         controlnet_conditioning_scale=0.5, control_guidance_start=0.25, control_guidance_end=0.75
     )
-    assert scales(asked, 4) == [0.0, 0.5, 0.5, 0.0]
-    assert scales(asked, 3) == [0.0, 0.5, 0.0]
+    assert scales(asked, 4) == [(0.0,), (0.5,), (0.5,), (0.0,)]
+    assert scales(asked, 3) == [(0.0,), (0.5,), (0.0,)]
+    each = request_of(controlnet_conditioning_scale=[0.5, 2.0], control_guidance_end=[1.0, 0.5])
+    assert scales(each, 2, 2) == [(0.5, 2.0), (0.5, 0.0)]
+    assert scales(asked, 4, 2)[1] == (0.5, 0.5)
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
@@ -276,7 +283,7 @@ def test_from_pretrained_takes_the_source_of_a_controlnet(
 ) -> None:
     monkeypatch.setenv("SDFAST_CACHE", str(tmp_path))
     pipe = Pipeline.from_pretrained(tiny_sd, backend="eager", controlnet={"source": tiny_controlnet})
-    assert pipe.engine.manifest.checkpoint.controlnet == sd[1].engine.manifest.checkpoint.controlnet
+    assert pipe.engine.manifest.checkpoint.controlnets == sd[1].engine.manifest.checkpoint.controlnets
     with pytest.raises(
         ExportError, match="controlnet: must be a folder, a file or a Hub id, or a table of source"
     ):
@@ -286,9 +293,9 @@ def test_from_pretrained_takes_the_source_of_a_controlnet(
 def test_a_server_knows_a_controlnet_by_name(sd: Pair, sd_engine: Path, tiny_controlnet: Path) -> None:
     weights = (tiny_controlnet / "diffusion_pytorch_model.safetensors").read_bytes()
     known = info_of(sd[1].engine.manifest)
-    assert known.controlnet == f"{tiny_controlnet.name} [{hashlib.sha256(weights).hexdigest()[:8]}]"
+    assert known.controlnets == (f"{tiny_controlnet.name} [{hashlib.sha256(weights).hexdigest()[:8]}]",)
     plain = info_of(read_manifest(sd_engine))
-    assert plain.controlnet is None
+    assert plain.controlnets == ()
     assert (known.controlled, plain.controlled) == (True, False)
 
 

@@ -16,7 +16,7 @@ from sdfast.backends.fp8 import scaled_mm
 from sdfast.errors import BackendError, DependencyError, EngineError, first_line
 from sdfast.manifest import SHALLOW
 from sdfast.models import ops
-from sdfast.models.controlnet import ControlEmbedding, Controlled, ControlNetConfig
+from sdfast.models.controlnet import Controlled, ControlNetConfig, control_embedding
 from sdfast.models.fp8 import convert, use_product
 from sdfast.models.half_range import set_eps
 from sdfast.models.step_cache import ShallowUNet
@@ -191,21 +191,27 @@ def _network(name: str, header: Mapping[str, Any]) -> nn.Module:
         if name == "vae_encoder":
             return VAEEncoder(VAEConfig.from_diffusers(config))
         if name == "control_embedding":
-            return ControlEmbedding(ControlNetConfig.from_diffusers(config))
+            return control_embedding(_controlnets(header) or [ControlNetConfig.from_diffusers(config)])
         return _unet_part(name, header)
 
 
 def _unet_part(name: str, header: Mapping[str, Any]) -> nn.Module:
-    """One of the modules that the weights of a U-Net, and of its ControlNet, are dealt out to."""
+    """One of the modules that the weights of a U-Net, and of its ControlNets, are dealt out to."""
     config = UNetConfig.from_diffusers(header["config"])
     if name == SHALLOW:
         return convert(ShallowUNet(config, header["cache_branch"]), header.get("fp8", ()))
     unet = UNet(config, header.get("cache_branch"))
     own = unet, TimeShift(config, shift_parts(unet)), Context(config, context_parts(unet))
     parts: Sequence[nn.Module] = own
-    if "controlnet" in header:
-        parts = Controlled.of(*own, ControlNetConfig.from_diffusers(header["controlnet"]))
+    if beside := _controlnets(header):
+        parts = Controlled.of(*own, beside)
     return convert(parts[("unet", "time_shift", "context").index(name)], header.get("fp8", ()))
+
+
+def _controlnets(header: Mapping[str, Any]) -> list[ControlNetConfig]:
+    """The ControlNets that a module has a part of; older engines name the only one there is otherwise."""
+    configs = header.get("controlnets") or [header[name] for name in ("controlnet",) if name in header]
+    return [ControlNetConfig.from_diffusers(config) for config in configs]
 
 
 def _text_encoder(config: dict[str, Any], header: Mapping[str, Any]) -> nn.Module:

@@ -1,7 +1,7 @@
-"""What an engine has beside its checkpoint: LoRAs, merged into its weights, embeddings, a ControlNet."""
+"""What an engine has beside its checkpoint: LoRAs, merged into its weights, embeddings, ControlNets."""
 
 from sdfast.export.checkpoint import Checkpoint, Progress
-from sdfast.export.controlnet import setting_of, with_controlnet
+from sdfast.export.controlnet import settings_of, with_controlnets
 from sdfast.export.embedding import with_embeddings
 from sdfast.export.lora import with_loras
 from sdfast.export.recipe import EmbeddingSetting, LoraSetting
@@ -9,7 +9,7 @@ from sdfast.manifest import Manifest
 
 
 def as_made(checkpoint: Checkpoint, engine: Manifest, progress: Progress | None = None) -> Checkpoint:
-    """The checkpoint with the LoRAs, embeddings and ControlNet that its engine was made with, found again.
+    """The checkpoint with the LoRAs, embeddings and ControlNets that its engine was made with, found again.
 
     Raises `CheckpointError` for one that is not there any more, or does not fit the checkpoint.
     """
@@ -23,4 +23,4 @@ def as_made(checkpoint: Checkpoint, engine: Manifest, progress: Progress | None 
         for one in made_from.embeddings
     ]
     checkpoint = with_embeddings(with_loras(checkpoint, loras, progress), embeddings, progress)
-    return with_controlnet(checkpoint, setting_of(engine), progress)
+    return with_controlnets(checkpoint, settings_of(engine), progress)

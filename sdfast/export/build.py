@@ -4,7 +4,7 @@ import errno
 import json
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from sdfast.backends.target import check_fp8, this_machine
 from sdfast.engine import sha256, verify
 from sdfast.errors import DependencyError, EngineError, ExportError
 from sdfast.export.checkpoint import Checkpoint, resolve
-from sdfast.export.controlnet import with_controlnet
+from sdfast.export.controlnet import with_controlnets
 from sdfast.export.embedding import with_embeddings
 from sdfast.export.lora import with_loras
 from sdfast.export.modules import Form, module_specs
@@ -140,7 +140,7 @@ def export(
         recipe = recipe_for_graphs(recipe, checkpoint.source)
     checkpoint = with_loras(checkpoint, recipe.loras, progress.say)
     checkpoint = with_embeddings(checkpoint, recipe.embeddings, progress.say)
-    checkpoint = with_controlnet(checkpoint, recipe.controlnet, progress.say)
+    checkpoint = with_controlnets(checkpoint, recipe.controlnet, progress.say)
     digests, size = checkpoint.digests(), checkpoint.nbytes
     progress.end(Stage("checkpoint", time.perf_counter() - start, 0, f"{size / 1e6:,.1f} MB of weights"))
     try:
@@ -196,9 +196,9 @@ class _Build:
     def _unchanged(self, old: Manifest) -> bool:
         """Whether a new engine would be the old one, and the old one is whole."""
         fingerprints = {name: module.fingerprint for name, module in old.modules.items()}
-        then = (fingerprints, old.model, old.recipe, old.checkpoint, old.builder.target)
-        now = (self.fingerprints, self.networks.model(), self._recipe(), self._source(), self.code_target)
-        if then != now:
+        then = (fingerprints, old.model, old.checkpoint, old.builder.target)
+        now = (self.fingerprints, self.networks.model(), self._source(), self.code_target)
+        if then != now or not _same_recipe(old.recipe, self._recipe()):
             return False
         try:
             verify(self.target, old.files)
@@ -322,7 +322,7 @@ class _Build:
             weights=self.digests,
             settings=json_digest(settings),
             loras=tuple(lora.record() for lora in made_of.loras),
-            controlnet=made_of.controlnet.record() if made_of.controlnet else None,
+            controlnets=tuple(controlnet.record() for controlnet in made_of.controlnets),
             embeddings=tuple(embedding.record() for embedding in made_of.embeddings),
             graphs="optimum" if made_of.graphs else None,
         )
@@ -368,6 +368,14 @@ class _Build:
         start, before = time.perf_counter(), _size(place)
         yield
         self.progress.end(Stage(name, time.perf_counter() - start, _size(place) - before))
+
+
+def _same_recipe(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether both ask for the same engine: older ones may say it otherwise."""
+    try:
+        return Recipe.recorded(old) == Recipe.recorded(new)
+    except ExportError:
+        return False
 
 
 def _modules(checkpoint: Checkpoint, recipe: Recipe) -> "tuple[Networks | Graphs, Sequence[Spec]]":

@@ -18,6 +18,7 @@ from sdfast.errors import CheckpointError
 from sdfast.export import layout
 from sdfast.export.files import Files, load_tensors, sha256, tensor_names
 from sdfast.export.sources import kind_of
+from sdfast.models.config import controlnet_names
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +63,7 @@ class Checkpoint:
     scheduler_config: Mapping[str, Any]
     tokenizers: Mapping[str, Path]
     loras: "tuple[Lora, ...]" = ()
-    controlnet: "ControlNetSource | None" = None
+    controlnets: "tuple[ControlNetSource, ...]" = ()
     embeddings: "tuple[Embedding, ...]" = ()
     graphs: bool = False
 
@@ -108,9 +109,10 @@ class Checkpoint:
         return bool(self.index.get("force_zeros_for_empty_prompt", sdxl))
 
     def component(self, name: str) -> Component:
-        """A network of it, or its ControlNet. Raises `CheckpointError` for one that is not there."""
-        if name == layout.CONTROLNET and self.controlnet is not None:
-            return self.controlnet.component
+        """A network of it, or a ControlNet. Raises `CheckpointError` for one that is not there."""
+        beside = dict(zip(controlnet_names(len(self.controlnets)), self.controlnets, strict=True))
+        if name in beside:
+            return beside[name].component
         if name not in self.components:
             raise CheckpointError(
                 f"{self.source}: no component {name!r}; there are: {', '.join(self.components)}"
@@ -122,16 +124,16 @@ class Checkpoint:
         return dict(self._digests)
 
     def digest_of(self, path: Path) -> str:
-        """The SHA-256 of one of its weights files, or of its ControlNet's."""
-        if self.controlnet is not None and path in self.controlnet.component.weights:
-            return self.controlnet.digests[path.name]
+        """The SHA-256 of one of its weights files, or of a ControlNet's."""
+        for controlnet in self.controlnets:
+            if path in controlnet.component.weights:
+                return controlnet.digests[path.name]
         return self._digests[path.relative_to(self.folder).as_posix()]
 
     @property
     def nbytes(self) -> int:
         """Of all weights files."""
-        added = [self.controlnet.component] if self.controlnet else []
-        parts = [*self.components.values(), *added]
+        parts = [*self.components.values(), *(added.component for added in self.controlnets)]
         return sum(path.stat().st_size for part in parts for path in part.weights)
 
     @cached_property

@@ -1,6 +1,6 @@
 """ControlNets that are put beside a checkpoint's U-Net when an engine is exported: where they lie."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from sdfast.errors import CheckpointError
 from sdfast.export import controlnet_file, layout
 from sdfast.export.checkpoint import Checkpoint, Component, Progress, component_of, silent
 from sdfast.export.files import Files, load_tensors, sha256
-from sdfast.export.recipe import ControlNetSetting
+from sdfast.export.recipe import ControlNetSetting, Recipe
 from sdfast.export.sources import kind_of
 from sdfast.manifest import AddedControlNet, Manifest
 from sdfast.models.controlnet import CLASS
@@ -50,26 +50,28 @@ class ControlNetSource:
         return AddedControlNet(source=self.source, revision=self.revision, weights=dict(self.digests))
 
 
-def with_controlnet(
-    checkpoint: Checkpoint, setting: ControlNetSetting | None, progress: Progress | None = None
+def with_controlnets(
+    checkpoint: Checkpoint, settings: Sequence[ControlNetSetting], progress: Progress | None = None
 ) -> Checkpoint:
-    """The checkpoint with a ControlNet beside its U-Net.
+    """The checkpoint with ControlNets beside its U-Net.
 
     Raises `CheckpointError` for one that cannot be found or read. Whether it fits is seen when the networks'
     configs are read.
     """
-    if setting is None:
-        return checkpoint
-    return replace(checkpoint, controlnet=_resolve(setting, checkpoint, progress or silent))
+    found = (_resolve(setting, checkpoint, progress or silent) for setting in settings)
+    return replace(checkpoint, controlnets=tuple(found))
 
 
-def setting_of(manifest: Manifest) -> ControlNetSetting | None:
-    """The ControlNet that an engine was made with, to be found again."""
-    made_with = manifest.checkpoint.controlnet
-    if made_with is None:
-        return None
-    variant = manifest.recipe.get("controlnet", {}).get("variant")
-    return ControlNetSetting(source=made_with.source, revision=made_with.revision, variant=variant)
+def settings_of(manifest: Manifest) -> list[ControlNetSetting]:
+    """The ControlNets that an engine was made with, to be found again."""
+    made_with = manifest.checkpoint.controlnets
+    if not made_with:
+        return []
+    asked = Recipe.recorded(manifest.recipe).controlnet
+    return [
+        ControlNetSetting(source=one.source, revision=one.revision, variant=setting.variant)
+        for one, setting in zip(made_with, asked, strict=True)
+    ]
 
 
 def _resolve(setting: ControlNetSetting, checkpoint: Checkpoint, progress: Progress) -> ControlNetSource:

@@ -6,10 +6,10 @@ from typing import Any
 
 from sdfast.backends.eager import HEADER
 from sdfast.export.checkpoint import Checkpoint
-from sdfast.export.layout import CONTROLNET
 from sdfast.export.modules import ModuleSpec
 from sdfast.export.weights import save_weights
 from sdfast.manifest import Span, Variant
+from sdfast.models.config import controlnet_names
 from sdfast.models.half_range import changed_eps
 from sdfast.models.step_cache import ShallowUNet
 from sdfast.models.unet import UNet
@@ -27,8 +27,9 @@ def compile_eager(spec: ModuleSpec, place: Path, checkpoint: Checkpoint) -> list
         "config": dict(component.config),
         "fp8": spec.fp8,
     }
-    if spec.components[1:] == (CONTROLNET,):
-        header[CONTROLNET] = dict(checkpoint.component(CONTROLNET).config)
+    beside = controlnet_names(len(checkpoint.controlnets))
+    if beside and set(beside) <= set(spec.components):
+        header["controlnets"] = [dict(checkpoint.component(name).config) for name in beside]
     if isinstance(network, UNet | ShallowUNet) and network.branch is not None:
         header["cache_branch"] = network.branch
     if isinstance(network, VAEDecoder | VAEEncoder) and (eps := changed_eps(network)):

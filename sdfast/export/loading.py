@@ -12,10 +12,10 @@ import torch
 
 from sdfast.errors import CheckpointError
 from sdfast.export.checkpoint import Checkpoint
-from sdfast.export.layout import CONTROLNET
 from sdfast.export.magnitudes import DoesNotFit, extents, scales_for
 from sdfast.export.networks import Networks
 from sdfast.manifest import HalfRange
+from sdfast.models.config import controlnet_names
 from sdfast.models.controlnet import (
     Controlled,
     ControlledContext,
@@ -33,24 +33,25 @@ V = TypeVar("V", VAEDecoder, VAEEncoder)
 
 
 class UNetParts:
-    """The modules that the weights of a U-Net, and of its ControlNet, are dealt out to, loaded one at a time.
+    """The modules that the weights of a U-Net and of its ControlNets are dealt out to, loaded one at a time.
 
-    components: which of the two there are.
+    components: which of these there are.
     """
 
     def __init__(self, networks: Networks, dtype: torch.dtype, fp8: tuple[str, ...]) -> None:
         self._networks = networks
         self._dtype = dtype
         self.fp8 = fp8
-        self.components = ("unet", CONTROLNET) if networks.controlnet else ("unet",)
+        self.components = ("unet", *controlnet_names(len(networks.controlnets)))
 
     def _load(self) -> tuple[UNet, TimeShift, Context] | Controlled:
-        unet, added = self._networks.unet, self._networks.checkpoint.controlnet
+        unet, added = self._networks.unet, self._networks.controlnets
         weights = self._networks.checkpoint.state_dict("unet")
-        if self._networks.controlnet is None or added is None:
+        if not added:
             cache = self._networks.step_cache
             return load_unet(unet, weights, self._dtype, cache.branch if cache else None)
-        return load_controlled(unet, weights, self._networks.controlnet, added.state_dict(), self._dtype)
+        theirs = [one.state_dict() for one in self._networks.checkpoint.controlnets]
+        return load_controlled(unet, weights, added, theirs, self._dtype)
 
     def unet(self) -> UNet | ControlledUNet:
         return convert(self._load()[0], self.fp8)

@@ -8,12 +8,16 @@ from torch import Tensor, nn
 
 from sdfast.engine import DTYPES
 from sdfast.errors import CheckpointError, ExportError
-from sdfast.export.layout import CONTROLNET
 from sdfast.export.loading import UNetParts, VAEHalves, load_text_model
 from sdfast.export.networks import Networks
 from sdfast.export.recipe import Recipe
 from sdfast.manifest import CHUNK, CONTROL, ONE_CHUNK, SHALLOW, HalfRange, Model, Span
-from sdfast.models.controlnet import ControlEmbedding, load_embedding
+from sdfast.models.config import controlnet_names
+from sdfast.models.controlnet import (
+    ControlEmbedding,
+    ControlEmbeddings,
+    load_embedding,
+)
 from sdfast.models.text import TextEncoder
 from sdfast.models.unet import UNetConfig
 from sdfast.models.vae import VAEDecoder, VAEEncoder, has_encoder
@@ -40,7 +44,7 @@ class ModuleSpec:
     load: builds the network on its weights; called when its turn comes, so that one is in memory at a time.
     inputs: example inputs for (batch, height, width in pixels, tokens).
     free: the axes of each input that follow the batch, height, width or tokens.
-    components: the checkpoint's components that it is made of; its ControlNet is named as one, too.
+    components: the checkpoint's components that it is made of; its ControlNets are named as some, too.
     fp8: names of its layers that are in FP8.
     half_range: how a half of the VAE fits float16; known once it was loaded, None of all else.
     """
@@ -177,20 +181,21 @@ def _time_shift(config: UNetConfig, model: Model, load: UNetParts, dtype: torch.
 def _control_embedding(
     networks: Networks, dtype: torch.dtype, sizes: list[tuple[Span, Span]]
 ) -> Iterator[ModuleSpec]:
-    """One, or none where there is no ControlNet."""
-    config, added = networks.controlnet, networks.checkpoint.controlnet
-    if config is None or added is None:
+    """One for all ControlNets, or none where there are none."""
+    configs, added = networks.controlnets, networks.checkpoint.controlnets
+    if not configs:
         return
 
-    def load() -> ControlEmbedding:
-        return load_embedding(config, added.state_dict(), dtype)
+    def load() -> ControlEmbedding | ControlEmbeddings:
+        return load_embedding(configs, [one.state_dict() for one in added], dtype)
 
     def inputs(batch: int, height: int, width: int, tokens: int) -> dict[str, Tensor]:
-        return {"image": torch.rand(batch, 3, height, width, dtype=dtype)}
+        return {"image": torch.rand(batch, 3 * len(configs), height, width, dtype=dtype)}
 
     free = {"image": {2: "height", 3: "width"}}
     forms = tuple(Form(ONE, height, width) for height, width in sizes)
-    yield ModuleSpec(CONTROL, load, inputs, free, ("control",), (CONTROLNET,), forms)
+    names = tuple(controlnet_names(len(configs)))
+    yield ModuleSpec(CONTROL, load, inputs, free, ("control",), names, forms)
 
 
 def _vae_decoder(vae: VAEHalves, model: Model, sizes: list[tuple[Span, Span]]) -> ModuleSpec:

@@ -41,6 +41,7 @@ class Configs:
         time_shift_width: int,
         side_multiple: int | None = None,
         control_channels: int | None = None,
+        controlnets: int = 0,
         step_cache: StepCache | None = None,
     ) -> Model:
         """What the manifest says of the networks."""
@@ -56,6 +57,7 @@ class Configs:
             context_width=context_width,
             time_shift_width=time_shift_width,
             control_channels=control_channels,
+            controlnets=controlnets,
             pooled_width=self.unet.pooled_dim,
             guidance_embedding=self.unet.time_cond_proj_dim,
             zero_empty_negative=self.checkpoint.zero_empty_negative,
@@ -67,7 +69,7 @@ class Configs:
 class Networks(Configs):
     """The configs of the networks that are built on a checkpoint's weights."""
 
-    controlnet: ControlNetConfig | None = None
+    controlnets: tuple[ControlNetConfig, ...] = ()
     step_cache: StepCache | None = None
 
     @classmethod
@@ -83,16 +85,16 @@ class Networks(Configs):
             checkpoint.text_encoders,
             step_cache=None if cache_branch is None else _step_cache(unet, cache_branch),
         )
-        return networks if checkpoint.controlnet is None else networks._with(checkpoint.controlnet)
+        return replace(networks, controlnets=tuple(map(networks._fitting, checkpoint.controlnets)))
 
-    def _with(self, added: ControlNetSource) -> "Networks":
-        """These and a ControlNet's. Raises `CheckpointError` for one that does not fit."""
+    def _fitting(self, added: ControlNetSource) -> ControlNetConfig:
+        """The config of a ControlNet. Raises `CheckpointError` for one that does not fit."""
         try:
             config = ControlNetConfig.from_diffusers(added.component.config)
             config.check_fits(self.unet, self.vae.latent_channels, self.factor)
         except CheckpointError as error:
             raise CheckpointError(f"{added.source}: {error}") from error
-        return replace(self, controlnet=config)
+        return config
 
     def fp8(self) -> tuple[str, ...]:
         """The layers of the U-Net that FP8 is for. Raises `ExportError` when there are none."""
@@ -108,11 +110,8 @@ class Networks(Configs):
         """The network of a step, without weights."""
         with torch.device("meta"):
             unet = UNet(self.unet, self.step_cache.branch if self.step_cache else None)
-            return (
-                unet
-                if self.controlnet is None
-                else ControlledUNet(unet, ControlNet(self.controlnet.way_down))
-            )
+            beside = [ControlNet(config.way_down) for config in self.controlnets]
+            return ControlledUNet(unet, beside) if beside else unet
 
     def model(self) -> Model:
         """What the manifest says of the networks."""
@@ -122,7 +121,8 @@ class Networks(Configs):
             text_width=sum(widths),
             context_width=sum(step.context_widths),
             time_shift_width=sum(step.shift_widths),
-            control_channels=self.controlnet.channels if self.controlnet else None,
+            control_channels=sum(config.channels for config in self.controlnets) or None,
+            controlnets=len(self.controlnets),
             step_cache=self.step_cache,
         )
 

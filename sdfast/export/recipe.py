@@ -134,6 +134,13 @@ class ControlNetSetting(_Part):
         return given
 
 
+def _one_or_several(given: Any) -> Any:
+    """A list of what may also be one of it, or none."""
+    if given is None:
+        return ()
+    return given if isinstance(given, (list, tuple)) else (given,)
+
+
 class Recipe(_Part):
     """How to build one engine.
 
@@ -158,7 +165,8 @@ class Recipe(_Part):
         shorter ones stays as it is. Default: false. Engines of other backends take long prompts anyway.
     vae: of fp16 engines: "auto" (default), float16 wherever its numbers can be made to fit, or "fp32".
     loras: what is merged into the weights; several add up.
-    controlnet: under whose guidance every picture is drawn, by a control image.
+    controlnet: under whose guidance every picture is drawn, by a control image; one, or a list of several, of
+        which each has a control image.
     embeddings: what tokens in prompts stand for.
     cache_branch: make shallow steps of the U-Net too, for requests with a `cache_interval`: an approximation,
         see `sdfast.models.step_cache`. The skip up to which they go: 0 is the usual one, the fastest; later
@@ -183,7 +191,7 @@ class Recipe(_Part):
     long_prompts: bool | None = None
     vae: Annotated[Literal["auto", "fp32"] | None, Field(validate_default=True)] = None
     loras: tuple[LoraSetting, ...] = ()
-    controlnet: ControlNetSetting | None = None
+    controlnet: Annotated[tuple[ControlNetSetting, ...], BeforeValidator(_one_or_several)] = ()
     embeddings: tuple[EmbeddingSetting, ...] = ()
     cache_branch: Annotated[int | None, Field(strict=True, ge=0)] = None
 
@@ -304,7 +312,7 @@ class Recipe(_Part):
     @field_validator("cache_branch")
     @classmethod
     def _without_controlnet(cls, branch: int | None, info: ValidationInfo) -> int | None:
-        if branch is not None and info.data.get("controlnet") is not None:
+        if branch is not None and info.data.get("controlnet"):
             raise ValueError(
                 "a ControlNet adds to what lies deep in the U-Net, and shallow steps would not run it; leave "
                 "one of the two out"

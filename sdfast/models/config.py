@@ -177,3 +177,8 @@ def _levels(fields: Fields) -> tuple[tuple[Level, ...], Level | None, tuple[Leve
         return downs, None, ups
     mid_depths = _depths("CrossAttn", depth[-1], 1, whose) if mid == "UNetMidBlock2DCrossAttn" else ()
     return downs, Level(channels[-1], 2 if mid_depths else 1, mid_depths, heads[-1]), ups
+
+
+def controlnet_names(count: int) -> list[str]:
+    """What the ControlNets beside a U-Net are called: "controlnet", "controlnet_2" and so on."""
+    return ["controlnet", *(f"controlnet_{number}" for number in range(2, count + 1))][:count]

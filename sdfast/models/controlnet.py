@@ -1,15 +1,15 @@
 """ControlNets: a second way down beside a U-Net's, which reads a control image and adds to the U-Net's skips.
 
-Zhang et al., "Adding Conditional Control to Text-to-Image Diffusion Models", 2023. A step runs both networks
+Zhang et al., "Adding Conditional Control to Text-to-Image Diffusion Models", 2023. A step runs all networks
 as one, `ControlledUNet`. As with the U-Net alone, what depends only on the prompt, the timestep or the
-control image is computed outside the loop: by `ControlledContext` and `ControlledTimeShift`, for both
-networks, and by `ControlEmbedding`.
+control images is computed outside the loop: by `ControlledContext` and `ControlledTimeShift`, for all
+networks, and by `ControlEmbedding`. What several ControlNets add is added up, each by its own scale.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sdfast.errors import CheckpointError
 from sdfast.models import ops
-from sdfast.models.config import UNetConfig
+from sdfast.models.config import UNetConfig, controlnet_names
 from sdfast.models.fields import Fields
 from sdfast.models.layers import Conv1x1, Conv3x3
 from sdfast.models.unet import (
@@ -32,6 +32,8 @@ from sdfast.models.unet import (
     skip_channels,
 )
 from sdfast.models.weights import load_weights
+
+Part = TypeVar("Part", bound=nn.Module)
 
 CLASS = "ControlNetModel"  # of diffusers'; its other ControlNets are other networks
 WIDTHS = (16, 32, 96, 256)  # of the embedding, by diffusers' default
@@ -137,41 +139,65 @@ class ControlNet(WayDown):
         return [conv(skip) for conv, skip in zip(self.controlnet_down_blocks, skips, strict=True)] + [last]
 
 
-class ControlledUNet(Attending):
-    """A U-Net and its ControlNet, as one network."""
+class _Beside(nn.Module, Generic[Part]):
+    """A module with one for each ControlNet, by their names."""
 
-    def __init__(self, unet: UNet, controlnet: ControlNet) -> None:
+    count: int
+
+    def _put(self, parts: Sequence[Part]) -> None:
+        self.count = len(parts)
+        for name, part in zip(controlnet_names(len(parts)), parts, strict=True):
+            self.add_module(name, part)
+
+    @property
+    def controlnets(self) -> list[Part]:
+        return [cast(Part, getattr(self, name)) for name in controlnet_names(self.count)]
+
+
+class ControlledUNet(Attending, _Beside[ControlNet]):
+    """A U-Net and its ControlNets, as one network."""
+
+    def __init__(self, unet: UNet, controlnets: Sequence[ControlNet]) -> None:
         super().__init__()
-        self.unet, self.controlnet = unet, controlnet
-        self.shift_widths = [sum(unet.shift_widths), sum(controlnet.shift_widths), 1]
-        self.context_widths = [sum(unet.context_widths), sum(controlnet.context_widths)]
+        self.unet = unet
+        self._put(controlnets)
+        self.shift_widths = [
+            sum(unet.shift_widths),
+            *(sum(one.shift_widths) for one in controlnets),
+            *(1 for _ in controlnets),
+        ]
+        self.context_widths = [sum(unet.context_widths), *(sum(one.context_widths) for one in controlnets)]
 
     def forward(self, sample: Tensor, time_shift: Tensor, context: Tensor, control: Tensor) -> Tensor:
-        """sample [B, C, h, w], time_shift [B, T + 1], context [B, L, KV], control [B, C_0, h, w]
-        -> [B, C_out, h, w], all of one dtype.
+        """sample [B, C, h, w], time_shift [B, T + N], context [B, L, KV], control [B, N C_0, h, w]
+        -> [B, C_out, h, w], all of one dtype, with N ControlNets.
 
-        time_shift is that of `ControlledTimeShift`, and after it a column with the scale of each row: how
-        much of the ControlNet is added. It goes with the rows and the steps, as the time shifts do.
+        time_shift is that of `ControlledTimeShift`, and after it a column for each ControlNet with the scale
+        of each row: how much of it is added. It goes with the rows and the steps, as the time shifts do.
         """
-        unet = self.unet
-        own_shift, added_shift, scale = time_shift.split_with_sizes(self.shift_widths, dim=-1)
-        own_context, added_context = context.split_with_sizes(self.context_widths, dim=-1)
+        unet, count = self.unet, self.count
+        own_shift, *told = time_shift.split_with_sizes(self.shift_widths, dim=-1)
+        own_context, *contexts = context.split_with_sizes(self.context_widths, dim=-1)
         shifts = iter(own_shift.split_with_sizes(unet.shift_widths, dim=-1))
         kv = iter(own_context.split_with_sizes(unet.context_widths, dim=-1))
         skips, x = unet.descend(unet.conv_in(sample), shifts, kv)
-        told = self.controlnet.config.in_channels  # the latents; a U-Net for inpainting has more beside them
-        latents = sample if told == unet.config.in_channels else sample[:, :told]
-        added = self.controlnet(latents, added_shift, added_context, control)
-        *skips, x = [ops.add_scaled(y, a, scale) for y, a in zip([*skips, x], added, strict=True)]
+        images = [control] if count == 1 else control.chunk(count, dim=1)
+        every = zip(self.controlnets, told[:count], told[count:], contexts, images, strict=True)
+        for controlnet, shift, scale, its_context, image in every:
+            seen = controlnet.config.in_channels  # the latents; a U-Net for inpainting has more beside them
+            latents = sample if seen == unet.config.in_channels else sample[:, :seen]
+            added = controlnet(latents, shift, its_context, image)
+            *skips, x = [ops.add_scaled(y, a, scale) for y, a in zip([*skips, x], added, strict=True)]
         return unet.finish(unet.climb(x, skips, shifts, kv))
 
 
-class ControlledTimeShift(nn.Module):
-    """The time shifts of a U-Net, then those of its ControlNet."""
+class ControlledTimeShift(_Beside[TimeShift]):
+    """The time shifts of a U-Net, then those of each of its ControlNets."""
 
-    def __init__(self, unet: TimeShift, controlnet: TimeShift) -> None:
+    def __init__(self, unet: TimeShift, controlnets: Sequence[TimeShift]) -> None:
         super().__init__()
-        self.unet, self.controlnet = unet, controlnet
+        self.unet = unet
+        self._put(controlnets)
 
     def forward(
         self,
@@ -182,18 +208,21 @@ class ControlledTimeShift(nn.Module):
     ) -> Tensor:
         """As `TimeShift`. A guidance embedding is the U-Net's alone. -> [N, T]."""
         own = self.unet(timesteps, text_embeds, time_ids, timestep_cond)
-        return torch.cat([own, self.controlnet(timesteps, text_embeds, time_ids)], dim=-1)
+        added = [controlnet(timesteps, text_embeds, time_ids) for controlnet in self.controlnets]
+        return torch.cat([own, *added], dim=-1)
 
 
-class ControlledContext(nn.Module):
-    """The keys and values of a U-Net for a prompt, then those of its ControlNet."""
+class ControlledContext(_Beside[Context]):
+    """The keys and values of a U-Net for a prompt, then those of each of its ControlNets."""
 
-    def __init__(self, unet: Context, controlnet: Context) -> None:
+    def __init__(self, unet: Context, controlnets: Sequence[Context]) -> None:
         super().__init__()
-        self.unet, self.controlnet = unet, controlnet
+        self.unet = unet
+        self._put(controlnets)
 
     def forward(self, hidden_states: Tensor) -> Tensor:  # [B, L, D] -> [B, L, KV]
-        return torch.cat([self.unet(hidden_states), self.controlnet(hidden_states)], dim=-1)
+        added = [controlnet(hidden_states) for controlnet in self.controlnets]
+        return torch.cat([self.unet(hidden_states), *added], dim=-1)
 
 
 class ControlEmbedding(nn.Module):
@@ -226,8 +255,25 @@ class _Convolutions(nn.Module):
         return y
 
 
+class ControlEmbeddings(_Beside[ControlEmbedding]):
+    """The control images of several ControlNets, each as its own one's embedding has it."""
+
+    def __init__(self, configs: Sequence[ControlNetConfig]) -> None:
+        super().__init__()
+        self._put([ControlEmbedding(config) for config in configs])
+
+    def forward(self, image: Tensor) -> Tensor:  # [B, N 3, H, W] -> [B, N C_0, h, w]
+        images = image.chunk(self.count, dim=1)
+        return torch.cat([one(image) for one, image in zip(self.controlnets, images, strict=True)], dim=1)
+
+
+def control_embedding(configs: Sequence[ControlNetConfig]) -> ControlEmbedding | ControlEmbeddings:
+    """What embeds the control images of ControlNets, made on the default device."""
+    return ControlEmbedding(configs[0]) if len(configs) == 1 else ControlEmbeddings(configs)
+
+
 class Controlled(NamedTuple):
-    """The modules of a U-Net and its ControlNet, in the order of `load_unet`'s."""
+    """The modules of a U-Net and its ControlNets, in the order of `load_unet`'s."""
 
     unet: ControlledUNet
     time_shift: ControlledTimeShift
@@ -235,42 +281,48 @@ class Controlled(NamedTuple):
 
     @classmethod
     def of(
-        cls, unet: UNet, time_shift: TimeShift, context: Context, config: ControlNetConfig
+        cls, unet: UNet, time_shift: TimeShift, context: Context, configs: Sequence[ControlNetConfig]
     ) -> "Controlled":
-        """A U-Net's modules, and beside each that of a ControlNet, made on the default device."""
-        controlnet = ControlNet(config.way_down)
+        """A U-Net's modules, and beside each those of ControlNets, made on the default device."""
+        controlnets = [ControlNet(config.way_down) for config in configs]
+        both = list(zip(configs, controlnets, strict=True))
         return cls(
-            ControlledUNet(unet, controlnet),
-            ControlledTimeShift(time_shift, TimeShift(config.way_down, shift_parts(controlnet))),
-            ControlledContext(context, Context(config.way_down, context_parts(controlnet))),
+            ControlledUNet(unet, controlnets),
+            ControlledTimeShift(time_shift, [TimeShift(c.way_down, shift_parts(one)) for c, one in both]),
+            ControlledContext(context, [Context(c.way_down, context_parts(one)) for c, one in both]),
         )
 
 
 def load_controlled(
     unet: UNetConfig,
     unet_weights: Mapping[str, Tensor],
-    controlnet: ControlNetConfig,
-    weights: Mapping[str, Tensor],
+    configs: Sequence[ControlNetConfig],
+    weights: Sequence[Mapping[str, Tensor]],
     dtype: torch.dtype | None = None,
 ) -> Controlled:
-    """What `load_unet` builds, with the ControlNet beside it.
+    """What `load_unet` builds, with ControlNets beside it.
 
-    weights: of diffusers' ControlNetModel; those of its embedding are left to `load_embedding`.
+    weights: of diffusers' ControlNetModel, for each; those of its embedding are left to `load_embedding`.
     """
     own = load_unet(unet, unet_weights, dtype)
     with torch.device("meta"):
-        made = Controlled.of(*own, controlnet)
-    rest = {name: tensor for name, tensor in weights.items() if not name.startswith(_EMBEDDING)}
-    load_weights("controlnet", [part.controlnet for part in made], rest, dtype)
+        made = Controlled.of(*own, configs)
+    for number, (name, tensors) in enumerate(zip(controlnet_names(len(configs)), weights, strict=True)):
+        rest = {key: tensor for key, tensor in tensors.items() if not key.startswith(_EMBEDDING)}
+        load_weights(name, [part.controlnets[number] for part in made], rest, dtype)
     return Controlled(made.unet.eval(), made.time_shift.eval(), made.context.eval())
 
 
 def load_embedding(
-    config: ControlNetConfig, weights: Mapping[str, Tensor], dtype: torch.dtype | None = None
-) -> ControlEmbedding:
-    """The control image's embedding on the weights of diffusers' ControlNetModel, cast likewise."""
+    configs: Sequence[ControlNetConfig],
+    weights: Sequence[Mapping[str, Tensor]],
+    dtype: torch.dtype | None = None,
+) -> ControlEmbedding | ControlEmbeddings:
+    """The embedding of the control images on the weights of diffusers' ControlNetModel, cast likewise."""
     with torch.device("meta"):
-        embedding = ControlEmbedding(config)
-    own = {name: tensor for name, tensor in weights.items() if name.startswith(_EMBEDDING)}
-    load_weights("controlnet", [embedding], own, dtype)
+        embedding = control_embedding(configs)
+    each = [embedding] if isinstance(embedding, ControlEmbedding) else embedding.controlnets
+    for name, one, tensors in zip(controlnet_names(len(configs)), each, weights, strict=True):
+        own = {key: tensor for key, tensor in tensors.items() if key.startswith(_EMBEDDING)}
+        load_weights(name, [one], own, dtype)
     return embedding.eval()

@@ -5,7 +5,7 @@ from sdfast.control import check_controlled
 from sdfast.engine import Engine
 from sdfast.errors import RequestError
 from sdfast.first_latents import Over, check_edits, check_strength
-from sdfast.images import check_bytes, from_bytes, mask_from_bytes
+from sdfast.images import check_bytes, controls_from_bytes, from_bytes, mask_from_bytes
 from sdfast.preparation import check_cached, check_channels
 from sdfast.server.jobs import Job
 
@@ -26,13 +26,14 @@ def check_given(engine: Engine, job: Job) -> None:
         check_bytes("image", job.image, (height, width, 3))
     check_controlled(engine.manifest.model, job.request, controlled=job.control is not None)
     if job.control is not None:
-        check_bytes("control_image", job.control, (height, width, 3))
+        several = (count,) if (count := engine.manifest.model.controlnets) > 1 else ()
+        check_bytes("control_image", job.control, (*several, height, width, 3))
 
 
 def given_of(job: Job) -> Given:
     """What a job is drawn over, and under the guidance of what."""
     height, width = job.request.height, job.request.width
-    control = None if job.control is None else from_bytes(job.control, height, width)
+    control = None if job.control is None else controls_from_bytes(job.control, height, width)
     return Given(over=_over(job), control=control)
 
 

@@ -21,8 +21,9 @@ class Job:
     asks for others.
     image: what is drawn over, as `request.strength` says: bytes of RGB pixels [height, width, 3] uint8, of
     the request's size. mask: what of it is drawn anew: bytes [height, width] uint8, 255 there, 0 where the
-    image stays; with an image only. control: the control image of an engine with a ControlNet, as `image`;
-    beside the others or alone. Of files, and of what is inside them, the engine side knows nothing.
+    image stays; with an image only. control: the control images of an engine with ControlNets, each as
+    `image`, one after the other; beside the others or alone. Of files, and of what is inside them, the engine
+    side knows nothing.
     """
 
     id: str
@@ -115,8 +116,8 @@ class EngineInfo:
     checkpoint_digest: hex SHA-256 over the digests of its weights. unet_digest: hex SHA-256 of its U-Net's,
     by which a picture's parameters name the model. edits: whether it takes a job's image. embeddings: by
     their tokens, of how many vectors they are; text_width: of one, for all text encoders together.
-    controlnet: its ControlNet's name, by which AUTOMATIC1111's clients know it; None without one. step_cache:
-    whether it takes a `cache_interval`.
+    controlnets: names of its ControlNets, in their order, by which AUTOMATIC1111's clients know them.
+    step_cache: whether it takes a `cache_interval`.
     """
 
     name: str
@@ -131,13 +132,13 @@ class EngineInfo:
     unet_digest: str = ""
     embeddings: Mapping[str, int] = field(default_factory=dict)
     text_width: int = 0
-    controlnet: str | None = None
+    controlnets: tuple[str, ...] = ()
     step_cache: bool = False
 
     @property
     def controlled(self) -> bool:
-        """Whether every job needs a control image; without a ControlNet none takes one."""
-        return self.controlnet is not None
+        """Whether every job needs control images; without a ControlNet none takes one."""
+        return bool(self.controlnets)
 
 
 TICK_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)

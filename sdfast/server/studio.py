@@ -99,7 +99,7 @@ class WorkerStudio:
 def info_of(manifest: Manifest) -> EngineInfo:
     weights = sorted(manifest.checkpoint.weights.items())
     digest = hashlib.sha256(repr(weights).encode()).hexdigest()
-    forms, controlnet = manifest.modules["unet"].variants, manifest.checkpoint.controlnet
+    forms = manifest.modules["unet"].variants
     return EngineInfo(
         name=manifest.name,
         family=manifest.model.family,
@@ -111,7 +111,7 @@ def info_of(manifest: Manifest) -> EngineInfo:
         checkpoint_digest=digest,
         unet_digest=unet_digest(manifest.checkpoint.weights) or digest,
         edits=manifest.edits,
-        controlnet=controlnet_name(controlnet) if controlnet else None,
+        controlnets=tuple(map(controlnet_name, manifest.checkpoint.controlnets)),
         embeddings={one.token: one.vectors for one in manifest.checkpoint.embeddings},
         text_width=manifest.model.text_width,
         step_cache=manifest.model.step_cache is not None,

@@ -22,7 +22,7 @@ from sdfast.preparation import check_cached, check_channels
 from sdfast.request import Request
 from sdfast.schedulers import Schedule, resolve, schedule
 from sdfast.validation import rule
-from sdfast.validation.control import END, SCALE, control_image, measure_control
+from sdfast.validation.control import control_images, control_settings, measure_control
 from sdfast.validation.counterpart import counterpart
 from sdfast.validation.inpainting import Scene, measure_told
 from sdfast.validation.metrics import psnr, ssim
@@ -90,7 +90,7 @@ def validate(
     device: of both sides; default: the engine's.
 
     What an engine whose U-Net is for inpainting draws, it draws over the masked part of an image (`Scene`);
-    and what one with a ControlNet draws, under the guidance of `control_image`.
+    and what one with a ControlNet draws, under the guidance of `control_images`.
 
     Writes `validation/report.json` and `validation/report.html` into the engine, and the figures into its
     manifest. An engine that differs makes a report whose `passed` is False, not an error.
@@ -119,7 +119,8 @@ def validate(
     _guided_in(first, guidance_start, guidance_end)  # or else it would be refused at the end of a long run
     check_cached(engine.manifest.model, cached_in(first, cache_interval))
     scene = Scene.make(first.height, first.width) if engine.manifest.model.inpaints else None
-    control = control_image(first.height, first.width) if engine.manifest.model.controlled else None
+    count = engine.manifest.model.controlnets
+    control = control_images(count, first.height, first.width) if count else None
     trials = [_trial(engine, sides, own, scene, control, tell) for own in requests]
     over = _over_trial(engine, sides, trials[0], scene, tell) if engine.manifest.edits else []
     price = _price(engine, trials, guidance_start, guidance_end, tell)
@@ -174,8 +175,8 @@ def _requests(
     if not prompts:
         raise RequestError("prompts: none given; give at least one")
     strength = 1.0 if engine.manifest.model.inpaints else None
-    controlled = engine.manifest.model.controlled
-    control = {"controlnet_conditioning_scale": SCALE, "control_guidance_end": END} if controlled else {}
+    controlnets = engine.manifest.model.controlnets
+    control = control_settings(controlnets) if controlnets else {}
     requests = [
         [
             Request.make(
@@ -386,7 +387,7 @@ def _setting(engine: Engine, reference: Checkpoint, request: Request, start: flo
         dtype=manifest.dtype,
         fp8=len(manifest.fp8),
         inpaints=inpaints,
-        controlnet=None if reference.controlnet is None else str(reference.controlnet.record()),
+        controlnet=", ".join(str(added.record()) for added in reference.controlnets) or None,
         device=str(engine.device),
         checkpoint=reference.source
         if reference.revision is None

@@ -16,8 +16,24 @@ from sdfast.validation.modules import Measured, Stock
 from sdfast.validation.observe import observed_step
 from sdfast.validation.pictures import Picture
 
-SCALE = 0.75  # which half precision holds as it is
-END = 0.75  # of the steps, so that there are steps without
+SCALES = (0.75, 0.5, 0.625)  # of the ControlNets, in turn; half precision holds them as they are
+ENDS = (0.75, 0.5)  # of the steps, so that there are steps without
+
+
+def control_settings(count: int) -> dict[str, Any]:
+    """Of a request with so many control images: other scales for each, and other steps."""
+    scales, ends = (tuple(every[i % len(every)] for i in range(count)) for every in (SCALES, ENDS))
+    if count == 1:
+        return {"controlnet_conditioning_scale": scales[0], "control_guidance_end": ends[0]}
+    return {"controlnet_conditioning_scale": scales, "control_guidance_end": ends}
+
+
+def control_images(count: int, height: int, width: int) -> Tensor:
+    """Control images for so many ControlNets, each another, [1, N 3, H, W]: the usual one moved on."""
+    usual = control_image(height, width)
+    return torch.cat(
+        [usual.roll((i * height // count, i * width // count), (2, 3)) for i in range(count)], dim=1
+    )
 
 
 def control_image(height: int, width: int) -> Tensor:
@@ -40,7 +56,7 @@ def measure_control(engine: Engine, stock: Stock, pictures: Sequence[Picture]) -
     pictures: with a control image; their float32 runs hold the inputs of the first step.
     """
     truths = [_embedded(stock.exact, picture) for picture in pictures]
-    scales = [torch.tensor(picture.truth.scales) for picture in pictures]
+    scales = [torch.tensor(picture.truth.scales) for picture in pictures]  # [K, N]
     told = [_told(engine, picture, *like) for picture, *like in zip(pictures, truths, scales, strict=True)]
     same = None
     if stock.same is not None:
@@ -57,16 +73,16 @@ def measure_control(engine: Engine, stock: Stock, pictures: Sequence[Picture]) -
 
 
 def _embedded(pipe: Any, picture: Picture) -> Tensor:
-    """The control image as stock embeds it, [C_0, h, w]."""
+    """The control images as stock embeds them, [N C_0, h, w]."""
     return cast(Tensor, observed_step(pipe, picture.truth.steps[0]).control)[-1].float()
 
 
 def _told(engine: Engine, picture: Picture, control: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """The embedded image and the scales, like those given; NaN where the engine's numbers are none."""
+    """The embedded images and the scales, like those given; NaN where the engine's numbers are none."""
     try:
         given = Given(over=picture.over, control=picture.control)
         [row] = Pipeline(engine).prepare(picture.request, given).rows
     except NumericalError:
         return torch.full_like(control, math.nan), torch.full_like(scales, math.nan)
     own = cast(Tensor, row.control)  # as of every row of an engine with a ControlNet
-    return own.to(control), row.positive.time_shift[:, -1].to(scales)
+    return own.to(control), row.positive.time_shift[:, -scales.shape[1] :].to(scales)

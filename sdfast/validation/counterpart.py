@@ -1,6 +1,6 @@
 """The checkpoint that an engine is compared with: the one it was exported from, or one that was asked for."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from sdfast.engine import Engine
@@ -30,11 +30,11 @@ def counterpart(engine: Engine, given: str | Path | None) -> tuple[Checkpoint, l
     else:
         found = as_made(resolve(given), engine.manifest)
     changed = _changed(
-        _all_digests(made_from.weights, made_from.beside, made_from.controlnet),
+        _all_digests(made_from.weights, made_from.beside, made_from.controlnets),
         _all_digests(
             found.digests(),
             (*found.loras, *found.embeddings),
-            found.controlnet.record() if found.controlnet else None,
+            [controlnet.record() for controlnet in found.controlnets],
         ),
     )
     if not changed:
@@ -62,15 +62,23 @@ def _beside_graphs(engine: Engine, given: str | Path | None) -> tuple[Checkpoint
 
 
 def _all_digests(
-    weights: Mapping[str, str], beside: Iterable[Found | FromFile], controlnet: AddedControlNet | None
+    weights: Mapping[str, str], beside: Iterable[Found | FromFile], controlnets: Sequence[AddedControlNet]
 ) -> dict[str, str]:
     """What a network is made of: digests by name."""
-    added = {} if controlnet is None else controlnet.weights
     return {
         **weights,
         **{one.name: one.digest for one in beside},
-        **{f"ControlNet {name}": digest for name, digest in added.items()},
+        **{
+            f"{beside_as} {name}": digest
+            for beside_as, one in zip(_controlnets(len(controlnets)), controlnets, strict=True)
+            for name, digest in one.weights.items()
+        },
     }
+
+
+def _controlnets(count: int) -> list[str]:
+    """What to call ControlNets: by their places, where there are several."""
+    return ["ControlNet"] if count == 1 else [f"ControlNet {place}" for place in range(1, count + 1)]
 
 
 def _changed(exported: Mapping[str, str], found: Mapping[str, str]) -> str:

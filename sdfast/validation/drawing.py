@@ -10,7 +10,7 @@ from sdfast.errors import BackendError, RequestError
 from sdfast.first_latents import Over
 from sdfast.hires import enlarged_images, enlarged_latents
 from sdfast.noise import generator
-from sdfast.request import TOLD_SIZES, Hires, Request
+from sdfast.request import TOLD_SIZES, Hires, Request, each
 from sdfast.schedulers import resolve
 from sdfast.validation.hooks import cached_steps, guided_steps
 from sdfast.validation.reading import as_given, embeddings, is_plain
@@ -33,10 +33,10 @@ def generate(
 
     Image i has the generator of seed + i. scheduler: a diffusers scheduler in place of the one that the
     request names. over: what a request with `strength` is drawn over, by the stock pipeline for that, on the
-    networks of `pipe`. control: the control images of a pipeline with a ControlNet, [m, 3, H, W], which the
-    pictures take in turn. cache_branch: of a request with a `cache_interval`, see `cached_steps`. Returns a
-    list of PIL images; or for `output_type="pt"` a tensor [n, 3, H, W] float32 in [0, 1], for "latent" the
-    latents [n, C, h, w] float32.
+    networks of `pipe`. control: the control images of a pipeline with N ControlNets, [m, N 3, H, W], which
+    the pictures take in turn. cache_branch: of a request with a `cache_interval`, see `cached_steps`.
+    Returns a list of PIL images; or for `output_type="pt"` a tensor [n, 3, H, W] float32 in [0, 1], for
+    "latent" the latents [n, C, h, w] float32.
 
     Raises `RequestError` and `BackendError` for what that pipeline cannot do.
     """
@@ -112,13 +112,16 @@ def _over_arguments(request: Request, rows: range, over: Over) -> dict[str, Any]
 def _control_arguments(
     request: Request, rows: range, control: torch.Tensor, over: Over | None
 ) -> dict[str, Any]:
-    """What the stock pipeline is told of a control image, which is its `image` unless it has another."""
-    return {
-        "image" if over is None else "control_image": control[[i % len(control) for i in rows]],
+    """What the stock pipeline is told of control images, which are its `image` unless it has another."""
+    count = control.shape[1] // 3
+    images = control[[i % len(control) for i in rows]].chunk(count, dim=1)
+    told: dict[str, Any] = {
         "controlnet_conditioning_scale": request.controlnet_conditioning_scale,
         "control_guidance_start": request.control_guidance_start,
         "control_guidance_end": request.control_guidance_end,
     }
+    told = {name: list(each(number, count)) if count > 1 else number for name, number in told.items()}
+    return {"image" if over is None else "control_image": list(images) if count > 1 else images[0], **told}
 
 
 def _generate_one(

@@ -200,8 +200,8 @@ def _output(
 ) -> Tensor:
     tensors = {"sample": step.sample, "time_shift": time_shift, "context": context}
     if step.control is not None and control is not None:
-        scale = time_shift.new_full((len(time_shift), 1), step.control.scale)
-        tensors |= {"time_shift": torch.cat([time_shift, scale], dim=1), "control": control}
+        scales = time_shift.new_tensor(step.control.scales).expand(len(time_shift), -1)
+        tensors |= {"time_shift": torch.cat([time_shift, scales], dim=1), "control": control}
     return engine.call("unet", as_inputs(engine, tensors), height, width)["output"]
 
 

@@ -17,10 +17,10 @@ from sdfast.validation.reference import as_reference, step_networks
 
 @dataclass(frozen=True)
 class Control:
-    """What a stock ControlNet is given in a step: image [B, 3, H, W], and the scale of what it adds."""
+    """What N stock ControlNets are given in a step: images [B, N 3, H, W]; the scale of what each adds."""
 
     image: Tensor
-    scale: float
+    scales: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class StepInputs:
 
     sample: [B, C, h, w], scaled for the network. hidden_states: [B, L, D].
     conditions: text_embeds [B, P] and time_ids [B, 6] (SDXL), timestep_cond [B, W] (LCM), where it has them.
-    control: what its ControlNet is given, if it has one.
+    control: what its ControlNets are given, if it has some.
     """
 
     index: int
@@ -44,7 +44,8 @@ class StepInputs:
 class StepOutputs:
     """What it computes: the packed context [B, L, KV] and time shifts [B, T], and the output [B, C, h, w].
 
-    Of a ControlNet, context and time shifts follow the U-Net's; control: the embedded image [B, C_0, h, w].
+    Of N ControlNets, context and time shifts follow the U-Net's; control: the embedded images
+    [B, N C_0, h, w].
     """
 
     context: Tensor
@@ -58,7 +59,7 @@ class Run:
     """One picture by the stock pipeline. masked: whether it was drawn over the masked part of an image.
 
     latents, outputs: after each evaluation of the network, [1, C, h, w] float32: the latents, and the guided
-    model output that led to them. steps: the inputs of the steps that were asked for. scales: of what a
+    model output that led to them. steps: the inputs of the steps that were asked for. scales: of what each
     ControlNet adds at each evaluation.
     image: [3, H, W] float32 in [0, 1].
     """
@@ -69,7 +70,7 @@ class Run:
     latents: list[Tensor] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     steps: list[StepInputs] = field(default_factory=list)
-    scales: list[float] = field(default_factory=list)
+    scales: list[tuple[float, ...]] = field(default_factory=list)
     image: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
@@ -83,7 +84,7 @@ def observed_run(
 ) -> Run:
     """The first picture of `request` by the stock pipeline, with the U-Net's inputs at the `wanted` steps.
 
-    over: what it is drawn over. control: the control image of a pipeline with a ControlNet, [1, 3, H, W].
+    over: what it is drawn over. control: the control images of a pipeline with N ControlNets, [1, N 3, H, W].
     """
     run = Run(request.seed, masked=over is not None and over.mask is not None)
     scheduler = _watched_scheduler(stock_scheduler(pipe, request.scheduler), run)
@@ -95,24 +96,29 @@ def observed_run(
 
 @contextmanager
 def _watched(networks: Sequence[Any], run: Run, wanted: Collection[int]) -> Iterator[None]:
-    """The U-Net, and the ControlNet, which is evaluated before it in each step."""
-    count, control = 0, None
+    """The U-Net, and the ControlNets, which are evaluated before it in each step."""
+    count = 0
+    given_to: list[tuple[Tensor, float]] = []
 
     def before_unet(_module: Any, args: tuple[Any, ...], given: dict[str, Any]) -> None:
         nonlocal count
+        control = None
+        if given_to:
+            images, scales = zip(*given_to, strict=True)
+            control = Control(torch.cat(images, dim=1), scales)
+            run.scales.append(scales)
+            given_to.clear()
         if count in wanted:
             run.steps.append(_step_inputs(count, args[0], args[1], given, control))
         count += 1
 
     def before_controlnet(_module: Any, _args: tuple[Any, ...], given: dict[str, Any]) -> None:
-        nonlocal control
-        control = Control(given["controlnet_cond"], float(given["conditioning_scale"]))
-        run.scales.append(control.scale)
+        given_to.append((given["controlnet_cond"], float(given["conditioning_scale"])))
 
-    hooks = (before_unet, before_controlnet)
+    hooks = (before_unet, *[before_controlnet] * (len(networks) - 1))
     handles = [
         network.register_forward_pre_hook(hook, with_kwargs=True)
-        for network, hook in zip(networks, hooks, strict=False)  # there may be no ControlNet
+        for network, hook in zip(networks, hooks, strict=True)
     ]
     try:
         yield
@@ -164,7 +170,8 @@ def observed_step(pipe: Any, given: StepInputs) -> StepOutputs:
             one.close()
     context = torch.cat([part for one in seen for part in one.context], dim=-1)
     shifts = torch.cat([part for one in seen for part in one.shifts], dim=-1)
-    return StepOutputs(context, shifts, output, seen[-1].control)
+    controls = [one.control for one in seen if one.control is not None]
+    return StepOutputs(context, shifts, output, torch.cat(controls, dim=1) if controls else None)
 
 
 class _Seen:
@@ -222,10 +229,16 @@ def evaluate(pipe: Any, given: StepInputs) -> Tensor:
     }
     added: dict[str, Any] = {}
     if given.control is not None:
-        latents = cast(given.sample[:, : pipe.controlnet.config.in_channels])
-        image, scale = cast(given.control.image), given.control.scale
+        controlnets = step_networks(pipe)[1:]
+        latents = cast(given.sample[:, : controlnets[0].config.in_channels])
+        images, scales = cast(given.control.image).chunk(len(controlnets), dim=1), given.control.scales
+        several = len(controlnets) > 1
         down, mid = pipe.controlnet(
-            latents, timestep, controlnet_cond=image, conditioning_scale=scale, **shared
+            latents,
+            timestep,
+            controlnet_cond=list(images) if several else images[0],
+            conditioning_scale=list(scales) if several else scales[0],
+            **shared,
         )
         added = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
     output: Tensor = unet(cast(given.sample), timestep, timestep_cond=timestep_cond, **shared, **added)[0]

@@ -39,7 +39,7 @@ def page(report: Report, pictures: Sequence[Picture]) -> str:
         report=report,
         shown=[_shown(p, figures) for p, figures in zip(pictures, report.pictures, strict=True)],
         scene=_scene(pictures[0].over) if report.setting.inpaints else None,
-        control=None if pictures[0].control is None else png(pictures[0].control[0]),
+        controls=_controls(pictures[0].control),
         gauge=Gauge.of(report.modules),
         drift=Drift.of(report.pictures),
         rule={"module": RELATIVE_L2, "picture": PICTURE_DB, "factor": STOCK_FACTOR, "fp8": FP8_BARS},
@@ -47,6 +47,11 @@ def page(report: Report, pictures: Sequence[Picture]) -> str:
 
 
 # ---------------------------------------------------------------- pictures
+
+
+def _controls(control: Tensor | None) -> list[str]:
+    """The control images [1, N 3, H, W] as data URIs."""
+    return [] if control is None else [png(one) for one in control.reshape(-1, 3, *control.shape[2:])]
 
 
 @dataclass(frozen=True)

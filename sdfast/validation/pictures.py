@@ -29,7 +29,7 @@ class Drawn:
 class Picture:
     """One picture by the engine, by the float32 stock pipeline, and by that in the engine's own dtype.
 
-    over: what it was drawn over. control: the control image, [1, 3, H, W], of an engine with a ControlNet.
+    over: what it was drawn over. control: of an engine with N ControlNets, their images, [1, N 3, H, W].
     """
 
     request: Request

@@ -60,7 +60,7 @@ def reference_pipeline(
     device: str | torch.device = "cpu",
     attention: "Attention | None" = None,
 ) -> Any:
-    """diffusers' own text-to-image pipeline of `checkpoint`, with its ControlNet if it has one, in `dtype`,
+    """diffusers' own text-to-image pipeline of `checkpoint`, with its ControlNets if it has some, in `dtype`,
     without its safety checker.
 
     LoRAs are loaded and fused in float32, by diffusers' own code and peft's; embeddings are loaded by
@@ -81,10 +81,11 @@ def reference_pipeline(
     options: dict[str, Any] = {"add_watermarker": False}
     if checkpoint.family == "sd":
         options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    kind = pipeline_class(checkpoint.family, controlnet=checkpoint.controlnet is not None)
+    kind = pipeline_class(checkpoint.family, controlnet=bool(checkpoint.controlnets))
     with quiet():
-        if checkpoint.controlnet is not None:
-            options["controlnet"] = _controlnet(checkpoint.controlnet)
+        if checkpoint.controlnets:
+            networks = [_controlnet(added) for added in checkpoint.controlnets]
+            options["controlnet"] = networks if len(networks) > 1 else networks[0]
         pipe = getattr(diffusers, kind).from_pretrained(
             checkpoint.folder,
             use_safetensors=True,
@@ -128,8 +129,11 @@ def _controlnet(added: "ControlNetSource") -> Any:
 
 
 def step_networks(pipe: Any) -> list[Any]:
-    """What a pipeline runs at each step: the U-Net, and its ControlNet if it has one."""
-    return [pipe.unet, *([pipe.controlnet] if hasattr(pipe, "controlnet") else [])]
+    """What a pipeline runs at each step: the U-Net, and its ControlNets if it has some."""
+    controlnet = getattr(pipe, "controlnet", None)
+    if controlnet is None:
+        return [pipe.unet]
+    return [pipe.unet, *getattr(controlnet, "nets", [controlnet])]
 
 
 def _fuse(pipe: Any, lora: "Lora") -> None:

@@ -9,16 +9,20 @@ from typing import Any
 import pytest
 import torch
 from diffusers import ControlNetModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from sdfast.call import Given
 from sdfast.errors import CheckpointError, EngineError, ExportError
 from sdfast.export.build import export
 from sdfast.export.checkpoint import resolve
-from sdfast.export.controlnet import with_controlnet
+from sdfast.export.controlnet import settings_of, with_controlnets
 from sdfast.export.files import sha256
 from sdfast.export.networks import Networks
 from sdfast.export.recipe import ControlNetSetting, Recipe
 from sdfast.manifest import read_manifest
+from sdfast.pipeline import Pipeline
+from sdfast.request import Request
 from sdfast.validation.reference import reference_pipeline
 from tests import checkpoints
 from tests.original_layout import controlnet_to_original
@@ -29,7 +33,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 def beside(checkpoint: Path, source: object, **setting: str) -> Networks:
     given = ControlNetSetting.model_validate({"source": source, **setting})
-    return Networks.of(with_controlnet(resolve(checkpoint), given))
+    return Networks.of(with_controlnets(resolve(checkpoint), [given]))
 
 
 @pytest.fixture
@@ -112,12 +116,11 @@ def test_a_single_file_is_read_as_diffusers_reads_it(
     file = as_file(folder, tmp_path / "canny.safetensors", layout)
     theirs = ControlNetModel.from_single_file(str(file), config=str(folder)).state_dict()
     networks = beside(tiny_sd, file)
-    added = networks.checkpoint.controlnet
-    assert added is not None
+    [added] = networks.checkpoint.controlnets
     read = added.state_dict()
     assert read.keys() == theirs.keys()
     assert all(torch.equal(read[name], theirs[name]) for name in theirs)
-    assert networks.controlnet == beside(tiny_sd, folder).controlnet
+    assert networks.controlnets == beside(tiny_sd, folder).controlnets
     reference = reference_pipeline(networks.checkpoint).controlnet.state_dict()
     assert all(torch.equal(reference[name], theirs[name]) for name in theirs)
     assert added.record().weights == {"canny.safetensors": sha256(file, "")}
@@ -140,12 +143,11 @@ def test_a_single_file_for_sdxl(
 ) -> None:
     folder = checkpoints.build_controlnet(tmp_path / "folder", tiny_sdxl, **changes)
     networks = beside(tiny_sdxl, as_file(folder, tmp_path / "canny.safetensors", layout))
-    added, read = networks.checkpoint.controlnet, load_file(folder / WEIGHTS)
-    assert added is not None
+    [added], read = networks.checkpoint.controlnets, load_file(folder / WEIGHTS)
     state, reference = added.state_dict(), reference_pipeline(networks.checkpoint).controlnet.state_dict()
     assert state.keys() == reference.keys() == read.keys()
     assert all(torch.equal(state[n], read[n]) and torch.equal(reference[n], read[n]) for n in read)
-    assert networks.controlnet == beside(tiny_sdxl, folder).controlnet
+    assert networks.controlnets == beside(tiny_sdxl, folder).controlnets
 
 
 NO_CONTROLNETS = {
@@ -191,10 +193,9 @@ def test_an_engine_records_it_and_is_made_again_when_it_changes(
     tiny_sd: Path, controlnet: Path, controlled_engine: Path, tmp_path: Path
 ) -> None:
     """And is not read without its module for the control image."""
-    recorded = read_manifest(controlled_engine).checkpoint.controlnet
-    assert recorded is not None
+    [recorded] = read_manifest(controlled_engine).checkpoint.controlnets
     assert recorded.weights == {WEIGHTS: sha256(controlnet / WEIGHTS, "")}
-    assert read_manifest(controlled_engine).recipe["controlnet"]["source"] == recorded.source
+    assert read_manifest(controlled_engine).recipe["controlnet"][0]["source"] == recorded.source
 
     broken = shutil.copytree(controlled_engine, tmp_path / "broken")
     reseal(broken, lambda document: document["modules"].pop("control_embedding"))
@@ -210,3 +211,63 @@ def test_an_engine_records_it_and_is_made_again_when_it_changes(
     second = read_manifest(target)
     changed = {name for name in first.modules if first.modules[name] != second.modules[name]}
     assert changed == {"unet", "time_shift", "context", "control_embedding"}
+
+
+def test_an_engine_of_before_several_is_read(controlled_engine: Path, tmp_path: Path) -> None:
+    """Its one ControlNet has another name in the manifest, and in the headers of eager modules."""
+    old = shutil.copytree(controlled_engine, tmp_path / "old")
+
+    def as_before(document: dict[str, Any]) -> None:
+        made_of, model = document["checkpoint"], document["model"]
+        [made_of["controlnet"]] = made_of.pop("controlnets")
+        [document["recipe"]["controlnet"]] = document["recipe"]["controlnet"]
+        del model["controlnets"]
+        for path in old.glob("*.safetensors"):
+            with safe_open(path, framework="pt") as file:
+                header = json.loads(file.metadata()["sdfast"])
+            if "controlnets" in header:
+                [header["controlnet"]] = header.pop("controlnets")
+                save_file(load_file(path), path, {"sdfast": json.dumps(header)})
+
+    reseal(old, as_before)
+    now, then = read_manifest(controlled_engine), read_manifest(old)
+    assert then.checkpoint == now.checkpoint and then.model == now.model
+    assert settings_of(then) == settings_of(now)
+    asked = Request.make(
+        **{"prompts": ("a",), "negative_prompts": (None,), "height": 64, "width": 64, "seed": 1},
+        **{"num_inference_steps": 2, "controlnet_conditioning_scale": 0.7},
+    )
+    given = Given(control=torch.rand(1, 3, 64, 64, generator=torch.manual_seed(0)))
+    pictures = [
+        Pipeline.from_engine(one).generate(asked, given, "latent") for one in (old, controlled_engine)
+    ]
+    assert torch.equal(pictures[0].images, pictures[1].images)
+
+
+def test_a_recipe_has_a_table_or_several(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text('[controlnet]\nsource = "org/canny"\nvariant = "fp16"', "utf-8")
+    canny = ControlNetSetting(source="org/canny", variant="fp16")
+    assert Recipe.read(path).controlnet == (canny,)
+    path.write_text(
+        path.read_text("utf-8").replace("[controlnet]", "[[controlnet]]")
+        + '\n[[controlnet]]\nsource = "pose"',
+        "utf-8",
+    )
+    pose = ControlNetSetting(source="pose")
+    assert Recipe.read(path).controlnet == (canny, pose)
+    assert Recipe.make(controlnet=["pose", Path("depth")]).controlnet[1].source == "depth"
+    assert Recipe.make().controlnet == Recipe.make(controlnet=None).controlnet == ()
+    with pytest.raises(ExportError, match="controlnet: unknown field 'scale'; there are: source, revision"):
+        Recipe.make(controlnet=["pose", {"source": "depth", "scale": 1}])
+
+
+def test_of_several_the_one_that_does_not_fit_is_named(
+    tiny_sd: Path, controlnet: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(controlnet, tmp_path / "other")
+    config(cross_attention_dim=48)(other)
+    with pytest.raises(CheckpointError, match=r"/other: the ControlNet does not fit the U-Net"):
+        Networks.of(
+            with_controlnets(resolve(tiny_sd), Recipe.make(controlnet=[controlnet, other]).controlnet)
+        )

@@ -53,13 +53,13 @@ def test_equals_diffusers(kind: str) -> None:
     own.check_fits(UNetConfig.from_diffusers(config), 4, 8)
     weights = controlnet.state_dict()
     network, time_shift, context = load_controlled(
-        UNetConfig.from_diffusers(config), unet.state_dict(), own, weights
+        UNetConfig.from_diffusers(config), unet.state_dict(), [own], [weights]
     )
     conditions = inputs.get("added_cond_kwargs", {})
     if "timestep_cond" in inputs:
         conditions = {"timestep_cond": inputs["timestep_cond"]}
     shift = torch.cat([time_shift(inputs["timestep"], **conditions), scale[:, None]], dim=1)
-    control = load_embedding(own, weights)(image)
+    control = load_embedding([own], [weights])(image)
     got = network(inputs["sample"], shift, context(inputs["encoder_hidden_states"]), control)
     assert relative(got, expected) < 2e-6
     assert relative(unet(**inputs).sample, expected) > 0.05  # that something was to be seen
@@ -122,6 +122,6 @@ def test_weights_that_do_not_fit_are_named() -> None:
     networks = UNetConfig.from_diffusers(SD15), ControlNetConfig.from_diffusers(config_for(SD15))
     lost, embedding = "controlnet_down_blocks.3.weight", "controlnet_cond_embedding.blocks.1.bias"
     with pytest.raises(CheckpointError, match=rf"the controlnet weights .* 1 missing: {lost}"):
-        load_controlled(networks[0], unet, networks[1], {n: t for n, t in weights.items() if n != lost})
+        load_controlled(networks[0], unet, [networks[1]], [{n: t for n, t in weights.items() if n != lost}])
     with pytest.raises(CheckpointError, match=rf"the controlnet weights .* 1 missing: {embedding}"):
-        load_embedding(networks[1], {n: t for n, t in weights.items() if n != embedding})
+        load_embedding([networks[1]], [{n: t for n, t in weights.items() if n != embedding}])

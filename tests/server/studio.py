@@ -28,14 +28,14 @@ SIZES = {(64, 64), (64, 96)}  # height, width
 
 
 def engine(
-    name: str = "tiny", edits: bool = True, controlnet: str | None = None, step_cache: bool = False
+    name: str = "tiny", edits: bool = True, controlnets: tuple[str, ...] = (), step_cache: bool = False
 ) -> EngineInfo:
     digest = name.encode().hex().ljust(64, "0")
     return EngineInfo(
         *(name, "sd", 64, 64, ("64x64", "96x64"), 4, "org/tiny", "0" * 64),
         edits=edits,
         unet_digest=digest,
-        controlnet=controlnet,
+        controlnets=controlnets,
         step_cache=step_cache,
     )
 

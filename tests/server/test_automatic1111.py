@@ -509,7 +509,7 @@ CANNY = "control_canny [01234567]"
 @pytest.fixture
 def controlled(studio: FakeStudio) -> FakeStudio:
     """Its engine has a ControlNet."""
-    studio.engines["tiny"] = engine(controlnet=CANNY)
+    studio.engines["tiny"] = engine(controlnets=(CANNY,))
     return studio
 
 
@@ -633,6 +633,50 @@ async def test_an_engine_with_a_controlnet_needs_one_unit(
     assert controlled.jobs == []
 
 
+POSE = "openpose [fedcba98]"
+
+
+async def test_units_are_for_the_controlnets_that_they_name(api: Client, studio: FakeStudio) -> None:
+    """Whatever their order; one without a unit adds nothing."""
+    studio.engines["tiny"] = engine(controlnets=(CANNY, POSE))
+    pose = {"image": coded(BLUE), "model": "openpose", "weight": 0.5, "guidance_end": 0.75}
+    canny = {"image": coded(RED), "model": CANNY, "guidance_start": 0.25}
+    await api.post("txt2img", **units(pose, {"enabled": False}, canny))
+    await api.post("img2img", init_images=[coded(BLUE)], **units({"model": POSE}))
+    black = bytes(len(RED.tobytes()))
+    assert [job.control for job in studio.jobs] == [RED.tobytes() + BLUE.tobytes(), black + BLUE.tobytes()]
+    asked = [
+        (r.controlnet_conditioning_scale, r.control_guidance_start, r.control_guidance_end)
+        for r in (job.request for job in studio.jobs)
+    ]
+    assert asked == [
+        ((1.0, 0.5), (0.25, 0.0), (1.0, 0.75)),
+        ((0.0, 1.0), (0.0, 0.0), (1.0, 1.0)),
+    ]
+    studio.engines["tiny"] = engine(controlnets=(CANNY, CANNY))
+    await api.post("txt2img", **units(canny, canny | {"image": coded(BLUE)}))
+    assert studio.jobs[2].control == RED.tobytes() + BLUE.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ([{"model": "None"}], f"model: is missing; tiny has {CANNY}, {POSE}"),
+        ([{"model": "depth"}], f"model: tiny has {CANNY}, {POSE}, and no other (got 'depth')"),
+        ([{"model": POSE}, {"model": "openpose"}], "model: 'openpose' has several units"),
+        ([{"model": POSE}] * 3, "3 units are enabled; tiny has 2 ControlNets"),
+        ([{"model": POSE}, {"model": CANNY, "image": "R0lGODlh"}], "image: this is no PNG"),
+        ([], "tiny has a ControlNet"),
+    ],
+)
+async def test_units_that_name_no_controlnet_are_refused(
+    api: Client, studio: FakeStudio, given: list[dict[str, Any]], told: str
+) -> None:
+    studio.engines["tiny"] = engine(controlnets=(CANNY, POSE))
+    message = await api.refused("txt2img", 422, **units(*({"image": coded(RED), **one} for one in given)))
+    assert told in message and studio.jobs == []
+
+
 async def test_an_engine_without_a_controlnet_takes_no_unit(api: Client, studio: FakeStudio) -> None:
     message = await api.refused("txt2img", 422, **units({"image": coded(RED)}))
     assert "tiny has no ControlNet" in message and studio.jobs == []
@@ -643,12 +687,15 @@ async def test_an_engine_without_a_controlnet_takes_no_unit(api: Client, studio:
 
 async def test_the_controlnets_are_listed(api: Client, http: httpx.AsyncClient, studio: FakeStudio) -> None:
     assert (await http.get("/controlnet/model_list")).json() == {"model_list": []}
-    studio.engines |= {name: engine(name, controlnet=CANNY) for name in ("one", "two")}
+    studio.engines |= {name: engine(name, controlnets=(CANNY,)) for name in ("one", "two")}
     assert (await http.get("/controlnet/model_list?update=true")).json() == {"model_list": [CANNY]}
     modules = (await http.get("/controlnet/module_list?alias_names=true")).json()
     assert modules["module_list"] == ["none"] and modules["module_detail"]["none"]["sliders"] == []
     assert (await http.get("/controlnet/version")).json() == {"version": 3}
     assert (await http.get("/controlnet/settings")).json() == {"control_net_unit_count": 1}
+    studio.engines["both"] = engine("both", controlnets=(POSE, CANNY))
+    assert (await http.get("/controlnet/model_list")).json() == {"model_list": [CANNY, POSE]}
+    assert (await http.get("/controlnet/settings")).json() == {"control_net_unit_count": 2}
     assert await api.get("scripts") == {"txt2img": ["controlnet"], "img2img": ["controlnet"]}
     told = reason(await http.post("/controlnet/detect", json={}), 501)
     assert "there are no detectors here" in told["errors"]

@@ -175,8 +175,8 @@ def control(seed: int) -> dict[str, bytes]:
 
 def test_jobs_under_control_are_the_pipelines_pictures_beside_others(open_batcher: Open) -> None:
     """Of other images and scales, one of them over an image: rows of one batch."""
-    engine = FakeEngine(controlled=True)
-    pipe, batcher = Pipeline(FakeEngine(controlled=True)), open_batcher(engine, max_rows=4)
+    engine = FakeEngine(controlnets=1)
+    pipe, batcher = Pipeline(FakeEngine(controlnets=1)), open_batcher(engine, max_rows=4)
     asked: list[tuple[dict[str, Any], dict[str, bytes]]] = [
         ({"controlnet_conditioning_scale": 1.0}, control(1)),
         ({"controlnet_conditioning_scale": 0.25, "control_guidance_start": 0.25}, control(2)),
@@ -199,6 +199,23 @@ def test_jobs_under_control_are_the_pipelines_pictures_beside_others(open_batche
     assert text.extra["ControlNet scale"] == "0.25"
 
 
+def test_jobs_under_several_control_images_are_the_pipelines_pictures(open_batcher: Open) -> None:
+    pipe, batcher = Pipeline(FakeEngine(controlnets=2)), open_batcher(FakeEngine(controlnets=2))
+    fields = {"controlnet_conditioning_scale": (1.0, 0.25), "control_guidance_end": (0.5, 1.0)}
+    images = [control(seed)["control"] for seed in (1, 2)]
+    [png] = submit(batcher, request("a", seed=0, **fields), control=b"".join(images)).done().pngs
+    pictures = [Image.frombytes("RGB", (16, 16), one) for one in images]
+    run = {"num_inference_steps": 4, "guidance_scale": 7.5, "seed": 0}
+    [image] = pipe("a", control_image=pictures, **fields, **run).images
+    assert np.abs(pixels(png) - np.asarray(image, np.int16)).max() == 0
+    with pytest.raises(RequestError, match="control_image: 768 bytes, but 2x16x16x3 uint8 are 1536"):
+        submit(batcher, request("a", **fields), **control(1))
+    with pytest.raises(RequestError, match="control_guidance_end: 3 numbers, but this engine has 2"):
+        submit(
+            batcher, request("a", **fields | {"control_guidance_end": (1.0,) * 3}), control=b"".join(images)
+        )
+
+
 @pytest.mark.parametrize(
     ("given", "scale", "controlled", "message"),
     [
@@ -215,7 +232,7 @@ def test_a_control_image_that_does_not_fit_is_refused_at_once(
 ) -> None:
     strength = 0.5 if "image" in given else None
     asked = request(controlnet_conditioning_scale=scale, strength=strength)
-    engine = FakeEngine(controlled=controlled)
+    engine = FakeEngine(controlnets=int(controlled))
     with pytest.raises(RequestError, match=message):
         submit(open_batcher(engine), asked, **given)
     assert engine.calls["text_encoder"] == []

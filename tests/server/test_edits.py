@@ -251,7 +251,7 @@ async def test_none_is_nothing_asked(sdk: openai.AsyncOpenAI, studio: FakeStudio
 
 
 async def test_a_control_image_goes_beside_the_image_and_its_mask(send: Any, studio: FakeStudio) -> None:
-    studio.engines["tiny"] = engine(controlnet="canny [01234567]")
+    studio.engines["tiny"] = engine(controlnets=("canny [01234567]",))
     files = {"image": ("a.png", png(WIDE)), "control_image": ("c.png", png(NOISE))}
     scales = {"controlnet_conditioning_scale": "0.5", "control_guidance_end": "0.75"}
     assert (await send(files, **scales)).status_code == 200

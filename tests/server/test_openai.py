@@ -341,7 +341,7 @@ NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), d
 @pytest.fixture
 def controlled(studio: FakeStudio) -> FakeStudio:
     """Its engine has a ControlNet."""
-    studio.engines["tiny"] = engine(controlnet="canny [01234567]")
+    studio.engines["tiny"] = engine(controlnets=("canny [01234567]",))
     return studio
 
 

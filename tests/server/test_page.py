@@ -262,7 +262,7 @@ def test_what_looks_like_markup_is_text(page: Page, studio: FakeStudio) -> None:
 
 def test_what_an_engine_with_a_controlnet_needs_is_told(page: Page, studio: FakeStudio) -> None:
     """The page has no field for it."""
-    studio.engines["tiny"] = engine(controlnet="canny [01234567]")
+    studio.engines["tiny"] = engine(controlnets=("canny [01234567]",))
     page["draw"].click()
     wait_until(lambda: page.seen("notice"))
     assert page.text("notice-text").startswith("control_image: is missing; tiny has a ControlNet")

@@ -55,7 +55,7 @@ def test_an_image_drawn_over(api: webuiapi.WebUIApi, studio: FakeStudio) -> None
 
 
 def test_a_control_image(api: webuiapi.WebUIApi, studio: FakeStudio) -> None:
-    studio.engines["tiny"] = engine(controlnet="canny [01234567]")
+    studio.engines["tiny"] = engine(controlnets=("canny [01234567]",))
     [model] = api.controlnet_model_list()
     assert (model, api.controlnet_module_list()) == ("canny [01234567]", ["none"])
     image = Image.new("RGB", (32, 32), "red")

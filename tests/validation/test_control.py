@@ -10,9 +10,11 @@ from torch import Tensor
 
 from sdfast import control, preparation
 from sdfast.errors import EngineError
+from sdfast.export.build import export
+from sdfast.export.recipe import Recipe
 from sdfast.manifest import read_manifest
 from sdfast.models import ops
-from sdfast.models.controlnet import ControlNet
+from sdfast.models.controlnet import ControlledUNet, ControlNet
 from sdfast.validation import Report, validate
 from sdfast.validation.control import control_image
 from tests import checkpoints
@@ -85,12 +87,15 @@ def of_image(change: Callable[[Tensor], Tensor]) -> Callable[[pytest.MonkeyPatch
     return broken
 
 
-def of_scales(change: Callable[[list[float]], Sequence[float]]) -> Callable[[pytest.MonkeyPatch], None]:
+Scales = Sequence[tuple[float, ...]]
+
+
+def of_scales(change: Callable[[Scales], Scales]) -> Callable[[pytest.MonkeyPatch], None]:
     """Break the scales of the steps."""
 
     def broken(patch: pytest.MonkeyPatch) -> None:
         sound = control.scales
-        patch.setattr(preparation, "scales", lambda request, steps: change(sound(request, steps)))
+        patch.setattr(preparation, "scales", lambda request, steps, n: change(sound(request, steps, n)))
 
     return broken
 
@@ -99,7 +104,10 @@ FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], set[str]]] = {
     "a scale that the network does not read": (scale_unread, NETWORK),
     "residuals of two levels swapped": (residuals_swapped, NETWORK),
     "a control image a latent to the right": (of_image(lambda image: image.roll(8, 3)), IMAGE),
-    "a scale of 1 whatever is asked": (of_scales(lambda found: [float(s > 0) for s in found]), SCALE),
+    "a scale of 1 whatever is asked": (
+        of_scales(lambda found: [tuple(float(s > 0) for s in each) for each in found]),
+        SCALE,
+    ),
     "a step too many": (of_scales(lambda found: [max(found)] * len(found)), SCALE),
 }
 
@@ -111,6 +119,53 @@ def test_a_fault_is_named(engine: Path, monkeypatch: pytest.MonkeyPatch, fault: 
     report = short(engine)
     assert at_fault(report) == parts, report.table()
     assert max(value for name, value in errors(report).items() if name not in parts) < SOUND
+
+
+@pytest.fixture(scope="module")
+def two(tiny_sd: Path, tiny_controlnet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An engine with two ControlNets: copy it before changing it."""
+    place = tmp_path_factory.mktemp("two")
+    second = checkpoints.build_controlnet(place / "second", tiny_sd, seed=7)
+    recipe = Recipe.make(backend="eager", controlnet=[tiny_controlnet, second])
+    return export(tiny_sd, place / "engine", recipe)
+
+
+def images_swapped(patch: pytest.MonkeyPatch) -> None:
+    of_image(lambda images: images.roll(3, 1))(patch)
+
+
+def controlnets_swapped(patch: pytest.MonkeyPatch) -> None:
+    """Each is told the scale and the image of the other."""
+    sound = ControlledUNet.forward
+
+    def swapped(self: ControlledUNet, time_shift: Tensor, control: Tensor, **given: Tensor) -> Tensor:
+        shift = torch.cat([time_shift[:, :-2], time_shift[:, -2:].flip(1)], dim=1)
+        return sound(self, time_shift=shift, control=control.roll(control.shape[1] // 2, 1), **given)
+
+    patch.setattr(ControlledUNet, "forward", swapped)
+
+
+FAULTS_OF_TWO: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], set[str]]] = {
+    "none": (lambda _patch: None, set()),
+    "the images in the wrong order": (images_swapped, IMAGE),
+    "the scale of the other": (of_scales(lambda found: [each[::-1] for each in found]), SCALE),
+    "the networks in the wrong order": (controlnets_swapped, NETWORK),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS_OF_TWO)
+def test_a_fault_of_several_is_named(
+    two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    broken, parts = FAULTS_OF_TWO[fault]
+    broken(monkeypatch)
+    report = short(shutil.copytree(two, tmp_path / "engine"))
+    assert at_fault(report) == parts, report.table()
+    assert max(value for name, value in errors(report).items() if name not in parts) < SOUND
+    if fault == "none":
+        assert min(picture.psnr for picture in report.pictures) > 90
+        assert report.setting.controlnet is not None and report.setting.controlnet.endswith("/second")
 
 
 def test_a_controlnet_that_has_changed_since_is_told(

@@ -1,7 +1,7 @@
-"""ControlNets as sd-webui-controlnet, an extension of AUTOMATIC1111, has them: its unit, and its routes.
+"""ControlNets as sd-webui-controlnet, an extension of AUTOMATIC1111, has them: its units, and its routes.
 
-A call has one unit at most, and with an engine that has a ControlNet just one. Where this differs from the
-extension:
+A call has a unit for each ControlNet of the engine at most, and at least one where there are some: a
+ControlNet without a unit adds nothing. Where this differs from the extension:
 
 - There are no detectors: what a unit sends is the control image itself, and `module` is "none". So what is
   said to detectors means nothing, and the control image is not given back among the pictures.
@@ -9,7 +9,7 @@ extension:
 - "Resize and Fill" is taken for images of the picture's proportions, which leave nothing to fill.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter
@@ -149,13 +149,13 @@ class Unit(BaseModel):
         return end
 
     @property
-    def fields(self) -> dict[str, float]:
-        """Those of a `sdfast.request.Request`."""
-        return {
-            "controlnet_conditioning_scale": 1.0 if self.weight is None else self.weight,
-            "control_guidance_start": 0.0 if self.guidance_start is None else self.guidance_start,
-            "control_guidance_end": 1.0 if self.guidance_end is None else self.guidance_end,
-        }
+    def numbers(self) -> tuple[float, float, float]:
+        """The scale, and between which shares of the steps."""
+        return (
+            1.0 if self.weight is None else self.weight,
+            0.0 if self.guidance_start is None else self.guidance_start,
+            1.0 if self.guidance_end is None else self.guidance_end,
+        )
 
     @property
     def crop(self) -> bool:
@@ -168,11 +168,23 @@ class Unit(BaseModel):
         return self.resize_mode is not None and _RESIZE_MODES[self.resize_mode] == FILL
 
 
-def unit_of(scripts: Mapping[str, Any] | None, engine: EngineInfo, *, over_image: bool) -> Unit | None:
-    """The unit in a call's `alwayson_scripts`, where the engine has a ControlNet.
+_FIELDS = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end")
+
+
+def fields_of(units: Sequence[Unit | None]) -> dict[str, float | tuple[float, ...]]:
+    """Those of a `sdfast.request.Request`, for units in the order of their ControlNets: None adds nothing."""
+    numbers = [(0.0, 0.0, 1.0) if unit is None else unit.numbers for unit in units]
+    each = zip(_FIELDS, zip(*numbers, strict=True), strict=True) if units else ()
+    return {name: told if len(units) > 1 else told[0] for name, told in each}
+
+
+def units_of(
+    scripts: Mapping[str, Any] | None, engine: EngineInfo, *, over_image: bool
+) -> tuple[Unit | None, ...]:
+    """For each of the engine's ControlNets its unit in a call's `alwayson_scripts`; None for one without.
 
     over_image: whether the call has an image to draw over, which is a unit's that has none of its own. Raises
-    `Problem` for a unit that is missing, and for one that the engine cannot take.
+    `Problem` for units that are missing, and for those that the engine cannot take.
     """
     enabled = [unit for unit in _units(scripts or {}) if unit.get("enabled") is not False]
     if not enabled:
@@ -181,20 +193,43 @@ def unit_of(scripts: Mapping[str, Any] | None, engine: EngineInfo, *, over_image
                 f"{engine.name} has a ControlNet, which draws every picture under the guidance of a control "
                 "image; send an enabled unit with an image"
             )
-        return None
+        return ()
     if not engine.controlled:
         raise refused(f"{engine.name} has no ControlNet; send no unit, or take a checkpoint that has one")
-    if len(enabled) > 1:
-        raise refused(f"{len(enabled)} units are enabled; an engine has one ControlNet")
+    if len(enabled) > len(engine.controlnets):
+        there = len(engine.controlnets)
+        raise refused(
+            f"{len(enabled)} units are enabled; {engine.name} has {there} ControlNet{'s' * (there > 1)}"
+        )
+    found: list[Unit | None] = [None] * len(engine.controlnets)
+    for given in enabled:
+        unit = _checked(given, over_image=over_image)
+        found[_place(unit.model, engine, [taken is not None for taken in found])] = unit
+    return tuple(found)
+
+
+def _checked(given: Mapping[str, Any], *, over_image: bool) -> Unit:
     try:
-        unit = checked(_renamed(enabled[0]), Unit)
+        unit = checked(_renamed(given), Unit)
     except Problem as problem:
         raise refused(problem.message) from None
-    if unit.model not in (*_NONE, engine.controlnet, _bare(engine.controlnet)):
-        raise refused(f"model: {engine.name} has {engine.controlnet}, and no other (got {shown(unit.model)})")
     if not unit.image and not over_image:
         raise refused("image: is missing; send the control image, as base64")
     return unit
+
+
+def _place(model: str | None, engine: EngineInfo, taken: Sequence[bool]) -> int:
+    """The first of the engine's ControlNets that a unit's `model` names and no other unit has."""
+    names = engine.controlnets
+    if model in _NONE and len(names) > 1:
+        raise refused(f"model: is missing; {engine.name} has {', '.join(names)}")
+    named = [i for i, name in enumerate(names) if model in (*_NONE, name, _bare(name))]
+    if not named:
+        raise refused(f"model: {engine.name} has {', '.join(names)}, and no other (got {shown(model)})")
+    free = [i for i in named if not taken[i]]
+    if not free:
+        raise refused(f"model: {shown(model)} has several units; a ControlNet has one control image")
+    return free[0]
 
 
 def refused(message: str) -> Problem:
@@ -207,7 +242,8 @@ def add(router: APIRouter, studio: Studio) -> None:
 
     def there() -> list[str]:
         """Each ControlNet once, as `Unit.model` names it."""
-        return list(dict.fromkeys(one.controlnet for one in studio.engines.values() if one.controlnet))
+        every = [name for engine in studio.engines.values() for name in engine.controlnets]
+        return list(dict.fromkeys(every))
 
     @router.get("/controlnet/version", include_in_schema=False)
     async def version() -> dict[str, Any]:
@@ -224,7 +260,8 @@ def add(router: APIRouter, studio: Studio) -> None:
 
     @router.get("/controlnet/settings", include_in_schema=False)
     async def unit_count() -> dict[str, Any]:
-        return {"control_net_unit_count": 1}
+        most = max((len(engine.controlnets) for engine in studio.engines.values()), default=0)
+        return {"control_net_unit_count": max(1, most)}
 
     @router.post("/controlnet/detect", include_in_schema=False)
     async def detect() -> None:
@@ -249,9 +286,9 @@ def _units(scripts: Mapping[str, Any]) -> list[dict[str, Any]]:
     return units
 
 
-def _bare(name: str | None) -> str | None:
+def _bare(name: str) -> str:
     """A ControlNet's name without its digest."""
-    return name and name.rpartition(" [")[0]
+    return name.rpartition(" [")[0]
 
 
 def _renamed(unit: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
@@ -161,18 +161,20 @@ class Generation(BaseModel):
     def images(self) -> int:
         return (self.batch_size or 1) * (self.n_iter or 1)
 
-    def request(self, engine: EngineInfo, unit: Unit | None = None) -> tuple[Request, Sampler]:
-        """What `engine` is to draw, its ControlNet as `unit` says, and the sampler that does.
+    def request(self, engine: EngineInfo, units: Sequence[Unit | None] = ()) -> tuple[Request, Sampler]:
+        """What `engine` is to draw, its ControlNets as `units` say, and the sampler that does.
 
         Raises `Problem` naming the API's field.
         """
         scheduler, sampler = sampler_of(self.sampler_name or self.sampler_index or SAMPLER, self.scheduler)
         try:
-            return self._request(engine, unit, scheduler, eta_of(self.eta, sampler)), sampler
+            return self._request(engine, units, scheduler, eta_of(self.eta, sampler)), sampler
         except RequestError as error:
             raise of_request_error(error, type(self).model_fields) from None
 
-    def _request(self, engine: EngineInfo, unit: Unit | None, scheduler: str, eta: float) -> Request:
+    def _request(
+        self, engine: EngineInfo, units: Sequence[Unit | None], scheduler: str, eta: float
+    ) -> Request:
         return Request.make(
             prompts=(self.prompt or "",),
             negative_prompts=(self.negative_prompt,),
@@ -189,7 +191,7 @@ class Generation(BaseModel):
             emphasis=emphasis_of(self.override_settings or {}),
             prompt_editing=True,
             hires=self.second_pass(engine, scheduler),
-            **({} if unit is None else unit.fields),
+            **controlnet.fields_of(units),
             **({} if self.seed in (None, -1) else {"seed": self.seed}),
         )
 

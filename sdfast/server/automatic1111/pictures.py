@@ -3,6 +3,7 @@
 All of it takes processor time: call it in a thread.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 
@@ -59,11 +60,16 @@ def canvas_of(asked: ImageToImage, height: int, width: int) -> Canvas:
     return Canvas(_sized(image, height, width, crop), mask and _sized(mask, height, width, crop))
 
 
-def control_of(unit: Unit, canvas: Canvas | None, height: int, width: int) -> bytes:
-    """`Job.control`: a unit's image, of the size that is drawn; of one without, what is drawn over.
+def controls_of(units: Sequence[Unit | None], canvas: Canvas | None, height: int, width: int) -> bytes | None:
+    """`Job.control`: the units' images, black for a ControlNet without a unit. Raises `Problem`."""
+    if not units:
+        return None
+    black = bytes(height * width * 3)
+    return b"".join(_control(unit, canvas, height, width) if unit else black for unit in units)
 
-    Raises `Problem`.
-    """
+
+def _control(unit: Unit, canvas: Canvas | None, height: int, width: int) -> bytes:
+    """A unit's image, of the size that is drawn; of one without, what is drawn over."""
     if not unit.image:
         if canvas is None:
             raise ValueError("neither the unit nor the call has an image")

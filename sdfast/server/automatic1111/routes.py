@@ -14,7 +14,7 @@ from sdfast.server.automatic1111.answers import Order, whole
 from sdfast.server.automatic1111.calls import Call, Calls
 from sdfast.server.automatic1111.fields import Generation, ImageToImage, TextToImage
 from sdfast.server.automatic1111.options import Options, list_models
-from sdfast.server.automatic1111.pictures import canvas_of, control_of
+from sdfast.server.automatic1111.pictures import canvas_of, controls_of
 from sdfast.server.automatic1111.samplers import list_samplers, list_schedulers
 from sdfast.server.body import read_json
 from sdfast.server.desk import Desk, unless_gone
@@ -170,8 +170,8 @@ async def _ordered(asked: Generation, engine: EngineInfo, desk: Desk) -> Order:
 
 def _order(asked: Generation, engine: EngineInfo, desk: Desk) -> Order:
     """Raises `Problem`."""
-    unit = controlnet.unit_of(asked.alwayson_scripts, engine, over_image=isinstance(asked, ImageToImage))
-    request, sampler = asked.request(engine, unit)
+    units = controlnet.units_of(asked.alwayson_scripts, engine, over_image=isinstance(asked, ImageToImage))
+    request, sampler = asked.request(engine, units)
     # The engine knows its sizes, but an image is opened before that.
     if any(one.height * one.width > MAX_PIXELS for one in request.passes):
         raise Problem(422, f"width: times height is more than {MAX_PIXELS}, the most taken", param="width")
@@ -181,7 +181,7 @@ def _order(asked: Generation, engine: EngineInfo, desk: Desk) -> Order:
         request,
         image=canvas.job_image if canvas else None,
         mask=canvas.job_mask if canvas else None,
-        control=control_of(unit, canvas, request.height, request.width) if unit else None,
+        control=controls_of(units, canvas, request.height, request.width),
     )
     call = Call("img2img" if canvas else "txt2img", job, asked.force_task_id)
     return Order(asked, call, engine, sampler, canvas)

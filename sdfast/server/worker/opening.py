@@ -45,7 +45,7 @@ def warm_up(engine: Engine) -> None:
             seed=0,
         )
         nothing = _nothing(request)
-        control = nothing.image if model.controlled else None
+        control = nothing.image.repeat(1, model.controlnets, 1, 1) if model.controlled else None
         try:
             if model.inpaints:
                 request = request.model_copy(update={"strength": 1.0})
