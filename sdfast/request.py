@@ -385,16 +385,25 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def wrong_field(error: ValidationError) -> tuple[str, Mapping[str, Any]]:
+    """The first field that is wrong, with its place in a list, "" for the whole; and pydantic's word on it.
+
+    Of a field of several types, that is the one which lies deepest: the type that was meant.
+    """
+    errors = error.errors(include_url=False)
+    own = [one for one in errors if one["loc"][:1] == errors[0]["loc"][:1]]
+    first = max(own, key=lambda one: len(one["loc"]))
+    places = [part for part in first["loc"][1:] if isinstance(part, int)]  # the rest are names of types
+    return ".".join(map(str, (*first["loc"][:1], *places))), first
+
+
 def _explain(error: ValidationError, fields: Collection[str]) -> str:
     """One line: the field, what is wrong with it, what was given. fields: those that there are."""
-    errors = error.errors()
-    own = [one for one in errors if one["loc"][:1] == errors[0]["loc"][:1]]
-    first: Mapping[str, Any] = max(own, key=lambda one: len(one["loc"]))  # of alternatives the one meant
+    field, first = wrong_field(error)
     message = str(first["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
-    if not first["loc"]:
+    if not field:
         return message
-    name, *rest = first["loc"]
-    field, given = ".".join(str(part) for part in (name, *filter(_is_place, rest))), first["input"]
+    given = first["input"]
     if first["type"] == "missing":
         return f"{field}: is missing"
     if first["type"] == "extra_forbidden":
@@ -402,11 +411,6 @@ def _explain(error: ValidationError, fields: Collection[str]) -> str:
     if isinstance(given, float) and not math.isfinite(given):
         message = "must be a finite number"
     return f"{field}: {message} (got {shown(given)})"
-
-
-def _is_place(part: object) -> bool:
-    """Whether a part of a field's name is a place in a list, or a field's: else it is one of its types'."""
-    return isinstance(part, int)
 
 
 def shown(value: Any) -> str:

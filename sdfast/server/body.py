@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
-from sdfast.request import check_text, shown
+from sdfast.request import check_text, shown, wrong_field
 from sdfast.server.problems import Problem
 
 _AT_ONCE = 65_536  # bytes that are parsed before another request would notice
@@ -85,8 +85,8 @@ def _reason(error: Exception) -> str:
 
 def _of_field(error: ValidationError, model: type[BaseModel]) -> Problem:
     """The first wrong field: its name, what is wrong with it, what was given."""
-    first = error.errors(include_url=False)[0]
-    field, given = ".".join(str(part) for part in first["loc"])[:60], first["input"]
+    field, first = wrong_field(error)
+    field, given = field[:60], first["input"]
     if first["type"] == "extra_forbidden":
         message = f"{field}: unknown; the fields are: {', '.join(model.model_fields)}"
         return Problem(422, message, param=field, code="unknown_field")

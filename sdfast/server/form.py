@@ -55,7 +55,7 @@ async def read_form(request: Request) -> Form:
 def typed(texts: Mapping[str, str], model: type[BaseModel]) -> dict[str, Any]:
     """Texts as `model` has their fields: numbers and truth values as JSON writes them.
 
-    What is no number stays text, and the model refuses it.
+    What is no number, or list of numbers, stays text, and the model refuses it.
     """
     fields = model.model_fields
     return {
@@ -132,6 +132,10 @@ def _value(text: str, annotation: Any) -> Any:
         return int(text)
     if float in kinds and _NUMBER.fullmatch(text):
         return float(text)
+    if list[float] in kinds and text[:1] + text[-1:] == "[]":
+        numbers = [number.strip() for number in text[1:-1].split(",")]
+        if all(map(_NUMBER.fullmatch, numbers)):
+            return list(map(float, numbers))
     return text
 
 

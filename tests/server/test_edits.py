@@ -266,6 +266,31 @@ async def test_a_control_image_goes_beside_the_image_and_its_mask(send: Any, stu
     assert (asked.request.controlnet_conditioning_scale, asked.request.strength) == (1.0, 1.0)
 
 
+async def test_control_images_of_several_controlnets_are_sent_in_their_order(
+    send: Any, studio: FakeStudio
+) -> None:
+    studio.engines["tiny"] = engine(controlnets=("canny [01234567]", "pose [89abcdef]"))
+    flat = Image.new("RGB", (64, 64), "blue")
+    image, noise, blue = (("a.png", png(one)) for one in (NOISE, NOISE, flat))
+    files = [("image", image), ("control_image", noise), ("control_image", blue)]
+    texts = {"controlnet_conditioning_scale": "[0.5, 2]", "control_guidance_end": "[0.5,1.0]"}
+    assert (await send(files, **texts)).status_code == 200
+    off = [("image", image), ("control_image[]", noise), ("control_image[]", ("none", b""))]
+    assert (await send(off)).status_code == 200
+    own, asked = studio.jobs
+    assert own.control == NOISE.tobytes() + flat.tobytes()
+    assert own.request.controlnet_conditioning_scale == (0.5, 2.0)
+    assert own.request.control_guidance_end == (0.5, 1.0)
+    assert asked.control == NOISE.tobytes() + bytes(len(flat.tobytes()))
+    assert asked.request.controlnet_conditioning_scale == (1.0, 0.0)
+    one = problem(await send(files[:2]), 422, "control_image")["message"]
+    assert "1 were sent, but tiny has 2 ControlNets" in one
+    for text in ("[0.5", "[0.5,]", "[]", "[[1]]", "[nan]"):
+        answer = await send(files, controlnet_conditioning_scale=text)
+        assert "must be a valid number" in problem(answer, 422, "controlnet_conditioning_scale")["message"]
+    assert len(studio.jobs) == 2
+
+
 CONTROLLED = {"image": ("a.png", png(NOISE)), "control_image": ("c.png", png(NOISE))}
 
 
@@ -282,7 +307,7 @@ CONTROLLED = {"image": ("a.png", png(NOISE)), "control_image": ("c.png", png(NOI
 async def test_a_wrong_control_image_is_named(
     send: Any, studio: FakeStudio, files: Any, texts: dict[str, str], controlnet: str | None, told: str
 ) -> None:
-    studio.engines["tiny"] = engine(controlnet=controlnet)
+    studio.engines["tiny"] = engine(controlnets=(controlnet,) if controlnet else ())
     assert told in problem(await send(files, **texts), 422, "control_image")["message"]
     assert studio.jobs == []
 

@@ -367,9 +367,42 @@ async def test_a_control_image_reaches_the_engine(sdk: openai.AsyncOpenAI, contr
     told = {name: getattr(asked.request, name) for name in more if name != "control_image"}
     assert told == {name: value for name, value in more.items() if name != "control_image"}
     models = (await sdk.models.list()).data
-    assert [(model.to_dict()["controlled"], model.to_dict()["step_cache"]) for model in models] == [
-        (True, False)
-    ]
+    [told_of] = [model.to_dict() for model in models]
+    assert (told_of["controlled"], told_of["step_cache"]) == (True, False)
+    assert told_of["controlnets"] == ["canny [01234567]"]
+
+
+async def test_each_of_several_controlnets_has_an_image(
+    sdk: openai.AsyncOpenAI, studio: FakeStudio, post: Any
+) -> None:
+    """Or null: then it adds nothing."""
+    studio.engines["tiny"] = engine(controlnets=("canny [01234567]", "pose [89abcdef]"))
+    flat = Image.new("RGB", (64, 64), "blue")
+    both = {"control_image": [coded(NOISE), coded(flat)], "control_guidance_end": [0.5, 1]}
+    await sdk.images.generate(**CALL, extra_body=both)
+    await sdk.images.generate(**CALL, extra_body=both | {"controlnet_conditioning_scale": [0.5, 2]})
+    one = {"control_image": [None, coded(flat)], "controlnet_conditioning_scale": 0.75}
+    await sdk.images.generate(**CALL, extra_body=one)
+    first, second, third = studio.jobs
+    assert first.control == second.control == NOISE.tobytes() + flat.tobytes()
+    assert third.control == bytes(len(flat.tobytes())) + flat.tobytes()
+    scales = [job.request.controlnet_conditioning_scale for job in studio.jobs]
+    assert scales == [1.0, (0.5, 2.0), (0.0, 0.75)]
+    assert first.request.control_guidance_end == (0.5, 1.0)
+    for wrong, told in (
+        (coded(NOISE), "1 were sent, but tiny has 2 ControlNets, and needs an image for each: canny"),
+        ([coded(NOISE)] * 3, "3 were sent, but tiny has 2 ControlNets"),
+        ([None, None], "is missing; tiny has a ControlNet"),
+        ([coded(NOISE), "R0lGODlh"], "no PNG, JPEG or WebP"),
+        ([], "is missing"),
+    ):
+        answer = await post({"prompt": "a", "control_image": wrong})
+        assert told in problem(answer, 422, "control_image")["message"]
+    scale = {"controlnet_conditioning_scale": [1, "1"]}
+    answer = await post({"prompt": "a", "control_image": both["control_image"], **scale})
+    message = problem(answer, 422, "controlnet_conditioning_scale.1")["message"]
+    assert message == "controlnet_conditioning_scale.1: must be a valid number (got '1')"
+    assert len(studio.jobs) == 3
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,25 @@
-"""Whether a request's control image, or that it has none, suits the engine."""
+"""The control images of a request: whether they suit the engine, and opened."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+from PIL import Image
 
 from sdfast.server.jobs import EngineInfo
 from sdfast.server.openai.fields import CONTROL_IMAGE
 from sdfast.server.problems import Problem
+from sdfast.server.uploads import pixels
+
+T = TypeVar("T")
 
 
-def check_control(engine: EngineInfo, engines: Mapping[str, EngineInfo], *, given: bool) -> None:
-    """Raises `Problem`; before the image is opened."""
-    if engine.controlled and not given:
+def check_control(
+    engine: EngineInfo, engines: Mapping[str, EngineInfo], images: Sequence[object | None]
+) -> None:
+    """Raises `Problem`; before an image is opened. images: for each ControlNet what was sent, None for one
+    that is to add nothing."""
+    count = len(engine.controlnets)
+    if count and not any(images):
         raise Problem(
             422,
             f"{CONTROL_IMAGE}: is missing; {engine.name} has a ControlNet, which draws every picture under "
@@ -17,7 +27,7 @@ def check_control(engine: EngineInfo, engines: Mapping[str, EngineInfo], *, give
             param=CONTROL_IMAGE,
             code="missing_field",
         )
-    if given and not engine.controlled:
+    if images and not count:
         able = ", ".join(name for name, info in engines.items() if info.controlled) or "none"
         raise Problem(
             422,
@@ -26,3 +36,24 @@ def check_control(engine: EngineInfo, engines: Mapping[str, EngineInfo], *, give
             param=CONTROL_IMAGE,
             code="unsupported_model",
         )
+    if len(images) != count:
+        has = "one ControlNet" if count == 1 else f"{count} ControlNets, and needs an image for each"
+        raise Problem(
+            422,
+            f"{CONTROL_IMAGE}: {len(images)} were sent, but {engine.name} has {has}: "
+            f"{', '.join(engine.controlnets)}",
+            param=CONTROL_IMAGE,
+        )
+
+
+def controls_of(
+    images: Sequence[T | None], decoded: Callable[[T], Image.Image], height: int, width: int
+) -> bytes | None:
+    """`Job.control`: the images, resampled where they have another size, black where there is none.
+
+    Takes processor time. Raises `Problem` for what is no image.
+    """
+    if not images:
+        return None
+    black = bytes(height * width * 3)
+    return b"".join(pixels(decoded(one), height, width) if one else black for one in images)

@@ -14,13 +14,13 @@ from sdfast.server.health import check_open
 from sdfast.server.jobs import EngineInfo
 from sdfast.server.openai import schema
 from sdfast.server.openai.answers import Order, answer
-from sdfast.server.openai.control import check_control
+from sdfast.server.openai.control import check_control, controls_of
 from sdfast.server.openai.fields import CONTROL_IMAGE, Edit, check_area, engine_of
 from sdfast.server.problems import Problem
 from sdfast.server.uploads import decode, mask_of_alpha, pixels
 
-_IMAGE, _MASK = ("image", "image[]"), "mask"
-_FILES = (*_IMAGE, _MASK, CONTROL_IMAGE)
+_IMAGE, _MASK, _CONTROL = ("image", "image[]"), "mask", (CONTROL_IMAGE, f"{CONTROL_IMAGE}[]")
+_FILES = (*_IMAGE, _MASK, *_CONTROL)
 
 
 def routes(desk: Desk) -> APIRouter:
@@ -37,7 +37,7 @@ def routes(desk: Desk) -> APIRouter:
         form = await _form(request)
         asked = checked(typed(form.texts, Edit), Edit)
         engine = _engine_of(asked, desk)
-        check_control(engine, desk.studio.engines, given=CONTROL_IMAGE in form.files)
+        check_control(engine, desk.studio.engines, _controls(form))
         try:
             order = await asyncio.to_thread(_order, asked, form, engine, desk)
             return await answer(request.receive, order, desk)
@@ -82,7 +82,8 @@ def _order(asked: Edit, form: Form, engine: EngineInfo, desk: Desk) -> Order:
     """Takes processor time. Raises `Problem`."""
     image, mask = _opened(form)
     asked = asked.over(masked=mask is not None)
-    asked = asked.under_control() if engine.controlled else asked
+    controls = _controls(form)
+    asked = asked.under_control([not one for one in controls]) if controls else asked
     request = asked.request(image.height, image.width)
     side = request.height, request.width
     check_area(request)
@@ -95,7 +96,7 @@ def _order(asked: Edit, form: Form, engine: EngineInfo, desk: Desk) -> Order:
         previews=asked.partial_images or 0,
         image=pixels(image, *side),
         mask=open_parts,
-        control=_control(form, *side),
+        control=controls_of(controls, lambda data: decode(data, CONTROL_IMAGE), *side),
     )
     return Order.make("image_edit", asked, job)
 
@@ -110,11 +111,7 @@ def _opened(form: Form) -> tuple[Image.Image, Image.Image | None]:
     masks = form.files.get(_MASK, [])
     if not images:
         raise Problem(422, "image: is missing", param="image", code="missing_field")
-    for field, sent in (
-        ("image", images),
-        (_MASK, masks),
-        (CONTROL_IMAGE, form.files.get(CONTROL_IMAGE, [])),
-    ):
+    for field, sent in (("image", images), (_MASK, masks)):
         if len(sent) > 1:
             raise _refused(field, f"{len(sent)} were sent; these engines take a single one")
     image = decode(images[0], "image")
@@ -127,10 +124,9 @@ def _opened(form: Form) -> tuple[Image.Image, Image.Image | None]:
     return image, mask
 
 
-def _control(form: Form, height: int, width: int) -> bytes | None:
-    """`Job.control`, resampled where it has another size. Raises `Problem`."""
-    sent = form.files.get(CONTROL_IMAGE)
-    return pixels(decode(sent[0], CONTROL_IMAGE), height, width) if sent else None
+def _controls(form: Form) -> list[bytes | None]:
+    """The files that are control images, for each ControlNet; None for an empty one."""
+    return [data or None for name in _CONTROL for data in form.files.get(name, [])]
 
 
 def _refused(field: str, message: str, code: str = "invalid_image") -> Problem:

@@ -1,7 +1,7 @@
 """The fields of `/v1/images/generations` and `edits`, and the `sdfast.request.Request` that they ask for."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
@@ -45,8 +45,8 @@ class Generation(BaseModel):
     """A body, checked field by field; null is the same as nothing.
 
     user, safety_identifier: who asks, for a service that watches its users; checked and forgotten. progress:
-    of a stream, whether it tells the job's place in the queue and its steps. control_image: a file as base64;
-    of a form it is a file, and not among its texts.
+    of a stream, whether it tells the job's place in the queue and its steps. control_image: a file as base64,
+    or of several ControlNets a list of one for each; of a form they are files, and not among its texts.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -84,10 +84,10 @@ class Generation(BaseModel):
     long_prompts: Literal["truncate", "chunk"] | None = None
     emphasis: Emphasis | None = None
     prompt_editing: bool | None = None
-    control_image: str | None = None
-    controlnet_conditioning_scale: float | None = None
-    control_guidance_start: float | None = None
-    control_guidance_end: float | None = None
+    control_image: str | list[str | None] | None = None
+    controlnet_conditioning_scale: float | list[float] | None = None
+    control_guidance_start: float | list[float] | None = None
+    control_guidance_end: float | list[float] | None = None
     progress: bool | None = None
 
     @field_validator("*")
@@ -133,12 +133,18 @@ class Generation(BaseModel):
         """The quality of webp and jpeg, 100 the best, as the API counts it."""
         return 100 if self.output_compression is None else self.output_compression
 
-    def under_control(self) -> Self:
-        """With a scale for the control image, where none is given the one that diffusers' pipelines have."""
+    def under_control(self, off: Sequence[bool]) -> Self:
+        """With a scale for the control images, where none is given the one that diffusers' pipelines have.
+
+        off: of each ControlNet, whether it has no image and is to add nothing.
+        """
         scale = self.controlnet_conditioning_scale
-        return self.model_copy(
-            update={"controlnet_conditioning_scale": CONTROL_SCALE if scale is None else scale}
-        )
+        scale = CONTROL_SCALE if scale is None else scale
+        if any(off):
+            each = scale if isinstance(scale, list) else [scale] * len(off)
+            if len(each) == len(off):  # or else that is refused by name
+                scale = [0.0 if it else one for one, it in zip(each, off, strict=True)]
+        return self.model_copy(update={"controlnet_conditioning_scale": scale})
 
     def request(self, height: int, width: int) -> Request:
         """What is to be drawn, of this size in pixels where none is asked for. Raises `Problem` naming the

@@ -13,9 +13,9 @@ from sdfast.server.health import check_open
 from sdfast.server.jobs import EngineInfo
 from sdfast.server.openai import schema
 from sdfast.server.openai.answers import Order, answer
-from sdfast.server.openai.control import check_control
+from sdfast.server.openai.control import check_control, controls_of
 from sdfast.server.openai.fields import CONTROL_IMAGE, Generation, check_area, engine_of
-from sdfast.server.uploads import of_base64, pixels
+from sdfast.server.uploads import of_base64
 
 
 def routes(desk: Desk) -> APIRouter:
@@ -54,18 +54,20 @@ def _abilities(engine: EngineInfo) -> dict[str, Any]:
         "default_size": size,
         "edits": engine.edits,
         "controlled": engine.controlled,
+        "controlnets": engine.controlnets,
         "step_cache": engine.step_cache,
     }
 
 
 def _order(asked: Generation, desk: Desk) -> Order:
     """Takes processor time where there is a control image. Raises `Problem`."""
-    engine, control = engine_of(asked.model, desk.studio.engines), None
-    check_control(engine, desk.studio.engines, given=asked.control_image is not None)
-    asked = asked.under_control() if engine.controlled else asked
+    engine, given = engine_of(asked.model, desk.studio.engines), asked.control_image
+    images = given if isinstance(given, list) else [] if given is None else [given]
+    check_control(engine, desk.studio.engines, images)
+    asked = asked.under_control([one is None for one in images]) if images else asked
     request = asked.request(engine.default_height, engine.default_width)
-    if asked.control_image is not None:
+    if images:
         check_area(request)
-        control = pixels(of_base64(asked.control_image, CONTROL_IMAGE), request.height, request.width)
+    control = controls_of(images, lambda text: of_base64(text, CONTROL_IMAGE), request.height, request.width)
     job = desk.job(engine.name, request, previews=asked.partial_images or 0, control=control)
     return Order.make("image_generation", asked, job)

@@ -25,6 +25,15 @@ _EVENTS = (
     "picture, then [DONE]; error when the job fails. Comment lines keep a stream alive that waits."
 )
 
+_EACH = "With several ControlNets also a list of a number for each, in the order of /v1/models."
+
+
+def _each(low: float, high: float) -> dict[str, Any]:
+    """A number for all ControlNets, or one for each."""
+    number = {"type": "number", "minimum": low, "maximum": high}
+    return {"anyOf": [number, {"type": "array", "items": number, "minItems": 1}, {"type": "null"}]}
+
+
 _SAID: Mapping[str, dict[str, Any]] = {
     "prompt": {"description": "What to draw.", "maxLength": MAX_PROMPT},
     "negative_prompt": {"description": "What not to draw.", "maxLength": MAX_PROMPT},
@@ -77,19 +86,18 @@ _SAID: Mapping[str, dict[str, Any]] = {
     },
     "control_image": {
         "description": "Of an engine with a ControlNet, which needs one: a PNG, JPEG or WebP file as "
-        "base64, or a data: URL; resampled to the picture's size."
+        "base64, or a data: URL; resampled to the picture's size. With several ControlNets a list of one for "
+        "each, in the order of /v1/models, and null for one that is to add nothing."
     },
     "controlnet_conditioning_scale": {
-        "description": f"How much the ControlNet adds; {CONTROL_SCALE:g} when left out.",
-        "minimum": 0,
-        "maximum": MAX_CONTROL,
+        "description": f"How much the ControlNet adds; {CONTROL_SCALE:g} when left out. {_EACH}",
+        **_each(0, MAX_CONTROL),
     },
     "control_guidance_start": {
-        "description": "The share of the steps before the ControlNet adds something.",
-        "minimum": 0,
-        "maximum": 1,
+        "description": f"The share of the steps before the ControlNet adds something. {_EACH}",
+        **_each(0, 1),
     },
-    "control_guidance_end": {"description": "The share at which it ends.", "minimum": 0, "maximum": 1},
+    "control_guidance_end": {"description": f"The share at which it ends. {_EACH}", **_each(0, 1)},
     "scheduler": {"description": "As `sdfast schedulers` lists them.", "default": SCHEDULER},
     "strength": {
         "description": "How much of the image is drawn over, 1 all of it; "
@@ -106,7 +114,8 @@ _FILES = {
     "image": "One PNG, JPEG or WebP; image[] is taken too. Transparency is white here; it is no mask.",
     "mask": "A picture of the image's size: what is transparent there is drawn anew, the rest stays.",
     CONTROL_IMAGE: "Of an engine with a ControlNet, which needs one: a PNG, JPEG or WebP; resampled to the "
-    "picture's size.",
+    "picture's size. With several ControlNets it is sent once for each, in the order of /v1/models; an empty "
+    "file is for one that is to add nothing.",
 }
 
 
@@ -157,6 +166,7 @@ class Model(_Shape):
     default_size: str
     edits: bool
     controlled: bool
+    controlnets: list[str]
     step_cache: bool
 
 
@@ -206,11 +216,19 @@ def _said(name: str, model: type[Generation]) -> dict[str, Any]:
     return said
 
 
+def _in_form(kind: dict[str, Any]) -> dict[str, Any]:
+    """A field's type in a form, which has texts alone: a list of numbers is written as in JSON."""
+    listed = {"type": "string", "pattern": r"^\[.*\]$"}
+    return listed if kind.get("type") == "array" else kind
+
+
 def _take_null_out(field: dict[str, Any]) -> None:
     """A form has no null."""
-    for kind in field.pop("anyOf", []):
-        if kind != {"type": "null"}:
-            field.update(kind)
+    kinds = [_in_form(kind) for kind in field.pop("anyOf", []) if kind != {"type": "null"}]
+    if len(kinds) > 1:
+        field["anyOf"] = kinds
+    elif kinds:
+        field.update(kinds[0])
     if field.get("default", "") is None:
         del field["default"]
     if "enum" in field:
