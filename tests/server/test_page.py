@@ -260,13 +260,75 @@ def test_what_looks_like_markup_is_text(page: Page, studio: FakeStudio) -> None:
     assert page.all("img[src=x], body script") == [] and page.browser.title == "sdfast"
 
 
-def test_what_an_engine_with_a_controlnet_needs_is_told(page: Page, studio: FakeStudio) -> None:
-    """The page has no field for it."""
+COLOURS = {"control-1.png": "teal", "control-2.png": "navy"}
+
+
+def pixels(name: str) -> bytes:
+    return Image.new("RGB", (64, 64), name).tobytes()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the files lie that the snippets speak of."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SDFAST_API_KEY", KEY)
+    for file, colour in {**COLOURS, "image.png": "white"}.items():
+        Image.new("RGB", (64, 64), colour).save(file)
+    return tmp_path
+
+
+def test_a_control_image_is_chosen_where_the_engine_has_a_controlnet(
+    page: Page, studio: FakeStudio, folder: Path
+) -> None:
+    assert not page.seen("controls")
     studio.engines["tiny"] = engine(controlnets=("canny [01234567]",))
+    page.load()
     page["draw"].click()
-    wait_until(lambda: page.seen("notice"))
-    assert page.text("notice-text").startswith("control_image: is missing; tiny has a ControlNet")
-    assert not page.seen("again") and studio.jobs == []
+    wait_until(lambda: page.seen("control_image-error"))
+    assert page.text("control_image-error").startswith("control_image: is missing; tiny has a ControlNet")
+    assert page.focused == page["control_image"] and studio.jobs == []
+    page["control_image"].send_keys(str(folder / "control-1.png"))
+    page.run("document.querySelector('input[value=fixed]').click()")
+    page.draw(prompt=HARD, seed=3, controlnet_conditioning_scale=0.25)
+    subprocess.run(["sh", "-c", page.text("curl")], check=True, timeout=20, capture_output=True)
+    exec(page.text("python"), {})
+    assert {job.control for job in studio.jobs} == {pixels("teal")} and len(studio.jobs) == 3
+    assert studio.jobs[0].request.controlnet_conditioning_scale == 0.25
+    assert len({asked_for(job) for job in studio.jobs}) == 1
+    page.fill(controlnet_conditioning_scale=2)
+    page.all("#gallery button")[0].click()
+    page["reuse"].click()
+    assert page["controlnet_conditioning_scale"].get_property("value") == "0.25"
+
+
+def test_each_of_several_controlnets_has_a_control_image_and_a_scale(
+    page: Page, studio: FakeStudio, folder: Path
+) -> None:
+    """Alone, and beside an image that is drawn over; one without adds nothing."""
+    studio.engines["tiny"] = engine(controlnets=("canny [01234567]", "pose [89abcdef]"))
+    page.load()
+    assert [label.text for label in page.all("#controlnets .label")] == [
+        "Control image: canny [01234567]",
+        "Control image: pose [89abcdef]",
+    ]
+    page["control_image-2"].send_keys(str(folder / "control-2.png"))
+    page.run("document.querySelector('input[value=fixed]').click()")
+    page.draw(prompt="a", seed=3, **{"controlnet_conditioning_scale-2": 0.5})
+    subprocess.run(["sh", "-c", page.text("curl")], check=True, timeout=20, capture_output=True)
+    exec(page.text("python"), {})
+    alone, studio.jobs = studio.jobs, []
+    assert {job.control for job in alone} == {bytes(64 * 64 * 3) + pixels("navy")} and len(alone) == 3
+    assert alone[0].request.controlnet_conditioning_scale == (0.0, 0.5)
+    page["control_image"].send_keys(str(folder / "control-1.png"))
+    page["image"].send_keys(str(folder / "image.png"))
+    wait_until(lambda: page.seen("image-shown"))
+    page.draw()
+    subprocess.run(["sh", "-c", page.text("curl")], check=True, timeout=20, capture_output=True)
+    exec(page.text("python"), {})
+    assert {job.control for job in studio.jobs} == {pixels("teal") + pixels("navy")} and len(studio.jobs) == 3
+    assert {job.image for job in studio.jobs} == {pixels("white")}
+    assert studio.jobs[0].request.controlnet_conditioning_scale == (1.0, 0.5)
+    assert len({asked_for(job) for job in (*alone, *studio.jobs)}) == 2
 
 
 def test_a_full_queue_is_tried_again_after_its_seconds(page: Page, studio: FakeStudio) -> None:

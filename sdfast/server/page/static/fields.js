@@ -1,6 +1,7 @@
 // The form. What it holds is read as a body of the API, and a body can be put back into it.
 
 import { ApiError } from "./api.js";
+import * as control from "./control.js";
 import * as image from "./image.js";
 import { recall, remember } from "./memory.js";
 
@@ -30,10 +31,12 @@ export function setUp(engines, known) {
     const engine = engines.find(({ id }) => id === element("model").value);
     offerSizes(engine);
     image.offer(engine.edits);
+    control.offer(engine.controlnets);
     element("cache_interval-field").hidden = !engine.step_cache;
   };
   element("model").addEventListener("change", fit);
   image.setUp(() => element("form").dispatchEvent(new Event("input")));
+  control.setUp(() => element("form").dispatchEvent(new Event("input")));
   element("form").addEventListener("input", () => {
     update();
     remember("settings", snapshot());
@@ -62,6 +65,8 @@ export function read() {
   for (const name of ["num_inference_steps", "guidance_scale"]) body[name] = number(name);
   body.scheduler = element("scheduler").value;
   if (image.chosen()) body.strength = number("strength");
+  const scale = control.scale();
+  if (scale !== null) body.controlnet_conditioning_scale = scale;
   if (seeding() === "fixed") body.seed = seed();
   return body;
 }
@@ -76,6 +81,7 @@ export function putBack(body) {
     const choice = element(name) instanceof HTMLSelectElement;
     if (name in body && (!choice || has(name, body[name]))) element(name).value = body[name];
   }
+  if ("controlnet_conditioning_scale" in body) control.putScale(body.controlnet_conditioning_scale);
   if (body.size) putSize(String(body.size));
   if ("seed" in body) element("seed").value = body.seed;
   element("form").elements.seeding.value = body.seeding ?? ("seed" in body ? "fixed" : "random");

@@ -1,4 +1,4 @@
-// The image to draw over, where an engine takes one: dropped, or chosen.
+// The image to draw over, where an engine takes one; and how images are dropped, or chosen.
 
 const element = (id) => document.getElementById(id);
 let file = null;
@@ -16,35 +16,46 @@ export function offer(edits) {
 
 /** changed: called whenever another image is chosen, or none. */
 export function setUp(changed) {
-  const drop = element("drop");
-  const choose = (given) => {
-    file = given ?? null;
-    show();
-    changed();
+  const parts = {
+    zone: element("drop"),
+    input: element("image"),
+    shown: element("image-shown"),
+    hint: element("image-hint"),
+    remove: element("image-remove"),
   };
-  element("image").addEventListener("change", ({ target }) => choose(target.files[0]));
-  element("image-remove").addEventListener("click", () => {
-    element("image").value = "";
-    choose(null);
-    element("image").focus();
-  });
-  for (const type of ["dragover", "dragleave", "drop"]) {
-    drop.addEventListener(type, (event) => {
-      event.preventDefault(); // the browser would leave the page for the file
-      drop.classList.toggle("over", type === "dragover");
-    });
-  }
-  drop.addEventListener("drop", ({ dataTransfer }) => {
-    if (dataTransfer.files.length) choose(dataTransfer.files[0]);
+  receive(parts, (given) => {
+    file = given;
+    offer(able);
+    changed();
   });
 }
 
-function show() {
-  const shown = element("image-shown");
-  if (shown.src) URL.revokeObjectURL(shown.src);
-  if (file) shown.src = URL.createObjectURL(file);
-  else shown.removeAttribute("src");
-  shown.hidden = element("image-remove").hidden = !file;
-  element("image-hint").hidden = Boolean(file);
-  offer(able);
+/**
+ * Let an image be dropped into a zone or chosen in its input, show it there, and let it be removed.
+ * choose: called with the file, or with null.
+ */
+export function receive({ zone, input, shown, hint, remove }, choose) {
+  const take = (given) => {
+    if (shown.src) URL.revokeObjectURL(shown.src);
+    if (given) shown.src = URL.createObjectURL(given);
+    else shown.removeAttribute("src");
+    shown.hidden = remove.hidden = !given;
+    hint.hidden = Boolean(given);
+    choose(given ?? null);
+  };
+  input.addEventListener("change", () => take(input.files[0]));
+  remove.addEventListener("click", () => {
+    input.value = "";
+    take(null);
+    input.focus();
+  });
+  for (const type of ["dragover", "dragleave", "drop"]) {
+    zone.addEventListener(type, (event) => {
+      event.preventDefault(); // the browser would leave the page for the file
+      zone.classList.toggle("over", type === "dragover");
+    });
+  }
+  zone.addEventListener("drop", ({ dataTransfer }) => {
+    if (dataTransfer.files.length) take(dataTransfer.files[0]);
+  });
 }

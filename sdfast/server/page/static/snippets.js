@@ -12,24 +12,53 @@ const pythons = (value) => (typeof value === "boolean" ? (value ? "True" : "Fals
 
 const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
-/** server: its address, with a slash at its end. key: whether it asks for one. image: whether one is drawn over. */
-export function curl(body, { server, key, image }) {
+/** The files of control images: of each ControlNet its name, or null; none where none is chosen. */
+function filesOf(controls) {
+  return controls.some(Boolean) ? controls.map((there, i) => (there ? `control-${i + 1}.png` : null)) : [];
+}
+
+/** A list of one for each ControlNet, or what there is for the only one. */
+const oneOrEach = (images) => (images.length > 1 ? `[${images.join(", ")}]` : images[0]);
+
+/** A value as a form has it. */
+const text = (value) => (Array.isArray(value) ? JSON.stringify(value) : String(value));
+
+/**
+ * server: its address, with a slash at its end. key: whether it asks for one. image: whether one is drawn over.
+ * controls: of each ControlNet, whether it has a control image.
+ */
+export function curl(body, { server, key, image, controls }) {
+  const files = filesOf(controls);
   const lines = [`curl ${quoted(`${server}v1/images/${image ? "edits" : "generations"}`)}`];
   if (key) lines.push('-H "Authorization: Bearer $SDFAST_API_KEY"');
   if (image) {
-    lines.push("-F 'image=@image.png'");
-    for (const [name, value] of Object.entries(body)) lines.push(`--form-string ${quoted(`${name}=${value}`)}`);
+    lines.push("-F 'image=@image.png'", ...files.map((file) => `-F 'control_image=@${file ?? "/dev/null"}'`));
+    for (const [name, value] of Object.entries(body)) lines.push(`--form-string ${quoted(`${name}=${text(value)}`)}`);
   } else {
     const fields = Object.entries(body).map(([name, value]) => `  "${name}": ${literal(value)}`);
-    lines.push("-H 'Content-Type: application/json'", `-d ${quoted(`{\n${fields.join(",\n")}\n}`)}`);
+    lines.push("-H 'Content-Type: application/json'");
+    if (files.length) return `${printed(fields, files)} | ${[...lines, "-d @-", "-o answer.json"].join(" \\\n  ")}`;
+    lines.push(`-d ${quoted(`{\n${fields.join(",\n")}\n}`)}`);
   }
   return [...lines, "-o answer.json"].join(" \\\n  ");
 }
 
-export function python(body, { server, key, image }) {
+/** What prints the JSON of fields and of files as base64: too much for an argument. NUL, which no JSON holds, parts them. */
+function printed(fields, files) {
+  const images = files.map((file) => (file ? `"\0${file}\0"` : "null"));
+  const pieces = `{\n${[...fields, `  "control_image": ${oneOrEach(images)}`].join(",\n")}\n}`.split("\0");
+  const commands = pieces.map((piece, i) => (i % 2 ? `base64 < ${piece} | tr -d '\\n'` : `printf %s ${quoted(piece)}`));
+  return `{ ${commands.join("\n")}\n}`;
+}
+
+export function python(body, { server, key, image, controls }) {
+  const files = filesOf(controls);
+  const address = `${server}v1`;
+  if (image && files.length) return pythonForm(body, { address, key, files });
   const [own, extra] = [true, false].map((wanted) =>
     Object.entries(body).filter(([name]) => OPENAI.includes(name) === wanted),
   );
+  const images = files.map((file) => (file ? `base64.b64encode(Path("${file}").read_bytes()).decode()` : "None"));
   return [
     "import base64",
     ...(key ? ["import os"] : []),
@@ -37,15 +66,43 @@ export function python(body, { server, key, image }) {
     "",
     "from openai import OpenAI",
     "",
-    `client = OpenAI(base_url=${literal(`${server}v1`)}, api_key=${key ? 'os.environ["SDFAST_API_KEY"]' : '"none"'})`,
+    `client = OpenAI(base_url=${literal(address)}, api_key=${key ? 'os.environ["SDFAST_API_KEY"]' : '"none"'})`,
     `answer = client.images.${image ? "edit" : "generate"}(`,
     ...(image ? ['    image=Path("image.png"),'] : []),
     ...own.map(([name, value]) => `    ${name}=${pythons(value)},`),
     "    extra_body={",
     ...extra.map(([name, value]) => `        "${name}": ${pythons(value)},`),
+    ...(files.length ? [`        "control_image": ${oneOrEach(images)},`] : []),
     "    },",
     ")",
     "for i, picture in enumerate(answer.data):",
     '    Path(f"picture-{i}.png").write_bytes(base64.b64decode(picture.b64_json))',
+  ].join("\n");
+}
+
+/** By httpx, on which the SDK is built: that sends no other files than those of its own arguments. */
+function pythonForm(body, { address, key, files }) {
+  const parts = files.map((file) => (file ? `open("${file}", "rb")` : '("none", b"")'));
+  return [
+    "import base64",
+    ...(key ? ["import os"] : []),
+    "from pathlib import Path",
+    "",
+    "import httpx",
+    "",
+    "answer = httpx.post(",
+    `    ${literal(`${address}/images/edits`)},`,
+    ...(key ? ['    headers={"Authorization": "Bearer " + os.environ["SDFAST_API_KEY"]},'] : []),
+    "    files=[",
+    '        ("image", open("image.png", "rb")),',
+    ...parts.map((part) => `        ("control_image", ${part}),`),
+    "    ],",
+    "    data={",
+    ...Object.entries(body).map(([name, value]) => `        "${name}": ${literal(text(value))},`),
+    "    },",
+    "    timeout=None,",
+    ")",
+    'for i, picture in enumerate(answer.raise_for_status().json()["data"]):',
+    '    Path(f"picture-{i}.png").write_bytes(base64.b64decode(picture["b64_json"]))',
   ].join("\n");
 }
