@@ -61,7 +61,7 @@ class Pipeline(Preparation, DiffusersCall):
         provider: str | None = None,
         sizes: Sequence[str] | None = None,
         loras: Sequence[str | Path | Mapping[str, Any]] = (),
-        controlnet: str | Path | Mapping[str, Any] | None = None,
+        controlnet: str | Path | Mapping[str, Any] | Sequence[str | Path | Mapping[str, Any]] | None = None,
         embeddings: Sequence[str | Path | Mapping[str, Any]] = (),
         cache_branch: int | None = None,
         compile: bool = False,
@@ -76,9 +76,9 @@ class Pipeline(Preparation, DiffusersCall):
         else "cpu". `loras`: what is merged into the weights, each a file, a folder or a Hub id, or a mapping
         of `source`, `weight_name`, `revision` and `scale`. `embeddings`: what tokens in prompts stand for
         (textual inversion), likewise, with `token` in place of `scale`. `controlnet`: what is put beside the
-        U-Net, a folder, a file or a Hub id, or a mapping of `source`, `revision` and `variant`.
-        `cache_branch`: for calls with a `cache_interval`, see `sdfast.models.step_cache`. `compile`, for
-        `backend="eager"`: see `Engine.open`.
+        U-Net, a folder, a file or a Hub id, or a mapping of `source`, `revision` and `variant`; or a list of
+        several. `cache_branch`: for calls with a `cache_interval`, see `sdfast.models.step_cache`.
+        `compile`, for `backend="eager"`: see `Engine.open`.
         """
         from sdfast.export.first_use import cached_engine
 

@@ -189,6 +189,7 @@ LONGEST = (
     "schedulers/test_configs.py",
     "hub/test_download.py",
     "test_controlnet.py",
+    "test_controlnets.py",
     "validation/test_inpainting.py",
     "schedulers/test_tables.py",
     "export/test_optimum.py",

@@ -40,11 +40,13 @@ CONTROLS = [image(1, 16, 16), image(2, 16, 16)]
 
 @dataclass(frozen=True)
 class Ask:
-    """call: of a pipeline. graphs: how many kinds of ticks it has. plain: what it is like without."""
+    """call: of a pipeline. graphs: how many kinds of ticks it has. plain: what it is like without.
+    controlnets: of its engine."""
 
     call: dict[str, Any]
     graphs: int
     plain: dict[str, Any]
+    controlnets: int = 0
 
 
 ASKS = {
@@ -71,7 +73,7 @@ ASKS = {
     "shallow steps and guidance that ends": Ask(
         {"cache_interval": 3, "guidance_end": 0.6}, 4, {"cache_interval": 1}
     ),
-    "a control image": Ask({"control_image": CONTROLS[0]}, 1, {"control_image": CONTROLS[1]}),
+    "a control image": Ask({"control_image": CONTROLS[0]}, 1, {"control_image": CONTROLS[1]}, 1),
     "a control image in the middle": Ask(
         {
             "control_image": CONTROLS,
@@ -82,11 +84,19 @@ ASKS = {
         },
         1,
         {"control_guidance_end": 1.0},
+        1,
     ),
     "a control image and guidance that begins late": Ask(
-        {"control_image": CONTROLS[0], "guidance_start": 0.4}, 2, {"guidance_start": 0.0}
+        {"control_image": CONTROLS[0], "guidance_start": 0.4}, 2, {"guidance_start": 0.0}, 1
+    ),
+    "two control images": Ask(
+        {"control_image": CONTROLS, "controlnet_conditioning_scale": (1.5, 0.75)},
+        1,
+        {"control_image": CONTROLS[::-1]},
+        2,
     ),
 }
+KINDS = sorted({ask.controlnets for ask in ASKS.values()})
 COMMON = {
     "prompt": "the sea",
     "num_inference_steps": 8,
@@ -100,7 +110,7 @@ COMMON = {
 
 @pytest.fixture(scope="module")
 def make(shallow_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Exports an engine, with a ControlNet or with all else that requests ask for.
+    """Exports an engine, with one ControlNet or two, or with all else that requests ask for.
 
     Prompts matter more to its U-Net than half precision does.
     """
@@ -111,45 +121,42 @@ def make(shallow_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
         if name.endswith((".attn2.to_v.weight", ".attn2.to_out.0.weight")):
             weights[name] *= 3
     save_file(weights, file)
-    controlnet = checkpoints.build_controlnet(
-        place / "controlnet", checkpoint, conditioning_embedding_out_channels=(4, 16)
-    )
+    widths = {"conditioning_embedding_out_channels": (4, 16)}
+    nets = [checkpoints.build_controlnet(place / str(i), checkpoint, seed=i, **widths) for i in range(2)]
     embedding = automatic1111(place / "zq-style.safetensors", 5)
 
-    def made(name: str, *, controlled: bool, **recipe: Any) -> Path:
-        own: dict[str, Any] = {"controlnet": controlnet, "sizes": ["16x16"], "batch": [1]}
-        if not controlled:
+    def made(name: str, *, controlnets: int, **recipe: Any) -> Path:
+        own: dict[str, Any] = {"controlnet": nets[:controlnets], "sizes": ["16x16"], "batch": [1]}
+        if not controlnets:
             own = {"embeddings": [{"source": embedding}], "cache_branch": 0}
             if recipe["backend"] == "onnx":  # which captures what is of one size
                 own |= {"sizes": ["16x16", "32x32"], "batch": [1]}
             else:
                 own |= {"sizes": {"min": "16x16", "max": "32x32"}, "batch": 2}
             own |= {"long_prompts": True} if recipe["backend"] == "inductor" else {}
-        return export(checkpoint, place / f"{name}-{controlled}", Recipe.make(**own, **recipe))
+        return export(checkpoint, place / f"{name}-{controlnets}", Recipe.make(**own, **recipe))
 
     return made
 
 
 @pytest.fixture(scope="module", params=["eager", "inductor", "onnx"])
-def engines(request: pytest.FixtureRequest, make: Any) -> dict[bool, Path]:
-    """In half precision, one without a ControlNet and one with."""
+def engines(request: pytest.FixtureRequest, make: Any) -> dict[int, Path]:
+    """In half precision, by how many ControlNets they have."""
     if request.param == "onnx":
         providers = pytest.importorskip("onnxruntime").get_available_providers()
         if "CUDAExecutionProvider" not in providers:
             pytest.skip("this ONNX Runtime is not the one for CUDA")
     compiled = {"device": "cuda", "autotune": False} if request.param == "inductor" else {}
     return {
-        kind: make(request.param, controlled=kind, backend=request.param, dtype="fp16", **compiled)
-        for kind in (False, True)
+        kind: make(request.param, controlnets=kind, backend=request.param, dtype="fp16", **compiled)
+        for kind in KINDS
     }
 
 
 @pytest.fixture(scope="module")
-def exact(make: Any) -> dict[bool, Pipeline]:
+def exact(make: Any) -> dict[int, Pipeline]:
     """The same on the processor, in single precision; what these draw is compared with stock diffusers."""
-    return {
-        kind: Pipeline.from_engine(make("exact", controlled=kind, backend="eager")) for kind in (False, True)
-    }
+    return {kind: Pipeline.from_engine(make("exact", controlnets=kind, backend="eager")) for kind in KINDS}
 
 
 def draw(pipe: Pipeline, **call: Any) -> torch.Tensor:
@@ -200,10 +207,6 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
     return found
 
 
-def controlled(ask: Ask) -> bool:
-    return "control_image" in ask.call
-
-
 def job(name: str, ask: Ask) -> Job:
     """The same of a server."""
     given = {**COMMON, "negative_prompt": None, **ask.call}
@@ -212,7 +215,8 @@ def job(name: str, ask: Ask) -> Job:
     del given["output_type"]
     if control is not None:
         given.setdefault("controlnet_conditioning_scale", 1.0)
-        control = (control if isinstance(control, Image.Image) else control[0]).tobytes()
+        several = [control] if isinstance(control, Image.Image) else control
+        control = b"".join(one.tobytes() for one in several[: ask.controlnets])
     if "hires" in given:
         given["hires"] = Hires.make(**given["hires"])
     return Job(name, "engine", Request.make(**texts, **given), control=control)
@@ -220,21 +224,21 @@ def job(name: str, ask: Ask) -> Job:
 
 @pytest.mark.parametrize("name", ASKS)
 def test_no_step_waits_and_each_kind_of_tick_is_one_graph(
-    engines: dict[bool, Path], name: str, strict: None, captures: list[Graph]
+    engines: dict[int, Path], name: str, strict: None, captures: list[Graph]
 ) -> None:
     ask = ASKS[name]
-    pipe = Pipeline.from_engine(engines[controlled(ask)], "cuda")
+    pipe = Pipeline.from_engine(engines[ask.controlnets], "cuda")
     for _ in range(4):  # a tick that comes once in a picture is captured in the second one
         draw(pipe, **ask.call)
     assert len(captures) == len(set(captures)) == ask.graphs
 
 
 @pytest.mark.parametrize("name", ASKS)
-def test_memory_is_given_back(engines: dict[bool, Path], name: str) -> None:
+def test_memory_is_given_back(engines: dict[int, Path], name: str) -> None:
     ask = ASKS[name]
 
     def drawn() -> int:
-        pipe = Pipeline.from_engine(engines[controlled(ask)], "cuda")
+        pipe = Pipeline.from_engine(engines[ask.controlnets], "cuda")
         for _ in range(2):
             draw(pipe, **ask.call)
         del pipe
@@ -245,10 +249,10 @@ def test_memory_is_given_back(engines: dict[bool, Path], name: str) -> None:
     assert drawn() - before < 2**20
 
 
-@pytest.mark.parametrize("kind", [False, True])
-def test_a_server_draws_all_of_them_side_by_side(engines: dict[bool, Path], kind: bool) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_server_draws_all_of_them_side_by_side(engines: dict[int, Path], kind: int) -> None:
     engine = Engine.open(engines[kind], "cuda")
-    asks = [ask for ask in ASKS.values() if controlled(ask) == kind]
+    asks = [ask for ask in ASKS.values() if ask.controlnets == kind]
     batcher, ears = Batcher(engine, max_rows=3), [Ear() for _ in asks]
     try:
         for i, (ask, ear) in enumerate(zip(asks, ears, strict=True)):
@@ -262,12 +266,12 @@ def test_a_server_draws_all_of_them_side_by_side(engines: dict[bool, Path], kind
 @pytest.mark.numbers
 @pytest.mark.parametrize("name", ASKS)
 def test_pictures_are_those_of_the_processor(
-    engines: dict[bool, Path], exact: dict[bool, Pipeline], name: str
+    engines: dict[int, Path], exact: dict[int, Pipeline], name: str
 ) -> None:
     ask = ASKS[name]
-    expected = draw(exact[controlled(ask)], **ask.call)
-    plain = draw(exact[controlled(ask)], **{**ask.call, **ask.plain})
-    pipe = Pipeline.from_engine(engines[controlled(ask)], "cuda")
+    expected = draw(exact[ask.controlnets], **ask.call)
+    plain = draw(exact[ask.controlnets], **{**ask.call, **ask.plain})
+    pipe = Pipeline.from_engine(engines[ask.controlnets], "cuda")
     for _ in range(3):  # by eager ticks, some graphs, and all of them
         error = (draw(pipe, **ask.call) - expected).norm()
         assert error < 0.01 * expected.norm() and error < 0.4 * (plain - expected).norm()

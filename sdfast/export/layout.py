@@ -85,10 +85,9 @@ def controlnet_config_files(variant: str | None) -> list[str]:
 def check_controlnet(names: Collection[str], source: str) -> None:
     """Refuse a folder that is not a ControlNet's."""
     if "config.json" not in names:
-        raise CheckpointError(
-            f"{source}: no config.json, so not a ControlNet; give the folder that "
-            "controlnet.save_pretrained() wrote"
-        )
+        files = sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
+        instead = f"the file itself: {files[0]}" if files else "the folder that save_pretrained() wrote"
+        raise CheckpointError(f"{source}: no config.json, so not a ControlNet's folder; give {instead}")
 
 
 def check_index(index: Mapping[str, Any], source: str) -> Family:

@@ -59,7 +59,10 @@ def cut(folder: Path) -> None:
 
 
 BAD: dict[str, tuple[Callable[[Path], None], str]] = {
-    "no config": (lambda folder: (folder / "config.json").unlink(), "no config.json, so not a ControlNet"),
+    "no config": (
+        lambda folder: (folder / "config.json").unlink(),
+        "so not a ControlNet's folder; give the file itself: diff",
+    ),
     "a union": (config(_class_name="ControlNetUnionModel"), "is a ControlNetUnionModel, not a ControlNet"),
     "a pickle": (to_pickle, r"a pickle only \(diffusion_pytorch_model.bin\)"),
     "half a file": (cut, "is truncated, or not safetensors"),
