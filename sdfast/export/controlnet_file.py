@@ -60,10 +60,10 @@ def read(path: Path, source: str, unet: Mapping[str, Any]) -> tuple[dict[str, An
     names = _diffusers_names(shapes, source)
     try:
         return _config({theirs: shapes[name] for name, theirs in names.items()}, unet, source), names
-    except (KeyError, IndexError) as error:
-        raise CheckpointError(
-            f"{source}: {error} is missing, or not a ControlNet's; download it again"
-        ) from error
+    except KeyError as error:
+        raise CheckpointError(f"{source}: tensor {error} is missing; download it again") from error
+    except IndexError as error:
+        raise CheckpointError(f"{source}: a tensor has too few axes for a ControlNet's") from error
 
 
 def _diffusers_names(shapes: Shapes, source: str) -> dict[str, str]:
@@ -106,22 +106,20 @@ _ENDS = {
     "middle_block_out.0": "controlnet_mid_block",
     f"{_HINT}.0": f"{_EMBEDDING}.conv_in",
 }
-_BLOCK = re.compile(r"(input_blocks\.(\d+)|middle_block)\.(\d)\.(.+)")
+_BLOCK = re.compile(r"(input_blocks\.(\d{1,4})|middle_block)\.(\d)\.(.+)")
 
 
 def _renaming(names: Iterable[str]) -> Callable[[str], str]:
     """What turns a name of the original layout, which numbers its blocks through, into diffusers'."""
-    ends = sorted(
-        int(name.split(".")[1]) for name in names if re.match(r"input_blocks\.\d+\.0\.op\.weight", name)
-    )
-    stride = ends[0] if ends else len({name.split(".")[1] for name in names if name.startswith("zero_convs")})
-    last = max(int(name.split(".")[1]) for name in names if name.startswith(_HINT))
+    ends = _numbers(names, r"input_blocks\.(\d{1,4})\.0\.op\.weight")
+    stride = min(ends, default=0) or _count(names, r"zero_convs\.(\d{1,4})\.") or 1
+    last = max(_numbers(names, rf"{_HINT}\.(\d{{1,4}})\."))
 
     def rename(name: str) -> str:
         layer, _, leaf = name.rpartition(".")
         if layer in _ENDS:
             return f"{_ENDS[layer]}.{leaf}"
-        if match := re.fullmatch(rf"{_HINT}\.(\d+)", layer):
+        if match := re.fullmatch(rf"{_HINT}\.(\d{{1,4}})", layer):
             number = int(match[1])
             place = "conv_out" if number == last else f"blocks.{number // 2 - 1}"
             return f"{_EMBEDDING}.{place}.{leaf}"
@@ -153,7 +151,7 @@ def _block(match: re.Match[str], stride: int) -> str:
 def _config(shapes: Shapes, unet: Mapping[str, Any], source: str) -> dict[str, Any]:
     """As diffusers' `config.json` of the ControlNet with tensors of these shapes."""
     widths = {shape[1] for name, shape in shapes.items() if name.endswith(".attn2.to_k.weight")}
-    levels = _count(shapes, r"down_blocks\.(\d+)\.resnets")
+    levels = _count(shapes, r"down_blocks\.(\d{1,4})\.resnets")
     of_unet = len(unet.get("down_block_types", ()))
     if levels != of_unet:
         made_for = f", for {family_of(widths.pop())}" if len(widths) == 1 else ""
@@ -161,13 +159,15 @@ def _config(shapes: Shapes, unet: Mapping[str, Any], source: str) -> dict[str, A
             f"{source}: a ControlNet of {levels} levels{made_for}, but this checkpoint's U-Net has "
             f"{of_unet}; take one that was made for this kind of Stable Diffusion"
         )
-    attends = [_count(shapes, rf"down_blocks\.{level}\.attentions\.(\d+)") > 0 for level in range(levels)]
-    depths = [
-        _count(shapes, rf"down_blocks\.{level}\..*transformer_blocks\.(\d+)") for level in range(levels)
+    attends = [
+        _count(shapes, rf"down_blocks\.{level}\.attentions\.(\d{{1,4}})") > 0 for level in range(levels)
     ]
-    middle = _count(shapes, r"mid_block\.attentions\.(\d+)") > 0
+    depths = [
+        _count(shapes, rf"down_blocks\.{level}\..*transformer_blocks\.(\d{{1,4}})") for level in range(levels)
+    ]
+    middle = _count(shapes, r"mid_block\.attentions\.(\d{1,4})") > 0
     if middle and not attends[-1]:  # the depth of the last level is the middle's
-        depths[-1] = _count(shapes, r"mid_block\..*transformer_blocks\.(\d+)")
+        depths[-1] = _count(shapes, r"mid_block\..*transformer_blocks\.(\d{1,4})")
     config = {name: unet[name] for name in _OF_THE_UNET if name in unet} | {
         "in_channels": shapes["conv_in.weight"][1],
         "conditioning_channels": shapes[f"{_EMBEDDING}.conv_in.weight"][1],
@@ -177,7 +177,7 @@ def _config(shapes: Shapes, unet: Mapping[str, Any], source: str) -> dict[str, A
         "block_out_channels": [
             shapes[f"down_blocks.{level}.resnets.0.conv1.weight"][0] for level in range(levels)
         ],
-        "layers_per_block": _count(shapes, r"down_blocks\.0\.resnets\.(\d+)"),
+        "layers_per_block": _count(shapes, r"down_blocks\.0\.resnets\.(\d{1,4})"),
         "transformer_layers_per_block": depths,
         "cross_attention_dim": widths.pop() if len(widths) == 1 else unet.get("cross_attention_dim"),
         "use_linear_projection": any(
@@ -193,14 +193,19 @@ def _config(shapes: Shapes, unet: Mapping[str, Any], source: str) -> dict[str, A
     return config
 
 
-def _count(shapes: Shapes, numbered: str) -> int:
-    """How many there are of what is numbered from 0 on, in the pattern's group."""
-    found = (re.match(numbered, name) for name in shapes)
-    return 1 + max((int(match[1]) for match in found if match), default=-1)
+def _numbers(names: Iterable[str], numbered: str) -> set[int]:
+    """The numbers in the pattern's group, of names that begin so."""
+    found = (re.match(numbered, name) for name in names)
+    return {int(match[1]) for match in found if match}
+
+
+def _count(names: Iterable[str], numbered: str) -> int:
+    """How many there are of what is numbered from 0 on."""
+    return 1 + max(_numbers(names, numbered), default=-1)
 
 
 def _embedding(shapes: Shapes) -> list[int]:
     """The channels of the control image's embedding, each half as large as the one before."""
-    blocks = _count(shapes, rf"{_EMBEDDING}\.blocks\.(\d+)")
+    blocks = _count(shapes, rf"{_EMBEDDING}\.blocks\.(\d{{1,4}})")
     layers = ["conv_in", *(f"blocks.{number}" for number in range(1, blocks, 2))]
     return [shapes[f"{_EMBEDDING}.{layer}.weight"][0] for layer in layers]

@@ -192,6 +192,31 @@ def test_a_controlnet_file_that_does_not_fit_is_refused(
         beside(tiny_sd, file)
 
 
+NO_NAMES: dict[str, tuple[dict[str, torch.Tensor], str]] = {
+    "numbers that are none": (
+        {"input_hint_block.x.weight": torch.ones(1), "zero_convs": torch.ones(1)},
+        "levels",
+    ),
+    "a huge number": ({f"input_blocks.{'9' * 5000}.0.op.weight": torch.ones(1)}, "levels"),
+    "many levels": ({"down_blocks.9999.resnets.0.norm1.weight": torch.ones(1)}, "10000 levels"),
+    "too few axes": ({"a.attn2.to_k.weight": torch.ones(1)}, "a tensor has too few axes"),
+    "no weights": ({f"input_blocks.{i}.0.in_layers.2.weight": torch.ones(1) for i in (1, 3)}, "is missing"),
+}
+
+
+@pytest.mark.parametrize("case", NO_NAMES)
+def test_a_file_of_other_names_is_refused(tiny_sd: Path, tmp_path: Path, case: str) -> None:
+    tensors, message = NO_NAMES[case]
+    file = tmp_path / "some.safetensors"
+    save_file(
+        {"input_hint_block.0.weight": torch.ones(1), "input_blocks.2.0.op.weight": torch.ones(1), **tensors},
+        file,
+    )
+    with pytest.raises(CheckpointError, match=message) as caught:
+        beside(tiny_sd, file)
+    assert str(file) in str(caught.value)
+
+
 def test_an_engine_records_it_and_is_made_again_when_it_changes(
     tiny_sd: Path, controlnet: Path, controlled_engine: Path, tmp_path: Path
 ) -> None:
