@@ -21,12 +21,12 @@ from sdfast.export.build import export
 from sdfast.export.recipe import Recipe
 from sdfast.images import read_controls
 from sdfast.loop import Rows
-from sdfast.manifest import read_manifest
+from sdfast.manifest import AddedControlNet, read_manifest
 from sdfast.pipeline import Pipeline
 from sdfast.request import Request
 from sdfast.server.batcher import Batcher
 from sdfast.server.jobs import Done, Event, Failed, Job
-from sdfast.server.studio import info_of
+from sdfast.server.studio import controlnet_name, info_of
 from sdfast.server.worker.opening import warm_up
 from tests import checkpoints
 from tests.conftest import FLAT_SIZES
@@ -294,6 +294,8 @@ def test_a_server_knows_a_controlnet_by_name(sd: Pair, sd_engine: Path, tiny_con
     weights = (tiny_controlnet / "diffusion_pytorch_model.safetensors").read_bytes()
     known = info_of(sd[1].engine.manifest)
     assert known.controlnets == (f"{tiny_controlnet.name} [{hashlib.sha256(weights).hexdigest()[:8]}]",)
+    file = AddedControlNet(source="nets/canny_v1.1.safetensors", weights={"canny_v1.1.safetensors": "a" * 64})
+    assert controlnet_name(file) == "canny_v1.1 [aaaaaaaa]"
     plain = info_of(read_manifest(sd_engine))
     assert plain.controlnets == ()
     assert (known.controlled, plain.controlled) == (True, False)

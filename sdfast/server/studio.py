@@ -120,5 +120,5 @@ def info_of(manifest: Manifest) -> EngineInfo:
 
 def controlnet_name(controlnet: AddedControlNet) -> str:
     """As sd-webui-controlnet lists ControlNets: the file's or folder's name, and how its digest begins."""
-    digest = min(controlnet.weights.items())[1]
-    return f"{PurePath(controlnet.source).name} [{digest[:8]}]"
+    digest, source = min(controlnet.weights.items())[1], PurePath(controlnet.source)
+    return f"{source.stem if source.suffix == '.safetensors' else source.name} [{digest[:8]}]"
