@@ -246,7 +246,8 @@ def test_a_provider_follows_from_the_dtype_and_is_recorded() -> None:
 def test_what_has_a_use_is_recorded_and_nothing_else() -> None:
     def recorded(**fields: Any) -> dict[str, Any]:
         return Recipe.make(**fields).model_dump(
-            exclude={"batch", "fp8", "dtype", "backend", "loras", "embeddings"}, exclude_none=True
+            exclude={"batch", "fp8", "dtype", "backend", "loras", "controlnet", "embeddings"},
+            exclude_none=True,
         )
 
     assert recorded() == {"provider": "cpu", "winograd": True}
