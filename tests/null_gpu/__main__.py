@@ -73,7 +73,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="null-gpu-") as made:
         folder = Path(made)
         libraries = build(cuda, folder)
-        # Python reads a module of this name whenever it starts: in the processes that the command starts, too.
+        # Python imports a module of this name whenever it starts, in the command's own processes too.
         (folder / "sitecustomize.py").write_text("import tests.null_gpu.stand_ins\n", "utf-8")
         caches = Path(os.environ.get(KEPT, made)).absolute()
         environment = {

@@ -1,4 +1,4 @@
-"""What Python code would do with the GPU's numbers, or would look for in a real one: every process imports this."""
+"""In place of what looks at a GPU's numbers, or for a real one. Every Python process imports this first."""
 
 import sys
 from pathlib import Path
