@@ -15,6 +15,10 @@ def nothing(*_arguments: Any, **_options: Any) -> None:
     """In place of a comparison."""
 
 
+def _equal(a: torch.Tensor, b: torch.Tensor, _equal: Any = torch.equal) -> bool:
+    return bool(_equal(a.cpu(), b.cpu()))  # what was copied is there
+
+
 def _text(tensor: torch.Tensor, *, tensor_contents: Any = None, _text: Any = torch.Tensor.__repr__) -> str:
     # a tensor of another class, as those that are traced, would be seen to be asked for its device
     plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)
@@ -44,6 +48,7 @@ class NoProfiler:
 sys.modules["onnxruntime"] = onnx_runtime
 torch.backends.cudnn.enabled = False  # it would look for the GPU
 torch.backends.cuda.enable_cudnn_sdp(False)
+torch.equal = _equal
 torch.Tensor.__repr__ = _text  # type: ignore[method-assign,assignment]
 torch.Tensor.nonzero = _first  # type: ignore[method-assign]
 torch.profiler.profile = NoProfiler  # type: ignore[assignment,misc]
