@@ -18,7 +18,7 @@ import torch
 from benchmarks.peers.channel import answer_all, own_stdout
 from benchmarks.peers.sides import SIDES, Side
 from benchmarks.peers.task import ASKED, Task
-from benchmarks.proc import bytes_of
+from sdfast.proc import bytes_of
 
 SETTLE = 0.1  # seconds that threads of this process, and of the one measured before, have to go to sleep
 MODULES = ("text", "unet", "vae")
