@@ -111,7 +111,7 @@ class Job:
 
     def request(self, model: Model, given: Given) -> Request:
         """The checked request, of the size of what it is drawn over or under. Raises `RequestError`."""
-        size = _size("size", self.size)
+        size = parse_size("size", self.size)
         width, height = model.default_width, model.default_height
         strength, over, scale = self.strength, given.over, _one_or_each(self.control_scale)
         if given.control is not None:
@@ -147,7 +147,7 @@ class Job:
         )
 
     def _second_pass(self) -> Hires | None:
-        size = _size("hires", self.hires)
+        size = parse_size("hires", self.hires)
         if size is None:
             if (self.hires_upscaler, self.hires_strength, self.hires_steps) != ("latent", 0.75, None):
                 raise RequestError(
@@ -168,7 +168,7 @@ def _one_or_each(said: Sequence[T]) -> T | tuple[T, ...] | None:
     return tuple(said) if len(said) > 1 else next(iter(said), None)
 
 
-def _size(name: str, text: str | None) -> tuple[int, int] | None:
+def parse_size(name: str, text: str | None) -> tuple[int, int] | None:
     """Width and height. Raises `RequestError` for a text that says neither."""
     if not text:
         return None
