@@ -61,7 +61,7 @@ class FP8Convolutions(Contest):
     def _is_faster(self, layer: nn.Module, x: Tensor, size: list[int] | None) -> bool:
         if not isinstance(layer, Conv3x3):
             raise TypeError(f"a {type(layer).__name__} is no 3×3 convolution")
-        what = convolution_words(layer, x, size)
+        what = convolution_words(x, len(layer.weight), layer.stride, size)
         if what not in self._met:
             rounded, settings = Conv3x3FP8(layer), (layer.stride, layer.padding, size)
             given = x.contiguous(memory_format=torch.channels_last)
@@ -90,11 +90,10 @@ def enlarging_conv3x3(
     return ops.conv3x3(x, weight, bias, stride, padding)
 
 
-def convolution_words(layer: Conv3x3, x: Tensor, size: list[int] | None) -> str:
+def convolution_words(x: Tensor, outputs: int, stride: int, size: list[int] | None) -> str:
     """What the choice depends on. Not the batch."""
-    outputs, inputs = layer.weight.shape[:2]
-    height, width = x.shape[2:]
-    strided = f", stride {layer.stride}" * (layer.stride != 1)
+    _, inputs, height, width = x.shape
+    strided = f", stride {stride}" * (stride != 1)
     enlarged = "" if size is None else f" enlarged to {size[1]}x{size[0]}"
     return (
         f"3x3 convolution of {inputs} to {outputs} channels, {width}x{height}{enlarged}{strided}, "
