@@ -7,6 +7,7 @@ from torch._subclasses import FakeTensorMode
 
 from sdfast.backends.fp8 import scaled_mm
 from sdfast.models import ops
+from sdfast.models.controlnet import ControlledUNet, ControlNet
 from sdfast.models.fp8 import (
     Conv1x1FP8,
     Conv3x3FP8,
@@ -200,6 +201,16 @@ def test_which_convolutions_convert() -> None:
         some = set(fp8_convolutions(unet(block_out_channels=[24, 64], norm_num_groups=8)))
         assert "mid_block.resnets.0.conv1" in some
         assert not any(name.startswith(("down_blocks.0.resnets", "up_blocks.1.resnets")) for name in some)
+
+
+def test_a_controlnets_convolutions_convert_too() -> None:
+    with torch.device("meta"):
+        network = unet()
+        both = ControlledUNet(network, ControlNet(network.config))
+        names = fp8_convolutions(both)
+        every = {name for name, module in both.named_modules() if isinstance(module, Conv3x3)}
+    apart = {"unet.conv_in", "unet.conv_out", "controlnet.conv_in"}
+    assert every - set(names) == apart and "controlnet.mid_block.resnets.0.conv2" in names
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (7, 9)])
