@@ -10,12 +10,17 @@ from torch import Tensor, nn
 from sdfast import kernels
 from sdfast.arithmetic import DeviceArithmetic, FusedArithmetic
 from sdfast.backends.fp8 import gathering
+from sdfast.backends.inductor import Inductor
+from sdfast.backends.target import this_machine
 from sdfast.bucket import Buckets
+from sdfast.export.code_store import CodeStore
+from sdfast.export.inductor import Compiler
 from sdfast.loop import Rows
 from sdfast.manifest import Span
 from sdfast.models import ops
-from sdfast.models.fp8 import Conv3x3FP8
+from sdfast.models.fp8 import Conv3x3FP8, convert
 from sdfast.models.layers import Conv3x3
+from tests.export.test_fp8_convolutions import level
 from tests.models.conftest import randomise
 from tests.test_cuda import CudaEngine, fp8
 from tests.test_loop import KEEPING, MIXED, SIDE, row
@@ -179,6 +184,25 @@ def test_a_compiled_package_holds_convolutions_in_fp8(tmp_path: Path) -> None:
     assert ours.shape == due.shape == (2, 48, 15, 15)
     torch.testing.assert_close(ours, due, rtol=0.1, atol=0.02 * float(due.abs().max()))
     assert torch.equal(packaged(x), ours)
+
+
+@fp8
+@pytest.mark.numbers
+def test_an_export_measures_convolutions_in_fp8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small ones, which would not win: all that are right are taken."""
+    monkeypatch.setattr("sdfast.export.kernels.MARGIN", 0.0)
+    said: list[str] = []
+    spec = level(16)
+    compiler = Compiler(this_machine(CUDA), True, CodeStore(tmp_path / "store"), say=said.append)
+    (tmp_path / "engine").mkdir()
+    compiled = compiler.compile(spec, tmp_path / "engine")
+    assert said == ["level: 4 of 4 3x3 convolutions are in FP8"]
+    assert set(compiled.fp8) == set(spec.fp8_convolutions)
+    inputs = {name: tensor.cuda() for name, tensor in spec.inputs(2, 16, 16, 0).items()}
+    ours = Inductor(CUDA).load(tmp_path / "engine" / "level.pt2")(inputs)["y"]
+    due = convert(spec.load(), compiled.fp8).cuda()(**inputs)
+    assert ours.shape == due.shape
+    assert torch.linalg.norm(ours.float() - due.float()) < 0.1 * torch.linalg.norm(due.float())
 
 
 @pytest.mark.parametrize("keeps", [False, True])
