@@ -56,13 +56,11 @@ def test_it_is_the_definition_at_every_tile_size(config: object, monkeypatch: py
     ("shape", "outputs", "stride", "padding", "size"),
     [
         ((2, 16, 3, 5), 16, 1, [1, 1], None),
-        ((3, 48, 1, 1), 32, 1, [1, 1], None),
         ((1, 144, 2, 2), 16, 1, [1, 1], None),  # a block of 128 channels, and a part of one
         ((2, 16, 7, 6), 48, 2, [1, 1], None),
         ((2, 16, 6, 7), 16, 2, [0, 1], None),
         ((2, 32, 3, 4), 16, 1, [1, 1], [6, 8]),
         ((2, 16, 3, 4), 16, 1, [1, 1], [5, 7]),
-        ((1, 16, 3, 4), 16, 1, [1, 1], [6, 7]),
     ],
 )
 def test_strides_paddings_and_enlarged_images(
