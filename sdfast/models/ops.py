@@ -142,7 +142,7 @@ def conv3x3_fp8(
     size: list[int] | None,
 ) -> Tensor:
     """`conv3x3` of numbers rounded to E4M3: x [B, I, h, w], weight [O, 9, I] float8, its taps line by line,
-    scale [O] float32, bias [O] -> [B, O, H', W'], channels-last.
+    scale [O] float32, bias [O] -> [B, O, H', W'].
 
     Each pixel of x has a scale of its own, as each row of `linear_fp8` has: what a tap sums over the channels
     is multiplied by that of the pixel which it reads. Output channel o of the layer's weight is
@@ -160,7 +160,7 @@ def conv3x3_fp8(
         columns = slice(left, left + stride * (width - 1) + 1, stride)
         y = y + F.linear(read[:, lines, columns], of_tap) * read_scale[:, lines, columns]
     y = y * scale
-    return (y if bias is None else y + bias.float()).to(x.dtype).permute(0, 3, 1, 2)
+    return (y if bias is None else y + bias.float()).to(x.dtype).permute(0, 3, 1, 2).contiguous()
 
 
 def _enlarged(x: Tensor, size: list[int] | None) -> Tensor:
