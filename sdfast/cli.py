@@ -89,7 +89,7 @@ def main(debug: bool) -> None:
 @click.option(
     "--winograd/--no-winograd", default=None, help="ONNX on the CPU: fast 3x3 convolutions. [default: yes]"
 )
-@click.option("--fp8", is_flag=True, default=None, help="The U-Net's linear layers in FP8: an approximation.")
+@click.option("--fp8", is_flag=True, default=None, help="Layers of the U-Net in FP8: an approximation.")
 @click.option(
     "--long-prompts",
     is_flag=True,

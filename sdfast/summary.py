@@ -109,4 +109,4 @@ def _kinds(taken: Mapping[str, str]) -> str:
 
 def _layer_kind(name: str) -> str:
     """ "attn1.to_qkv" of "down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_qkv"."""
-    return re.sub(r".*\b(resnets|attentions|transformer_blocks)\.\d+\.", "", name)
+    return re.sub(r".*\b((down|up)_blocks|resnets|attentions|transformer_blocks)\.\d+\.", "", name)

@@ -30,7 +30,7 @@ from sdfast.images import read_images
 from sdfast.infotext import infotext_of, read
 from sdfast.loop import Rows
 from sdfast.manifest import SHALLOW, Span, read_manifest
-from sdfast.models.fp8 import LinearFP8
+from sdfast.models.fp8 import Conv3x3FP8, LinearFP8
 from sdfast.pictures import Job, draw
 from sdfast.pipeline import Pipeline
 from sdfast.request import Hires, Request
@@ -422,7 +422,9 @@ def test_layers_in_fp8_are_so_in_shallow_steps(tiny_sdxl: Path) -> None:
     whole, shallow, *_ = module_specs(Networks.of(resolve(str(tiny_sdxl)), 2), recipe)
     assert (whole.name, shallow.name) == ("unet", SHALLOW)
     assert shallow.fp8 and set(shallow.fp8) < set(whole.fp8)
-    found = {name for name, layer in shallow.load().named_modules() if isinstance(layer, LinearFP8)}
+    found = {
+        name for name, layer in shallow.load().named_modules() if isinstance(layer, LinearFP8 | Conv3x3FP8)
+    }
     assert found == set(shallow.fp8)
 
 

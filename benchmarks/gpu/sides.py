@@ -35,7 +35,7 @@ class Side(Protocol):
 @dataclass(frozen=True)
 class SideSpec:
     """backend: sdfast's, or None for stock diffusers. compiled: stock with channels-last, torch.compile.
-    fp8: the U-Net's linear layers in FP8. kernels: which the recipe names. aside: in no comparison with
+    fp8: the U-Net in FP8. kernels: which the recipe names. aside: in no comparison with
     stock, unless it is asked for by name.
     """
 
@@ -70,7 +70,7 @@ SIDES = {
     COMPILED: SideSpec("stock diffusers, fp16, channels-last, torch.compile(max-autotune)", compiled=True),
     WITH_OWN: SideSpec("sdfast, inductor backend, fp16", backend="inductor"),
     "sdfast-inductor-fp8": SideSpec(
-        "sdfast, inductor backend, fp16, linear layers in FP8", backend="inductor", fp8=True
+        "sdfast, inductor backend, fp16, the U-Net in FP8", backend="inductor", fp8=True
     ),
     WITHOUT_OWN: SideSpec(
         "sdfast, inductor backend, fp16, no kernels of its own",

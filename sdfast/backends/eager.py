@@ -12,12 +12,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from sdfast.backends.fp8 import scaled_mm
+from sdfast import kernels
+from sdfast.backends.fp8 import gathering, scaled_mm
 from sdfast.errors import BackendError, DependencyError, EngineError, first_line
 from sdfast.manifest import SHALLOW
 from sdfast.models import ops
 from sdfast.models.controlnet import Controlled, ControlNetConfig, control_embedding
-from sdfast.models.fp8 import convert, use_product
+from sdfast.models.fp8 import convert, use_convolution, use_product
 from sdfast.models.half_range import set_eps
 from sdfast.models.step_cache import ShallowUNet
 from sdfast.models.unet import (
@@ -163,6 +164,8 @@ def load_eager(
         network.use_attention(attention)
     if device.type == "cuda" and isinstance(network, Attending):
         use_product(network, scaled_mm)
+        if header.get("fp8") and not kernels.why_none(device):
+            use_convolution(network, gathering(kernels.convolution_fp8()))
     outputs = _OUTPUTS[name]
     if isinstance(network, UNet) and network.branch is not None:
         outputs = (*outputs, "deep")

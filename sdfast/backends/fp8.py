@@ -1,4 +1,6 @@
-"""FP8 products on a GPU: cuBLAS's and CUTLASS's, through PyTorch."""
+"""FP8 on a GPU: cuBLAS's and CUTLASS's products, through PyTorch, and convolutions by an own kernel."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -22,3 +24,22 @@ def scaled_mm(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> 
         use_fast_accum=True,
     )
     return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def gathering(kernel: Callable[..., Tensor]) -> ops.Convolution:
+    """`ops.conv3x3_fp8` by a kernel on numbers that are rounded already, see `kernels.convolution_fp8`."""
+
+    def convolution(
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        stride: int,
+        padding: list[int],
+        size: list[int] | None,
+    ) -> Tensor:
+        pixels, pixel_scale = ops.quantised_rows(x.permute(0, 2, 3, 1))
+        given = pixels.contiguous(), pixel_scale[..., 0].contiguous(), weight, scale, bias
+        return kernel(*given, x.dtype, stride, padding, size).permute(0, 3, 1, 2)
+
+    return convolution

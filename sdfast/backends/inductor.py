@@ -91,8 +91,8 @@ class Input(BaseModel):
 class Code(BaseModel):
     """What must be known to call a package.
 
-    attention: what computes each shape of it, where that was measured. kernels: likewise of group norms and
-    gated products.
+    attention: what computes each shape of it, where that was measured. kernels: likewise of group norms,
+    gated products, and convolutions that may be in FP8.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

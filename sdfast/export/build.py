@@ -24,7 +24,7 @@ from sdfast.export.checkpoint import Checkpoint, resolve
 from sdfast.export.controlnet import with_controlnets
 from sdfast.export.embedding import with_embeddings
 from sdfast.export.lora import with_loras
-from sdfast.export.modules import Form, module_specs
+from sdfast.export.modules import Compiled, Form, module_specs
 from sdfast.export.networks import Networks
 from sdfast.export.publish import check_space, clear_leftovers, locked, publish, workplace
 from sdfast.export.recipe import Recipe
@@ -41,7 +41,6 @@ from sdfast.manifest import (
     Module,
     Source,
     Target,
-    Variant,
     json_digest,
     read_manifest,
 )
@@ -107,7 +106,7 @@ class Spec(Protocol):
     def inputs(self) -> Callable[[int, int, int, int], Iterable[str]]: ...
 
 
-Compile = Callable[[Any, Path], list[Variant]]
+Compile = Callable[[Any, Path], Compiled]
 
 
 def export(
@@ -218,7 +217,7 @@ class _Build:
             return kept
         before = set(place.iterdir())
         with self._stage(spec.name, place):
-            variants = self._compiler()(spec, place)
+            compiled = self._compiler()(spec, place)
         files = sorted(path.name for path in set(place.iterdir()) - before)
         inputs = tuple(spec.inputs(1, self.networks.default_side, self.networks.default_side, CHUNK))
         half_range = spec.half_range()
@@ -227,10 +226,10 @@ class _Build:
         return Module(
             inputs=inputs,
             outputs=spec.outputs,
-            variants=tuple(variants),
+            variants=tuple(compiled.variants),
             files=tuple(files),
             fingerprint=self.fingerprints[spec.name],
-            fp8=spec.fp8,
+            fp8=compiled.fp8,
             half_range=half_range,
         )
 
@@ -255,16 +254,16 @@ class _Build:
         if self.checkpoint.graphs:
             from sdfast.export.graphs import compile_graph
 
-            return compile_graph
+            return lambda spec, place: Compiled(compile_graph(spec, place))
         if self.recipe.backend == "eager":
             from sdfast.export.eager import compile_eager
 
-            return lambda spec, place: compile_eager(spec, place, self.checkpoint)
+            return lambda spec, place: Compiled(compile_eager(spec, place, self.checkpoint), spec.fp8)
         if self.code_target is not None:
             return self._inductor(self.code_target).compile
         from sdfast.export.forms import compile_onnx, lowerings
 
-        return lambda spec, place: compile_onnx(spec, place, lowerings(self.recipe))
+        return lambda spec, place: Compiled(compile_onnx(spec, place, lowerings(self.recipe)))
 
     def _inductor(self, target: Target) -> "Compiler":
         from sdfast.export.code_store import CodeStore

@@ -7,9 +7,9 @@ otherwise, they would be laid out anew in every call.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +19,21 @@ from torch import Tensor, nn
 from sdfast import kernels
 from sdfast.backends.attention import Attention, exportable
 from sdfast.backends.clock import clock_of
-from sdfast.backends.fp8 import scaled_mm
+from sdfast.backends.fp8 import gathering, scaled_mm
 from sdfast.backends.inductor import Axis, Code, Input, Layout, Literal
 from sdfast.errors import ExportError, cause_line
 from sdfast.export.choices import Choices
 from sdfast.export.code_store import CodeStore
+from sdfast.export.fp8 import FP8Convolutions
 from sdfast.export.kernels import WITHOUT, OwnKernels, has_place, own_version, use_own
-from sdfast.export.modules import Form, ModuleSpec
+from sdfast.export.modules import Compiled, Form, ModuleSpec
 from sdfast.export.quiet import quiet_compiler
 from sdfast.export.toolkit import advice, with_cuda_headers
 from sdfast.export.tracing import Dynamic, dynamic_shapes, example, file_stem, traced_with
 from sdfast.export.weights import save_weights
 from sdfast.manifest import Target, Variant, json_digest
 from sdfast.models import ops
-from sdfast.models.fp8 import use_product
+from sdfast.models.fp8 import convert, use_convolution, use_product
 from sdfast.models.unet import Attending
 
 SHARD = 512 * 2**20  # bytes: files of weights are read and verified side by side
@@ -67,6 +68,15 @@ class _Chosen:
 
 
 @dataclass(frozen=True)
+class _Rounded:
+    """The 3×3 convolutions that go into FP8, by name; what was measured of each shape, and what was taken."""
+
+    names: tuple[str, ...] = ()
+    report: tuple[str, ...] = ()
+    taken: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Compiler:
     """How code is made.
 
@@ -86,7 +96,7 @@ class Compiler:
             return {**_SEPARATE_WEIGHTS, **_ON_CPU}
         return {**_SEPARATE_WEIGHTS, **(_AUTOTUNED if self.autotune else {})}
 
-    def compile(self, spec: ModuleSpec, place: Path) -> list[Variant]:
+    def compile(self, spec: ModuleSpec, place: Path) -> Compiled:
         """Write `spec` to `place`: a package and its description for each form, and the weights of all.
 
         Raises `ExportError` if the module cannot be traced, compiled or written.
@@ -94,14 +104,16 @@ class Compiler:
         network = laid_out_for(spec.load(), self.target.device)
         if isinstance(network, Attending):
             use_product(network, scaled_mm)
+        # The largest batch first: there is most to gain, and what is chosen for it is chosen for all.
+        forms = sorted(spec.forms, key=lambda form: form.batch.high, reverse=True)
+        rounded = self._round(spec, forms, network)
         weights: dict[str, Tensor] = {}
         taken: dict[Form, _Chosen] = {}
-        # The largest batch first: there is most to gain, and what is chosen for it is chosen for all.
-        for form in sorted(spec.forms, key=lambda form: form.batch.high, reverse=True):
-            code, taken[form] = self._form(spec, form, network, place / _file(spec, form))
+        for form in forms:
+            code, taken[form] = self._form(spec, form, network, rounded, place / _file(spec, form))
             weights.update(_weights_of(network, code))
         _write_weights(weights, spec.name, place)
-        return [
+        variants = [
             Variant(
                 file=_file(spec, form),
                 batch=form.batch,
@@ -113,14 +125,40 @@ class Compiler:
             )
             for form in spec.forms
         ]
+        return Compiled(variants, (*spec.fp8, *rounded.names))
 
-    def _form(self, spec: ModuleSpec, form: Form, network: nn.Module, path: Path) -> tuple[Code, _Chosen]:
-        inputs, dynamic = traced_with(spec, form)
-        given = {
+    def _round(self, spec: ModuleSpec, forms: Sequence[Form], network: nn.Module) -> _Rounded:
+        """Put those convolutions of `network` into FP8 that are faster so at every size of `forms`."""
+        if not spec.fp8_convolutions:
+            return _Rounded()
+        contest = self._fp8_convolutions() if all(map(_is_sized, forms)) else None
+        if contest is None:
+            self.say(f"{spec.name}: no 3x3 convolution is in FP8, for none was measured; see docs/fp8.md")
+            return _Rounded()
+        largest = {(form.height, form.width): form for form in reversed(forms)}
+        faster = [
+            contest.faster(network, spec.fp8_convolutions, self._given(*traced_with(spec, form)))
+            for form in largest.values()
+        ]
+        names = tuple(name for name in spec.fp8_convolutions if all(name in found for found in faster))
+        convert(network, names)
+        use_convolution(network, gathering(kernels.convolution_fp8()))
+        self.say(f"{spec.name}: {len(names)} of {len(spec.fp8_convolutions)} 3x3 convolutions are in FP8")
+        return _Rounded(names, tuple(contest.report()), contest.taken())
+
+    def _given(self, inputs: Mapping[str, Tensor], dynamic: Dynamic) -> dict[str, Tensor]:
+        """Example inputs, on the device."""
+        return {
             name: example(tensor, dynamic.get(name, {})).to(self.target.device)
             for name, tensor in inputs.items()
         }
-        chosen = self._choose(network, given, fixed=not dynamic)
+
+    def _form(
+        self, spec: ModuleSpec, form: Form, network: nn.Module, rounded: _Rounded, path: Path
+    ) -> tuple[Code, _Chosen]:
+        inputs, dynamic = traced_with(spec, form)
+        given = self._given(inputs, dynamic)
+        chosen = self._choose(network, given, rounded, fixed=not dynamic)
         with _advised(chosen):
             program = _trace(network, given, dynamic)
         described = tuple(_input(name, tensor, dynamic.get(name, {})) for name, tensor in given.items())
@@ -157,7 +195,9 @@ class Compiler:
         self.store.fill(key, targets, compile_now)
         return Code.model_validate_json(description.read_bytes()), chosen
 
-    def _choose(self, network: nn.Module, inputs: Mapping[str, Tensor], *, fixed: bool) -> _Chosen:
+    def _choose(
+        self, network: nn.Module, inputs: Mapping[str, Tensor], rounded: _Rounded, *, fixed: bool
+    ) -> _Chosen:
         """Give a network of fixed sizes the fastest kernels for each of its shapes: what was measured."""
         tries = self.autotune and fixed
         attention = self._attention() if tries and isinstance(network, Attending) else None
@@ -170,10 +210,10 @@ class Compiler:
                 network(**inputs)  # each shape is measured when it is met, which tracing could not
         return _Chosen(
             attention=tuple(sorted(attention.report())) if attention else (),
-            kernels=tuple(sorted(own.report())) if own else (),
+            kernels=tuple(sorted([*(own.report() if own else ()), *rounded.report])),
             attention_taken=attention.taken() if attention else {},
-            kernels_taken=own.taken() if own else {},
-            own=own is not None and own.uses_own(),
+            kernels_taken={**(own.taken() if own else {}), **rounded.taken},
+            own=(own is not None and own.uses_own()) or bool(rounded.names),
         )
 
     def _attention(self) -> Attention:
@@ -187,6 +227,14 @@ class Compiler:
             return None
         memory = self._choices(f", own kernels {own_version()}")
         return OwnKernels(kernels.group_norms(), kernels.linear_geglus(), clock_of(device), memory, self.say)
+
+    def _fp8_convolutions(self) -> FP8Convolutions | None:
+        """None where nothing is measured, or own kernels are not wanted or cannot run."""
+        device = torch.device(self.target.device)
+        if not self.autotune or not self.own_kernels or kernels.why_none(device):
+            return None
+        memory = self._choices(f", own kernels {own_version()}")
+        return FP8Convolutions(kernels.convolution_fp8(), clock_of(device), memory, self.say)
 
     def _choices(self, versions: str) -> Choices:
         """versions: of what computes, beside torch."""
@@ -205,6 +253,11 @@ def _advised(chosen: _Chosen) -> Iterator[None]:
         if not chosen.own:
             raise
         raise ExportError(f"{error}; it has own kernels: {WITHOUT}") from error
+
+
+def _is_sized(form: Form) -> bool:
+    """Whether batch, height and width are fixed. Nothing that an image meets depends on the tokens."""
+    return all(span is not None and span.fixed for span in (form.batch, form.height, form.width))
 
 
 def _file(spec: ModuleSpec, form: Form) -> str:

@@ -63,14 +63,112 @@ def own_version() -> str:
     return digest.hexdigest()[:12]
 
 
-class OwnKernels:
-    """Computes group norms and gated products, each shape by what is the fastest for it.
+class Contest:
+    """Own kernels against what the compiler makes of a definition: which computes each shape.
 
     Not thread-safe. A shape is decided when it is first met, unless `memory` recalls it; the batch is no part
     of it, for no row's picture may depend on the batch. `say` is told of every kernel that is left out.
+    tolerance: as those of `TOLERANCE`, where it is not that of the dtype.
 
-    Raises `ExportError` when the definition itself cannot be compiled.
+    Raises `ExportError` when what the compiler is given cannot be compiled.
     """
+
+    def __init__(
+        self,
+        clock: Clock,
+        memory: Memory,
+        say: Callable[[str], None],
+        tolerance: float | None = None,
+    ) -> None:
+        self._clock, self._memory, self._say, self._tolerance = clock, memory, say, tolerance
+        self._met: dict[str, Measured] = {}
+
+    def uses_own(self) -> bool:
+        """Whether some shape that was met is computed by an own kernel."""
+        return any(measured.kind != COMPILER for measured in self._met.values())
+
+    def taken(self) -> dict[str, str]:
+        """Of each shape that was met, in words, the kernel that computes it, or `COMPILER`."""
+        return {what: measured.kind for what, measured in self._met.items()}
+
+    def report(self) -> list[str]:
+        """A line for each shape that was met: what computes it, the times of all, and what was left out."""
+        return [f"{what}: {_outcome(measured)}" for what, measured in self._met.items()]
+
+    def _decide(
+        self,
+        what: str,
+        definition: Kernel,
+        own: Mapping[str, Kernel],
+        batched: tuple[Tensor | None, ...],
+        rest: tuple[Any, ...],
+        timed: Mapping[str, Callable[[], object]] | None = None,
+    ) -> None:
+        """Decide `what`, a shape that is met for the first time.
+
+        batched, rest: the arguments, as of `why_wrong`. timed: where the clock is not to see the kernels and
+        the compiled definition by themselves, what it is to see of each, by name.
+        """
+        kinds = (COMPILER, *own)
+        measured = self._memory.recall(what, kinds)
+        if measured is None:
+            with compiling_alone():
+                fresh = self._measure(what, definition, own, batched, rest, timed or {})
+            measured = self._memory.keep(what, fresh, kinds)
+        for kind, reason in measured.refused.items():
+            self._say(f"{what}: the kernel {kind!r} is left out: {reason}")
+        self._met[what] = measured
+
+    def _measure(
+        self,
+        what: str,
+        definition: Kernel,
+        own: Mapping[str, Kernel],
+        batched: tuple[Tensor | None, ...],
+        rest: tuple[Any, ...],
+        timed: Mapping[str, Callable[[], object]],
+    ) -> Measured:
+        times: dict[str, float] = {}
+        refused: dict[str, str] = {}
+        for kind, kernel in own.items():
+            try:
+                result = kernel(*batched, *rest)
+                refused[kind] = why_wrong(result, definition, batched, rest, self._tolerance)
+                if not refused[kind]:
+                    times[kind] = self._clock(timed.get(kind, lambda kernel=kernel: kernel(*batched, *rest)))  # type: ignore[misc]
+            except torch.OutOfMemoryError:
+                refused[kind] = "not enough memory on the GPU to compare it with the definition"
+            except Exception as error:  # Triton raises many unrelated types
+                refused[kind] = f"it fails: {cause_line(error)}"
+        refused = {kind: reason for kind, reason in refused.items() if reason}
+        rows = len(batched[0]) if batched[0] is not None else 0
+        if not times:
+            return Measured(COMPILER, {}, rows, refused)
+        best = min(times, key=lambda kind: times[kind])
+        times[COMPILER] = self._time_of_compilers(what, definition, (*batched, *rest), timed)
+        wins = times[best] * MARGIN <= times[COMPILER]
+        return Measured(best if wins else COMPILER, times, rows, refused)
+
+    def _time_of_compilers(
+        self,
+        what: str,
+        definition: Kernel,
+        arguments: tuple[Any, ...],
+        timed: Mapping[str, Callable[[], object]],
+    ) -> float:
+        try:
+            if COMPILER in timed:
+                return self._clock(timed[COMPILER])
+            compiled = compiled_alone(definition)
+            return self._clock(lambda: compiled(*arguments))
+        except Exception as error:  # compilers fail in as many ways as there are
+            raise ExportError(
+                f"{what}: the definition cannot be compiled alone: {cause_line(error)}; {WITHOUT}"
+            ) from error
+
+
+class OwnKernels(Contest):
+    """Computes group norms and gated products, each shape by what is the fastest for it."""
 
     def __init__(
         self,
@@ -80,9 +178,8 @@ class OwnKernels:
         memory: Memory,
         say: Callable[[str], None],
     ) -> None:
+        super().__init__(clock, memory, say)
         self._group_norms, self._linear_geglus = dict(group_norms), dict(linear_geglus)
-        self._clock, self._memory, self._say = clock, memory, say
-        self._met: dict[str, Measured] = {}
 
     def group_norm(
         self,
@@ -105,7 +202,7 @@ class OwnKernels:
         own = {name: last(kernel) for name, kernel in self._group_norms.items()}
         if what not in self._met:
             given = x.contiguous(memory_format=torch.channels_last)
-            self._met[what] = self._decide(what, ops.normalised, own, (given, shift), rest)
+            self._decide(what, ops.normalised, own, (given, shift), rest)
         return own.get(self._met[what].kind, ops.normalised)(x, shift, *rest)
 
     def linear_geglu(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -113,88 +210,21 @@ class OwnKernels:
         what = geglu_words(x, weight)
         own = self._linear_geglus
         if what not in self._met:
-            self._met[what] = self._decide(what, ops.linear_geglu, own, (x,), (weight, bias))
+            self._decide(what, ops.linear_geglu, own, (x,), (weight, bias))
         return own.get(self._met[what].kind, ops.linear_geglu)(x, weight, bias)
-
-    def uses_own(self) -> bool:
-        """Whether some shape that was met is computed by an own kernel."""
-        return any(measured.kind != COMPILER for measured in self._met.values())
-
-    def taken(self) -> dict[str, str]:
-        """Of each shape that was met, in words, the kernel that computes it, or `COMPILER`."""
-        return {what: measured.kind for what, measured in self._met.items()}
-
-    def report(self) -> list[str]:
-        """A line for each shape that was met: what computes it, the times of all, and what was left out."""
-        return [f"{what}: {_outcome(measured)}" for what, measured in self._met.items()]
-
-    def _decide(
-        self,
-        what: str,
-        definition: Kernel,
-        own: Mapping[str, Kernel],
-        batched: tuple[Tensor | None, ...],
-        rest: tuple[Any, ...],
-    ) -> Measured:
-        kinds = (COMPILER, *own)
-        measured = self._memory.recall(what, kinds)
-        if measured is None:
-            fresh = self._measure(what, definition, own, batched, rest)
-            measured = self._memory.keep(what, fresh, kinds)
-        for kind, reason in measured.refused.items():
-            self._say(f"{what}: the kernel {kind!r} is left out: {reason}")
-        return measured
-
-    def _measure(
-        self,
-        what: str,
-        definition: Kernel,
-        own: Mapping[str, Kernel],
-        batched: tuple[Tensor | None, ...],
-        rest: tuple[Any, ...],
-    ) -> Measured:
-        times: dict[str, float] = {}
-        refused: dict[str, str] = {}
-        for kind, kernel in own.items():
-            try:
-                refused[kind] = why_wrong(kernel(*batched, *rest), definition, batched, rest)
-                if not refused[kind]:
-                    times[kind] = self._clock(lambda kernel=kernel: kernel(*batched, *rest))  # type: ignore[misc]
-            except torch.OutOfMemoryError:
-                refused[kind] = "not enough memory on the GPU to compare it with the definition"
-            except Exception as error:  # Triton raises many unrelated types
-                refused[kind] = f"it fails: {cause_line(error)}"
-        refused = {kind: reason for kind, reason in refused.items() if reason}
-        rows = len(batched[0]) if batched[0] is not None else 0
-        if not times:
-            return Measured(COMPILER, {}, rows, refused)
-        best = min(times, key=lambda kind: times[kind])
-        times[COMPILER] = self._time_of_compilers(what, definition, (*batched, *rest))
-        wins = times[best] * MARGIN <= times[COMPILER]
-        return Measured(best if wins else COMPILER, times, rows, refused)
-
-    def _time_of_compilers(self, what: str, definition: Kernel, arguments: tuple[Any, ...]) -> float:
-        try:
-            with compiling_alone():
-                compiled = compiled_alone(definition)
-                return self._clock(lambda: compiled(*arguments))
-        except Exception as error:  # compilers fail in as many ways as there are
-            raise ExportError(
-                f"{what}: the definition cannot be compiled alone: {cause_line(error)}; {WITHOUT}"
-            ) from error
 
 
 def group_norm_words(x: Tensor, shift: Tensor | None, groups: int, silu: bool) -> str:
     """What the choice of a kernel for a group norm depends on. Not the batch."""
     _, channels, height, width = x.shape
     kind = f"{'shifted ' * (shift is not None)}group norm{' + SiLU' * silu}"
-    return f"{kind} of {channels} channels in {groups} groups, {width}x{height}, {_name(x.dtype)}"
+    return f"{kind} of {channels} channels in {groups} groups, {width}x{height}, {dtype_name(x)}"
 
 
 def geglu_words(x: Tensor, weight: Tensor) -> str:
     """What the choice of a kernel for a gated product depends on, x [B, N, I]. Not the batch."""
     tokens, inputs = x.shape[1:]
-    return f"GEGLU of {tokens} tokens, {inputs} to {len(weight) // 2} channels, {_name(x.dtype)}"
+    return f"GEGLU of {tokens} tokens, {inputs} to {len(weight) // 2} channels, {dtype_name(x)}"
 
 
 def use_own(network: nn.Module, chosen: OwnKernels | None) -> None:
@@ -210,18 +240,23 @@ def has_place(network: nn.Module) -> bool:
 
 
 def why_wrong(
-    result: Tensor, definition: Kernel, batched: tuple[Tensor | None, ...], rest: tuple[Any, ...]
+    result: Tensor,
+    definition: Kernel,
+    batched: tuple[Tensor | None, ...],
+    rest: tuple[Any, ...],
+    tolerance: float | None = None,
 ) -> str:
     """How a result differs from the definition in wider numbers; "" where that is rounding.
 
     batched: the arguments that have a batch [B, …], compared row by row, since wider copies of all would take
-    several times the memory. rest: the other arguments. Differences are shares, see `TOLERANCE`.
+    several times the memory. rest: the other arguments. Differences are shares; tolerance: default, that of
+    the dtype in `TOLERANCE`.
     """
     first = batched[0]
     if first is None or result.dtype != first.dtype or len(result) != len(first):
-        return f"it gives {_name(result.dtype)} {list(result.shape)}"
+        return f"it gives {dtype_name(result)} {list(result.shape)}"
     wide = torch.float32 if first.dtype != torch.float32 else torch.float64
-    tolerance = TOLERANCE[first.dtype]
+    tolerance = TOLERANCE[first.dtype] if tolerance is None else tolerance
     for row, given in enumerate(zip(*(_rows(tensor, len(first)) for tensor in batched), strict=True)):
         truth = definition(*(_wider(argument, wide) for argument in (*given, *rest)))
         if result[row : row + 1].shape != truth.shape:
@@ -251,5 +286,5 @@ def _outcome(measured: Measured) -> str:
     return told
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

@@ -35,13 +35,20 @@ V = TypeVar("V", VAEDecoder, VAEEncoder)
 class UNetParts:
     """The modules that the weights of a U-Net and of its ControlNets are dealt out to, loaded one at a time.
 
-    components: which of these there are.
+    components: which of these there are. fp8: the U-Net's layers that are put into FP8; fp8_convolutions:
+    those that may be later, see `ModuleSpec`.
     """
 
-    def __init__(self, networks: Networks, dtype: torch.dtype, fp8: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        networks: Networks,
+        dtype: torch.dtype,
+        fp8: tuple[str, ...],
+        fp8_convolutions: tuple[str, ...] = (),
+    ) -> None:
         self._networks = networks
         self._dtype = dtype
-        self.fp8 = fp8
+        self.fp8, self.fp8_convolutions = fp8, fp8_convolutions
         self.components = ("unet", *controlnet_names(len(networks.controlnets)))
 
     def _load(self) -> tuple[UNet, TimeShift, Context] | Controlled:
@@ -59,13 +66,13 @@ class UNetParts:
     def shallow(self, branch: int) -> ShallowUNet:
         weights = self._networks.checkpoint.state_dict("unet")
         unet = load_unet(self._networks.unet, weights, self._dtype)[0]
-        return convert(ShallowUNet.of(unet, branch), self.shallow_fp8(branch))
+        return convert(ShallowUNet.of(unet, branch), self.of_shallow(branch, self.fp8))
 
-    def shallow_fp8(self, branch: int) -> tuple[str, ...]:
-        """Of the layers in FP8 those that shallow steps have."""
+    def of_shallow(self, branch: int, layers: tuple[str, ...]) -> tuple[str, ...]:
+        """Of these layers those that shallow steps have."""
         with torch.device("meta"):
             own = {name for name, _ in ShallowUNet(self._networks.unet, branch).named_modules()}
-        return tuple(name for name in self.fp8 if name in own)
+        return tuple(name for name in layers if name in own)
 
     def time_shift(self) -> TimeShift | ControlledTimeShift:
         return self._load()[1]

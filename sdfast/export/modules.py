@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from sdfast.errors import CheckpointError, ExportError
 from sdfast.export.loading import UNetParts, VAEHalves, load_text_model
 from sdfast.export.networks import Networks
 from sdfast.export.recipe import Recipe
-from sdfast.manifest import CHUNK, CONTROL, ONE_CHUNK, SHALLOW, HalfRange, Model, Span
+from sdfast.manifest import CHUNK, CONTROL, ONE_CHUNK, SHALLOW, HalfRange, Model, Span, Variant
 from sdfast.models.config import controlnet_names
 from sdfast.models.controlnet import (
     ControlEmbedding,
@@ -45,7 +46,8 @@ class ModuleSpec:
     inputs: example inputs for (batch, height, width in pixels, tokens).
     free: the axes of each input that follow the batch, height, width or tokens.
     components: the checkpoint's components that it is made of; its ControlNets are named as some, too.
-    fp8: names of its layers that are in FP8.
+    fp8: names of its layers that are in FP8. fp8_convolutions: of its 3×3 convolutions that a compiler puts
+    into FP8 too, where it measures that they are faster so.
     half_range: how a half of the VAE fits float16; known once it was loaded, None of all else.
     """
 
@@ -57,7 +59,15 @@ class ModuleSpec:
     components: tuple[str, ...]
     forms: tuple[Form, ...]
     fp8: tuple[str, ...] = ()
+    fp8_convolutions: tuple[str, ...] = ()
     half_range: Callable[[], HalfRange | None] = lambda: None
+
+
+class Compiled(NamedTuple):
+    """What a module was compiled to. fp8: names of its layers that are in FP8."""
+
+    variants: list[Variant]
+    fp8: tuple[str, ...] = ()
 
 
 def module_specs(networks: Networks, recipe: Recipe) -> list[ModuleSpec]:
@@ -65,7 +75,7 @@ def module_specs(networks: Networks, recipe: Recipe) -> list[ModuleSpec]:
     model, dtype = networks.model(), DTYPES[recipe.dtype]
     sizes = recipe.size_spans(networks.default_side)
     _check_sizes(sizes, networks.factor)
-    load = UNetParts(networks, dtype, networks.fp8() if recipe.fp8 else ())
+    load = UNetParts(networks, dtype, *_in_fp8(networks, recipe))
     steps = model, load, dtype, recipe.unet_batches(), sizes, recipe.prompt_lengths()
     vae = VAEHalves(networks, half=dtype == torch.float16 and recipe.vae == "auto")
     return [
@@ -78,6 +88,15 @@ def module_specs(networks: Networks, recipe: Recipe) -> list[ModuleSpec]:
         *_vae_encoder(vae, networks, sizes),
         *(_text_encoder(networks, name, dtype) for name in networks.text),
     ]
+
+
+def _in_fp8(networks: Networks, recipe: Recipe) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The layers of the U-Net that are in FP8, and the convolutions that are where they are faster so. Eager
+    engines measure nothing: theirs are."""
+    if not recipe.fp8:
+        return (), ()
+    linear, convolutions = networks.fp8(), networks.fp8_convolutions()
+    return ((*linear, *convolutions), ()) if recipe.backend == "eager" else (linear, convolutions)
 
 
 def _unet(
@@ -110,7 +129,17 @@ def _unet(
         for tokens in lengths
     )
     outputs = ("output", "deep") if model.step_cache else ("output",)
-    return ModuleSpec("unet", load.unet, inputs, free, outputs, load.components, forms, load.fp8)
+    return ModuleSpec(
+        "unet",
+        load.unet,
+        inputs,
+        free,
+        outputs,
+        load.components,
+        forms,
+        load.fp8,
+        load.fp8_convolutions,
+    )
 
 
 _IMAGE: Mapping[int, str] = {0: "batch", 2: "height", 3: "width"}
@@ -148,7 +177,8 @@ def _shallow(
         inputs=inputs,
         free=free,
         outputs=("output",),
-        fp8=load.shallow_fp8(cache.branch),
+        fp8=load.of_shallow(cache.branch, load.fp8),
+        fp8_convolutions=load.of_shallow(cache.branch, load.fp8_convolutions),
     )
 
 

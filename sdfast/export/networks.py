@@ -9,7 +9,7 @@ from sdfast.export.checkpoint import Checkpoint
 from sdfast.export.controlnet import ControlNetSource
 from sdfast.manifest import Model, StepCache
 from sdfast.models.controlnet import ControlledUNet, ControlNet, ControlNetConfig
-from sdfast.models.fp8 import MULTIPLE, fp8_layers
+from sdfast.models.fp8 import MULTIPLE, fp8_convolutions, fp8_layers
 from sdfast.models.unet import UNet, UNetConfig, rungs, skip_levels
 from sdfast.models.vae import VAEConfig
 
@@ -97,7 +97,7 @@ class Networks(Configs):
         return config
 
     def fp8(self) -> tuple[str, ...]:
-        """The layers of the U-Net that FP8 is for. Raises `ExportError` when there are none."""
+        """The linear layers of the U-Net that FP8 is for. Raises `ExportError` when there are none."""
         layers = fp8_layers(self.step())
         if not layers:
             raise ExportError(
@@ -105,6 +105,10 @@ class Networks(Configs):
                 f"of {MULTIPLE}; leave fp8 out"
             )
         return layers
+
+    def fp8_convolutions(self) -> tuple[str, ...]:
+        """The 3×3 convolutions of the U-Net that can be in FP8."""
+        return fp8_convolutions(self.step())
 
     def step(self) -> UNet | ControlledUNet:
         """The network of a step, without weights."""

@@ -159,8 +159,9 @@ class Recipe(_Part):
         takes each where it is faster than the compiler's; "compiler" never takes one.
     winograd: ONNX for the CPU: the faster algorithm for 3×3 convolutions in fp32; its weights take more room.
         Default there: true.
-    fp8: "inductor" and "eager" in fp16: the U-Net's linear layers in FP8, an approximation. For GPUs of
-        compute capability 8.9 and above; eager engines of it also run on a CPU, slowly, for checks.
+    fp8: "inductor" and "eager" in fp16: the U-Net's linear layers in FP8, and those 3×3 convolutions that are
+        faster so, an approximation. For GPUs of compute capability 8.9 and above; eager engines of it, with
+        all convolutions in FP8, also run on a CPU, slowly, for checks.
     long_prompts: "inductor": a further form of the U-Net, for prompts of more than 75 tokens; the one for
         shorter ones stays as it is. Default: false. Engines of other backends take long prompts anyway.
     vae: of fp16 engines: "auto" (default), float16 wherever its numbers can be made to fit, or "fp32".

@@ -4,7 +4,7 @@ Each computes what a definition in `models/ops.py` or `arithmetic/device.py` say
 reads and writes less. Importing this package loads no Triton; a kernel's module does: ask `why_none` first.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,3 +45,14 @@ def linear_geglus() -> "Mapping[str, LinearGeGLU]":
     from sdfast.kernels.geglu import linear_geglu
 
     return {"triton": linear_geglu}
+
+
+def convolution_fp8() -> "Callable[..., torch.Tensor]":
+    """3×3 convolutions of numbers rounded to E4M3, for compute capability 8.9 and up.
+
+    Raises ImportError without Triton.
+    """
+    from sdfast.kernels.conv3x3_fp8 import conv3x3_fp8
+
+    kernel: Callable[..., torch.Tensor] = conv3x3_fp8
+    return kernel

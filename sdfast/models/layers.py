@@ -113,8 +113,17 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, like: Tensor | None = None) -> Tensor:
         """x [B, C, h, w] -> [B, C, H, W], the height and width of `like`, or else twice its own."""
-        y: Tensor = self.conv(ops.upsample_twice(x) if like is None else ops.upsample_nearest(x, like))
+        conv: nn.Module = self.conv
+        if isinstance(conv, Conv3x3):
+            y: Tensor = conv(ops.upsample_twice(x) if like is None else ops.upsample_nearest(x, like))
+        else:  # on rounded numbers: it reads the small image
+            y = conv(x, enlarged_size(x, like))
         return y
+
+
+def enlarged_size(x: Tensor, like: Tensor | None) -> list[int]:
+    """Height and width of x [B, C, h, w] when it is enlarged to those of `like`, or else twice."""
+    return [2 * side for side in x.shape[2:]] if like is None else list(like.shape[2:])
 
 
 class ResBlock(nn.Module):

@@ -23,6 +23,11 @@ Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q [B, heads, N, d], k and v [B, heads, L, d] -> [B, heads, N, d]: softmax(q kᵀ / √d) v."""
 Product = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """`linear_fp8`, or what computes the same."""
+Convolution = Callable[
+    [Tensor, Tensor, Tensor, Tensor | None, int, list[int], list[int] | None],
+    Tensor,
+]
+"""`conv3x3_fp8`, or what computes the same."""
 GroupNormKernel = Callable[[Tensor, Tensor | None, Tensor, Tensor, int, float, bool], Tensor]
 """`normalised`, or what computes the same."""
 LinearGeGLU = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -70,8 +75,7 @@ def _same(x: Tensor, *_: Any) -> Sequence[int]:
 def _strided(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: list[int]
 ) -> Sequence[int]:
-    height, width = ((size + sum(padding) - 3) // stride + 1 for size in x.shape[2:])
-    return x.shape[0], weight.shape[0], height, width
+    return x.shape[0], weight.shape[0], *conv3x3_sides(x.shape[2:], stride, padding)
 
 
 @_named(lambda x, weight, bias: (*x.shape[:-1], weight.shape[0]))
@@ -107,6 +111,64 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding
     if before != after:
         x, before = F.pad(x, (before, after, before, after)), 0  # left, right, top, bottom
     return F.conv2d(x, weight, bias, stride=stride, padding=before)
+
+
+def conv3x3_sides(sides: Sequence[int], stride: int, padding: list[int]) -> list[int]:
+    """Height and width of what a 3×3 convolution makes of an image of that height and width."""
+    return [(side + sum(padding) - 3) // stride + 1 for side in sides]
+
+
+def _gathered(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: list[int],
+    size: list[int] | None,
+) -> Sequence[int]:
+    sides = x.shape[2:] if size is None else size
+    return x.shape[0], weight.shape[0], *conv3x3_sides(sides, stride, padding)
+
+
+@_named(_gathered)
+def conv3x3_fp8(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: list[int],
+    size: list[int] | None,
+) -> Tensor:
+    """`conv3x3` of numbers rounded to E4M3: x [B, I, h, w], weight [O, 9, I] float8, its taps line by line,
+    scale [O] float32, bias [O] -> [B, O, H', W'].
+
+    Each pixel of x has a scale of its own, as each row of `linear_fp8` has: what a tap sums over the channels
+    is multiplied by that of the pixel which it reads. Output channel o of the layer's weight is
+    weight[o] · scale[o]. size: height and width that x is enlarged to before, as by `upsample_nearest`: twice
+    its own, or one less.
+    """
+    pixels, pixel_scale = (_enlarged(t, size) for t in quantised_rows(x.permute(0, 2, 3, 1)))
+    height, width = conv3x3_sides(pixels.shape[1:3], stride, padding)
+    around = (0, 0, *padding, *padding)  # channels, left and right, top and bottom
+    read, read_scale = F.pad(pixels.float(), around), F.pad(pixel_scale, around)
+    y = torch.zeros([], device=x.device)
+    for tap, of_tap in enumerate(weight.float().unbind(1)):
+        top, left = divmod(tap, 3)
+        lines = slice(top, top + stride * (height - 1) + 1, stride)
+        columns = slice(left, left + stride * (width - 1) + 1, stride)
+        y = y + F.linear(read[:, lines, columns], of_tap) * read_scale[:, lines, columns]
+    y = y * scale
+    return (y if bias is None else y + bias.float()).to(x.dtype).permute(0, 3, 1, 2).contiguous()
+
+
+def _enlarged(x: Tensor, size: list[int] | None) -> Tensor:
+    """x [B, h, w, C] -> [B, *size, C]."""
+    if size is None:
+        return x
+    lines, columns = (torch.arange(n, device=x.device) // 2 for n in size)
+    return x[:, lines][:, :, columns]
 
 
 @_named(lambda x, weight, bias: (x.shape[0], weight.shape[0], *x.shape[2:]))

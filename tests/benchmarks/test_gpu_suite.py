@@ -1,6 +1,7 @@
 """The GPU suite's dry run: every part on a CPU, then nothing twice; and its arithmetic."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +100,8 @@ def test_own_kernels_are_measured_last_and_shape_by_shape(dry_run: DryRun) -> No
     assert len(shapes) > 10 and all(name.startswith("kernels/") for name in shapes)
     norm = "kernels/shifted group norm + SiLU of 32 channels in 32 groups, 4x4, float16/batch 1"
     product = "kernels/GEGLU of 4 tokens, 64 to 256 channels, float16/batch 1"
-    for name in (norm, product, "tick/batch 1"):
+    convolution = "kernels/3x3 convolution of 32 to 32 channels, 4x4, float16 or FP8/batch 1"
+    for name in (norm, product, convolution, "tick/batch 1"):
         result = dry_run.parts[name]["result"]
         assert "run on NVIDIA GPUs" in result["without_own"]
         [row] = result["rows"]
@@ -145,17 +147,35 @@ def test_networks_without_own_kernels_are_an_engine_of_their_own() -> None:
     assert bench.engine_folder(WITH_OWN, 1) != bench.engine_folder(WITHOUT_OWN, 1)
 
 
-@pytest.mark.parametrize(("architecture", "norms", "products"), [("sd15", 29, 4), ("sdxl", 24, 2)])
-def test_the_shapes_are_those_of_the_real_networks(architecture: str, norms: int, products: int) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "kinds", "convolutions"),
+    [
+        ("sd15", {"norm": 29, "product": 4, "convolution": 20}, 50),
+        ("sdxl", {"norm": 24, "product": 2, "convolution": 16}, 38),
+    ],
+)
+def test_the_shapes_are_those_of_the_real_networks(
+    architecture: str, kinds: dict[str, int], convolutions: int
+) -> None:
     found = own_kernels.cases(workload(architecture), 1)
-    assert [sum(case.norm is norm for case in found) for norm in (True, False)] == [norms, products]
+    assert Counter(case.kind for case in found) == kinds
     met = {case.what: case.count for case in found}
     sample = {
-        "sd15": ("GEGLU of 4096 tokens, 320 to 1280 channels, float16", 5),
-        "sdxl": ("GEGLU of 1024 tokens, 1280 to 5120 channels, float16", 60),
+        "sd15": {
+            "GEGLU of 4096 tokens, 320 to 1280 channels, float16": 5,
+            "3x3 convolution of 640 to 640 channels, 32x32 enlarged to 64x64, float16 or FP8": 1,
+        },
+        "sdxl": {
+            "GEGLU of 1024 tokens, 1280 to 5120 channels, float16": 60,
+            "3x3 convolution of 1280 to 1280 channels, 32x32, float16 or FP8": 10,
+        },
     }
-    what, count = sample[architecture]
-    assert met[what] == count
+    for what, count in sample[architecture].items():
+        assert met[what] == count
+    assert (
+        sum(case.count for case in found if case.kind == "convolution")
+        == ({"sd15": 50, "sdxl": 38}[architecture])
+    )
 
 
 def test_second_run_measures_nothing(dry_run: DryRun) -> None:

@@ -18,7 +18,7 @@ from sdfast.errors import ExportError
 from sdfast.export import inductor
 from sdfast.export.checkpoint import resolve
 from sdfast.export.code_store import CodeStore
-from sdfast.export.inductor import Compiler, _Chosen
+from sdfast.export.inductor import Compiler, _Chosen, _Rounded
 from sdfast.export.kernels import OwnKernels, use_own
 from sdfast.export.modules import Form, ModuleSpec, module_specs
 from sdfast.export.networks import Networks
@@ -91,7 +91,7 @@ def own_kernels(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
 def graph_of(compiler: Compiler, spec: ModuleSpec) -> str:
     network = spec.load()
     inputs, _ = traced_with(spec, spec.forms[0])
-    compiler._choose(network, inputs, fixed=True)
+    compiler._choose(network, inputs, _Rounded(), fixed=True)
     return str(inductor._trace(network, inputs, {}).graph)
 
 
@@ -128,7 +128,7 @@ def test_an_engine_with_own_kernels_is_compiled_once_and_says_so(
         place = tmp_path / str(number)
         place.mkdir()
         compiler = Compiler(this_machine(CPU), True, CodeStore(tmp_path / "store"), say=said.append)
-        [variant] = compiler.compile(spec, place)
+        [variant] = compiler.compile(spec, place).variants
         taken.append(variant.kernels)
         codes.append((place / "blocks.json").read_text("utf-8"))
         own_kernels["own"] = 5.0
@@ -225,13 +225,15 @@ def test_the_largest_batch_decides_for_all(
     spec = module_specs(Networks.of(resolve(tiny_sd)), recipe)[0]
     order: list[str] = []
 
-    def form(_self: Compiler, spec: ModuleSpec, form: Form, network: nn.Module, path: Path) -> Any:
+    def form(
+        _self: Compiler, spec: ModuleSpec, form: Form, network: nn.Module, rounded: _Rounded, path: Path
+    ) -> Any:
         order.append(path.stem)
         chosen = _Chosen((), (), {"attention": path.stem}, {"norm": path.stem}, own=True)
         return Code(module="unet", inputs=(), outputs=(), constants={}, literals={}), chosen
 
     monkeypatch.setattr(Compiler, "_form", form)
-    variants = Compiler(this_machine(CPU), True, CodeStore(tmp_path)).compile(spec, tmp_path)
+    variants = Compiler(this_machine(CPU), True, CodeStore(tmp_path)).compile(spec, tmp_path).variants
     assert order == ["unet-64x64-b4", "unet-64x64-b2", "unet-64x64-b1"]
     assert [(form.file, form.attention, form.kernels) for form in variants] == [
         (f"{name}.pt2", {"attention": name}, {"norm": name})

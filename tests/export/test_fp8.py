@@ -53,7 +53,8 @@ def test_the_weights_are_half_as_large_and_have_scales(engine: Path, plain: Path
         weight, scale, old = weights[f"{name}.weight"], weights[f"{name}.scale"], before[f"{name}.weight"]
         assert 2 * weight.nbytes == old.nbytes
         assert scale.dtype == torch.float32 and scale.shape == weight.shape[:1]
-        error = (weight.float() * scale[:, None] - old.flatten(1).float()).abs()
+        rows = old.permute(0, 2, 3, 1) if old.dim() == 4 else old  # taps, then channels
+        error = (weight.flatten(1).float() * scale[:, None] - rows.flatten(1).float()).abs()
         assert (error <= scale[:, None] * 16.01).all() and error.max() > 0
     rest = {name for name in weights if name.rpartition(".")[0] not in layers}
     assert all(torch.equal(weights[name], before[name]) for name in rest)
@@ -63,11 +64,13 @@ def test_the_weights_are_half_as_large_and_have_scales(engine: Path, plain: Path
 def test_the_manifest_and_info_say_which_layers(engine: Path, plain: Path) -> None:
     manifest = read_manifest(engine)
     assert "down_blocks.1.attentions.0.transformer_blocks.0.ff.net.0.proj" in manifest.fp8
+    assert "up_blocks.0.upsamplers.0.conv" in manifest.fp8
     assert not manifest.modules["context"].fp8 and not read_manifest(plain).fp8
     told = CliRunner().invoke(main, ["info", str(engine)]).output
     line = next(line for line in told.splitlines() if line.startswith("in FP8"))
     counts = [int(count) for count in re.findall(r"(\d+) [a-z]+[\w.]*(?:,|$)", line)]
     assert f"{len(manifest.fp8)} layers of the U-Net" in line and "ff.net.0.proj" in line
+    assert re.search(r"\d+ conv1, \d+ conv2", line) and " upsamplers.0.conv" in line
     assert sum(counts) == len(manifest.fp8)
     assert "in FP8" not in CliRunner().invoke(main, ["info", str(plain)]).output
 

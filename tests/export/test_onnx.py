@@ -63,7 +63,7 @@ def check(path, module, inputs, tolerance=2e-6):
 
 
 def test_every_operation_has_a_lowering():
-    every = set(ops.NAMES) - {"linear_fp8"}  # which a recipe refuses for this backend
+    every = set(ops.NAMES) - {"linear_fp8", "conv3x3_fp8"}  # which a recipe refuses for this backend
     assert set(CPU) == set(CPU_COMPACT) == set(TENSORRT) == every
 
 

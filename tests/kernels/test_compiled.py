@@ -15,13 +15,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sdfast.kernels import advance, geglu, group_norm
+from sdfast.kernels import advance, conv3x3_fp8, geglu, group_norm
 
 SHARED = 227 * 1024  # bytes that one program may have on sm_90
 HALVES = {"x", "shift", "weight", "bias", "y", "output", "sample", "time_shift", "time_shifts"}
 LINES = {"lines", "stride", "moved", "noise_lines"}
 FLAGS = {"idle", "kept"}
-ODD = {"guided", "all_lines", "rows", "chunks", "M"}  # what need not be a multiple of 16
+ODD = {"guided", "all_lines", "rows", "chunks", "M", "H", "W", "H_read", "W_read", "h", "w"}
+"""What need not be a multiple of 16."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Case:
     warps: int
     stages: int = 3
     wide: frozenset[str] = field(default=frozenset())  # float32 though they are the network's
+    rounded: frozenset[str] = field(default=frozenset())  # float8 though they are the network's
 
     def __str__(self) -> str:
         values = "-".join(str(value) for value in self.fixed.values())
@@ -49,6 +51,8 @@ class Case:
                 return "*i64"
             if name in FLAGS:
                 return "*i1"
+            if name in self.rounded:
+                return "*fp8e4nv"
             return "*fp16" if name in HALVES - self.wide else "*fp32"
 
         return {name: kind(name) for name in self.kernel.arg_names}
@@ -87,6 +91,21 @@ def products(wide: bool, even: bool = True) -> list[Case]:
     ]
 
 
+def convolutions(inputs: int, stride: int = 1, twice: bool = False) -> list[Case]:
+    settings = {"I": inputs, "STRIDE": stride, "BEFORE": 1, "TWICE": twice, "BIASED": True}
+    return [
+        Case(
+            conv3x3_fp8.conv3x3_fp8_kernel,
+            {**settings, "GROUP_M": conv3x3_fp8.GROUPED_ROWS, **config.kwargs},
+            ("M", "H", "W", "H_read", "W_read", "h", "w", "O"),
+            config.num_warps,
+            config.num_stages,
+            rounded=frozenset({"x", "weight"}),
+        )
+        for config in conv3x3_fp8.CONFIGS
+    ]
+
+
 def tile(case: Case) -> int:
     """How many numbers a program of a product holds."""
     sizes = [value for name, value in case.fixed.items() if name.startswith("BLOCK_")]
@@ -115,6 +134,7 @@ LARGEST = [
     max(products(wide=False), key=tile),
     max(products(wide=True), key=tile),
     *products(wide=False, even=False)[-1:],
+    convolutions(320)[0],
     advances(8, True, True),
     FETCH,
 ]
@@ -123,6 +143,8 @@ OTHERS = [
     *norms(128, 32, False, True),
     *products(wide=False),
     *products(wide=True),
+    *(case for inputs in (16, 320, 640, 2560) for case in convolutions(inputs)),
+    *(case for given in ({"stride": 2}, {"twice": True}) for case in convolutions(1280, **given)),
     *(advances(registers, True, keeps) for registers in (4, 8) for keeps in (False, True)),
 ]
 CASES = LARGEST + [
@@ -170,8 +192,24 @@ def test_it_compiles_for_an_h100_and_spills_nothing(case: Case, tmp_path: Path) 
     assert kernel.metadata.shared <= SHARED
     if case.kernel is geglu.linear_geglu_kernel:
         assert ("wgmma" in kernel.asm["ptx"]) == (not case.wide)  # float32 is not rounded for tensor cores
+    elif case.kernel is conv3x3_fp8.conv3x3_fp8_kernel:
+        assert re.search(r"wgmma\.mma_async\S*\.f32\.e4m3\.e4m3", kernel.asm["ptx"])
+        assert "cp.async.cg.shared.global" in kernel.asm["ptx"]  # 16 bytes of each tile a copy
+        steps = case.fixed["I"] > case.fixed["BLOCK_K"]  # of a tap: the next begins while one is multiplied
+        assert ("wgmma.wait_group.sync.aligned 1" in kernel.asm["ptx"]) == steps
     elif "moments" in case.kernel.__name__ or "apply" in case.kernel.__name__:
         assert "ld.global.v4" in kernel.asm["ptx"]  # 16 bytes a thread
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [89, 120])
+def test_a_convolution_in_fp8_compiles_for_the_other_gpus_that_have_it(
+    capability: int, tmp_path: Path
+) -> None:
+    kernel = compiled(convolutions(320)[-1], capability)
+    assert "e4m3.e4m3" in kernel.asm["ptx"]
+    assert resources(kernel.asm["cubin"], tmp_path)["STACK"] == 0
+    assert kernel.metadata.shared <= 99 * 1024
 
 
 @pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 120])

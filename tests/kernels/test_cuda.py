@@ -9,11 +9,20 @@ from torch import Tensor, nn
 
 from sdfast import kernels
 from sdfast.arithmetic import DeviceArithmetic, FusedArithmetic
+from sdfast.backends.fp8 import gathering
+from sdfast.backends.inductor import Inductor
+from sdfast.backends.target import this_machine
 from sdfast.bucket import Buckets
+from sdfast.export.code_store import CodeStore
+from sdfast.export.inductor import Compiler
 from sdfast.loop import Rows
 from sdfast.manifest import Span
 from sdfast.models import ops
-from tests.test_cuda import CudaEngine
+from sdfast.models.fp8 import Conv3x3FP8, convert
+from sdfast.models.layers import Conv3x3
+from tests.export.test_fp8_convolutions import level
+from tests.models.conftest import randomise
+from tests.test_cuda import CudaEngine, fp8
 from tests.test_loop import KEEPING, MIXED, SIDE, row
 
 CUDA = torch.device("cuda", 0)
@@ -118,6 +127,82 @@ def test_a_compiled_package_holds_them(dtype: torch.dtype, tmp_path: Path) -> No
         ours = packaged(*given)
     torch.testing.assert_close(ours, due)
     assert torch.equal(packaged(*given), ours)
+
+
+@fp8
+@pytest.mark.numbers
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "side", "stride", "size"),
+    [
+        (320, 320, 64, 1, None),
+        (960, 640, 32, 1, None),
+        (2560, 1280, 8, 1, None),
+        (640, 640, 33, 2, None),
+        (1280, 1280, 16, 1, [32, 31]),
+        (16, 48, 5, 1, None),
+    ],
+)
+def test_convolution_in_fp8_is_the_definition(
+    inputs: int, outputs: int, side: int, stride: int, size: list[int] | None
+) -> None:
+    layer = Conv3x3FP8(randomise(Conv3x3(inputs, outputs, stride))).cuda()
+    x, bias = image(3, inputs, side, torch.float16), layer.bias.half()
+    given = layer.weight, layer.scale, bias, stride, [1, 1], size
+    due = ops.conv3x3_fp8(x.float(), *given)
+    convolution = gathering(kernels.convolution_fp8())
+    y = convolution(x, *given)
+    assert y.dtype == torch.float16 and y.is_contiguous(memory_format=torch.channels_last)
+    error = (y.float() - due).abs() / (due.abs() + due.square().mean().sqrt())
+    assert error.max() < 2e-2  # what the tensor cores' accumulators drop
+    assert torch.equal(y, convolution(x, *given))
+
+
+class Enlarging(nn.Module):
+    """Convolutions in FP8 on the way down and up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = Conv3x3FP8(randomise(Conv3x3(64, 32, stride=2)).half())
+        self.up = Conv3x3FP8(randomise(Conv3x3(32, 48, bias=False)).half())
+        self.down.compute = self.up.compute = gathering(kernels.convolution_fp8())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.up(torch.nn.functional.silu(self.down(x)), list(x.shape[2:]))
+        return y
+
+
+@fp8
+@pytest.mark.numbers
+def test_a_compiled_package_holds_convolutions_in_fp8(tmp_path: Path) -> None:
+    network, x = Enlarging().cuda().eval(), image(2, 64, 15, torch.float16)
+    with torch.no_grad():
+        due = network(x)
+        program = torch.export.export(network, (x,))
+        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "enlarging.pt2"))
+        packaged = torch._inductor.aoti_load_package(path)
+        ours = packaged(x)
+    assert ours.shape == due.shape == (2, 48, 15, 15)
+    torch.testing.assert_close(ours, due, rtol=0.1, atol=0.02 * float(due.abs().max()))
+    assert torch.equal(packaged(x), ours)
+
+
+@fp8
+@pytest.mark.numbers
+def test_an_export_measures_convolutions_in_fp8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small ones, which would not win: all that are right are taken."""
+    monkeypatch.setattr("sdfast.export.kernels.MARGIN", 0.0)
+    said: list[str] = []
+    spec = level(16)
+    compiler = Compiler(this_machine(CUDA), True, CodeStore(tmp_path / "store"), say=said.append)
+    (tmp_path / "engine").mkdir()
+    compiled = compiler.compile(spec, tmp_path / "engine")
+    assert said == ["level: 4 of 4 3x3 convolutions are in FP8"]
+    assert set(compiled.fp8) == set(spec.fp8_convolutions)
+    inputs = {name: tensor.cuda() for name, tensor in spec.inputs(2, 16, 16, 0).items()}
+    ours = Inductor(CUDA).load(tmp_path / "engine" / "level.pt2")(inputs)["y"]
+    due = convert(spec.load(), compiled.fp8).cuda()(**inputs)
+    assert ours.shape == due.shape
+    assert torch.linalg.norm(ours.float() - due.float()) < 0.1 * torch.linalg.norm(due.float())
 
 
 @pytest.mark.parametrize("keeps", [False, True])

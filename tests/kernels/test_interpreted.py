@@ -30,4 +30,4 @@ def test_in_the_interpreter() -> None:
         timeout=500,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert len(files) == 3 and "skipped" not in result.stdout
+    assert len(files) == 4 and "skipped" not in result.stdout

@@ -2,11 +2,21 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 
 from sdfast.backends.fp8 import scaled_mm
 from sdfast.models import ops
-from sdfast.models.fp8 import Conv1x1FP8, LinearFP8, convert, fp8_layers, use_product
+from sdfast.models.controlnet import ControlledUNet, ControlNet
+from sdfast.models.fp8 import (
+    Conv1x1FP8,
+    Conv3x3FP8,
+    LinearFP8,
+    convert,
+    fp8_convolutions,
+    fp8_layers,
+    use_product,
+)
 from sdfast.models.layers import Conv1x1, Conv3x3, Linear
 from sdfast.models.unet import UNet, UNetConfig
 from tests.models.conftest import randomise
@@ -70,9 +80,43 @@ def test_pytorchs_product_is_the_definition(
     assert 0.001 < torch.linalg.norm(truth - exact) / torch.linalg.norm(exact) < 0.05
 
 
-def unet_inputs(network: UNet, rows: int) -> tuple[torch.Tensor, ...]:
+@pytest.mark.parametrize(
+    ("stride", "padding", "size", "bias"),
+    [
+        (1, (1, 1), None, False),
+        (2, (1, 1), None, True),
+        (2, (0, 1), None, True),
+        (1, (1, 1), [10, 14], True),
+        (1, (1, 1), [9, 13], True),
+        (1, (1, 1), [10, 13], False),
+    ],
+)
+def test_a_convolution_is_that_of_the_rounded_numbers(
+    stride: int, padding: tuple[int, int], size: list[int] | None, bias: bool
+) -> None:
+    """Each pixel times its own scale, enlarged and padded as by PyTorch, in float64."""
+    layer = randomise(Conv3x3(32, 16, stride, padding, bias))
+    x = torch.randn(2, 32, 5, 7) * torch.rand(2, 1, 5, 7).mul(6).exp()
+    rounded = Conv3x3FP8(layer)
+    y = rounded(x, size)
+    rows, scale = ops.quantised_rows(x.permute(0, 2, 3, 1))
+    read = (rows.double() * scale).permute(0, 3, 1, 2)
+    weight = (rounded.weight.double() * rounded.scale[:, None, None]).unflatten(1, (3, 3)).permute(0, 3, 1, 2)
+    near = [(read, weight, 1e-6), (x.double(), layer.weight.double(), 0.05)]
+    for image, taps, bar in near:
+        enlarged = image if size is None else F.interpolate(image, size=size, mode="nearest")
+        padded = F.pad(enlarged, (*padding, *padding))
+        b = None if layer.bias is None else layer.bias.double()
+        due = F.conv2d(padded, taps, b, stride)
+        error = torch.linalg.norm(y - due) / torch.linalg.norm(due)
+        assert y.shape == due.shape and error < bar
+    assert error > 0.02
+    assert torch.equal(y, torch.cat([rounded(one[None], size) for one in x]))
+
+
+def unet_inputs(network: UNet, rows: int, height: int = 8, width: int = 8) -> tuple[torch.Tensor, ...]:
     widths = sum(network.shift_widths), sum(network.context_widths)
-    return torch.randn(rows, 4, 8, 8), torch.randn(rows, widths[0]), torch.randn(rows, 77, widths[1])
+    return torch.randn(rows, 4, height, width), torch.randn(rows, widths[0]), torch.randn(rows, 77, widths[1])
 
 
 def on_gpu(*args: torch.Tensor, **options: object) -> torch.Tensor:
@@ -147,6 +191,43 @@ def test_which_layers_convert() -> None:
         assert fp8_layers(unet(block_out_channels=[24, 40], norm_num_groups=8)) == ()
 
 
+def test_which_convolutions_convert() -> None:
+    with torch.device("meta"):
+        network = unet()
+        every = {name for name, module in network.named_modules() if isinstance(module, Conv3x3)}
+        assert every - set(fp8_convolutions(network)) == {"conv_in", "conv_out"}
+        assert {"down_blocks.0.downsamplers.0.conv", "up_blocks.0.upsamplers.0.conv"} < every
+        some = set(fp8_convolutions(unet(block_out_channels=[24, 64], norm_num_groups=8)))
+        assert "mid_block.resnets.0.conv1" in some
+        assert not any(name.startswith(("down_blocks.0.resnets", "up_blocks.1.resnets")) for name in some)
+
+
+def test_a_controlnets_convolutions_convert_too() -> None:
+    with torch.device("meta"):
+        network = unet()
+        both = ControlledUNet(network, ControlNet(network.config))
+        names = fp8_convolutions(both)
+        every = {name for name, module in both.named_modules() if isinstance(module, Conv3x3)}
+    apart = {"unet.conv_in", "unet.conv_out", "controlnet.conv_in"}
+    assert every - set(names) == apart and "controlnet.mid_block.resnets.0.conv2" in names
+
+
+def test_a_network_with_its_convolutions_converted_is_near() -> None:
+    """On sides that are odd, which are enlarged to twice their halves, less one."""
+    network = randomise(unet())
+    inputs = unet_inputs(network, 1, 7, 9)
+    truth = network(*inputs)
+    names = fp8_convolutions(network)
+    convert(network, names)
+    result = network(*inputs)
+    error = torch.linalg.norm(result - truth) / torch.linalg.norm(truth)
+    assert result.shape == truth.shape and 1e-3 < error < 0.1
+    with torch.device("meta"):
+        empty = convert(unet(), names)
+    empty.load_state_dict(network.state_dict(), assign=True)
+    assert torch.equal(empty(*inputs), result)
+
+
 def test_a_converted_network_is_near_and_keeps_its_scales() -> None:
     network = unet()
     randomise(network)
@@ -163,8 +244,8 @@ def test_a_converted_network_is_near_and_keeps_its_scales() -> None:
     assert sum(p.nbytes for p in network.parameters()) < bytes_before
     empty.load_state_dict(network.state_dict(), assign=True)
     assert torch.equal(empty(*inputs), result)
-    with pytest.raises(TypeError, match="conv_in is a Conv3x3"):
-        convert(network, ["conv_in"])
+    with pytest.raises(TypeError, match="conv_norm_out is a GroupNorm"):
+        convert(network, ["conv_norm_out"])
 
 
 def test_a_convolution_of_one_pixel_is_linear() -> None:

@@ -15,6 +15,10 @@ CALLS = {
     "linear": (noise(2, 5, 8), noise(6, 8), noise(6)),
     "linear_fp8": (noise(2, 5, 8), noise(6, 8).to(ops.FP8), noise(6), noise(6)),
     "conv3x3": (noise(2, 4, 7, 8), noise(6, 4, 3, 3), None, 2, [0, 1]),
+    "conv3x3_fp8": (
+        *(noise(2, 4, 7, 8), noise(6, 9, 4).to(ops.FP8), noise(6), noise(6)),
+        *(1, [1, 1], [14, 15]),
+    ),
     "conv1x1": (noise(2, 4, 7, 8), noise(6, 4, 1, 1), noise(6)),
     "group_norm": (noise(2, 8, 3, 5), noise(8), noise(8), 4, 1e-5),
     "group_norm_silu": (noise(2, 8, 3, 5), noise(8), noise(8), 4, 1e-5),
