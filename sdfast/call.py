@@ -15,6 +15,7 @@ from sdfast.engine import Engine
 from sdfast.errors import RequestError
 from sdfast.first_latents import Over
 from sdfast.images import read_controls, read_images, read_masks
+from sdfast.manifest import Model
 from sdfast.request import Hires, Request
 
 DEFAULT_STEPS = 50  # as in diffusers
@@ -114,6 +115,8 @@ class DiffusersCall(ABC):
         image: Any = None,
         mask_image: Any = None,
         strength: float | None = None,
+        denoising_start: float | None = None,
+        denoising_end: float | None = None,
         control_image: Any = None,
         controlnet_conditioning_scale: float | None = None,
         control_guidance_start: float = 0.0,
@@ -149,6 +152,10 @@ class DiffusersCall(ABC):
         image: what is drawn over, of the picture's size; mask_image: white where it is drawn anew; see
             `sdfast.images`. strength: the share of the steps that is done, as in diffusers, and by default
             what it is there: 0.8, or 1 with a mask; for SDXL 0.3 and 0.9999.
+        denoising_end: the share of the denoising at which the run leaves its latents, for another to go on
+            (`output_type="latent"`); denoising_start: the share at which it takes over those in `image`, to
+            which no noise is added; `strength` says nothing then. As in diffusers' SDXL pipelines, and for
+            every engine.
         control_image: what guides an engine with a ControlNet, of the picture's size; see `sdfast.images`.
             controlnet_conditioning_scale: how much of the ControlNet is added, by default 1;
             control_guidance_start, control_guidance_end: between which shares of the steps.
@@ -175,7 +182,7 @@ class DiffusersCall(ABC):
             negative_prompt_embeds,
             pooled_prompt_embeds,
             negative_pooled_prompt_embeds,
-            self._over(image, mask_image, strength, latents),
+            self._over(image, mask_image, latents, strength=strength, denoising_start=denoising_start),
             None if control_image is None else read_controls(control_image),
         )
         if timesteps is not None or sigmas is not None:
@@ -184,8 +191,8 @@ class DiffusersCall(ABC):
             num_inference_steps = DEFAULT_STEPS
         model = self.engine.manifest.model
         own_height, own_width = self._size_of(given)
-        if given.over is not None and strength is None:
-            strength = DEFAULT_STRENGTH[model.family][given.over.mask is not None]
+        if given.over is not None:
+            strength = strength_over(model, given.over, strength, denoising_start)
         if given.control is not None and controlnet_conditioning_scale is None:
             controlnet_conditioning_scale = DEFAULT_SCALE
         fields = {
@@ -209,6 +216,8 @@ class DiffusersCall(ABC):
             "cache_interval": cache_interval,
             "eta": eta,
             "strength": strength,
+            "denoising_start": denoising_start,
+            "denoising_end": denoising_end,
             "controlnet_conditioning_scale": controlnet_conditioning_scale,
             "control_guidance_start": control_guidance_start,
             "control_guidance_end": control_guidance_end,
@@ -224,11 +233,13 @@ class DiffusersCall(ABC):
         output = self.generate(Request.make(**fields), given, output_type, callback_on_step_end)
         return output if return_dict else (output.images, None)
 
-    def _over(self, image: Any, mask: Any, strength: float | None, latents: Any) -> Over | None:
+    def _over(self, image: Any, mask: Any, latents: Any, **how: float | None) -> Over | None:
         """What a call is to draw over."""
         if image is None:
-            if mask is not None or strength is not None:
-                raise RequestError("mask_image and strength are for an image to draw over; give image too")
+            if mask is not None or any(value is not None for value in how.values()):
+                raise RequestError(
+                    f"mask_image, {' and '.join(how)} are for an image to draw over; give image too"
+                )
             return None
         if latents is not None:
             raise RequestError("latents: with an image the first latents come from it; leave them out")
@@ -245,6 +256,13 @@ class DiffusersCall(ABC):
         _, channels, height, width = given.over.image.shape
         factor = 1 if channels == 3 else model.vae_scale_factor
         return height * factor, width * factor
+
+
+def strength_over(model: Model, over: Over, given: float | None, start: float | None) -> float | None:
+    """The strength with which an image is drawn over: none where `denoising_start` says where that begins."""
+    if start is not None:
+        return None
+    return DEFAULT_STRENGTH[model.family][over.mask is not None] if given is None else given
 
 
 def _texts(

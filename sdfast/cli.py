@@ -221,6 +221,10 @@ def rebuild(engine: Path, checkpoint: str | None) -> None:
 @click.option("--image", type=click.Path(path_type=Path), help="Draw over this PNG, JPEG or WebP.")
 @click.option("--mask", type=click.Path(path_type=Path), help="Of it, draw anew only what is white here.")
 @click.option("--strength", type=float, help="The share of the steps that is done. [default: diffusers']")
+@click.option(
+    "--denoising-start", type=float, help="Take over --image at this share of the denoising, adding no noise."
+)
+@click.option("--denoising-end", type=float, help="Leave the picture, noisy still, at this share of it.")
 @click.option("--control", type=click.Path(path_type=Path), help="For a ControlNet: the control image.")
 @click.option("--control-scale", type=float, help="How much of the ControlNet is added. [default: 1]")
 @click.option("--control-start", type=float, help="From this share of the steps on. [default: 0]")

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from sdfast.backends import check_device, parse_device
-from sdfast.call import DEFAULT_STRENGTH, Given
+from sdfast.call import Given, strength_over
 from sdfast.control import DEFAULT_SCALE, check_control
 from sdfast.engine import DTYPES, Engine
 from sdfast.errors import BackendError, RequestError
@@ -72,6 +72,8 @@ class Job:
     image: Path | None = None
     mask: Path | None = None
     strength: float | None = None
+    denoising_start: float | None = None
+    denoising_end: float | None = None
     control: Path | None = None
     control_scale: float | None = None
     control_start: float | None = None
@@ -94,8 +96,10 @@ class Job:
     def _over(self, model: Model) -> Over | None:
         """What is drawn over. Raises `RequestError` for files that are no images."""
         if self.image is None:
-            if self.mask is not None or self.strength is not None:
-                raise RequestError("mask and strength are for an image to draw over; give --image too")
+            if any(value is not None for value in (self.mask, self.strength, self.denoising_start)):
+                raise RequestError(
+                    "mask, strength and denoising-start are for an image to draw over; give --image too"
+                )
             return None
         mask = None if self.mask is None else read_masks(open_image(self.mask))
         return Over(read_images(open_image(self.image), model.latent_channels), mask)
@@ -110,7 +114,7 @@ class Job:
             scale = DEFAULT_SCALE if scale is None else scale
         if over is not None:
             height, width = over.image.shape[2:]
-            strength = DEFAULT_STRENGTH[model.family][over.mask is not None] if strength is None else strength
+            strength = strength_over(model, over, strength, self.denoising_start)
         width, height = size or (width, height)
         seed = {} if self.seed is None else {"seed": self.seed}
         return Request.make(
@@ -130,6 +134,8 @@ class Job:
             emphasis=self.emphasis,
             prompt_editing=self.prompt_editing,
             strength=strength,
+            denoising_start=self.denoising_start,
+            denoising_end=self.denoising_end,
             controlnet_conditioning_scale=scale,
             control_guidance_start=0.0 if self.control_start is None else self.control_start,
             control_guidance_end=1.0 if self.control_end is None else self.control_end,
@@ -188,7 +194,7 @@ def draw(job: Job, output: Path | None, overwrite: bool) -> list[tuple[Path, int
     for one in request.passes:
         painter.check_size(one.height, one.width)
     if given.over is not None:
-        check_fit(request, given.over, painter.model.vae_scale_factor)
+        check_fit(request, given.over, painter.model)
     check_control(painter.model, request, given.control)
     check_cached(painter.model, request)
     plan = schedule(
@@ -196,6 +202,8 @@ def draw(job: Job, output: Path | None, overwrite: bool) -> list[tuple[Path, int
         painter.scheduler_config,
         num_inference_steps=request.num_inference_steps,
         strength=1.0 if request.strength is None else request.strength,
+        denoising_start=request.denoising_start,
+        denoising_end=request.denoising_end,
     )
     paths = _paths(output or Path("outputs"), request, overwrite)
     _tell_unread(request, painter.model)

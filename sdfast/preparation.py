@@ -140,6 +140,8 @@ class Preparation:
             sigmas=request.sigmas,
             eta=request.eta,
             strength=1.0 if request.strength is None else request.strength,
+            denoising_start=request.denoising_start,
+            denoising_end=request.denoising_end,
             family=self.engine.manifest.model.family,
         )
 
@@ -217,7 +219,9 @@ class Preparation:
         told_negative = self._told(negative, plan, request, away) if negative else None
         control = None if given.control is None else embedded(self.engine, given.control)
         if control is not None:
-            by_step = scales(request, len(plan))
+            # diffusers takes the shares of all steps, those after denoising_end among them
+            whole = self.schedule_of(request.model_copy(update={"denoising_end": None}))
+            by_step = scales(request, len(whole))[: len(plan)]
             told = with_scales(told, by_step)
             told_negative = with_scales(told_negative, by_step) if told_negative else None
         return [

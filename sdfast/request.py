@@ -123,6 +123,9 @@ class Request(_Checked):
     `seed` gives image i of the request the generator of seed + i; `None` picks one at random when the request
     is made, so that it can always be told. `num_inference_steps`, `timesteps` and `sigmas` are alternatives.
     `strength`, with an image to draw over: the share of the steps that is done, as in diffusers.
+    `denoising_start`, in its place: the run takes over at this share of the denoising, without new noise, the
+    latents that another run has left. `denoising_end`: it leaves them at this share. As in diffusers' SDXL
+    pipelines, the steps are told apart by their timesteps, not by their number.
     `controlnet_conditioning_scale`, with a control image: how much the ControlNet adds, in the steps between
     `control_guidance_start` and `control_guidance_end`, which are shares of all steps, as in diffusers.
 
@@ -161,6 +164,8 @@ class Request(_Checked):
     cache_interval: int = Field(default=1, ge=1, le=MAX_STEPS)
     eta: float = Field(default=0.0, ge=0.0, le=1.0)
     strength: float | None = Field(default=None, gt=0.0, le=1.0)
+    denoising_start: float | None = Field(default=None, gt=0.0, lt=1.0)
+    denoising_end: float | None = Field(default=None, gt=0.0, le=1.0)
     controlnet_conditioning_scale: float | None = Field(default=None, ge=0.0, le=MAX_CONTROL)
     control_guidance_start: float = Field(default=0.0, ge=0.0, le=1.0)
     control_guidance_end: float = Field(default=1.0, ge=0.0, le=1.0)
@@ -189,6 +194,11 @@ class Request(_Checked):
     def seeds(self) -> tuple[int, ...]:
         """One seed for each picture."""
         return tuple(self.seed + i for i in range(self.images))
+
+    @property
+    def over(self) -> bool:
+        """Whether it is drawn over an image, or its latents."""
+        return self.strength is not None or self.denoising_start is not None
 
     @property
     def steps(self) -> int | None:
@@ -299,9 +309,30 @@ class Request(_Checked):
             )
         if self.seed + self.images > SEED_LIMIT:
             raise ValueError(f"seed: {self.seed} leaves no seeds below 2**64 for {self.images} pictures")
+        self._check_shares()
         if self.hires is not None:
             self._check_hires(self.hires)
         return self
+
+    def _check_shares(self) -> None:
+        """Raises `ValueError` for a part of the denoising that is none, or does not go with the rest."""
+        start, end = self.denoising_start, self.denoising_end
+        if start is not None and self.strength is not None:
+            raise ValueError(
+                "denoising_start: says which steps are done, and strength does too; leave one of them out"
+            )
+        if start is not None and end is not None and start >= end:
+            raise ValueError(f"denoising_start: {start:g} is not below denoising_end, {end:g}")
+        if start is not None and self.prompt_editing:
+            raise ValueError(
+                "prompt_editing: the steps before denoising_start are not counted, so brackets would change "
+                "at other steps than those that they name; leave it out, and give the text that holds then"
+            )
+        if (start, end) != (None, None) and self.hires is not None:
+            raise ValueError(
+                "hires: its second pass draws over whole pictures; leave denoising_start and denoising_end "
+                "out"
+            )
 
     def _check_hires(self, hires: Hires) -> None:
         """Raises `ValueError` for a second pass that does not go with the first."""
