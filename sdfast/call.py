@@ -25,8 +25,6 @@ DEFAULT_STRENGTH = {"sd": (0.8, 1.0), "sdxl": (0.3, 0.9999)}
 
 # Arguments of diffusers' that are not supported, at the values at which they ask for nothing.
 NEUTRAL = {
-    "aesthetic_score": 6.0,
-    "negative_aesthetic_score": 2.5,
     "guess_mode": False,
 }
 
@@ -112,6 +110,8 @@ class DiffusersCall(ABC):
         negative_original_size: tuple[int, int] | None = None,
         negative_crops_coords_top_left: tuple[int, int] = (0, 0),
         negative_target_size: tuple[int, int] | None = None,
+        aesthetic_score: float = 6.0,
+        negative_aesthetic_score: float = 2.5,
         image: Any = None,
         mask_image: Any = None,
         strength: float | None = None,
@@ -148,7 +148,8 @@ class DiffusersCall(ABC):
         hires: a second pass over the pictures at another size, such as `{"height": 1024, "width": 1024,
             "strength": 0.5}`; see `sdfast.request.Hires`. Steps are counted, and told, in each pass anew;
             pictures that are interrupted in the first one stay at its size.
-        prompt_2, negative_prompt_2, and the sizes and crops: for SDXL, as in diffusers.
+        prompt_2, negative_prompt_2, and the sizes and crops: for SDXL, as in diffusers; aesthetic_score and
+            negative_aesthetic_score for its refiner.
         image: what is drawn over, of the picture's size; mask_image: white where it is drawn anew; see
             `sdfast.images`. strength: the share of the steps that is done, as in diffusers, and by default
             what it is there: 0.8, or 1 with a mask; for SDXL 0.3 and 0.9999.
@@ -203,6 +204,8 @@ class DiffusersCall(ABC):
             "negative_original_size": negative_original_size,
             "negative_crops_coords_top_left": negative_crops_coords_top_left,
             "negative_target_size": negative_target_size,
+            "aesthetic_score": aesthetic_score,
+            "negative_aesthetic_score": negative_aesthetic_score,
             "height": own_height if height is None else height,
             "width": own_width if width is None else width,
             "num_inference_steps": num_inference_steps,

@@ -31,7 +31,14 @@ COMPRESS_LEVEL = 4
 _NEGATIVE = "Negative prompt:"
 _KEY = r"\w[\w \-/]+"
 _SETTING = re.compile(rf'\s*({_KEY}):\s*("(?:\\.|[^\\"])*"|[^,]*)\s*(?:,|$)')
-_SHARES = {"denoising_start": None, "denoising_end": None, "guidance_start": 0.0, "guidance_end": 1.0}
+_USUAL = {
+    "denoising_start": None,
+    "denoising_end": None,
+    "guidance_start": 0.0,
+    "guidance_end": 1.0,
+    "aesthetic_score": 6.0,
+    "negative_aesthetic_score": 2.5,
+}
 """Fields of requests that are told where they are not as usual."""
 _FEWEST_SETTINGS = 3
 """So many there must be before a line that does not start with Steps is taken for settings, not prompt."""
@@ -145,7 +152,7 @@ def _extra(request: Request, prompt: int) -> dict[str, str]:
         **({} if request.hires is None else of_hires(request, request.hires, prompt)),
         **{
             _label(name): _number(share)
-            for name, usual in _SHARES.items()
+            for name, usual in _USUAL.items()
             if (share := getattr(request, name)) != usual
         },
         **({} if request.cache_interval == 1 else {"Cache interval": str(request.cache_interval)}),

@@ -21,7 +21,7 @@ from sdfast.images import open_image, read_controls, read_images, read_masks
 from sdfast.infotext import Infotext, infotext_of, png
 from sdfast.manifest import Model
 from sdfast.pipeline import Pipeline
-from sdfast.preparation import check_cached, check_channels
+from sdfast.preparation import check_cached, check_channels, check_refined
 from sdfast.request import Hires, Request
 from sdfast.schedulers import schedule
 
@@ -190,6 +190,7 @@ def draw(job: Job, output: Path | None, overwrite: bool) -> list[tuple[Path, int
     painter = _painter(job)
     given = job.given(painter.model)
     check_channels(painter.model, masked=given.over is not None and given.over.mask is not None)
+    check_refined(painter.model, over=given.over is not None)
     request = job.request(painter.model, given)
     for one in request.passes:
         painter.check_size(one.height, one.width)

@@ -109,6 +109,7 @@ class Preparation:
         """
         given = given or Given()
         check_strength(request, over=given.over is not None)
+        check_refined(self.engine.manifest.model, over=given.over is not None)
         masked = given.over is not None and given.over.mask is not None
         check_channels(self.engine.manifest.model, masked)
         self.prompts.check_fields(request)  # what is too long is refused when it is encoded
@@ -197,7 +198,7 @@ class Preparation:
         prompts: Sequence[Edited[PromptState]],
         plan: Schedule,
         request: Request,
-        sizes: Sequence[int],
+        sizes: Sequence[float],
     ) -> list[Conditioning]:
         """What the U-Net is told of each picture."""
         states = joined([state for one in prompts for _, state in one])
@@ -214,7 +215,8 @@ class Preparation:
     ) -> list[Row]:
         noise = self._noise(request, given, plan)
         start = self._start(request, given, plan, noise)
-        sizes, away = told_sizes(request, over=given.over is not None)
+        scored = self.engine.manifest.model.scored
+        sizes, away = told_sizes(request, over=given.over is not None, scored=scored)
         told = self._told(positive, plan, request, sizes)
         told_negative = self._told(negative, plan, request, away) if negative else None
         control = None if given.control is None else embedded(self.engine, given.control)
@@ -296,6 +298,15 @@ def check_channels(model: Model, masked: bool) -> None:
         f"this U-Net takes {model.in_channels} channels, {model.latent_channels} of latents and others that "
         "sdfast does not know; take a checkpoint for text to image or for inpainting"
     )
+
+
+def check_refined(model: Model, *, over: bool) -> None:
+    """Raises `RequestError` for an SDXL refiner without anything to refine."""
+    if model.scored and not over:
+        raise RequestError(
+            "image: is missing; this engine is SDXL's refiner, which goes on with a picture: give it one, or "
+            "the latents that the base left with denoising_end and output_type='latent'"
+        )
 
 
 def check_cached(model: Model, request: Request) -> None:

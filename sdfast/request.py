@@ -18,6 +18,7 @@ MAX_SIDE = 8_192  # pixels
 MAX_TOLD = 65_536  # pixels of a size that is only told
 MAX_GUIDANCE = 100.0
 MAX_CONTROL = 10.0
+MAX_SCORE = 100.0
 SEED_LIMIT = 2**64
 _SHOWN = 60  # characters of a bad value that an error repeats
 
@@ -31,6 +32,8 @@ TOLD_SIZES = (
     "negative_target_size",
 )
 """Fields of what SDXL is told of a picture's size."""
+SCORES = ("aesthetic_score", "negative_aesthetic_score")
+"""Fields of what its refiner is told in place of the target sizes."""
 ToldSize = tuple[Annotated[int, Field(ge=0, le=MAX_TOLD)], Annotated[int, Field(ge=0, le=MAX_TOLD)]]
 
 Upscaler = Literal[
@@ -146,6 +149,9 @@ class Request(_Checked):
     prompts, `None` for the same; and the sizes (height, width) and crops (top, left) in pixels that
     it is told, by default the picture's own (Podell et al. 2023, section 2.2).
 
+    For SDXL's refiner alone, in place of the target sizes: how beautiful the picture is to be, and what it is
+    guided away from, by the usual numbers of diffusers'.
+
     `hires`: a second pass over the pictures of this one, at another size.
     """
 
@@ -182,6 +188,8 @@ class Request(_Checked):
     negative_original_size: ToldSize | None = None
     negative_crops_coords_top_left: ToldSize = (0, 0)
     negative_target_size: ToldSize | None = None
+    aesthetic_score: float = Field(default=6.0, ge=0.0, le=MAX_SCORE)
+    negative_aesthetic_score: float = Field(default=2.5, ge=0.0, le=MAX_SCORE)
     hires: Hires | None = None
     seed: int = Field(default_factory=lambda: secrets.randbelow(2**32), ge=0, lt=SEED_LIMIT)
 

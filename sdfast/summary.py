@@ -19,7 +19,7 @@ def summary(manifest: Manifest) -> str:
         **_graphs(manifest),
         **_beside(manifest),
         **({"ControlNet": str(manifest.checkpoint.controlnet)} if manifest.checkpoint.controlnet else {}),
-        "family": manifest.model.family,
+        "family": "sdxl refiner" if manifest.model.scored else manifest.model.family,
         "backend": " ".join(filter(None, [manifest.backend, manifest.dtype, manifest.provider])),
         **_measured(manifest),
         **_approximated(manifest),

@@ -274,7 +274,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a coloured mask": ({"mask_image": torch.zeros(1, 3, 64, 64)}, "^mask_image: Tensor of shape"),
     "latents too": ({"latents": torch.zeros(1, 4, 8, 8)}, "^latents: with an image"),
     "a crop": ({"padding_mask_crop": 8}, "^padding_mask_crop: not supported"),
-    "a score": ({"aesthetic_score": 7.0}, "^aesthetic_score: not supported"),
+    "a score": ({"aesthetic_score": 7.0}, "^aesthetic_score: only engines of SDXL's refiner"),
 }
 
 

@@ -6,7 +6,7 @@ from sdfast.engine import Engine
 from sdfast.errors import RequestError
 from sdfast.first_latents import Over, check_edits, check_strength
 from sdfast.images import check_bytes, from_bytes, mask_from_bytes
-from sdfast.preparation import check_cached, check_channels
+from sdfast.preparation import check_cached, check_channels, check_refined
 from sdfast.server.jobs import Job
 
 
@@ -17,6 +17,7 @@ def check_given(engine: Engine, job: Job) -> None:
     check_channels(engine.manifest.model, masked=job.mask is not None)
     check_cached(engine.manifest.model, job.request)
     check_strength(job.request, over=job.image is not None)
+    check_refined(engine.manifest.model, over=job.image is not None)
     if job.mask is not None:
         if job.image is None:
             raise RequestError("mask: is for an image to draw over; give image too")
