@@ -357,6 +357,11 @@ class Manifest(_Part):
         )
 
     @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """Their names, in the order of the tokenizers."""
+        return tuple(name for name in TEXT_ENCODERS if name in self.modules)
+
+    @property
     def max_tokens(self) -> int:
         """The longest prompts that the U-Net takes, in tokens, start and end of each chunk among them."""
         return max(form.tokens.high for form in self.modules["unet"].variants)

@@ -253,7 +253,7 @@ class Stock:
     ) -> list[Image.Image]:
         from sdfast.validation.drawing import generate
         from sdfast.validation.reading import written_out
-        from sdfast.validation.reference import reference_pipeline
+        from sdfast.validation.reference import reference_pipeline, tokenizers_of
 
         pipe = reference_pipeline(
             checkpoint, dtype=DTYPES[dtype], device=self.device, attention=self.attention
@@ -263,7 +263,8 @@ class Stock:
             pipe, request, over=given.over, control=given.control, cache_branch=cache_branch
         )
         if request.long_prompts == "truncate":
-            _tell_cut(_cut(pipe.tokenizer, written_out(pipe, pipe.tokenizer, request.prompts[0])))
+            tokenizer = tokenizers_of(pipe)[0]
+            _tell_cut(_cut(tokenizer, written_out(pipe, tokenizer, request.prompts[0])))
         _tell_measured(self.attention)
         return images
 

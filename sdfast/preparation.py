@@ -131,6 +131,10 @@ class Preparation:
         if not hires.latent:
             check_edits(self.engine)
 
+    def told_sizes(self, request: Request, *, over: bool) -> tuple[list[float], list[float]]:
+        """What SDXL is told of the sizes of a picture, and of what it is guided away from."""
+        return told_sizes(request, over=over, scored=self.engine.manifest.model.scored)
+
     def schedule_of(self, request: Request) -> Schedule:
         """The table of a request's run. Raises `RequestError` for a run that its scheduler cannot do."""
         name = request.scheduler
@@ -215,8 +219,7 @@ class Preparation:
     ) -> list[Row]:
         noise = self._noise(request, given, plan)
         start = self._start(request, given, plan, noise)
-        scored = self.engine.manifest.model.scored
-        sizes, away = told_sizes(request, over=given.over is not None, scored=scored)
+        sizes, away = self.told_sizes(request, over=given.over is not None)
         told = self._told(positive, plan, request, sizes)
         told_negative = self._told(negative, plan, request, away) if negative else None
         control = None if given.control is None else embedded(self.engine, given.control)

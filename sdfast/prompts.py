@@ -254,7 +254,7 @@ class Prompts:
     def _encode_one(self, prompt: Text, clip_skip: int | None, reading: Reading) -> tuple[PromptState, str]:
         hidden, pooled, read = [], None, self._read(prompt, reading)
         check_lengths([read[0].input_ids.size], self._most)
-        for name, chunks in zip(self._text_encoders(), read, strict=True):
+        for name, chunks in zip(self._engine.manifest.text_encoders, read, strict=True):
             ids = torch.from_numpy(chunks.input_ids).to(self._engine.device)
             outputs = self._engine.call(name, {"input_ids": ids})
             states = self._layer(outputs["hidden_states"], clip_skip)
@@ -267,9 +267,6 @@ class Prompts:
             pooled = None if self._model.pooled_width is None else pooled[:1]
         context = self._context(torch.cat(hidden, dim=-1).flatten(0, 1)[None])
         return PromptState(context, pooled), next((one.truncated for one in read if one.truncated), "")
-
-    def _text_encoders(self) -> list[str]:
-        return sorted(name for name in self._engine.manifest.modules if name.startswith("text_encoder"))
 
     def _layer(self, hidden_states: torch.Tensor, clip_skip: int | None) -> torch.Tensor:
         """The text layer [B, L, D] that is used, of all of them [B, layers + 1, L, D].
