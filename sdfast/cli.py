@@ -225,6 +225,8 @@ def rebuild(engine: Path, checkpoint: str | None) -> None:
     "--denoising-start", type=float, help="Take over --image at this share of the denoising, adding no noise."
 )
 @click.option("--denoising-end", type=float, help="Leave the picture, noisy still, at this share of it.")
+@click.option("--refiner", type=click.Path(path_type=Path), help="A second engine, which finishes pictures.")
+@click.option("--refiner-switch-at", type=float, help="The share of the denoising before it. [default: 0.8]")
 @click.option("--control", type=click.Path(path_type=Path), help="For a ControlNet: the control image.")
 @click.option("--control-scale", type=float, help="How much of the ControlNet is added. [default: 1]")
 @click.option("--control-start", type=float, help="From this share of the steps on. [default: 0]")

@@ -4,7 +4,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,9 @@ from sdfast.backends import check_device, parse_device
 from sdfast.call import Given, strength_over
 from sdfast.control import DEFAULT_SCALE, check_control
 from sdfast.engine import DTYPES, Engine
+from sdfast.ensemble import Ensemble
 from sdfast.errors import BackendError, RequestError
+from sdfast.experts import SWITCH_AT
 from sdfast.first_latents import Over, check_fit
 from sdfast.images import open_image, read_controls, read_images, read_masks
 from sdfast.infotext import Infotext, infotext_of, png
@@ -44,6 +46,7 @@ class Job:
         "diffusers" for the stock pipeline of its checkpoint.
     image, mask: files of what is drawn over, and of what of it is drawn anew (white).
     control: file of a ControlNet's control image; the other controls are the request's.
+    refiner: the directory of the engine that goes on from the share refiner_switch_at of the denoising.
     hires: the size of a second pass, "WIDTHxHEIGHT"; what it is told besides is `sdfast.request.Hires`'s.
     """
 
@@ -74,6 +77,8 @@ class Job:
     strength: float | None = None
     denoising_start: float | None = None
     denoising_end: float | None = None
+    refiner: Path | None = None
+    refiner_switch_at: float | None = None
     control: Path | None = None
     control_scale: float | None = None
     control_start: float | None = None
@@ -180,6 +185,7 @@ class Painter:
     weights: Mapping[str, str]  # file name in the checkpoint → sha256
     check_size: Callable[[int, int], None]  # height, width
     paint: Callable[[Request, Given], list[Image.Image]]
+    told: Mapping[str, str] = field(default_factory=dict)  # what pictures' parameters tell besides
 
 
 def draw(job: Job, output: Path | None, overwrite: bool) -> list[tuple[Path, int]]:
@@ -211,6 +217,7 @@ def draw(job: Job, output: Path | None, overwrite: bool) -> list[tuple[Path, int
     images = painter.paint(request, given)
     for path, seed, image in zip(paths, request.seeds, images, strict=True):
         text = infotext_of(request, plan, seed, model=painter.name, weights=painter.weights)
+        text = replace(text, extra={**text.extra, **painter.told})
         _save(image, path, text, overwrite)
     return list(zip(paths, request.seeds, strict=True))
 
@@ -221,6 +228,10 @@ def _painter(job: Job) -> Painter:
             "compile is for eager engines, not for the stock pipeline; leave it out, or make an engine with "
             "`sdfast export SOURCE --backend eager`"
         )
+    if job.refiner is None and job.refiner_switch_at is not None:
+        raise RequestError("refiner-switch-at is for a second engine; give --refiner too")
+    if job.refiner is not None and job.backend == "diffusers":
+        raise RequestError("refiner: goes on with what an engine began; leave --backend diffusers out")
     if job.checkpoint is not None:
         return _checkpoint_painter(job, job.checkpoint)
     if job.engine is None:
@@ -270,13 +281,39 @@ class Stock:
 
 
 def _engine_painter(job: Job, folder: Path) -> Painter:
+    engine = _opened(job, folder)
+    if job.refiner is None:
+        return _painter_of(engine, lambda request, given: _images(engine, request, given))
+    return _painter_of_two(job, engine, _opened(job, job.refiner))
+
+
+def _opened(job: Job, folder: Path) -> Engine:
     engine = Engine.open(folder, job.device, compile=job.compile, attention=job.attention)
     if job.backend not in ("engine", engine.manifest.backend):
         raise BackendError(
             f"{folder}: --backend {job.backend}, but the engine is {engine.manifest.backend}; leave "
             f"--backend out, or make another with `sdfast export SOURCE --backend {job.backend}`"
         )
-    return _painter_of(engine, lambda request, given: _images(engine, request, given))
+    return engine
+
+
+def _painter_of_two(job: Job, base: Engine, refiner: Engine) -> Painter:
+    """A base and its refiner. What pictures tell of the refiner is named as AUTOMATIC1111 names it."""
+    switch_at = SWITCH_AT if job.refiner_switch_at is None else job.refiner_switch_at
+    both = Ensemble(Pipeline(base), Pipeline(refiner), switch_at)
+
+    def paint(request: Request, given: Given) -> list[Image.Image]:
+        output = both.generate(request, given.over, given.control)
+        _tell_cut(output.truncated[0])
+        images: list[Image.Image] = output.images
+        return images
+
+    def check_size(height: int, width: int) -> None:
+        for engine in (base, refiner):
+            engine.check_size(height, width)
+
+    told = {"Refiner": refiner.manifest.name, "Refiner switch at": f"{switch_at:g}"}
+    return replace(_painter_of(base, paint), check_size=check_size, told=told)
 
 
 def _stock_painter(job: Job, folder: Path) -> Painter:

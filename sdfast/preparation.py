@@ -159,7 +159,11 @@ class Preparation:
         done = every - left_out(every, 1.0 if request.strength is None else request.strength)
         evaluations = resolve(plan.scheduler).evaluations if plan.scheduler in SOLVERS else 1  # of a step
         if first is None:
-            return Editing(every * evaluations, len(plan))
+            skipped = 0
+            if request.denoising_start is not None:
+                whole = request.model_copy(update={"denoising_start": None})
+                skipped = len(self.schedule_of(whole)) - len(plan)
+            return Editing(every * evaluations, len(plan), skipped=skipped)
         before = self.editing_of(first, self.schedule_of(first))
         return Editing(done * evaluations, len(plan), before.steps if before else 0)
 

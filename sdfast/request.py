@@ -331,11 +331,6 @@ class Request(_Checked):
             )
         if start is not None and end is not None and start >= end:
             raise ValueError(f"denoising_start: {start:g} is not below denoising_end, {end:g}")
-        if start is not None and self.prompt_editing:
-            raise ValueError(
-                "prompt_editing: the steps before denoising_start are not counted, so brackets would change "
-                "at other steps than those that they name; leave it out, and give the text that holds then"
-            )
         if (start, end) != (None, None) and self.hires is not None:
             raise ValueError(
                 "hires: its second pass draws over whole pictures; leave denoising_start and denoising_end "

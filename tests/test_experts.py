@@ -8,9 +8,15 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from click.testing import CliRunner
+from PIL import Image
 
 from sdfast import drop_in
+from sdfast.cli import main
+from sdfast.editing import Editing
+from sdfast.ensemble import Ensemble
 from sdfast.errors import RequestError
+from sdfast.infotext import parse
 from sdfast.pipeline import Pipeline
 from sdfast.request import Request
 from sdfast.schedulers import SAMPLERS, SOLVERS, schedule
@@ -160,10 +166,6 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"denoising_end": 0.8, "hires": {"height": 128, "width": 128}},
         "^hires: its second pass draws over whole pictures",
     ),
-    "brackets that change": (
-        {"image": image(), "denoising_start": 0.8, "prompt_editing": True},
-        "^prompt_editing: the steps before denoising_start",
-    ),
     "a run backwards": ({"denoising_end": 0.8, "scheduler": "DDIMInverseScheduler"}, "from a picture to its"),
 }
 
@@ -181,3 +183,83 @@ def test_a_request_says_where_it_begins_once() -> None:
         RequestError, match="denoising_start: says which steps are done, and strength does too"
     ):
         Request.make(**fields, num_inference_steps=4, strength=0.5, denoising_start=0.5)
+
+
+def test_two_engines_draw_what_stock_pipelines_draw_with_one_generator(
+    sides: Any, tiny_refiner: Path, refiner_engine: Path
+) -> None:
+    """Euler a draws in both halves: the second goes on with the generator of the first."""
+    refiner, name = stock(tiny_refiner, KINDS["image"]), "EulerAncestralDiscreteScheduler"
+    config = sides[1].engine.scheduler_config
+    for pipe in (sides[0]["base"], refiner):
+        pipe.scheduler = getattr(diffusers, name).from_config(config)
+    own = seeded(5)
+    call = {"num_inference_steps": STEPS, "guidance_scale": 4.0, "generator": own, "output_type": "latent"}
+    left = sides[0]["base"](PROMPT, prompt_2="sea", denoising_end=SWITCH, **call).images
+    expected = refiner(PROMPT, image=left, denoising_start=SWITCH, **call).images
+    asked = Request.make(
+        **{
+            "prompts": (PROMPT,),
+            "negative_prompts": (None,),
+            "prompts_2": ("sea",),
+            "height": 64,
+            "width": 64,
+        },
+        **{"num_inference_steps": STEPS, "guidance_scale": 4.0, "scheduler": name, "seed": 5},
+    )
+    found = Ensemble(sides[1], ours(refiner_engine), SWITCH).generate(asked, output_type="latent")
+    assert found.seeds == (5,)
+    assert_same(expected, found.images)
+
+
+def test_two_engines_from_the_command_line(sdxl_engine: Path, refiner_engine: Path, tmp_path: Path) -> None:
+    asked = ["generate", "a boat", "--engine", str(sdxl_engine), "--refiner", str(refiner_engine)]
+    asked += ["--steps", "4", "--seed", "5", "--scheduler", "euler", "-o", str(tmp_path / "a.png")]
+    drawn = CliRunner().invoke(main, [*asked, "--refiner-switch-at", "0.5"])
+    assert drawn.exit_code == 0, drawn.output
+    with Image.open(tmp_path / "a.png") as picture:
+        told = parse(picture.text["parameters"])
+    assert told.extra == {"Refiner": "refiner", "Refiner switch at": "0.5"}
+    wrong = {
+        "guidance_end: is a share of the steps of one engine": ["--guidance-end", "0.5"],
+        "hires: its second pass": ["--hires", "64x64"],
+        "refiner: goes on with what an engine began": ["--backend", "diffusers"],
+    }
+    for message, options in wrong.items():
+        refused = CliRunner().invoke(main, [*asked, "--overwrite", *options])
+        assert refused.exit_code == 1 and message in refused.output
+
+
+def test_a_refiner_of_other_latents_is_refused(sides: Any, sd_engine: Path) -> None:
+    asked = Request.make(
+        prompts=("a",), negative_prompts=(None,), height=64, width=64, num_inference_steps=4, scheduler="ddim"
+    )
+    with pytest.raises(
+        RequestError, match=r"^refiner: is of sd, with 4 channels of latents, and the base of sdxl"
+    ):
+        Ensemble(sides[1], ours(sd_engine)).generate(asked)
+
+
+def test_prompts_that_change_go_on_where_the_base_stopped() -> None:
+    """Of 10 steps another engine has done 6: brackets name the steps of the whole."""
+    rest = Editing(10, 4, skipped=6)
+    assert rest.texts("a [boat:cabin:0.5] at sea") == [(0, "a cabin at sea")]
+    assert rest.texts("a [boat:cabin:8] at sea") == [(0, "a boat at sea"), (3, "a cabin at sea")]
+    whole = Editing(10, 10)
+    for prompt in ("[a|b] c", "[a:b:3][c:d:7]", "[[a:b:2]:c:0.7]", "[a::8]"):
+        told = [
+            text for k in range(6, 10) for start, text in [max(t for t in whole.texts(prompt) if t[0] <= k)]
+        ]
+        own = [text for k in range(4) for start, text in [max(t for t in rest.texts(prompt) if t[0] <= k)]]
+        assert own == told
+
+
+def test_both_halves_of_a_prompt_that_changes(sides: Any) -> None:
+    """Together they read what the whole run reads."""
+    fields = {"prompts": ("a [boat:cabin:0.3] [x|y]",), "negative_prompts": (None,), "prompt_editing": True}
+    fields |= {"height": 64, "width": 64, "num_inference_steps": 10, "scheduler": "euler"}
+    whole, rest = Request.make(**fields), Request.make(**fields, denoising_start=0.6)
+    plans = [sides[1].schedule_of(one) for one in (whole, rest)]
+    editing = sides[1].editing_of(rest, plans[1])
+    assert editing == Editing(10, len(plans[1]), skipped=10 - len(plans[1]))
+    assert sides[1].editing_of(whole, plans[0]) == Editing(10, 10)

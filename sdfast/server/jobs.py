@@ -116,7 +116,7 @@ class EngineInfo:
     by which a picture's parameters name the model. edits: whether it takes a job's image. embeddings: by
     their tokens, of how many vectors they are; text_width: of one, for all text encoders together.
     controlnet: its ControlNet's name, by which AUTOMATIC1111's clients know it; None without one. step_cache:
-    whether it takes a `cache_interval`.
+    whether it takes a `cache_interval`. refines: whether it is SDXL's refiner, whose jobs all have an image.
     """
 
     name: str
@@ -133,6 +133,7 @@ class EngineInfo:
     text_width: int = 0
     controlnet: str | None = None
     step_cache: bool = False
+    refines: bool = False
 
     @property
     def controlled(self) -> bool:

@@ -115,6 +115,7 @@ def info_of(manifest: Manifest) -> EngineInfo:
         embeddings={one.token: one.vectors for one in manifest.checkpoint.embeddings},
         text_width=manifest.model.text_width,
         step_cache=manifest.model.step_cache is not None,
+        refines=manifest.model.scored,
     )
 
 

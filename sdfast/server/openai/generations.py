@@ -14,7 +14,7 @@ from sdfast.server.jobs import EngineInfo
 from sdfast.server.openai import schema
 from sdfast.server.openai.answers import Order, answer
 from sdfast.server.openai.control import check_control
-from sdfast.server.openai.fields import CONTROL_IMAGE, Generation, check_area, engine_of
+from sdfast.server.openai.fields import CONTROL_IMAGE, Generation, check_area, check_begins, engine_of
 from sdfast.server.uploads import of_base64, pixels
 
 
@@ -55,12 +55,14 @@ def _abilities(engine: EngineInfo) -> dict[str, Any]:
         "edits": engine.edits,
         "controlled": engine.controlled,
         "step_cache": engine.step_cache,
+        "refines": engine.refines,
     }
 
 
 def _order(asked: Generation, desk: Desk) -> Order:
     """Takes processor time where there is a control image. Raises `Problem`."""
     engine, control = engine_of(asked.model, desk.studio.engines), None
+    check_begins(engine, desk.studio.engines)
     check_control(engine, desk.studio.engines, given=asked.control_image is not None)
     asked = asked.under_control() if engine.controlled else asked
     request = asked.request(engine.default_height, engine.default_width)

@@ -158,6 +158,7 @@ class Model(_Shape):
     edits: bool
     controlled: bool
     step_cache: bool
+    refines: bool
 
 
 class Models(_Shape):
