@@ -136,6 +136,12 @@ def infotext_of(
     )
 
 
+def told_of_refiner(name: str, digest: str | None, switch_at: float) -> dict[str, str]:
+    """The settings that tell of a second engine, as AUTOMATIC1111 names them. digest: its U-Net's."""
+    hashed = "" if digest is None else f" [{digest[:10]}]"
+    return {"Refiner": f"{name}{hashed}", "Refiner switch at": _number(switch_at)}
+
+
 def unet_digest(weights: Mapping[str, str]) -> str | None:
     """The SHA-256 of the U-Net's file, by which a model is known, of those of all files by their names."""
     return next((value for name, value in sorted(weights.items()) if name.startswith("unet/")), None)

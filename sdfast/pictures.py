@@ -20,7 +20,7 @@ from sdfast.errors import BackendError, RequestError
 from sdfast.experts import SWITCH_AT
 from sdfast.first_latents import Over, check_fit
 from sdfast.images import open_image, read_controls, read_images, read_masks
-from sdfast.infotext import Infotext, infotext_of, png
+from sdfast.infotext import Infotext, infotext_of, png, told_of_refiner, unet_digest
 from sdfast.manifest import Model
 from sdfast.pipeline import Pipeline
 from sdfast.preparation import check_cached, check_channels, check_refined
@@ -312,7 +312,8 @@ def _painter_of_two(job: Job, base: Engine, refiner: Engine) -> Painter:
         for engine in (base, refiner):
             engine.check_size(height, width)
 
-    told = {"Refiner": refiner.manifest.name, "Refiner switch at": f"{switch_at:g}"}
+    digest = unet_digest(refiner.manifest.checkpoint.weights)
+    told = told_of_refiner(refiner.manifest.name, digest, switch_at)
     return replace(_painter_of(base, paint), check_size=check_size, told=told)
 
 

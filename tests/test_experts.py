@@ -16,7 +16,8 @@ from sdfast.cli import main
 from sdfast.editing import Editing
 from sdfast.ensemble import Ensemble
 from sdfast.errors import RequestError
-from sdfast.infotext import parse
+from sdfast.infotext import parse, unet_digest
+from sdfast.manifest import read_manifest
 from sdfast.pipeline import Pipeline
 from sdfast.request import Request
 from sdfast.schedulers import SAMPLERS, SOLVERS, schedule
@@ -219,7 +220,8 @@ def test_two_engines_from_the_command_line(sdxl_engine: Path, refiner_engine: Pa
     assert drawn.exit_code == 0, drawn.output
     with Image.open(tmp_path / "a.png") as picture:
         told = parse(picture.text["parameters"])
-    assert told.extra == {"Refiner": "refiner", "Refiner switch at": "0.5"}
+    digest = unet_digest(read_manifest(refiner_engine).checkpoint.weights)
+    assert told.extra == {"Refiner": f"refiner [{digest[:10]}]", "Refiner switch at": "0.5"}
     wrong = {
         "guidance_end: is a share of the steps of one engine": ["--guidance-end", "0.5"],
         "hires: its second pass": ["--hires", "64x64"],

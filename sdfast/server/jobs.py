@@ -12,6 +12,24 @@ from sdfast.request import Request
 
 
 @dataclass(frozen=True)
+class Refiner:
+    """Another engine that goes on with a job's pictures from a share of the denoising on."""
+
+    engine: str
+    switch_at: float
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Who began the pictures that a job finishes. strength: of the image that they were drawn over."""
+
+    engine: str
+    unet_digest: str
+    switch_at: float
+    strength: float | None
+
+
+@dataclass(frozen=True)
 class Job:
     """One generation request that was checked.
 
@@ -23,6 +41,10 @@ class Job:
     the request's size. mask: what of it is drawn anew: bytes [height, width] uint8, 255 there, 0 where the
     image stays; with an image only. control: the control image of an engine with a ControlNet, as `image`;
     beside the others or alone. Of files, and of what is inside them, the engine side knows nothing.
+
+    refiner: who goes on with its pictures; the studio makes a job of each engine's part. The first one's
+    hands_over, so that it ends with what the second's is handed (see `handover`) in place of PNGs; origin:
+    of the second, what the first was, which the pictures' parameters tell.
     """
 
     id: str
@@ -33,6 +55,15 @@ class Job:
     image: bytes | None = None
     mask: bytes | None = None
     control: bytes | None = None
+    handed: bytes | None = None
+    refiner: Refiner | None = None
+    hands_over: bool = False
+    origin: Origin | None = None
+
+    @property
+    def over(self) -> bool:
+        """Whether it is drawn over something."""
+        return self.image is not None or self.handed is not None
 
 
 @dataclass(frozen=True)

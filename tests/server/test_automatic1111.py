@@ -125,7 +125,6 @@ async def test_a_random_seed_is_told(api: Client, studio: FakeStudio) -> None:
         ("s_churn", 0.5, "ancestral"),
         ("styles", ["oil"], "into the prompt"),
         ("save_images", True, "saves nothing"),
-        ("refiner_checkpoint", "xl-refiner", "one engine"),
         ("prompt", "a <lora:oil:0.8> boat", "<lora:oil:0.8>"),
         ("prompt", "a <lora:oil:0.8> boat", "`sdfast export --lora`"),
         ("denoizing", 1, "unknown"),
