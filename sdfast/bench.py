@@ -197,7 +197,7 @@ class _Side:
             "guidance_scale": guidance_scale,
             "scheduler": scheduler,
             "seed": 0,
-            **({"strength": 1.0} if model.inpaints else {}),
+            **({"strength": 1.0} if model.inpaints or model.scored else {}),
             **({"controlnet_conditioning_scale": DEFAULT_SCALE} if model.controlled else {}),
         }
         self.given = _given(engine, height, width)
@@ -292,10 +292,10 @@ def _given(engine: Engine, height: int, width: int) -> Given:
     """What such an engine has to be given: what is drawn over, and control images."""
     model = engine.manifest.model
     over = control = None
-    if model.inpaints:
+    if model.inpaints or model.scored:
         from sdfast.validation.inpainting import Scene
 
-        over = Scene.make(height, width).over
+        over = Scene.make(height, width, masked=model.inpaints).over
     if model.controlled:
         from sdfast.validation.control import control_images
 

@@ -15,6 +15,7 @@ from sdfast.engine import Engine
 from sdfast.errors import RequestError
 from sdfast.first_latents import Over
 from sdfast.images import read_controls, read_images, read_masks
+from sdfast.manifest import Model
 from sdfast.request import Hires, Request
 
 DEFAULT_STEPS = 50  # as in diffusers
@@ -24,8 +25,6 @@ DEFAULT_STRENGTH = {"sd": (0.8, 1.0), "sdxl": (0.3, 0.9999)}
 
 # Arguments of diffusers' that are not supported, at the values at which they ask for nothing.
 NEUTRAL = {
-    "aesthetic_score": 6.0,
-    "negative_aesthetic_score": 2.5,
     "guess_mode": False,
 }
 
@@ -111,9 +110,13 @@ class DiffusersCall(ABC):
         negative_original_size: tuple[int, int] | None = None,
         negative_crops_coords_top_left: tuple[int, int] = (0, 0),
         negative_target_size: tuple[int, int] | None = None,
+        aesthetic_score: float = 6.0,
+        negative_aesthetic_score: float = 2.5,
         image: Any = None,
         mask_image: Any = None,
         strength: float | None = None,
+        denoising_start: float | None = None,
+        denoising_end: float | None = None,
         control_image: Any = None,
         controlnet_conditioning_scale: float | Sequence[float] | None = None,
         control_guidance_start: float | Sequence[float] = 0.0,
@@ -145,10 +148,15 @@ class DiffusersCall(ABC):
         hires: a second pass over the pictures at another size, such as `{"height": 1024, "width": 1024,
             "strength": 0.5}`; see `sdfast.request.Hires`. Steps are counted, and told, in each pass anew;
             pictures that are interrupted in the first one stay at its size.
-        prompt_2, negative_prompt_2, and the sizes and crops: for SDXL, as in diffusers.
+        prompt_2, negative_prompt_2, and the sizes and crops: for SDXL, as in diffusers; aesthetic_score and
+            negative_aesthetic_score for its refiner.
         image: what is drawn over, of the picture's size; mask_image: white where it is drawn anew; see
             `sdfast.images`. strength: the share of the steps that is done, as in diffusers, and by default
             what it is there: 0.8, or 1 with a mask; for SDXL 0.3 and 0.9999.
+        denoising_end: the share of the denoising at which the run leaves its latents, for another to go on
+            (`output_type="latent"`); denoising_start: the share at which it takes over those in `image`, to
+            which no noise is added; `strength` says nothing then. As in diffusers' SDXL pipelines, and for
+            every engine.
         control_image: what guides an engine with a ControlNet, of the picture's size; see `sdfast.images`.
             controlnet_conditioning_scale: how much of the ControlNet is added, by default 1;
             control_guidance_start, control_guidance_end: between which shares of the steps. With several
@@ -181,7 +189,7 @@ class DiffusersCall(ABC):
             negative_prompt_embeds,
             pooled_prompt_embeds,
             negative_pooled_prompt_embeds,
-            self._over(image, mask_image, strength, latents),
+            self._over(image, mask_image, latents, strength=strength, denoising_start=denoising_start),
             control,
         )
         if timesteps is not None or sigmas is not None:
@@ -189,8 +197,8 @@ class DiffusersCall(ABC):
         elif num_inference_steps is None:
             num_inference_steps = DEFAULT_STEPS
         own_height, own_width = self._size_of(given)
-        if given.over is not None and strength is None:
-            strength = DEFAULT_STRENGTH[model.family][given.over.mask is not None]
+        if given.over is not None:
+            strength = strength_over(model, given.over, strength, denoising_start)
         fields = {
             **_texts(prompt, negative_prompt, prompt_embeds, prompt_2, negative_prompt_2),
             "original_size": original_size,
@@ -199,6 +207,8 @@ class DiffusersCall(ABC):
             "negative_original_size": negative_original_size,
             "negative_crops_coords_top_left": negative_crops_coords_top_left,
             "negative_target_size": negative_target_size,
+            "aesthetic_score": aesthetic_score,
+            "negative_aesthetic_score": negative_aesthetic_score,
             "height": own_height if height is None else height,
             "width": own_width if width is None else width,
             "num_inference_steps": num_inference_steps,
@@ -212,6 +222,8 @@ class DiffusersCall(ABC):
             "cache_interval": cache_interval,
             "eta": eta,
             "strength": strength,
+            "denoising_start": denoising_start,
+            "denoising_end": denoising_end,
             "controlnet_conditioning_scale": scale,
             "control_guidance_start": control_guidance_start,
             "control_guidance_end": control_guidance_end,
@@ -227,11 +239,13 @@ class DiffusersCall(ABC):
         output = self.generate(Request.make(**fields), given, output_type, callback_on_step_end)
         return output if return_dict else (output.images, None)
 
-    def _over(self, image: Any, mask: Any, strength: float | None, latents: Any) -> Over | None:
+    def _over(self, image: Any, mask: Any, latents: Any, **how: float | None) -> Over | None:
         """What a call is to draw over."""
         if image is None:
-            if mask is not None or strength is not None:
-                raise RequestError("mask_image and strength are for an image to draw over; give image too")
+            if mask is not None or any(value is not None for value in how.values()):
+                raise RequestError(
+                    f"mask_image, {' and '.join(how)} are for an image to draw over; give image too"
+                )
             return None
         if latents is not None:
             raise RequestError("latents: with an image the first latents come from it; leave them out")
@@ -248,6 +262,13 @@ class DiffusersCall(ABC):
         _, channels, height, width = given.over.image.shape
         factor = 1 if channels == 3 else model.vae_scale_factor
         return height * factor, width * factor
+
+
+def strength_over(model: Model, over: Over, given: float | None, start: float | None) -> float | None:
+    """The strength with which an image is drawn over: none where `denoising_start` says where that begins."""
+    if start is not None:
+        return None
+    return DEFAULT_STRENGTH[model.family][over.mask is not None] if given is None else given
 
 
 def _texts(

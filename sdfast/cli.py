@@ -227,6 +227,12 @@ def rebuild(engine: Path, checkpoint: str | None) -> None:
 @click.option("--mask", type=click.Path(path_type=Path), help="Of it, draw anew only what is white here.")
 @click.option("--strength", type=float, help="The share of the steps that is done. [default: diffusers']")
 @click.option(
+    "--denoising-start", type=float, help="Take over --image at this share of the denoising, adding no noise."
+)
+@click.option("--denoising-end", type=float, help="Leave the picture, noisy still, at this share of it.")
+@click.option("--refiner", type=click.Path(path_type=Path), help="A second engine, which finishes pictures.")
+@click.option("--refiner-switch-at", type=float, help="The share of the denoising before it. [default: 0.8]")
+@click.option(
     "--control",
     type=click.Path(path_type=Path),
     multiple=True,

@@ -7,7 +7,8 @@ of place.
 
 Steps are counted as there. They are evaluations of the network, of which some samplers take two a step;
 `when` is a number of them, or with a decimal point a share of all. Over an image all of its steps count,
-those that `strength` leaves out, too, but the first that is done is the first. In a second pass `when` goes
+those that `strength` leaves out, too, but the first that is done is the first; those that `denoising_start`
+leaves to another engine come before it. In a second pass `when` goes
 on from the first: 1.5 is the middle of the second. What changes after `when` has `when + 1` evaluations
 before it, counted from 0, as there; with turns, the first takes two.
 """
@@ -53,12 +54,13 @@ class Editing:
     """How the steps of a run are counted.
 
     steps: evaluations of the network that count. done: those that are done, from the first. before: those of
-    the pass before this, if it is a second one.
+    the pass before this, if it is a second one. skipped: those that another engine has done before the first.
     """
 
     steps: int
     done: int
     before: int | None = None
+    skipped: int = 0
 
     def texts(self, prompt: str) -> list[tuple[int, str]]:
         """What a prompt is, and from which evaluation on: the first from 0 on, each unlike the one before.
@@ -75,11 +77,14 @@ class Editing:
         found: list[tuple[int, str]] = []
         start = 0
         for end in sorted(self._ends(nodes)):
-            if start >= self.done:
+            if start >= self.skipped + self.done:
                 break
             text = _text(nodes, end, self)
+            begins = max(0, start - self.skipped)
+            if found and found[-1][0] == begins:  # what another engine has drawn
+                found.pop()
             if not found or found[-1][1] != text:
-                found.append((start, text))
+                found.append((begins, text))
             start = end + 1
         count = len({text for _, text in found})
         if count > MAX_TEXTS:

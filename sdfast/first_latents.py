@@ -13,6 +13,7 @@ from torch import Tensor
 from sdfast.arithmetic import Keep
 from sdfast.engine import Engine
 from sdfast.errors import NumericalError, RequestError
+from sdfast.manifest import Model
 from sdfast.noise import NoiseSource
 from sdfast.request import Request
 from sdfast.schedulers import Schedule
@@ -50,28 +51,38 @@ def start_over(
     seeded: the pictures have the request's seeds, and are what they would be alone; else the generators are
     the caller's, and are drawn from as by diffusers.
     """
-    levels = check_noising(plan)
+    model, n = engine.manifest.model, request.images
+    goes_on = request.denoising_start is not None  # with latents as they are
     if over.image.shape[1] == 3:
         check_edits(engine)
-    check_fit(request, over, engine.manifest.model.vae_scale_factor)
-    n, inpaints = request.images, engine.manifest.model.inpaints
-    pure = over.mask is not None and request.strength == 1.0  # it starts from noise alone
+    check_fit(request, over, model)
     # diffusers has each generator draw for its picture; in inpainting, though, for each image.
     count = n if noise.apart and (over.mask is None or seeded) else len(over.image)
-    clean = None if pure and inpaints else _in_turn(_image_latents(engine, noise, over.image, count), n)
+    if goes_on and over.mask is None:
+        return Start(_in_turn(_image_latents(engine, noise, over.image, count), n), [None] * n)
+    levels = check_noising(plan)
+    pure = over.mask is not None and request.strength == 1.0  # it starts from noise alone
+    clean = None
+    if not (pure and model.inpaints):
+        clean = _in_turn(_image_latents(engine, noise, over.image, count), n)
     unit = noise.initial().to(engine.device)
-    a, b = map(float, levels[0])
+    a, b = (1.0, 0.0) if goes_on else map(float, levels[0])
     latents = unit * plan.init_noise_sigma if pure or clean is None else a * clean + b * unit
     if over.mask is None:
         return Start(latents, [None] * n)
     anew = _in_turn(_mask_of_latents(engine, over.mask), n)
+    keeps: list[Keep | None] = []
+    if clean is not None:
+        keeps = [Keep(*each) for each in zip(anew, clean, unit, strict=True)]
+    if over.image.shape[1] != 3:  # of latents, nothing is hidden by the mask before they are encoded
+        return Start(latents, keeps)
     masked = torch.where(over.mask > 0, 0.5, over.image)  # grey, which the encoder takes as 0
     count = n if seeded else len(masked)
-    if clean is None or inpaints:
+    if model.inpaints:
         hidden = _in_turn(_image_latents(engine, noise, masked, count), n)
         return Start(latents, [None] * n, torch.cat([anew.float(), hidden], dim=1))
     noise.initial(count)  # diffusers draws for the masked image, too, of which this U-Net is not told
-    return Start(latents, [Keep(*each) for each in zip(anew, clean, unit, strict=True)])
+    return Start(latents, keeps)
 
 
 def check_noising(plan: Schedule) -> np.ndarray:
@@ -83,12 +94,10 @@ def check_noising(plan: Schedule) -> np.ndarray:
     return plan.noising
 
 
-def check_fit(request: Request, over: Over, latent: int) -> None:
-    """Raises `RequestError` for images or masks of another size or number than the request's.
-
-    latent: pixels of one, in each direction.
-    """
-    height, width = request.height, request.width
+def check_fit(request: Request, over: Over, model: Model) -> None:
+    """Raises `RequestError` for images or masks of another size or number than the request's, and for latents
+    where the U-Net is told what the mask leaves of an image."""
+    height, width, latent = request.height, request.width, model.vae_scale_factor
     sizes = {"image": over.image.shape, "mask_image": over.mask.shape if over.mask is not None else None}
     for name, shape in sizes.items():
         if shape is None:
@@ -103,14 +112,18 @@ def check_fit(request: Request, over: Over, latent: int) -> None:
             raise RequestError(
                 f"{name}: {shape[0]} for {request.images} pictures; give one for all, or one for each"
             )
-    if over.mask is not None and over.image.shape[1] != 3:
-        raise RequestError("image: latents cannot be masked; give the image itself")
+    if model.inpaints and over.image.shape[1] != 3:
+        raise RequestError(
+            "image: this U-Net (inpainting) is told the masked image, and latents cannot be masked; give the "
+            "image itself"
+        )
 
 
 def check_strength(request: Request, *, over: bool) -> None:
-    """Raises `RequestError` for a strength without anything to draw over, and for the reverse."""
-    if (request.strength is not None) != over:
-        raise RequestError("strength and an image to draw over go together; give both, or neither")
+    """Raises `RequestError` for a strength, or a start, without anything to draw over, and the reverse."""
+    if request.over != over:
+        name = "strength" if request.denoising_start is None else "denoising_start"
+        raise RequestError(f"{name} and an image to draw over go together; give both, or neither")
 
 
 def check_edits(engine: Engine) -> None:

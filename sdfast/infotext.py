@@ -31,6 +31,15 @@ COMPRESS_LEVEL = 4
 _NEGATIVE = "Negative prompt:"
 _KEY = r"\w[\w \-/]+"
 _SETTING = re.compile(rf'\s*({_KEY}):\s*("(?:\\.|[^\\"])*"|[^,]*)\s*(?:,|$)')
+_USUAL = {
+    "denoising_start": None,
+    "denoising_end": None,
+    "guidance_start": 0.0,
+    "guidance_end": 1.0,
+    "aesthetic_score": 6.0,
+    "negative_aesthetic_score": 2.5,
+}
+"""Fields of requests that are told where they are not as usual."""
 _FEWEST_SETTINGS = 3
 """So many there must be before a line that does not start with Steps is taken for settings, not prompt."""
 
@@ -127,6 +136,12 @@ def infotext_of(
     )
 
 
+def told_of_refiner(name: str, digest: str | None, switch_at: float) -> dict[str, str]:
+    """The settings that tell of a second engine, as AUTOMATIC1111 names them. digest: its U-Net's."""
+    hashed = "" if digest is None else f" [{digest[:10]}]"
+    return {"Refiner": f"{name}{hashed}", "Refiner switch at": _number(switch_at)}
+
+
 def unet_digest(weights: Mapping[str, str]) -> str | None:
     """The SHA-256 of the U-Net's file, by which a model is known, of those of all files by their names."""
     return next((value for name, value in sorted(weights.items()) if name.startswith("unet/")), None)
@@ -142,7 +157,7 @@ def _extra(request: Request, prompt: int) -> dict[str, str]:
         **({} if request.hires is None else of_hires(request, request.hires, prompt)),
         **{
             _label(name): _number(share)
-            for name, usual in (("guidance_start", 0.0), ("guidance_end", 1.0))
+            for name, usual in _USUAL.items()
             if (share := getattr(request, name)) != usual
         },
         **({} if request.cache_interval == 1 else {"Cache interval": str(request.cache_interval)}),

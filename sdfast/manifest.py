@@ -17,7 +17,8 @@ from sdfast.tokenizer import SETTINGS_FILE, VOCABULARY_FILE
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
-MODULES = {"text_encoder", "context", "time_shift", "unet", "vae_decoder"}  # what no engine can do without
+MODULES = {"context", "time_shift", "unet", "vae_decoder"}  # what no engine can do without
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")  # nor without the first; SDXL's refiner has the second
 CONTROL = "control_embedding"  # nor one with a ControlNet without this
 SHALLOW = "unet_shallow"  # nor one with a cache branch without this
 
@@ -65,6 +66,8 @@ class Span(_Part):
         return cls(low=value, high=value)
 
 
+TIME_IDS, SCORED_TIME_IDS = 6, 5
+"""Original size, crop and target size in pixels; or original size and crop, and an aesthetic score."""
 CHUNK = 77
 """Tokens that CLIP's text encoders read at a time, start and end among them."""
 ONE_CHUNK = Span.exactly(CHUNK)
@@ -172,11 +175,17 @@ class Model(_Part):
     guidance_embedding: int | None = None  # W of an LCM's guidance embedding
     zero_empty_negative: bool = False  # SDXL: a missing negative prompt is a context of zeros, not of ""
     step_cache: StepCache | None = None  # of engines that were exported with a cache branch
+    scored: bool = False  # SDXL's refiner: the U-Net is told a score in place of the target size
 
     @property
     def inpaints(self) -> bool:
         """Whether the U-Net is told, beside the latents, of a mask and of the latents of the masked image."""
         return self.in_channels == 2 * self.latent_channels + 1
+
+    @property
+    def time_ids(self) -> int:
+        """How many numbers SDXL's U-Net is told of a picture: sizes and crop, or crop and score."""
+        return SCORED_TIME_IDS if self.scored else TIME_IDS
 
     @property
     def controlled(self) -> bool:
@@ -316,6 +325,7 @@ class Manifest(_Part):
             raise ValueError("native code, but no target that it was compiled for")
         needed = MODULES | ({CONTROL} if self.model.controlled else set())
         needed |= {SHALLOW} if self.model.step_cache else set()
+        needed |= {TEXT_ENCODERS[self.model.scored]}
         if missing := sorted(needed - set(self.modules)):
             raise ValueError(f"no module {missing[0]!r}")
         listed = {file.path for file in self.files}
@@ -346,6 +356,11 @@ class Manifest(_Part):
             f"size {width}x{height} is not one of this engine's (width x height: {', '.join(sizes)}); "
             "ask for one of these, or export an engine with that size"
         )
+
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """Their names, in the order of the tokenizers."""
+        return tuple(name for name in TEXT_ENCODERS if name in self.modules)
 
     @property
     def max_tokens(self) -> int:

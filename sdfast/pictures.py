@@ -4,7 +4,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -12,16 +12,18 @@ import torch
 from PIL import Image
 
 from sdfast.backends import check_device, parse_device
-from sdfast.call import DEFAULT_STRENGTH, Given
+from sdfast.call import Given, strength_over
 from sdfast.control import asked_scale, check_control, controlnets_of
 from sdfast.engine import DTYPES, Engine
+from sdfast.ensemble import Ensemble
 from sdfast.errors import BackendError, RequestError
+from sdfast.experts import SWITCH_AT
 from sdfast.first_latents import Over, check_fit
 from sdfast.images import open_image, read_controls, read_images, read_masks
-from sdfast.infotext import Infotext, infotext_of, png
+from sdfast.infotext import Infotext, infotext_of, png, told_of_refiner, unet_digest
 from sdfast.manifest import Model
 from sdfast.pipeline import Pipeline
-from sdfast.preparation import check_cached, check_channels
+from sdfast.preparation import check_cached, check_channels, check_refined
 from sdfast.request import Hires, Request
 from sdfast.schedulers import schedule
 
@@ -48,6 +50,7 @@ class Job:
     image, mask: files of what is drawn over, and of what of it is drawn anew (white).
     control: files of the ControlNets' control images, in their order, "none" for one that is to add nothing;
         the other controls are the request's: one number, or one for each.
+    refiner: the directory of the engine that goes on from the share refiner_switch_at of the denoising.
     hires: the size of a second pass, "WIDTHxHEIGHT"; what it is told besides is `sdfast.request.Hires`'s.
     """
 
@@ -76,6 +79,10 @@ class Job:
     image: Path | None = None
     mask: Path | None = None
     strength: float | None = None
+    denoising_start: float | None = None
+    denoising_end: float | None = None
+    refiner: Path | None = None
+    refiner_switch_at: float | None = None
     control: tuple[Path, ...] = ()
     control_scale: tuple[float, ...] = ()
     control_start: tuple[float, ...] = ()
@@ -103,8 +110,10 @@ class Job:
     def _over(self, model: Model) -> Over | None:
         """What is drawn over. Raises `RequestError` for files that are no images."""
         if self.image is None:
-            if self.mask is not None or self.strength is not None:
-                raise RequestError("mask and strength are for an image to draw over; give --image too")
+            if any(value is not None for value in (self.mask, self.strength, self.denoising_start)):
+                raise RequestError(
+                    "mask, strength and denoising-start are for an image to draw over; give --image too"
+                )
             return None
         mask = None if self.mask is None else read_masks(open_image(self.mask))
         return Over(read_images(open_image(self.image), model.latent_channels), mask)
@@ -119,7 +128,7 @@ class Job:
             scale = asked_scale(model, _one_or_each(self._controls), scale)
         if over is not None:
             height, width = over.image.shape[2:]
-            strength = DEFAULT_STRENGTH[model.family][over.mask is not None] if strength is None else strength
+            strength = strength_over(model, over, strength, self.denoising_start)
         width, height = size or (width, height)
         seed = {} if self.seed is None else {"seed": self.seed}
         return Request.make(
@@ -139,6 +148,8 @@ class Job:
             emphasis=self.emphasis,
             prompt_editing=self.prompt_editing,
             strength=strength,
+            denoising_start=self.denoising_start,
+            denoising_end=self.denoising_end,
             controlnet_conditioning_scale=scale,
             control_guidance_start=_one_or_each(self.control_start) or 0.0,
             control_guidance_end=1.0 if not self.control_end else _one_or_each(self.control_end),
@@ -188,6 +199,7 @@ class Painter:
     weights: Mapping[str, str]  # file name in the checkpoint → sha256
     check_size: Callable[[int, int], None]  # height, width
     paint: Callable[[Request, Given], list[Image.Image]]
+    told: Mapping[str, str] = field(default_factory=dict)  # what pictures' parameters tell besides
 
 
 def draw(job: Job, output: Path | None, overwrite: bool) -> list[tuple[Path, int]]:
@@ -198,11 +210,12 @@ def draw(job: Job, output: Path | None, overwrite: bool) -> list[tuple[Path, int
     painter = _painter(job)
     given = job.given(painter.model)
     check_channels(painter.model, masked=given.over is not None and given.over.mask is not None)
+    check_refined(painter.model, over=given.over is not None)
     request = job.request(painter.model, given)
     for one in request.passes:
         painter.check_size(one.height, one.width)
     if given.over is not None:
-        check_fit(request, given.over, painter.model.vae_scale_factor)
+        check_fit(request, given.over, painter.model)
     check_control(painter.model, request, given.control)
     check_cached(painter.model, request)
     plan = schedule(
@@ -210,12 +223,15 @@ def draw(job: Job, output: Path | None, overwrite: bool) -> list[tuple[Path, int
         painter.scheduler_config,
         num_inference_steps=request.num_inference_steps,
         strength=1.0 if request.strength is None else request.strength,
+        denoising_start=request.denoising_start,
+        denoising_end=request.denoising_end,
     )
     paths = _paths(output or Path("outputs"), request, overwrite)
     _tell_unread(request, painter.model)
     images = painter.paint(request, given)
     for path, seed, image in zip(paths, request.seeds, images, strict=True):
         text = infotext_of(request, plan, seed, model=painter.name, weights=painter.weights)
+        text = replace(text, extra={**text.extra, **painter.told})
         _save(image, path, text, overwrite)
     return list(zip(paths, request.seeds, strict=True))
 
@@ -226,6 +242,10 @@ def _painter(job: Job) -> Painter:
             "compile is for eager engines, not for the stock pipeline; leave it out, or make an engine with "
             "`sdfast export SOURCE --backend eager`"
         )
+    if job.refiner is None and job.refiner_switch_at is not None:
+        raise RequestError("refiner-switch-at is for a second engine; give --refiner too")
+    if job.refiner is not None and job.backend == "diffusers":
+        raise RequestError("refiner: goes on with what an engine began; leave --backend diffusers out")
     if job.checkpoint is not None:
         return _checkpoint_painter(job, job.checkpoint)
     if job.engine is None:
@@ -258,7 +278,7 @@ class Stock:
     ) -> list[Image.Image]:
         from sdfast.validation.drawing import generate
         from sdfast.validation.reading import written_out
-        from sdfast.validation.reference import reference_pipeline
+        from sdfast.validation.reference import reference_pipeline, tokenizers_of
 
         pipe = reference_pipeline(
             checkpoint, dtype=DTYPES[dtype], device=self.device, attention=self.attention
@@ -268,19 +288,47 @@ class Stock:
             pipe, request, over=given.over, control=given.control, cache_branch=cache_branch
         )
         if request.long_prompts == "truncate":
-            _tell_cut(_cut(pipe.tokenizer, written_out(pipe, pipe.tokenizer, request.prompts[0])))
+            tokenizer = tokenizers_of(pipe)[0]
+            _tell_cut(_cut(tokenizer, written_out(pipe, tokenizer, request.prompts[0])))
         _tell_measured(self.attention)
         return images
 
 
 def _engine_painter(job: Job, folder: Path) -> Painter:
+    engine = _opened(job, folder)
+    if job.refiner is None:
+        return _painter_of(engine, lambda request, given: _images(engine, request, given))
+    return _painter_of_two(job, engine, _opened(job, job.refiner))
+
+
+def _opened(job: Job, folder: Path) -> Engine:
     engine = Engine.open(folder, job.device, compile=job.compile, attention=job.attention)
     if job.backend not in ("engine", engine.manifest.backend):
         raise BackendError(
             f"{folder}: --backend {job.backend}, but the engine is {engine.manifest.backend}; leave "
             f"--backend out, or make another with `sdfast export SOURCE --backend {job.backend}`"
         )
-    return _painter_of(engine, lambda request, given: _images(engine, request, given))
+    return engine
+
+
+def _painter_of_two(job: Job, base: Engine, refiner: Engine) -> Painter:
+    """A base and its refiner. What pictures tell of the refiner is named as AUTOMATIC1111 names it."""
+    switch_at = SWITCH_AT if job.refiner_switch_at is None else job.refiner_switch_at
+    both = Ensemble(Pipeline(base), Pipeline(refiner), switch_at)
+
+    def paint(request: Request, given: Given) -> list[Image.Image]:
+        output = both.generate(request, given.over, given.control)
+        _tell_cut(output.truncated[0])
+        images: list[Image.Image] = output.images
+        return images
+
+    def check_size(height: int, width: int) -> None:
+        for engine in (base, refiner):
+            engine.check_size(height, width)
+
+    digest = unet_digest(refiner.manifest.checkpoint.weights)
+    told = told_of_refiner(refiner.manifest.name, digest, switch_at)
+    return replace(_painter_of(base, paint), check_size=check_size, told=told)
 
 
 def _stock_painter(job: Job, folder: Path) -> Painter:

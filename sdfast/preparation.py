@@ -109,6 +109,7 @@ class Preparation:
         """
         given = given or Given()
         check_strength(request, over=given.over is not None)
+        check_refined(self.engine.manifest.model, over=given.over is not None)
         masked = given.over is not None and given.over.mask is not None
         check_channels(self.engine.manifest.model, masked)
         self.prompts.check_fields(request)  # what is too long is refused when it is encoded
@@ -130,6 +131,10 @@ class Preparation:
         if not hires.latent:
             check_edits(self.engine)
 
+    def told_sizes(self, request: Request, *, over: bool) -> tuple[list[float], list[float]]:
+        """What SDXL is told of the sizes of a picture, and of what it is guided away from."""
+        return told_sizes(request, over=over, scored=self.engine.manifest.model.scored)
+
     def schedule_of(self, request: Request) -> Schedule:
         """The table of a request's run. Raises `RequestError` for a run that its scheduler cannot do."""
         name = request.scheduler
@@ -140,6 +145,8 @@ class Preparation:
             sigmas=request.sigmas,
             eta=request.eta,
             strength=1.0 if request.strength is None else request.strength,
+            denoising_start=request.denoising_start,
+            denoising_end=request.denoising_end,
             family=self.engine.manifest.model.family,
         )
 
@@ -152,7 +159,11 @@ class Preparation:
         done = every - left_out(every, 1.0 if request.strength is None else request.strength)
         evaluations = resolve(plan.scheduler).evaluations if plan.scheduler in SOLVERS else 1  # of a step
         if first is None:
-            return Editing(every * evaluations, len(plan))
+            skipped = 0
+            if request.denoising_start is not None:
+                whole = request.model_copy(update={"denoising_start": None})
+                skipped = len(self.schedule_of(whole)) - len(plan)
+            return Editing(every * evaluations, len(plan), skipped=skipped)
         before = self.editing_of(first, self.schedule_of(first))
         return Editing(done * evaluations, len(plan), before.steps if before else 0)
 
@@ -195,7 +206,7 @@ class Preparation:
         prompts: Sequence[Edited[PromptState]],
         plan: Schedule,
         request: Request,
-        sizes: Sequence[int],
+        sizes: Sequence[float],
     ) -> list[Conditioning]:
         """What the U-Net is told of each picture."""
         states = joined([state for one in prompts for _, state in one])
@@ -212,12 +223,14 @@ class Preparation:
     ) -> list[Row]:
         noise = self._noise(request, given, plan)
         start = self._start(request, given, plan, noise)
-        sizes, away = told_sizes(request, over=given.over is not None)
+        sizes, away = self.told_sizes(request, over=given.over is not None)
         told = self._told(positive, plan, request, sizes)
         told_negative = self._told(negative, plan, request, away) if negative else None
         control = None if given.control is None else embedded(self.engine, given.control)
         if control is not None:
-            by_step = scales(request, len(plan), self.engine.manifest.model.controlnets)
+            # diffusers takes the shares of all steps, those after denoising_end among them
+            whole = self.schedule_of(request.model_copy(update={"denoising_end": None}))
+            by_step = scales(request, len(whole), self.engine.manifest.model.controlnets)[: len(plan)]
             told = with_scales(told, by_step)
             told_negative = with_scales(told_negative, by_step) if told_negative else None
         return [
@@ -292,6 +305,15 @@ def check_channels(model: Model, masked: bool) -> None:
         f"this U-Net takes {model.in_channels} channels, {model.latent_channels} of latents and others that "
         "sdfast does not know; take a checkpoint for text to image or for inpainting"
     )
+
+
+def check_refined(model: Model, *, over: bool) -> None:
+    """Raises `RequestError` for an SDXL refiner without anything to refine."""
+    if model.scored and not over:
+        raise RequestError(
+            "image: is missing; this engine is SDXL's refiner, which goes on with a picture: give it one, or "
+            "the latents that the base left with denoising_end and output_type='latent'"
+        )
 
 
 def check_cached(model: Model, request: Request) -> None:

@@ -13,7 +13,7 @@ from sdfast.editing import Editing
 from sdfast.emphasis import Emphasis, Piece, parse
 from sdfast.engine import Engine
 from sdfast.errors import RequestError
-from sdfast.request import TOLD_SIZES, Request
+from sdfast.request import SCORES, TOLD_SIZES, Request
 from sdfast.row import Conditioning
 from sdfast.schedulers import Schedule
 from sdfast.tokenizer import Chunks
@@ -25,6 +25,8 @@ Text = tuple[str | None, str | None]
 """A prompt, and what a second text encoder reads in its place."""
 _SDXL = ("prompts_2", "negative_prompts_2", *TOLD_SIZES)
 """Fields of requests that are for its text encoders and time embedding."""
+_NOT_REFINED = ("prompts_2", "negative_prompts_2", "target_size", "negative_target_size")
+"""Those of which its refiner is told nothing."""
 
 
 @dataclass(frozen=True)
@@ -128,9 +130,19 @@ class Prompts:
 
     def check_fields(self, request: Request) -> None:
         """Raises `RequestError` for what is SDXL's, where the engine is not."""
-        given = [name for name in _SDXL if getattr(request, name) != Request.model_fields[name].default]
-        if given and self._model.pooled_width is None:
-            raise RequestError(f"{given[0]}: only engines of SDXL have a use for it; leave it out")
+        given = [
+            name for name in (*_SDXL, *SCORES) if getattr(request, name) != Request.model_fields[name].default
+        ]
+        for name in given:
+            if name in SCORES and not self._model.scored:
+                raise RequestError(f"{name}: only engines of SDXL's refiner have a use for it; leave it out")
+            if self._model.pooled_width is None:
+                raise RequestError(f"{name}: only engines of SDXL have a use for it; leave it out")
+            if name in _NOT_REFINED and self._model.scored:
+                raise RequestError(
+                    f"{name}: SDXL's refiner has one text encoder, and is told a score in place of a target "
+                    "size; leave it out"
+                )
 
     def guided(self, request: Request) -> bool:
         """Whether negative prompts are read. An LCM takes the guidance as an embedding instead."""
@@ -190,7 +202,7 @@ class Prompts:
         return PromptState(self._context(embeds.to(engine.device, engine.dtype)), pooled)
 
     def conditionings(
-        self, state: PromptState, plan: Schedule, request: Request, sizes: Sequence[int]
+        self, state: PromptState, plan: Schedule, request: Request, sizes: Sequence[float]
     ) -> list[Conditioning]:
         """What the U-Net is told of each picture, at every step of `plan`. `sizes`: see `told_sizes`."""
         # through a list: a schedule's array may be a reversed view, which torch does not take
@@ -242,7 +254,7 @@ class Prompts:
     def _encode_one(self, prompt: Text, clip_skip: int | None, reading: Reading) -> tuple[PromptState, str]:
         hidden, pooled, read = [], None, self._read(prompt, reading)
         check_lengths([read[0].input_ids.size], self._most)
-        for name, chunks in zip(self._text_encoders(), read, strict=True):
+        for name, chunks in zip(self._engine.manifest.text_encoders, read, strict=True):
             ids = torch.from_numpy(chunks.input_ids).to(self._engine.device)
             outputs = self._engine.call(name, {"input_ids": ids})
             states = self._layer(outputs["hidden_states"], clip_skip)
@@ -255,9 +267,6 @@ class Prompts:
             pooled = None if self._model.pooled_width is None else pooled[:1]
         context = self._context(torch.cat(hidden, dim=-1).flatten(0, 1)[None])
         return PromptState(context, pooled), next((one.truncated for one in read if one.truncated), "")
-
-    def _text_encoders(self) -> list[str]:
-        return sorted(name for name in self._engine.manifest.modules if name.startswith("text_encoder"))
 
     def _layer(self, hidden_states: torch.Tensor, clip_skip: int | None) -> torch.Tensor:
         """The text layer [B, L, D] that is used, of all of them [B, layers + 1, L, D].
@@ -335,21 +344,26 @@ def weighted(hidden: torch.Tensor, weights: torch.Tensor, emphasis: Emphasis) ->
     return torch.where(plain, hidden, told.to(hidden.dtype))
 
 
-def told_sizes(request: Request, *, over: bool) -> tuple[list[int], list[int]]:
-    """The six numbers that SDXL is told of a picture, and of what it is guided away from.
+def told_sizes(request: Request, *, over: bool, scored: bool) -> tuple[list[float], list[float]]:
+    """The numbers that SDXL is told of a picture, and of what it is guided away from.
 
     As diffusers' pipelines tell them: without an image, the negative ones are the picture's own unless both
-    sizes are given; over an image, each is for itself, and the crop is the picture's.
+    sizes are given; over an image, each is for itself, and the crop is the picture's. scored: of the refiner,
+    which is told a score in place of the target size, and a crop of its own for the negative.
     """
     own = (request.height, request.width)
     original, target = request.original_size or own, request.target_size or own
-    told = [*original, *request.crops_coords_top_left, *target]
     away = request.negative_original_size, request.negative_target_size
+    crop, crop_away = request.crops_coords_top_left, request.negative_crops_coords_top_left
+    if scored:
+        told: list[float] = [*original, *crop, request.aesthetic_score]
+        return told, [*(away[0] or original), *crop_away, request.negative_aesthetic_score]
+    told = [*original, *crop, *target]
     if over:
-        return told, [*(away[0] or original), *request.crops_coords_top_left, *(away[1] or target)]
+        return told, [*(away[0] or original), *crop, *(away[1] or target)]
     if None in away:
         return told, told
-    return told, [*(away[0] or own), *request.negative_crops_coords_top_left, *(away[1] or own)]
+    return told, [*(away[0] or own), *crop_away, *(away[1] or own)]
 
 
 def guidance_embedding(scale: torch.Tensor, width: int) -> torch.Tensor:

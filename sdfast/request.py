@@ -3,6 +3,7 @@
 import math
 import secrets
 from collections.abc import Collection, Mapping
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -18,6 +19,7 @@ MAX_SIDE = 8_192  # pixels
 MAX_TOLD = 65_536  # pixels of a size that is only told
 MAX_GUIDANCE = 100.0
 MAX_CONTROL = 10.0
+MAX_SCORE = 100.0
 SEED_LIMIT = 2**64
 _SHOWN = 60  # characters of a bad value that an error repeats
 
@@ -31,6 +33,8 @@ TOLD_SIZES = (
     "negative_target_size",
 )
 """Fields of what SDXL is told of a picture's size."""
+SCORES = ("aesthetic_score", "negative_aesthetic_score")
+"""Fields of what its refiner is told in place of the target sizes."""
 ToldSize = tuple[Annotated[int, Field(ge=0, le=MAX_TOLD)], Annotated[int, Field(ge=0, le=MAX_TOLD)]]
 
 ControlScale = Annotated[float, Field(ge=0.0, le=MAX_CONTROL)]
@@ -130,6 +134,9 @@ class Request(_Checked):
     `seed` gives image i of the request the generator of seed + i; `None` picks one at random when the request
     is made, so that it can always be told. `num_inference_steps`, `timesteps` and `sigmas` are alternatives.
     `strength`, with an image to draw over: the share of the steps that is done, as in diffusers.
+    `denoising_start`, in its place: the run takes over at this share of the denoising, without new noise, the
+    latents that another run has left. `denoising_end`: it leaves them at this share. As in diffusers' SDXL
+    pipelines, the steps are told apart by their timesteps, not by their number.
     `controlnet_conditioning_scale`, with a control image: how much the ControlNet adds, in the steps between
     `control_guidance_start` and `control_guidance_end`, which are shares of all steps, as in diffusers. With
     several ControlNets each of these is a list of a number for each, or one for all.
@@ -151,6 +158,9 @@ class Request(_Checked):
     prompts, `None` for the same; and the sizes (height, width) and crops (top, left) in pixels that
     it is told, by default the picture's own (Podell et al. 2023, section 2.2).
 
+    For SDXL's refiner alone, in place of the target sizes: how beautiful the picture is to be, and what it is
+    guided away from, by the usual numbers of diffusers'.
+
     `hires`: a second pass over the pictures of this one, at another size.
     """
 
@@ -169,6 +179,8 @@ class Request(_Checked):
     cache_interval: int = Field(default=1, ge=1, le=MAX_STEPS)
     eta: float = Field(default=0.0, ge=0.0, le=1.0)
     strength: float | None = Field(default=None, gt=0.0, le=1.0)
+    denoising_start: float | None = Field(default=None, gt=0.0, lt=1.0)
+    denoising_end: float | None = Field(default=None, gt=0.0, le=1.0)
     controlnet_conditioning_scale: ControlScales | None = None
     control_guidance_start: Shares = 0.0
     control_guidance_end: Shares = 1.0
@@ -185,6 +197,8 @@ class Request(_Checked):
     negative_original_size: ToldSize | None = None
     negative_crops_coords_top_left: ToldSize = (0, 0)
     negative_target_size: ToldSize | None = None
+    aesthetic_score: float = Field(default=6.0, ge=0.0, le=MAX_SCORE)
+    negative_aesthetic_score: float = Field(default=2.5, ge=0.0, le=MAX_SCORE)
     hires: Hires | None = None
     seed: int = Field(default_factory=lambda: secrets.randbelow(2**32), ge=0, lt=SEED_LIMIT)
 
@@ -197,6 +211,11 @@ class Request(_Checked):
     def seeds(self) -> tuple[int, ...]:
         """One seed for each picture."""
         return tuple(self.seed + i for i in range(self.images))
+
+    @property
+    def over(self) -> bool:
+        """Whether it is drawn over an image, or its latents."""
+        return self.strength is not None or self.denoising_start is not None
 
     @property
     def steps(self) -> int | None:
@@ -298,6 +317,7 @@ class Request(_Checked):
         self._check_control_spans()
         if self.seed + self.images > SEED_LIMIT:
             raise ValueError(f"seed: {self.seed} leaves no seeds below 2**64 for {self.images} pictures")
+        self._check_shares()
         if self.hires is not None:
             self._check_hires(self.hires)
         return self
@@ -326,6 +346,21 @@ class Request(_Checked):
             raise ValueError(
                 "control_guidance_start and control_guidance_end are for a control image; give one, or leave "
                 "them out"
+            )
+
+    def _check_shares(self) -> None:
+        """Raises `ValueError` for a part of the denoising that is none, or does not go with the rest."""
+        start, end = self.denoising_start, self.denoising_end
+        if start is not None and self.strength is not None:
+            raise ValueError(
+                "denoising_start: says which steps are done, and strength does too; leave one of them out"
+            )
+        if start is not None and end is not None and start >= end:
+            raise ValueError(f"denoising_start: {start:g} is not below denoising_end, {end:g}")
+        if (start, end) != (None, None) and self.hires is not None:
+            raise ValueError(
+                "hires: its second pass draws over whole pictures; leave denoising_start and denoising_end "
+                "out"
             )
 
     def _check_hires(self, hires: Hires) -> None:
@@ -407,10 +442,18 @@ def _explain(error: ValidationError, fields: Collection[str]) -> str:
     if first["type"] == "missing":
         return f"{field}: is missing"
     if first["type"] == "extra_forbidden":
-        return f"{field}: unknown; the fields are: {', '.join(fields)}"
+        return unknown(field, fields)
     if isinstance(given, float) and not math.isfinite(given):
         message = "must be a finite number"
     return f"{field}: {message} (got {shown(given)})"
+
+
+def unknown(field: str, fields: Collection[str]) -> str:
+    """What is said of a field that there is not: those of like names, or else all that there are."""
+    near = get_close_matches(field, fields)
+    if near:
+        return f"{field}: unknown; did you mean {' or '.join(near)}?"
+    return f"{field}: unknown; the fields are: {', '.join(fields)}"
 
 
 def shown(value: Any) -> str:

@@ -18,7 +18,7 @@ def summary(manifest: Manifest) -> str:
         "checkpoint": " ".join(filter(None, [manifest.checkpoint.source, manifest.checkpoint.revision])),
         **_graphs(manifest),
         **_beside(manifest),
-        "family": manifest.model.family,
+        "family": "sdxl refiner" if manifest.model.scored else manifest.model.family,
         "backend": " ".join(filter(None, [manifest.backend, manifest.dtype, manifest.provider])),
         **_measured(manifest),
         **_approximated(manifest),

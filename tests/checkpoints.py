@@ -180,6 +180,42 @@ def build_sdxl(
     return _save_index(folder, pipeline, entries)
 
 
+def build_refiner(
+    folder: Path, *, seed: int = 7, vae: Mapping[str, Any] = MappingProxyType({}), **unet: Any
+) -> Path:
+    """Write a tiny SDXL refiner into `folder` and return it: the second text encoder alone, and a score.
+
+    `vae` and `unet` override their configs.
+    """
+    torch.manual_seed(seed)
+    size = save_tokenizer(folder / "tokenizer_2", pad="!")
+    text = _text_encoder("CLIPTextModelWithProjection", size, seed, width=48, hidden_act="gelu")
+    text.save_pretrained(folder / "text_encoder_2")
+    refiner = {
+        "cross_attention_dim": 48,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 48 + 5 * 8,
+        "transformer_layers_per_block": 2,
+        "attention_head_dim": [2, 4],
+    }
+    _unet(seed, **{**refiner, **unet}).save_pretrained(folder / "unet")
+    _vae(seed, **{"scaling_factor": 0.13025, **vae}).save_pretrained(folder / "vae")
+    _save_scheduler(folder, "epsilon")
+    entries = {
+        "text_encoder": [None, None],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer": [None, None],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "image_encoder": [None, None],
+        "feature_extractor": [None, None],
+        "force_zeros_for_empty_prompt": False,
+        "requires_aesthetics_score": True,
+    }
+    return _save_index(folder, "StableDiffusionXLImg2ImgPipeline", entries)
+
+
 def build_controlnet(folder: Path, checkpoint: Path, *, seed: int = 0, **overrides: Any) -> Path:
     """Write a tiny ControlNet for the U-Net of a tiny checkpoint into `folder` and return it.
 

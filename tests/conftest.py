@@ -69,6 +69,12 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_refiner(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny SDXL refiner, shared: copy it before changing it."""
+    return checkpoints.build_refiner(tmp_path_factory.mktemp("tiny") / "refiner")
+
+
+@pytest.fixture(scope="session")
 def tiny_inpainting(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny SD 1.x checkpoint whose U-Net, of nine channels, is for inpainting."""
     folder, kind = tmp_path_factory.mktemp("tiny") / "inpainting", "StableDiffusionInpaintPipeline"
@@ -130,6 +136,12 @@ def flat_onnx(parsed_once: None, flat_sd: Path, shared: Path) -> Path:
 def sdxl_engine(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny SDXL checkpoint as an eager engine: copy it before changing it."""
     return export(tiny_sdxl, tmp_path_factory.mktemp("eager") / "sdxl", Recipe.make(backend="eager"))
+
+
+@pytest.fixture(scope="session")
+def refiner_engine(tiny_refiner: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny SDXL refiner as an eager engine: copy it before changing it."""
+    return export(tiny_refiner, tmp_path_factory.mktemp("eager") / "refiner", Recipe.make(backend="eager"))
 
 
 @pytest.fixture(scope="session")

@@ -45,7 +45,8 @@ _OPEN_CLIP_ENDS = {
 
 
 def save_original(folder: Path, file: Path, *, sd2: bool = False) -> Path:
-    """Write a tiny diffusers checkpoint as one file: SD 1.x, SD 2.x, or SDXL when it has two encoders."""
+    """Write a tiny diffusers checkpoint as one file: SD 1.x, SD 2.x, SDXL when it has two encoders, or its
+    refiner when it has the second alone."""
     paths = {path.parent.name: path for path in folder.glob("*/*.safetensors")}
     states = {component: load_file(path) for component, path in paths.items()}
     save_file(to_original(states, layers_per_block=1, sd2=sd2), file)
@@ -54,15 +55,18 @@ def save_original(folder: Path, file: Path, *, sd2: bool = False) -> Path:
 
 def to_original(states: dict[str, Tensors], *, layers_per_block: int, sd2: bool = False) -> Tensors:
     """The tensors of all components under the names and in the shapes of the original layout."""
-    unet, vae, text = states["unet"], states["vae"], states["text_encoder"]
+    unet, vae, text = states["unet"], states["vae"], states.get("text_encoder")
     tensors = {f"model.diffusion_model.{_unet_name(n, layers_per_block)}": t for n, t in unet.items()}
     tensors |= {f"first_stage_model.{_vae_name(n)}": _vae_tensor(n, t) for n, t in vae.items()}
-    if sd2:
+    if text is None:  # SDXL's refiner has the second alone
+        second = _open_clip(states["text_encoder_2"])
+        tensors |= {f"conditioner.embedders.0.model.{n}": t for n, t in second.items()}
+    elif sd2:
         tensors |= {f"cond_stage_model.model.{n}": t for n, t in _open_clip(text).items()}
     else:
         where = "conditioner.embedders.0" if "text_encoder_2" in states else "cond_stage_model"
         tensors |= {f"{where}.transformer.text_model.{_bare(n)}": t for n, t in text.items()}
-    if "text_encoder_2" in states:
+    if text is not None and "text_encoder_2" in states:
         second = _open_clip(states["text_encoder_2"])
         tensors |= {f"conditioner.embedders.1.model.{n}": t for n, t in second.items()}
     return {name: tensor.contiguous() for name, tensor in tensors.items()}

@@ -190,7 +190,7 @@ def test_a_picture_alone_has_its_own_texts_and_seed() -> None:
     ("hires", "fields", "told"),
     [
         ({"height": 20}, {}, "height: must be a multiple of 8"),
-        ({"heigth": 32}, {}, "heigth: unknown; the fields are: height, width, upscaler"),
+        ({"heigth": 32}, {}, "heigth: unknown; did you mean height"),
         ({"upscaler": "ESRGAN"}, {}, "upscaler: must be 'latent'"),
         ({"strength": 0.0}, {}, "strength: must be greater than 0"),
         ({"strength": 0.001}, {}, "hires: 4 steps at a strength of 0.001 are of a schedule of 4000"),

@@ -244,8 +244,14 @@ def test_what_is_black_in_a_mask_stays(pairs: dict[Any, Any]) -> None:
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "a mask alone": ({"image": None, "mask_image": mask()}, "mask_image and strength are for an image"),
-    "a strength alone": ({"image": None, "strength": 0.5}, "mask_image and strength are for an image"),
+    "a mask alone": (
+        {"image": None, "mask_image": mask()},
+        "mask_image, strength and denoising_start are for",
+    ),
+    "a strength alone": (
+        {"image": None, "strength": 0.5},
+        "mask_image, strength and denoising_start are for",
+    ),
     "no strength": ({"strength": 0.0}, "^strength: must be greater than 0"),
     "too much strength": ({"strength": 1.5}, "^strength: must be less than or equal to 1"),
     "no step left": ({"strength": 0.1}, "strength=0.1 of 4 steps leaves no step"),
@@ -267,12 +273,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "channels": ({"image": torch.zeros(2, 64, 64)}, r"^image: Tensor of shape \(2, 64, 64\)"),
     "a coloured mask": ({"mask_image": torch.zeros(1, 3, 64, 64)}, "^mask_image: Tensor of shape"),
     "latents too": ({"latents": torch.zeros(1, 4, 8, 8)}, "^latents: with an image"),
-    "masked latents": (
-        {"image": torch.zeros(1, 4, 8, 8), "mask_image": mask()},
-        "^image: latents cannot be masked",
-    ),
     "a crop": ({"padding_mask_crop": 8}, "^padding_mask_crop: not supported"),
-    "a score": ({"aesthetic_score": 7.0}, "^aesthetic_score: not supported"),
+    "a score": ({"aesthetic_score": 7.0}, "^aesthetic_score: only engines of SDXL's refiner"),
 }
 
 
@@ -379,6 +381,11 @@ def test_a_u_net_for_inpainting_is_served(inpainting: tuple[Any, Pipeline]) -> N
     [expected] = inpainting[1].generate(asked, given).images
     [png] = last.pngs
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(png))), np.asarray(expected))
+
+
+def test_a_u_net_for_inpainting_masks_no_latents(inpainting: tuple[Any, Pipeline]) -> None:
+    with pytest.raises(RequestError, match=r"^image: .*latents cannot be masked"):
+        inpainting[1](PROMPT, image=torch.zeros(1, 4, 8, 8), mask_image=mask())
 
 
 def test_a_u_net_for_inpainting_needs_a_mask(inpainting: tuple[Any, Pipeline]) -> None:

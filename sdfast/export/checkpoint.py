@@ -103,6 +103,11 @@ class Checkpoint:
         return int(size if isinstance(size, int) else size[0])
 
     @property
+    def scored(self) -> bool:
+        """See `manifest.Model`."""
+        return layout.is_refiner(self.index)
+
+    @property
     def zero_empty_negative(self) -> bool:
         """See `manifest.Model`."""
         sdxl = self.family == "sdxl"  # where diffusers' pipeline has that on by default
@@ -248,10 +253,10 @@ def read_folder(
         family=family,
         index=index,
         components={
-            name: _component(files, name, index[name][1], variant) for name in layout.COMPONENTS[family]
+            name: _component(files, name, index[name][1], variant) for name in layout.components(index)
         },
         scheduler_config=files.json("scheduler/scheduler_config.json"),
-        tokenizers={name: tokenizer_folder(files, name) for name in layout.TOKENIZERS[family]},
+        tokenizers={name: tokenizer_folder(files, name) for name in layout.tokenizers(index)},
     )
 
 

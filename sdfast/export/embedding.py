@@ -163,14 +163,15 @@ class _Reading:
                 raise self._error("is for SDXL, and the checkpoint is not; give one that is made for it")
             if tensors.keys() != two:
                 raise self._error(f"holds {_listed(tensors)}, and one for SDXL holds clip_g and clip_l alone")
-            return dict(TWO_ENCODERS)
+            return {name: TWO_ENCODERS[name] for name in self.checkpoint.text_encoders}
         if len(tensors) != 1:
             raise self._error(
                 f"holds {_listed(tensors)}; an embedding is one tensor, or for SDXL clip_g and clip_l"
             )
         if family == "sdxl":
             raise self._error(
-                "has vectors for one text encoder, and SDXL has two; give one that is made for SDXL"
+                "has vectors for one text encoder, and those for SDXL are for two; give one that is made for "
+                "SDXL"
             )
         return {"text_encoder": next(iter(tensors))}
 

@@ -27,12 +27,11 @@ from sdfast.export.networks import Configs
 from sdfast.export.onnx import save_model
 from sdfast.export.optimum import MODEL, VAE_DECODER, VAE_ENCODER
 from sdfast.export.recipe import Recipe
-from sdfast.manifest import CHUNK, LONG_PROMPTS, ONE_CHUNK, HalfRange, Model, Span, Variant
+from sdfast.manifest import CHUNK, LONG_PROMPTS, ONE_CHUNK, TIME_IDS, HalfRange, Model, Span, Variant
 from sdfast.models.config import UNetConfig
 from sdfast.models.vae import LOG_VARIANCE, VAEConfig
 from sdfast.request import MAX_SIDE, MAX_STEPS
 
-TIME_IDS = 6
 LAST = "last_hidden_state"
 _HIDDEN = "hidden_states."
 _REFUSED = {
@@ -97,10 +96,11 @@ class Graphs(Configs):
     @property
     def told(self) -> dict[str, int]:
         """What a row of `time_shift` holds: the widths of its parts, in their order, by the graph's names."""
+        pooled = self.unet.pooled_dim(TIME_IDS)
         widths = {
             "timestep": 1,
-            "text_embeds": self.unet.pooled_dim,
-            "time_ids": TIME_IDS if self.unet.pooled_dim else None,
+            "text_embeds": pooled,
+            "time_ids": TIME_IDS if pooled else None,
             "timestep_cond": self.unet.time_cond_proj_dim,
         }
         return {name: width for name, width in widths.items() if width}

@@ -163,10 +163,11 @@ def _weights(files: Files, names: Collection[str], variant: str | None) -> list[
     """The weights files to fetch. names: of the listing, or of the cache when there is no listing."""
     if "model_index.json" not in names:
         raise CheckpointError(f"{files.source}: {layout.why_no_index(names)}")
-    family = layout.check_index(files.json("model_index.json"), files.source)
+    index = files.json("model_index.json")
+    layout.check_index(index, files.source)
     return [
         name
-        for component in layout.COMPONENTS[family]
+        for component in layout.components(index)
         for name in _component_weights(files, names, component, variant)
     ]
 

@@ -30,6 +30,9 @@ COMPONENTS: Mapping[Family, tuple[str, ...]] = {
 }
 TOKENIZERS: Mapping[Family, tuple[str, ...]] = {"sd": ("tokenizer",), "sdxl": ("tokenizer", "tokenizer_2")}
 
+_REFINERS = ("StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline")
+"""What draws with SDXL's refiner, which has the second of SDXL's text encoders alone."""
+
 CLASSES: Mapping[str, tuple[str, ...]] = {
     "text_encoder": ("CLIPTextModel",),
     "text_encoder_2": ("CLIPTextModelWithProjection",),
@@ -107,14 +110,35 @@ def check_index(index: Mapping[str, Any], source: str) -> Family:
         raise CheckpointError(
             f"{source}: {name} is not supported; sdfast runs the U-Net family: {', '.join(PIPELINES)}"
         )
-    if index.get("requires_aesthetics_score"):
+    if is_refiner(index) and name not in _REFINERS:
         raise CheckpointError(
-            f"{source}: requires_aesthetics_score: SDXL's refiner, which is told a score, is not supported"
+            f"{source}: requires_aesthetics_score: {name} tells its U-Net no score; what draws with SDXL's "
+            f"refiner is {' or '.join(_REFINERS)}"
         )
-    family = PIPELINES[name]
-    for component in (*COMPONENTS[family], *TOKENIZERS[family], "scheduler"):
+    for component in (*components(index), *tokenizers(index), "scheduler"):
         _check_component(index, component, source)
-    return family
+    for component in ("text_encoder", "tokenizer"):
+        if is_refiner(index) and index.get(component) not in (None, [None, None]):
+            raise CheckpointError(
+                f"{source}: requires_aesthetics_score, and a {component}: SDXL's refiner has text_encoder_2 "
+                "and tokenizer_2 alone, and no other U-Net that is told a score is supported"
+            )
+    return PIPELINES[name]
+
+
+def is_refiner(index: Mapping[str, Any]) -> bool:
+    """Whether it is SDXL's refiner: its U-Net is told an aesthetic score."""
+    return bool(index.get("requires_aesthetics_score"))
+
+
+def components(index: Mapping[str, Any]) -> tuple[str, ...]:
+    """The networks of a pipeline of a supported class."""
+    return COMPONENTS[PIPELINES[index["_class_name"]]][is_refiner(index) :]
+
+
+def tokenizers(index: Mapping[str, Any]) -> tuple[str, ...]:
+    """Its tokenizers likewise."""
+    return TOKENIZERS[PIPELINES[index["_class_name"]]][is_refiner(index) :]
 
 
 def _check_component(index: Mapping[str, Any], component: str, source: str) -> None:
@@ -123,7 +147,7 @@ def _check_component(index: Mapping[str, Any], component: str, source: str) -> N
     if entry is None or entry == [None, None]:
         raise CheckpointError(
             f"{source}: model_index.json names no {component}, which {index['_class_name']} needs "
-            "(a refiner or a part of a pipeline cannot be exported); give the whole pipeline"
+            "(a part of a pipeline cannot be exported); give the whole pipeline"
         )
     if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(item, str) for item in entry)):
         raise CheckpointError(

@@ -192,7 +192,7 @@ def _context(model: Model, load: UNetParts, dtype: torch.dtype) -> ModuleSpec:
 def _time_shift(config: UNetConfig, model: Model, load: UNetParts, dtype: torch.dtype) -> ModuleSpec:
     widths = {
         "text_embeds": (model.pooled_width, dtype),
-        "time_ids": (6 if model.pooled_width else None, torch.float32),
+        "time_ids": (model.time_ids if model.pooled_width else None, torch.float32),
         "timestep_cond": (config.time_cond_proj_dim, dtype),
     }
     conditions = {name: (width, kind) for name, (width, kind) in widths.items() if width}

@@ -7,7 +7,7 @@ import torch
 from sdfast.errors import CheckpointError, ExportError
 from sdfast.export.checkpoint import Checkpoint
 from sdfast.export.controlnet import ControlNetSource
-from sdfast.manifest import Model, StepCache
+from sdfast.manifest import SCORED_TIME_IDS, TIME_IDS, Model, StepCache
 from sdfast.models.controlnet import ControlledUNet, ControlNet, ControlNetConfig
 from sdfast.models.fp8 import MULTIPLE, fp8_convolutions, fp8_layers
 from sdfast.models.unet import UNet, UNetConfig, rungs, skip_levels
@@ -32,6 +32,11 @@ class Configs:
     def default_side(self) -> int:
         """The side in pixels of the pictures that the checkpoint was trained on."""
         return self.checkpoint.sample_size * self.factor
+
+    @property
+    def pooled_width(self) -> int | None:
+        """See `Model`."""
+        return self.unet.pooled_dim(SCORED_TIME_IDS if self.checkpoint.scored else TIME_IDS)
 
     def _model(
         self,
@@ -58,10 +63,11 @@ class Configs:
             time_shift_width=time_shift_width,
             control_channels=control_channels,
             controlnets=controlnets,
-            pooled_width=self.unet.pooled_dim,
+            pooled_width=self.pooled_width,
             guidance_embedding=self.unet.time_cond_proj_dim,
             zero_empty_negative=self.checkpoint.zero_empty_negative,
             step_cache=step_cache,
+            scored=self.checkpoint.scored,
         )
 
 
@@ -85,7 +91,18 @@ class Networks(Configs):
             checkpoint.text_encoders,
             step_cache=None if cache_branch is None else _step_cache(unet, cache_branch),
         )
+        networks._check_pooled()
         return replace(networks, controlnets=tuple(map(networks._fitting, checkpoint.controlnets)))
+
+    def _check_pooled(self) -> None:
+        """Raises `CheckpointError` for a U-Net that is told more or fewer numbers than its pipeline tells."""
+        given = self.checkpoint.components[self.text[-1]].config.get("projection_dim")
+        if self.pooled_width is not None and given is not None and given != self.pooled_width:
+            raise CheckpointError(
+                f"{self.checkpoint.source}: {self.text[-1]} gives {given} numbers of a prompt, and the U-Net "
+                f"takes {self.pooled_width} beside those of sizes; check requires_aesthetics_score in "
+                "model_index.json, which is true of SDXL's refiner alone"
+            )
 
     def _fitting(self, added: ControlNetSource) -> ControlNetConfig:
         """The config of a ControlNet. Raises `CheckpointError` for one that does not fit."""

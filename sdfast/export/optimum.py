@@ -39,6 +39,8 @@ def read_graphs(files: Files, variant: str | None) -> Checkpoint:
     index = files.json("model_index.json")
     index["_class_name"] = _stock_name(index.get("_class_name"))
     family = layout.check_index(index, source)
+    if layout.is_refiner(index):
+        raise CheckpointError(f"{source}: graphs of SDXL's refiner are not supported; give its weights")
     optional = (VAE_ENCODER,) if f"{VAE_ENCODER}/{MODEL}" in files.names else ()
     return Checkpoint(
         source=source,

@@ -56,9 +56,9 @@ def convert(
 ) -> Path:
     """The diffusers folder for a single file, made now or found in the cache. Raises CheckpointError.
 
-    `config` is a diffusers folder whose configs (weights are not needed) describe the file; without it the
-    stock ones of SD 1.5, SD 2.1 or SDXL are taken, after the shapes in the file. SD 2.x is taken for a
-    v-prediction model unless its metadata say otherwise, as diffusers takes it.
+    `config` is a diffusers folder whose configs (weights are not needed) describe the file; without it
+    those of SD 1.5, SD 2.1, SDXL or its refiner are taken, after the shapes in the file. SD 2.x is taken for
+    a v-prediction model unless its metadata say otherwise, as diffusers takes it.
     """
     _check_suffix(path)
     header = read_header(path)
@@ -116,7 +116,7 @@ def _stock_name(shapes: Mapping[str, tuple[int, ...]], source: str) -> str:
             f"{source}: a U-Net of {shapes[_FIRST_CONV][1]} input channels is not supported; 4 or 9 are"
         )
     if _REFINER in shapes:
-        raise CheckpointError(f"{source} is an SDXL refiner, which is not supported; give the base model")
+        return "sdxl_refiner"
     if _SDXL in shapes:
         return "sdxl"
     width = shapes.get(_CROSS_ATTENTION, (0, 0))[-1]
@@ -150,10 +150,10 @@ def _configs_of(folder: Path) -> dict[str, Any]:
     """The configs in a diffusers folder that the user gave, with its tokenizers' files as text."""
     files = Files(folder.expanduser().resolve(), str(folder))
     index = files.json("model_index.json")
-    family = layout.check_index(index, str(folder))
+    layout.check_index(index, str(folder))
     names = [
         "scheduler/scheduler_config.json",
-        *(f"{name}/config.json" for name in layout.COMPONENTS[family]),
+        *(f"{name}/config.json" for name in layout.components(index)),
     ]
     configs: dict[str, Any] = {"model_index.json": index, **{name: files.json(name) for name in names}}
     for name in sorted(files.names):

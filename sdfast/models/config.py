@@ -60,8 +60,8 @@ class UNetConfig:
     freq_shift: float
     time_embed_dim: int
     time_cond_proj_dim: int | None  # LCM: width of the guidance embedding
-    addition_time_embed_dim: int | None  # SDXL: width of each of the six sizes' embedding
-    addition_input_dim: int | None  # SDXL: pooled text embedding and the sizes' embeddings together
+    addition_time_embed_dim: int | None  # SDXL: width of each told number's embedding
+    addition_input_dim: int | None  # SDXL: pooled text embedding and those numbers' together
 
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any], component: str = "unet") -> "UNetConfig":
@@ -107,12 +107,11 @@ class UNetConfig:
         """Latent heights and widths that are multiples of this need no rounding on the way down."""
         return int(2 ** (len(self.down) - 1))
 
-    @property
-    def pooled_dim(self) -> int | None:
-        """SDXL: width of the pooled text embedding that TimeShift takes."""
+    def pooled_dim(self, time_ids: int = 6) -> int | None:
+        """SDXL: width of the pooled text embedding that TimeShift takes beside so many numbers."""
         if self.addition_input_dim is None or self.addition_time_embed_dim is None:
             return None
-        return self.addition_input_dim - 6 * self.addition_time_embed_dim
+        return self.addition_input_dim - time_ids * self.addition_time_embed_dim
 
 
 def _addition(fields: Fields) -> tuple[int | None, int | None]:

@@ -91,7 +91,7 @@ class ControlNetConfig:
             ("channels and ResNet blocks of the levels", _levels(own), _levels(unet)),
             ("a middle", own.mid is not None, unet.mid is not None),
             ("cross_attention_dim", own.cross_attention_dim, unet.cross_attention_dim),
-            ("width of the pooled prompt", own.pooled_dim, unet.pooled_dim),
+            ("width of the pooled prompt", own.pooled_dim(), unet.pooled_dim()),
             ("pixels that are one of its embedding", 2 ** (len(self.embedding) - 1), factor),
         ):
             if found != needed:

@@ -388,8 +388,8 @@ class TimeShift(nn.Module):
         """timesteps [N] float32 -> [N, T], in the dtype of the weights.
 
         text_embeds [N, P] (pooled) and time_ids [N, 6] float32 (original size, crop, target size) belong to
-        SDXL; timestep_cond [N, W] (the embedded guidance scale) to LCM. Every one that the checkpoint has
-        is needed, and no other.
+        SDXL, to its refiner [N, 5] (a score in place of the target size); timestep_cond [N, W] (the embedded
+        guidance scale) to LCM. Every one that the checkpoint has is needed, and no other.
         """
         self._check(text_embeds=text_embeds, time_ids=time_ids, timestep_cond=timestep_cond)
         dtype = self.proj.weight.dtype

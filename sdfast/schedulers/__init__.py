@@ -18,6 +18,7 @@ and, written out, the matrix of that step is
 
 `solvers/` holds one short function a scheduler, in the papers' symbols, beside its config; `noise.py` the
 noise levels, `levels.py` which of them a run visits, and `layouts.py` layouts that no config asks for;
+`experts.py` which rows are done where two networks share a run;
 `prediction.py` what the network's output means; `config.py` what configs share; `run.py` what a request may
 ask; `samplers.py` the samplers there are, `schedule_types.py` how their levels may be spaced, and `names.py`
 what people call them; `table.py` the table. That a table is right is algebra: composed over its K rows, it
@@ -34,14 +35,16 @@ from typing import Any
 
 import numpy as np
 
+from sdfast.errors import RequestError
 from sdfast.schedulers.config import ending_at, own_config, read
+from sdfast.schedulers.experts import first_row, rows_until
 from sdfast.schedulers.layouts import LAYOUTS, laid_out
 from sdfast.schedulers.names import resolve
 from sdfast.schedulers.run import checked_run
 from sdfast.schedulers.samplers import SAMPLERS, Sampler
 from sdfast.schedulers.schedule_types import SCHEDULE_TYPES as BY_CONFIG
 from sdfast.schedulers.solvers import SOLVERS
-from sdfast.schedulers.table import Brownian, Schedule
+from sdfast.schedulers.table import Brownian, Floats, Schedule
 
 SCHEDULE_TYPES = tuple(dict.fromkeys([*BY_CONFIG, *LAYOUTS]))
 """AUTOMATIC1111's schedule types that may follow a plain sampler's name."""
@@ -68,6 +71,8 @@ def schedule(
     sigmas: Sequence[float] | None = None,
     eta: float = 0.0,
     strength: float = 1.0,
+    denoising_start: float | None = None,
+    denoising_end: float | None = None,
     family: str = "sd",
 ) -> Schedule:
     """The table of a scheduler's run.
@@ -84,6 +89,9 @@ def schedule(
         eta: DDIM's noise, from 0 (none) to 1 (DDPM's).
         strength: the share of the run that is done, above 0 and up to 1, as in diffusers' image to image: the
             latents start as `Schedule.noising` of a picture's.
+        denoising_start, denoising_end: the shares of the denoising between which the run's steps are done, as
+            in diffusers' SDXL pipelines (see `experts`); with a start, `strength` is 1. The latents start as
+            another run of the same steps has left them.
         family: "sd" or "sdxl": whose levels "Align Your Steps" takes.
 
     Raises:
@@ -99,5 +107,21 @@ def schedule(
         settings = ending_at(settings, run.sigmas[-1])
     with np.errstate(divide="ignore", invalid="ignore"):  # what is not finite, `Schedule` refuses
         made = table(settings, run)
+        if denoising_start is not None:
+            train, evaluations = settings.num_train_timesteps, sampler.evaluations
+            start = first_row(_falling(made), denoising_start, train, evaluations)
+            made = table(settings, replace(run, start=start // evaluations))
+    if denoising_end is not None:
+        made = made.first(rows_until(_falling(made), denoising_end, settings.num_train_timesteps))
     named = sampler.overrides or sampler.layout
     return replace(made, schedule_type=sampler.schedule_type) if named else made
+
+
+def _falling(plan: Schedule) -> Floats:
+    """The timesteps of a run from noise to a picture. Raises `RequestError` for one that goes backwards."""
+    if plan.timesteps[0] < plan.timesteps[-1]:
+        raise RequestError(
+            f"{plan.scheduler} goes from a picture to its noise, so denoising_start and denoising_end mean "
+            "nothing there; leave them out"
+        )
+    return plan.timesteps

@@ -20,6 +20,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from sdfast.errors import RequestError
+from sdfast.schedulers.experts import first_row, rows_until
 from sdfast.schedulers.run import left_out
 from sdfast.schedulers.table import Floats, Schedule
 
@@ -92,6 +93,8 @@ def run_of(
     sigmas: Sequence[float] | None = None,
     eta: float = 0.0,
     strength: float = 1.0,
+    denoising_start: float | None = None,
+    denoising_end: float | None = None,
 ) -> Schedule:
     """The table of a run that is asked of a scheduler object: `set_timesteps`, on a copy, then the table.
 
@@ -115,7 +118,16 @@ def run_of(
         raise RequestError(f"{name}.set_timesteps refuses {_shown(given)}: {_story(error)}") from error
     order = getattr(own, "order", 1)
     steps = num_inference_steps or len(own.timesteps) // order
-    return from_diffusers(own, eta, left_out(steps, strength) * order)
+    start, train = left_out(steps, strength) * order, _trained_on(own)
+    if denoising_start is not None:
+        start = first_row(np.array([float(t) for t in own.timesteps]), denoising_start, train, order)
+    made = from_diffusers(own, eta, start)
+    return made if denoising_end is None else made.first(rows_until(made.timesteps, denoising_end, train))
+
+
+def _trained_on(scheduler: Any) -> int:
+    """How many timesteps the network of a scheduler knows: diffusers' usual number where it does not say."""
+    return int(getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000))
 
 
 class _Followed(TorchFunctionMode):

@@ -1,6 +1,6 @@
 """`Schedule`: a scheduler's run as a table of numbers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -102,6 +102,25 @@ class Schedule:
     def __len__(self) -> int:
         """K: how often the network is evaluated."""
         return len(self.timesteps)
+
+    def first(self, rows: int) -> "Schedule":
+        """The run broken off after so many rows: what it leaves is noisy still.
+
+        As with diffusers' `denoising_end`, to which the last row is a run's end in one thing: what is kept of
+        an image that is drawn over has no noise there.
+        """
+        brownian = self.brownian and replace(
+            self.brownian, crossed=self.brownian.crossed[:rows], half=self.brownian.half[:rows]
+        )
+        return replace(
+            self,
+            timesteps=self.timesteps[:rows],
+            input_scale=self.input_scale[:rows],
+            matrix=self.matrix[:rows],
+            draws_noise=self.draws_noise[:rows],
+            noising=None if self.noising is None else np.vstack([self.noising[:rows], self.noising[-1:]]),
+            brownian=brownian,
+        )
 
     @property
     def registers(self) -> int:

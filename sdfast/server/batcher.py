@@ -29,6 +29,7 @@ from sdfast.pipeline import Pipeline, to_uint8
 from sdfast.row import Row
 from sdfast.server.clerk import Clerk
 from sdfast.server.given import check_given, given_of
+from sdfast.server.handover import packed
 from sdfast.server.jobs import TICK_SECONDS, Failed, FailureKind, Job, Load, QueueFull
 from sdfast.server.memory import memory_of
 from sdfast.server.places import Pace, Picture, changes
@@ -265,7 +266,10 @@ class Batcher:
         with self._failing(work):
             for one in request.passes:
                 self.pipeline.prepare_decoder(one, 1)
-            work.prepare(lambda: self.pipeline.prepare(request, given_of(work.job)))
+            given = given_of(self._engine, work.job)
+            if isinstance(given.generators, list):
+                work.generators = given.generators
+            work.prepare(lambda: self.pipeline.prepare(request, given))
         return not work.ended
 
     @contextmanager
@@ -365,9 +369,12 @@ class Batcher:
             work.draw_over(done.index, lambda: self._second_pass(done))
             self._considered = -1  # it may be due before others that have the places
             return
-        pixels = self._pixels(done)
+        if work.job.hands_over:
+            check_finite(done.latents)
+            work.hand_over(done.index, packed(done.latents, work.generators[done.index]))
+        else:
+            self._clerk.picture(work, done.index, self._pixels(done))
         self._failures = 0
-        self._clerk.picture(work, done.index, pixels)
         if work.complete:
             self._complete(work)
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
-from sdfast.request import check_text, shown, wrong_field
+from sdfast.request import check_text, shown, unknown, wrong_field
 from sdfast.server.problems import Problem
 
 _AT_ONCE = 65_536  # bytes that are parsed before another request would notice
@@ -88,7 +88,7 @@ def _of_field(error: ValidationError, model: type[BaseModel]) -> Problem:
     field, first = wrong_field(error)
     field, given = field[:60], first["input"]
     if first["type"] == "extra_forbidden":
-        message = f"{field}: unknown; the fields are: {', '.join(model.model_fields)}"
+        message = unknown(field, model.model_fields)
         return Problem(422, message, param=field, code="unknown_field")
     if first["type"] == "missing":
         return Problem(422, f"{field}: is missing", param=field, code="missing_field")

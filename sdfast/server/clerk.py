@@ -4,6 +4,7 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from io import BytesIO
 from typing import Any, TypeVar
 
@@ -11,7 +12,7 @@ from PIL import Image
 
 from sdfast.engine import Engine
 from sdfast.errors import SdfastError, first_line
-from sdfast.infotext import infotext_of, png
+from sdfast.infotext import infotext_of, png, told_of_refiner, unet_digest
 from sdfast.prompts import Prompts
 from sdfast.server.jobs import Failed, Preview
 from sdfast.server.work import Work
@@ -61,10 +62,15 @@ class Clerk:
     def _png(self, work: Work, index: int, pixels: Image.Image) -> bytes:
         request, manifest = work.job.request, self._engine.manifest
         seed, weights = request.seeds[index], manifest.checkpoint.weights
-        return png(
-            pixels,
-            infotext_of(request, work.ready.schedule, seed, model=manifest.name, weights=weights),
-        )
+        name, origin = manifest.name, work.job.origin
+        if origin is None:
+            told = infotext_of(request, work.ready.schedule, seed, model=name, weights=weights)
+            return png(pixels, told)
+        whole = request.model_copy(update={"denoising_start": None, "strength": origin.strength})
+        begun = {"unet/": origin.unet_digest}
+        told = infotext_of(whole, work.ready.schedule, seed, model=origin.engine, weights=begun)
+        refined = told_of_refiner(name, unet_digest(weights), origin.switch_at)
+        return png(pixels, replace(told, extra={**told.extra, **refined}))
 
     def _tell_preview(self, work: Work, index: int, pixels: Image.Image) -> None:
         file = BytesIO()

@@ -6,14 +6,14 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Collection
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from starlette.types import Receive
 
 from sdfast.errors import BackendError, RequestError
 from sdfast.request import Request
-from sdfast.server.jobs import Done, Event, Failed, Job, QueueFull, Studio
+from sdfast.server.jobs import Done, Event, Failed, Job, QueueFull, Refiner, Studio
 from sdfast.server.metrics import Metrics
 from sdfast.server.problems import Problem, of_failure, of_full_queue, of_request_error
 from sdfast.server.settings import Settings
@@ -40,10 +40,12 @@ class Desk:
         image: bytes | None = None,
         mask: bytes | None = None,
         control: bytes | None = None,
+        refiner: Refiner | None = None,
     ) -> Job:
         """A job of now, with an id of its own and the settings' deadline."""
         deadline = time.monotonic() + self.settings.timeout
-        return Job(secrets.token_hex(12), engine, request, deadline, previews, image, mask, control)
+        job = Job(secrets.token_hex(12), engine, request, deadline, previews, image, mask, control)
+        return job if refiner is None else replace(job, refiner=refiner)
 
     def submit(self, job: Job) -> AsyncIterator[Event]:
         """Raises `Problem` for what the studio does not take in."""

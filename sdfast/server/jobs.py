@@ -12,6 +12,24 @@ from sdfast.request import Request
 
 
 @dataclass(frozen=True)
+class Refiner:
+    """Another engine that goes on with a job's pictures from a share of the denoising on."""
+
+    engine: str
+    switch_at: float
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Who began the pictures that a job finishes. strength: of the image that they were drawn over."""
+
+    engine: str
+    unet_digest: str
+    switch_at: float
+    strength: float | None
+
+
+@dataclass(frozen=True)
 class Job:
     """One generation request that was checked.
 
@@ -24,6 +42,10 @@ class Job:
     image stays; with an image only. control: the control images of an engine with ControlNets, each as
     `image`, one after the other; beside the others or alone. Of files, and of what is inside them, the engine
     side knows nothing.
+
+    refiner: who goes on with its pictures; the studio makes a job of each engine's part. The first one's
+    hands_over, so that it ends with what the second's is handed (see `handover`) in place of PNGs; origin:
+    of the second, what the first was, which the pictures' parameters tell.
     """
 
     id: str
@@ -34,6 +56,15 @@ class Job:
     image: bytes | None = None
     mask: bytes | None = None
     control: bytes | None = None
+    handed: bytes | None = None
+    refiner: Refiner | None = None
+    hands_over: bool = False
+    origin: Origin | None = None
+
+    @property
+    def over(self) -> bool:
+        """Whether it is drawn over something."""
+        return self.image is not None or self.handed is not None
 
 
 @dataclass(frozen=True)
@@ -117,7 +148,8 @@ class EngineInfo:
     by which a picture's parameters name the model. edits: whether it takes a job's image. embeddings: by
     their tokens, of how many vectors they are; text_width: of one, for all text encoders together.
     controlnets: names of its ControlNets, in their order, by which AUTOMATIC1111's clients know them.
-    step_cache: whether it takes a `cache_interval`.
+    step_cache: whether it takes a `cache_interval`. refines: whether it is SDXL's refiner, whose jobs all
+    have an image.
     """
 
     name: str
@@ -134,6 +166,7 @@ class EngineInfo:
     text_width: int = 0
     controlnets: tuple[str, ...] = ()
     step_cache: bool = False
+    refines: bool = False
 
     @property
     def controlled(self) -> bool:

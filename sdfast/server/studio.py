@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from sdfast.errors import EngineError, RequestError
+from sdfast.experts import check_alike
 from sdfast.infotext import unet_digest
 from sdfast.manifest import AddedControlNet, Manifest, read_manifest
+from sdfast.request import Request
+from sdfast.server.in_turn import in_turn, parts_of
 from sdfast.server.jobs import EngineInfo, Event, Job, Statistics
 from sdfast.server.settings import Settings
 from sdfast.server.worker.supervisor import Patience, Supervisor, command
@@ -73,12 +76,22 @@ class WorkerStudio:
 
     def submit(self, job: Job) -> AsyncIterator[Event]:
         """As `Studio.submit`. That its scheduler cannot do the run, the worker tells in the first event."""
-        post = self._posts.get(job.engine)
+        post = self._post(job.engine, job.request)
+        if job.refiner is None:
+            return post.supervisor.submit(job)
+        second, model = self._post(job.refiner.engine, job.request), post.manifest.model
+        check_alike(model, second.manifest.model)
+        begun, finished = parts_of(job, self._engines[job.engine], second.manifest.model)
+        return in_turn(post.supervisor.submit(begun), finished, second.supervisor)
+
+    def _post(self, engine: str, request: Request) -> Post:
+        """Raises `RequestError` for an engine that is not here, or of other sizes."""
+        post = self._posts.get(engine)
         if post is None:
-            raise RequestError(f"engine {job.engine!r} is not here; there are: {', '.join(self._posts)}")
-        for request in job.request.passes:
-            post.manifest.check_size(request.height, request.width)
-        return post.supervisor.submit(job)
+            raise RequestError(f"engine {engine!r} is not here; there are: {', '.join(self._posts)}")
+        for one in request.passes:
+            post.manifest.check_size(one.height, one.width)
+        return post
 
     def cancel(self, job_id: str) -> bool:
         return any(post.supervisor.cancel(job_id) for post in self._posts.values())
@@ -115,6 +128,7 @@ def info_of(manifest: Manifest) -> EngineInfo:
         embeddings={one.token: one.vectors for one in manifest.checkpoint.embeddings},
         text_width=manifest.model.text_width,
         step_cache=manifest.model.step_cache is not None,
+        refines=manifest.model.scored,
     )
 
 

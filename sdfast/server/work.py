@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 
+import torch
+
 from sdfast.loop import Rows
 from sdfast.preparation import Prepared
 from sdfast.row import Member, Row
@@ -40,7 +42,8 @@ class Work:
         self.preview_asked = False
         self._planned: set[int] = set()  # a preview is due after so many steps of the first picture
         self._previews = 0
-        self.pngs: dict[int, Future[bytes]] = {}  # of each picture that was decoded
+        self.pngs: dict[int, Future[bytes]] = {}  # of each picture that was decoded, or what is handed over
+        self.generators: list[torch.Generator] = []  # of each picture that two engines share
         self.seconds = dict.fromkeys(("waiting", "encoding", "denoising", "decoding"), 0.0)
         self._listener, self._lock = listener, threading.Lock()
         self._ended = False
@@ -109,6 +112,11 @@ class Work:
         self.second[picture] = second()
         self.waiting.append(picture)
         self.seconds["encoding"] += time.monotonic() - start
+
+    def hand_over(self, picture: int, packed: bytes) -> None:
+        """A picture is left to another engine."""
+        self.pngs[picture] = Future()
+        self.pngs[picture].set_result(packed)
 
     def put_aside(self, row: Row, member: Member) -> None:
         """A row that runs gives its place to another's."""

@@ -89,8 +89,9 @@ def validate(
         checkpoint's own, and one that draws noise.
     device: of both sides; default: the engine's.
 
-    What an engine whose U-Net is for inpainting draws, it draws over the masked part of an image (`Scene`);
-    and what one with a ControlNet draws, under the guidance of `control_images`.
+    What an engine whose U-Net is for inpainting draws, it draws over the masked part of an image (`Scene`),
+    and SDXL's refiner over the whole of it; what one with ControlNets draws, under the guidance of
+    `control_images`.
 
     Writes `validation/report.json` and `validation/report.html` into the engine, and the figures into its
     manifest. An engine that differs makes a report whose `passed` is False, not an error.
@@ -103,7 +104,8 @@ def validate(
     stock()
     engine = _opened(engine, device)
     check_channels(engine.manifest.model, masked=True)
-    if engine.manifest.model.inpaints:
+    inpaints, scored = engine.manifest.model.inpaints, engine.manifest.model.scored
+    if inpaints or scored:
         check_edits(engine)
     tell("checkpoint")
     reference, notes = counterpart(engine, checkpoint)
@@ -118,7 +120,7 @@ def validate(
     first = requests[0][0]
     _guided_in(first, guidance_start, guidance_end)  # or else it would be refused at the end of a long run
     check_cached(engine.manifest.model, cached_in(first, cache_interval))
-    scene = Scene.make(first.height, first.width) if engine.manifest.model.inpaints else None
+    scene = Scene.make(first.height, first.width, masked=inpaints) if inpaints or scored else None
     count = engine.manifest.model.controlnets
     control = control_images(count, first.height, first.width) if count else None
     trials = [_trial(engine, sides, own, scene, control, tell) for own in requests]
@@ -174,7 +176,7 @@ def _requests(
     prompts = _with_tokens(tokens) if prompts is None else tuple(prompts)
     if not prompts:
         raise RequestError("prompts: none given; give at least one")
-    strength = 1.0 if engine.manifest.model.inpaints else None
+    strength = 1.0 if engine.manifest.model.inpaints or engine.manifest.model.scored else None
     controlnets = engine.manifest.model.controlnets
     control = control_settings(controlnets) if controlnets else {}
     requests = [
@@ -330,13 +332,14 @@ def _judge(
     runs = [picture.truth for trial in trials for picture in trial.pictures]
     steps = [step for picture in trials[0].pictures for step in picture.truth.steps]
     measured = measure(engine, sides, texts, runs, steps)
-    if scene is not None:
+    if scene is not None and engine.manifest.model.inpaints:
         measured += measure_told(engine, sides, scene, trials[0].pictures)
     if engine.manifest.model.controlled:
         measured += measure_control(engine, sides, trials[0].pictures)
     if engine.step_cache is not None:
         measured += measure_step_cache(engine, engine.step_cache, sides, trials[0].pictures)
     checks = [_same_tokens(engine, sides.exact, texts), _same_scheduler(engine, reference)]
+    checks += _same_time_ids(engine, trials[0].pictures[0])
     whole = rule.measured_pictures([picture for trial in [*trials, *over] for picture in trial.pictures])
     figures = []
     for trial in trials:
@@ -365,6 +368,18 @@ def _same_tokens(engine: Engine, pipe: Any, prompts: Sequence[str]) -> Check:
     return Check(name="tokenizer", passed=True, detail="the prompts become the same ids")
 
 
+def _same_time_ids(engine: Engine, picture: Picture) -> list[Check]:
+    """Whether SDXL's U-Net is told the numbers of a picture that the stock one is; none for other U-Nets."""
+    truth = picture.truth.steps[0].conditions.get("time_ids")
+    if truth is None:
+        return []
+    told, away = Pipeline(engine).told_sizes(picture.request, over=picture.over is not None)
+    own, due = [away, told][-len(truth) :], truth.float().tolist()  # the negative's first, where it is guided
+    same, kind = own == due, "scores" if engine.manifest.model.scored else "target sizes"
+    detail = f"sizes, crops and {kind} are told as stock tells them" if same else f"{own}, stock tells {due}"
+    return [Check(name="time_ids", passed=same, detail=detail)]
+
+
 def _same_scheduler(engine: Engine, reference: Checkpoint) -> Check:
     """Whether the engine's copy of the scheduler config is still the checkpoint's."""
     own, truth = engine.scheduler_config, reference.scheduler_config
@@ -379,7 +394,8 @@ def _setting(engine: Engine, reference: Checkpoint, request: Request, start: flo
     manifest, versions = engine.manifest, _versions()
     inpaints = manifest.model.inpaints
     controlled = manifest.model.controlled
-    stock_name = pipeline_class(reference.family, controlnet=controlled, masked=True if inpaints else None)
+    masked = True if inpaints else False if manifest.model.scored else None
+    stock_name = pipeline_class(reference.family, controlnet=controlled, masked=masked)
     return Setting(
         engine=manifest.name,
         folder=str(engine.folder),
@@ -387,6 +403,7 @@ def _setting(engine: Engine, reference: Checkpoint, request: Request, start: flo
         dtype=manifest.dtype,
         fp8=len(manifest.fp8),
         inpaints=inpaints,
+        refines=manifest.model.scored,
         controlnet=", ".join(str(added.record()) for added in reference.controlnets) or None,
         device=str(engine.device),
         checkpoint=reference.source

@@ -10,11 +10,11 @@ from sdfast.errors import BackendError, RequestError
 from sdfast.first_latents import Over
 from sdfast.hires import enlarged_images, enlarged_latents
 from sdfast.noise import generator
-from sdfast.request import TOLD_SIZES, Hires, Request, each
+from sdfast.request import SCORES, TOLD_SIZES, Hires, Request, each
 from sdfast.schedulers import resolve
 from sdfast.validation.hooks import cached_steps, guided_steps
 from sdfast.validation.reading import as_given, embeddings, is_plain
-from sdfast.validation.reference import pipeline_class, quiet, stock
+from sdfast.validation.reference import is_scored, pipeline_class, quiet, stock, tokenizers_of
 
 INPAINTED_CHANNELS = (4, 9)  # of the U-Nets that diffusers' inpainting pipelines take
 
@@ -32,7 +32,7 @@ def generate(
     """The pictures of `request` by the stock pipeline, the way sdfast's `Pipeline.generate` draws them.
 
     Image i has the generator of seed + i. scheduler: a diffusers scheduler in place of the one that the
-    request names. over: what a request with `strength` is drawn over, by the stock pipeline for that, on the
+    request names. over: what a request with an image is drawn over, by the stock pipeline for that, on the
     networks of `pipe`. control: the control images of a pipeline with N ControlNets, [m, N 3, H, W], which
     the pictures take in turn. cache_branch: of a request with a `cache_interval`, see `cached_steps`.
     Returns a list of PIL images; or for `output_type="pt"` a tensor [n, 3, H, W] float32 in [0, 1], for
@@ -97,12 +97,23 @@ def _pipeline_over(pipe: Any, request: Request, over: Over) -> Any:
     return made
 
 
+def _ends(pipe: Any, request: Request) -> dict[str, Any]:
+    """Between which shares of the denoising the stock pipeline draws. Raises `RequestError` where it draws
+    all of it."""
+    given = {name: getattr(request, name) for name in ("denoising_start", "denoising_end")}
+    asked = {name: share for name, share in given.items() if share is not None}
+    taken = inspect.signature(pipe.__call__).parameters
+    for name in asked:
+        if name not in taken:
+            raise RequestError(f"{name}: diffusers' {type(pipe).__name__} takes none; draw with an engine")
+    return asked
+
+
 def _over_arguments(request: Request, rows: range, over: Over) -> dict[str, Any]:
     """What the stock pipeline is told of an image: one for each picture, which its own generator samples."""
-    run: dict[str, Any] = {
-        "strength": request.strength,
-        "image": over.image[[i % len(over.image) for i in rows]],
-    }
+    run: dict[str, Any] = {"image": over.image[[i % len(over.image) for i in rows]]}
+    if request.strength is not None:
+        run["strength"] = request.strength
     if over.mask is not None:
         run |= {"mask_image": over.mask[[i % len(over.mask) for i in rows]]}
         run |= {"height": request.height, "width": request.width}
@@ -155,7 +166,7 @@ def _generate_one(
         run["guidance_rescale"] = request.guidance_rescale
     if is_plain(request):
         texts = {"prompt": request.prompts[index], "negative_prompt": request.negative_prompts[index]}
-        run |= {name: as_given(pipe.tokenizer, text) for name, text in texts.items()}
+        run |= {name: as_given(tokenizers_of(pipe)[0], text) for name, text in texts.items()}
         if sdxl:
             # as lists, in which diffusers takes an empty text for one
             seconds = {
@@ -170,6 +181,9 @@ def _generate_one(
         run |= embeddings(pipe, request, index)
     if sdxl:
         run |= {name: getattr(request, name) for name in TOLD_SIZES}
+    if is_scored(pipe):
+        run |= {name: getattr(request, name) for name in SCORES}
+    run |= _ends(pipe, request)
     with guided_steps(pipe, request), cached_steps(pipe, request.cache_interval, cache_branch):
         return pipe(
             guidance_scale=request.guidance_scale,

@@ -1,4 +1,5 @@
-"""What inpainting adds to a validation: what is drawn over, and what the U-Net is told of it."""
+"""What is drawn over in a validation of engines that draw over something, and what inpainting adds: what the
+U-Net is told of it."""
 
 import math
 from collections.abc import Sequence
@@ -21,22 +22,22 @@ from sdfast.validation.pictures import Picture
 
 @dataclass(frozen=True)
 class Scene:
-    """What is drawn over: image [3, H, W] in [0, 1], and mask [1, H, W], 1 where it is drawn anew."""
+    """What is drawn over: image [3, H, W] in [0, 1], and mask [1, H, W], 1 where it is drawn anew; or all."""
 
     image: Tensor
-    mask: Tensor
+    mask: Tensor | None
 
     @property
     def over(self) -> Over:
-        return Over(self.image[None], self.mask[None])
+        return Over(self.image[None], None if self.mask is None else self.mask[None])
 
     @property
     def kept(self) -> Tensor:
         """The image without what is drawn anew, [3, H, W]: grey there, which the encoder takes as 0."""
-        return torch.where(self.mask > 0, 0.5, self.image)
+        return self.image if self.mask is None else torch.where(self.mask > 0, 0.5, self.image)
 
     @classmethod
-    def make(cls, height: int, width: int) -> "Scene":
+    def make(cls, height: int, width: int, *, masked: bool = True) -> "Scene":
         """The scene of that size in pixels, the same for everybody.
 
         The image has slopes and waves of its own in each channel. The mask is an oval off the middle, whose
@@ -49,7 +50,8 @@ class Scene:
         blue = 0.7 - 0.4 * y + 0.2 * torch.sin(10 * math.pi * x) * torch.sin(6 * math.pi * y)
         oval = ((x - 0.42) / 0.3) ** 2 + ((y - 0.38) / 0.24) ** 2 < 1
         bar = (x > 0.86) & (y > 0.5)
-        return cls(torch.stack([red, green, blue]).clamp(0, 1), (oval | bar).float()[None])
+        mask = (oval | bar).float()[None] if masked else None
+        return cls(torch.stack([red, green, blue]).clamp(0, 1), mask)
 
 
 def measure_told(

@@ -23,7 +23,7 @@ from sdfast.schedulers import Schedule
 from sdfast.validation.metrics import Error, compare
 from sdfast.validation.observe import Run, StepInputs, StepOutputs, observed_step
 from sdfast.validation.reading import written_out
-from sdfast.validation.reference import as_reference
+from sdfast.validation.reference import as_reference, tokenizers_of
 
 TIMESTEP_ROUNDING = 1e-3  # float32 of a fractional timestep up to 1000, and the logarithms behind it
 Pairs = Iterable[tuple[Tensor, Tensor]]
@@ -73,8 +73,8 @@ def measure(
 
 
 def token_ids(pipe: Any, index: int, prompts: Sequence[str]) -> Tensor:
-    """The ids [n, 77] of `prompts` by the pipeline's own tokenizer, the first or the second."""
-    tokenizer = getattr(pipe, ("tokenizer", "tokenizer_2")[index])
+    """The ids [n, 77] of `prompts` by the pipeline's own tokenizer, the first or the second that it has."""
+    tokenizer = tokenizers_of(pipe)[index]
     given = tokenizer(
         [written_out(pipe, tokenizer, prompt) for prompt in prompts],
         padding="max_length",
@@ -87,8 +87,7 @@ def token_ids(pipe: Any, index: int, prompts: Sequence[str]) -> Tensor:
 
 
 def _text_encoders(engine: Engine, stock: Stock, prompts: Sequence[str]) -> Iterator[Measured]:
-    for index, _ in enumerate(engine.tokenizers):
-        name = ("text_encoder", "text_encoder_2")[index]
+    for index, name in enumerate(engine.manifest.text_encoders):
         ids = token_ids(stock.exact, index, prompts)
         truth = _text_states(stock.exact, name, ids)
         same = None if stock.same is None else _text_states(stock.same, name, ids)
@@ -343,11 +342,13 @@ def replay(plan: Schedule, run: Run) -> Pairs:
         noise = BrownianNoise(first, plan.brownian, shape, 1, torch.device("cpu"))
     registers = torch.zeros(plan.registers, shape.numel(), dtype=torch.float64)
     registers[0] = noise.initial().double().flatten() * plan.init_noise_sigma
-    if run.masked:
-        noise.initial()  # of the masked image's latents
     samples = {
         step.index: step.sample[-1, : shape[0]] for step in run.steps
     }  # the latents, of all it is told
+    if run.over:
+        noise.initial()  # of the masked image's latents; or the image's own came first, and then the noise
+    if run.over and not run.masked:
+        registers[0] = samples[0].double().flatten() / plan.input_scale[0]
     for k, (output, latents) in enumerate(zip(run.outputs, run.latents, strict=True)):
         if k in samples:
             yield registers[0] * plan.input_scale[k], samples[k]

@@ -28,7 +28,8 @@ class StepInputs:
     """What the stock U-Net is given in step `index`. B is 2 with guidance: negative prompt, then prompt.
 
     sample: [B, C, h, w], scaled for the network. hidden_states: [B, L, D].
-    conditions: text_embeds [B, P] and time_ids [B, 6] (SDXL), timestep_cond [B, W] (LCM), where it has them.
+    conditions: text_embeds [B, P] and time_ids [B, 6] (SDXL; [B, 5] its refiner), timestep_cond [B, W]
+        (LCM), where it has them.
     control: what its ControlNets are given, if it has some.
     """
 
@@ -56,7 +57,7 @@ class StepOutputs:
 
 @dataclass
 class Run:
-    """One picture by the stock pipeline. masked: whether it was drawn over the masked part of an image.
+    """One picture by the stock pipeline. over: whether it was drawn over an image; masked: over a part of it.
 
     latents, outputs: after each evaluation of the network, [1, C, h, w] float32: the latents, and the guided
     model output that led to them. steps: the inputs of the steps that were asked for. scales: of what each
@@ -65,6 +66,7 @@ class Run:
     """
 
     seed: int
+    over: bool = False
     masked: bool = False
     timesteps: list[float] = field(default_factory=list)
     latents: list[Tensor] = field(default_factory=list)
@@ -86,7 +88,7 @@ def observed_run(
 
     over: what it is drawn over. control: the control images of a pipeline with N ControlNets, [1, N 3, H, W].
     """
-    run = Run(request.seed, masked=over is not None and over.mask is not None)
+    run = Run(request.seed, over is not None, masked=over is not None and over.mask is not None)
     scheduler = _watched_scheduler(stock_scheduler(pipe, request.scheduler), run)
     asked = {"scheduler": scheduler, "output_type": "pt", "over": over, "control": control}
     with _watched(step_networks(pipe), run, wanted):

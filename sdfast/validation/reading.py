@@ -66,8 +66,9 @@ def embeddings(pipe: Any, request: Request, index: int) -> dict[str, Any]:
 
 def _read(pipe: Any, prompt: Text, reading: Reading, clip_skip: int | None) -> Told:
     first, second = prompt[0] or "", prompt[1]
-    encoders = [(pipe.tokenizer, pipe.text_encoder, first)]
-    if hasattr(pipe, "text_encoder_2"):
+    sdxl = hasattr(pipe, "text_encoder_2")
+    encoders = [] if pipe.tokenizer is None else [(pipe.tokenizer, pipe.text_encoder, first)]
+    if sdxl:
         encoders.append((pipe.tokenizer_2, pipe.text_encoder_2, first if second is None else second))
     read = [_chunks(tokenizer, reading.parts(text), reading.chunked) for tokenizer, _, text in encoders]
     most = max(map(len, read))
@@ -75,11 +76,11 @@ def _read(pipe: Any, prompt: Text, reading: Reading, clip_skip: int | None) -> T
     for (tokenizer, encoder, _), chunks in zip(encoders, read, strict=True):
         states = []
         for number, chunk in enumerate(chunks + [[]] * (most - len(chunks))):
-            state, whole = _encode(tokenizer, encoder, [id for id, _ in chunk], clip_skip, len(encoders) == 2)
+            state, whole = _encode(tokenizer, encoder, [id for id, _ in chunk], clip_skip, sdxl)
             states.append(_emphasised(state, chunk, reading))
             pooled = whole if number == 0 else pooled
         hidden.append(torch.cat(states, dim=1))
-    return torch.cat(hidden, dim=-1), pooled if len(encoders) == 2 else None
+    return torch.cat(hidden, dim=-1), pooled if sdxl else None
 
 
 def _chunks(tokenizer: Any, parts: list[list[Piece]], chunked: bool) -> list[list[tuple[int, float]]]:

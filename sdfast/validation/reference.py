@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from sdfast.errors import BackendError, CheckpointError, DependencyError, first_line
 from sdfast.export.checkpoint import Checkpoint, Component
+from sdfast.export.embedding import TWO_ENCODERS
 from sdfast.validation.reading import in_small_letters
 
 if TYPE_CHECKING:
@@ -60,8 +61,8 @@ def reference_pipeline(
     device: str | torch.device = "cpu",
     attention: "Attention | None" = None,
 ) -> Any:
-    """diffusers' own text-to-image pipeline of `checkpoint`, with its ControlNets if it has some, in `dtype`,
-    without its safety checker.
+    """diffusers' own text-to-image pipeline of `checkpoint`, or for SDXL's refiner that over images, with its
+    ControlNets if it has some, in `dtype`, without its safety checker.
 
     LoRAs are loaded and fused in float32, by diffusers' own code and peft's; embeddings are loaded by
     diffusers' own, their tokens in small letters (see `reading.as_given`).
@@ -81,7 +82,11 @@ def reference_pipeline(
     options: dict[str, Any] = {"add_watermarker": False}
     if checkpoint.family == "sd":
         options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    kind = pipeline_class(checkpoint.family, controlnet=bool(checkpoint.controlnets))
+    kind = pipeline_class(
+        checkpoint.family,
+        controlnet=bool(checkpoint.controlnets),
+        masked=False if checkpoint.scored else None,
+    )
     with quiet():
         if checkpoint.controlnets:
             networks = [_controlnet(added) for added in checkpoint.controlnets]
@@ -126,6 +131,17 @@ def _controlnet(added: "ControlNetSource") -> Any:
         sdxl = any("label_emb." in name for name in added.names)
         given = added.state_dict() if sdxl else str(added.component.weights[0])
         return network.from_single_file(given, config=folder, local_files_only=True)
+
+
+def tokenizers_of(pipe: Any) -> list[Any]:
+    """A pipeline's tokenizers: SDXL's refiner has the second alone."""
+    found = (getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2"))
+    return [tokenizer for tokenizer in found if tokenizer is not None]
+
+
+def is_scored(pipe: Any) -> bool:
+    """Whether it is a pipeline of SDXL's refiner, which is told an aesthetic score."""
+    return bool(pipe.config.get("requires_aesthetics_score"))
 
 
 def step_networks(pipe: Any) -> list[Any]:
@@ -181,7 +197,7 @@ def _add(pipe: Any, embedding: "Embedding") -> None:
     """Load an embedding as diffusers' users do: from its file, or for SDXL each text encoder's vectors."""
     for component, name in embedding.tensors.items():
         tokenizer = getattr(pipe, component.replace("text_encoder", "tokenizer"))
-        several = len(embedding.tensors) > 1
+        several = name in TWO_ENCODERS.values()
         try:
             pipe.load_textual_inversion(
                 load_file(embedding.path)[name] if several else str(embedding.path),
@@ -234,7 +250,7 @@ def _plain(
 def _restore_text_model(pipe: Any) -> None:
     """transformers 5 took a level out of its CLIP text model; diffusers still wants it for `clip_skip`."""
     model = pipe.text_encoder
-    if not hasattr(model, "text_model"):
+    if model is not None and not hasattr(model, "text_model"):
         object.__setattr__(model, "text_model", model)  # not as a submodule: a module cannot hold itself
 
 

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from sdfast.errors import CheckpointError
 from sdfast.export import single_file
 from sdfast.export.checkpoint import resolve
-from tests.checkpoints import build_sd, build_sdxl
+from sdfast.export.networks import Networks
+from tests.checkpoints import build_refiner, build_sd, build_sdxl
 from tests.original_layout import save_original, to_original
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -355,13 +356,18 @@ def test_pipelines_that_are_not_supported(folder: Path, changes: dict[str, Any],
     assert words in refused(folder)
 
 
-def test_an_sdxl_refiner(tiny_sdxl: Path, tmp_path: Path) -> None:
-    refiner = Path(shutil.copytree(tiny_sdxl, tmp_path / "refiner"))
-    edit(refiner / "model_index.json", text_encoder=[None, None], tokenizer=[None, None])
-    assert "a refiner" in refused(refiner)
+def test_what_is_half_a_refiner(tiny_sdxl: Path, tmp_path: Path) -> None:
+    """A score without the pipeline for it, or with the first text encoder; and a refiner without a score."""
     whole = Path(shutil.copytree(tiny_sdxl, tmp_path / "whole"))
     edit(whole / "model_index.json", requires_aesthetics_score=True)
-    assert "requires_aesthetics_score" in refused(whole)
+    assert "StableDiffusionXLPipeline tells its U-Net no score" in refused(whole)
+    edit(whole / "model_index.json", _class_name="StableDiffusionXLImg2ImgPipeline")
+    assert "requires_aesthetics_score, and a text_encoder" in refused(whole)
+    edit(whole / "model_index.json", text_encoder=[None, None], tokenizer=[None, None])
+    with pytest.raises(CheckpointError, match="check requires_aesthetics_score"):
+        Networks.of(resolve(whole))
+    edit(whole / "model_index.json", requires_aesthetics_score=False)
+    assert "names no text_encoder" in refused(whole)
 
 
 def test_a_mixed_up_folder(folder: Path) -> None:
@@ -402,7 +408,7 @@ def single_sd(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_original(tiny_sd, tmp_path_factory.mktemp("single") / "model.safetensors")
 
 
-@pytest.mark.parametrize("build", [build_sd, build_sdxl])
+@pytest.mark.parametrize("build", [build_sd, build_sdxl, build_refiner])
 def test_a_single_file_is_the_folder_it_was_made_of(tmp_path: Path, build: Callable[[Path], Path]) -> None:
     folder = build(tmp_path / "folder")
     file = save_original(folder, tmp_path / "model.safetensors")
@@ -602,6 +608,7 @@ RELEASED = {
     "sd15": (859_520_964, 83_653_863, 123_060_480),
     "sd21": (865_910_724, 83_653_863, 340_387_840),
     "sdxl": (2_567_463_684, 83_653_863, 123_060_480, 694_659_840),
+    "sdxl_refiner": (2_259_526_660, 83_653_863, 694_659_840),
 }
 
 
@@ -611,6 +618,7 @@ RELEASED = {
         (shapes(), "sd15"),
         (shapes(cross=(320, 1024)), "sd21"),
         (shapes(sdxl=(1280,)), "sdxl"),
+        (shapes(refiner=(1280,)), "sdxl_refiner"),
     ],
 )
 def test_stock_configs_are_the_released_models(header: single_file.Header, name: str) -> None:
@@ -658,7 +666,6 @@ def test_stock_configs_follow_what_the_file_says() -> None:
     ("header", "words"),
     [
         (shapes(first=(320, 7, 3, 3)), "7 input channels"),
-        (shapes(refiner=(1280,)), "an SDXL refiner"),
         (shapes(cross=(320, 512)), "none of SD 1.x, SD 2.x, SDXL"),
         (single_file.Header(shapes().shapes, "F16", {"modelspec.predict_key": "x0"}), "prediction type 'x0'"),
     ],

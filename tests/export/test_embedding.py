@@ -112,7 +112,11 @@ REFUSED: dict[str, tuple[str, Written, str]] = {
     "a width of none": ("sd", saved(emb_params=torch.ones(2, 33)), "takes 32; give one made for this"),
     "for SDXL": ("sd", lambda path: for_sdxl(path, 2), "is for SDXL, and the checkpoint is not"),
     "half for SDXL": ("sdxl", saved(clip_l=torch.ones(2, 32)), "holds clip_l, and one .* clip_g and clip_l"),
-    "for SD": ("sdxl", lambda path: automatic1111(path, 2), "for one text encoder, and SDXL has two"),
+    "for SD": (
+        "sdxl",
+        lambda path: automatic1111(path, 2),
+        "those for SDXL are for two",
+    ),
     "swapped": (
         "sdxl",
         saved(clip_l=torch.ones(2, 48), clip_g=torch.ones(2, 32)),

@@ -28,7 +28,11 @@ SIZES = {(64, 64), (64, 96)}  # height, width
 
 
 def engine(
-    name: str = "tiny", edits: bool = True, controlnets: tuple[str, ...] = (), step_cache: bool = False
+    name: str = "tiny",
+    edits: bool = True,
+    controlnets: tuple[str, ...] = (),
+    step_cache: bool = False,
+    refines: bool = False,
 ) -> EngineInfo:
     digest = name.encode().hex().ljust(64, "0")
     return EngineInfo(
@@ -37,6 +41,7 @@ def engine(
         unet_digest=digest,
         controlnets=controlnets,
         step_cache=step_cache,
+        refines=refines,
     )
 
 

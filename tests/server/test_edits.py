@@ -176,6 +176,18 @@ async def test_an_engine_without_an_image_encoder_is_named(
     assert studio.jobs == []
 
 
+async def test_a_refiner_draws_over_images_alone(sdk: openai.AsyncOpenAI, studio: FakeStudio) -> None:
+    studio.engines = {"refiner": engine("refiner", refines=True), "base": engine("base")}
+    with pytest.raises(openai.UnprocessableEntityError, match=r"SDXL's refiner.*edits.*here are: base") as e:
+        await sdk.images.generate(prompt="a", model="refiner")
+    assert (e.value.code, e.value.param) == ("unsupported_model", "model")
+    assert studio.jobs == []
+    await sdk.images.edit(image=png(NOISE), prompt="a", model="refiner")
+    assert [job.engine for job in studio.jobs] == ["refiner"]
+    models = (await sdk.models.list()).data
+    assert [model.to_dict()["refines"] for model in models] == [True, False]
+
+
 async def test_a_client_that_leaves_ends_its_job(sdk: openai.AsyncOpenAI, studio: FakeStudio) -> None:
     studio.hang = True
     call = asyncio.create_task(sdk.images.edit(image=png(NOISE), **CALL))

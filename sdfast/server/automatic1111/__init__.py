@@ -16,6 +16,9 @@ What is asked for is done or refused by name, never ignored. A field that means 
 - enable_hr draws over the picture at a second size, one of the engine's too, as there: `hr_second_pass_steps`
   are all done, and each picture's noise begins anew from its seed. Pictures that an image upscaler enlarges
   are cropped before they are encoded, where there the latents are. There are no upscalers that are networks.
+- refiner_checkpoint is another engine of this server, which goes on with the base's latents at
+  refiner_switch_at, by default 0.8: a share of the denoising, as there unless it counts sample steps. It is
+  for single passes: with enable_hr it is refused. At 1 the refiner has nothing to do, and the base draws all.
 - mask_blur is Pillow's Gaussian blur, which is very nearly the one there.
 - A call is one job: all its pictures are drawn beside each other, so `/skip` ends the call that is the first
   under way. `/interrupt` ends all calls of this interface, whoever made them; those of others go on.

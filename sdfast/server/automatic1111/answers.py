@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from sdfast import __version__
-from sdfast.infotext import of_hires
+from sdfast.infotext import of_hires, told_of_refiner
 from sdfast.schedulers import Sampler
 from sdfast.server.automatic1111.calls import Call
 from sdfast.server.automatic1111.fields import Generation
@@ -28,6 +28,7 @@ class Order:
     engine: EngineInfo
     sampler: Sampler
     canvas: Canvas | None
+    refiner: EngineInfo | None = None
 
 
 def whole(order: Order, done: Done | None) -> bytes:
@@ -61,6 +62,9 @@ def _info(order: Order, infotexts: list[str]) -> dict[str, Any]:
     asked, request, images = order.asked, order.call.job.request, order.call.job.request.images
     subseed = -1 if asked.subseed is None else asked.subseed
     again = {} if request.hires is None else of_hires(request, request.hires, 0)
+    refined = {}
+    if order.refiner is not None:
+        refined = told_of_refiner(order.refiner.name, order.refiner.unet_digest, asked.switch_at)
     return {
         "prompt": request.prompts[0],
         "all_prompts": list(request.prompts) * images,
@@ -89,6 +93,7 @@ def _info(order: Order, infotexts: list[str]) -> dict[str, Any]:
         "extra_generation_params": {
             "Schedule type": order.sampler.schedule_type,
             **{name: value for name, value in again.items() if name.startswith("Hires")},
+            **refined,
         },
         "index_of_first_image": 0,
         "infotexts": infotexts,

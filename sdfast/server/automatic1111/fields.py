@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from sdfast.errors import RequestError
+from sdfast.experts import SWITCH_AT
 from sdfast.request import (
     MAX_GUIDANCE,
     MAX_IMAGES,
@@ -46,7 +47,6 @@ _NEUTRAL: Mapping[str, Neutral] = {
     "tiling": ((False,), "pictures are not made to tile; leave it out"),
     "s_churn": ((0,), "samplers add no noise of their own; take an ancestral sampler such as Euler a"),
     "s_min_uncond": ((0,), "every step has its negative prompt; leave it out"),
-    "refiner_checkpoint": (("", "None"), "one engine draws a picture from end to end; leave it out"),
     "firstpass_image": ((), "txt2img starts from noise; take img2img"),
     "comments": (({},), "it has no meaning in a request; leave it out"),
     "script_name": (("", "None"), _NO_SCRIPTS),
@@ -100,7 +100,7 @@ class Generation(BaseModel):
     override_settings: dict[str, Any] | None = None
     override_settings_restore_afterwards: bool | None = None
     refiner_checkpoint: str | None = None
-    refiner_switch_at: float | None = None
+    refiner_switch_at: float | None = Field(default=None, gt=0, le=1)
     disable_extra_networks: bool | None = None
     firstpass_image: Any = None
     comments: dict[str, Any] | None = None
@@ -130,6 +130,11 @@ class Generation(BaseModel):
     def _plain_text(cls, prompt: str | None) -> str | None:
         _check_networks(prompt)
         return prompt
+
+    @field_validator("refiner_checkpoint")
+    @classmethod
+    def _some_refiner(cls, checkpoint: str | None) -> str | None:
+        return None if checkpoint in ("", "None") else checkpoint
 
     @field_validator("alwayson_scripts")
     @classmethod
@@ -194,6 +199,11 @@ class Generation(BaseModel):
             **controlnet.fields_of(units),
             **({} if self.seed in (None, -1) else {"seed": self.seed}),
         )
+
+    @property
+    def switch_at(self) -> float:
+        """The share of the denoising at which it does."""
+        return SWITCH_AT if self.refiner_switch_at is None else self.refiner_switch_at
 
     @property
     def strength(self) -> float | None:

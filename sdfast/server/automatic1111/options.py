@@ -113,6 +113,10 @@ class Options:
         checkpoint = given.get(CHECKPOINT)
         return self.engine if checkpoint is None else self._find(checkpoint, where + CHECKPOINT)
 
+    def refiner(self, checkpoint: str) -> EngineInfo:
+        """The engine that goes on with pictures. Raises `Problem` for one that cannot be had."""
+        return self._find(checkpoint, "refiner_checkpoint")
+
     def _find(self, checkpoint: Any, field: str) -> EngineInfo:
         """By its title, name, or hash."""
         for engine in self._studio.engines.values():

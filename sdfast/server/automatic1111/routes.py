@@ -20,7 +20,7 @@ from sdfast.server.body import read_json
 from sdfast.server.desk import Desk, unless_gone
 from sdfast.server.encoding import parameters_of
 from sdfast.server.health import check_open
-from sdfast.server.jobs import EngineInfo, Studio
+from sdfast.server.jobs import EngineInfo, Refiner, Studio
 from sdfast.server.metrics import Metrics
 from sdfast.server.problems import Problem, SdapiError
 from sdfast.server.settings import Settings
@@ -66,7 +66,7 @@ def routes(studio: Studio, settings: Settings, metrics: Metrics) -> APIRouter:
         check_open(request, studio)
         asked = await read_json(request, TextToImage)
         engine = options.chosen(asked.override_settings or {})
-        return await _answer(request, await _ordered(asked, engine, desk), desk, calls)
+        return await _answer(request, await _ordered(asked, engine, options, desk), desk, calls)
 
     @router.post("/sdapi/v1/img2img", openapi_extra=_body(ImageToImage))
     async def img2img(request: Request) -> Response:
@@ -78,7 +78,7 @@ def routes(studio: Studio, settings: Settings, metrics: Metrics) -> APIRouter:
             raise Problem(
                 422, f"init_images: engine {engine.name} takes no images; take txt2img", param="init_images"
             )
-        return await _answer(request, await _ordered(asked, engine, desk), desk, calls)
+        return await _answer(request, await _ordered(asked, engine, options, desk), desk, calls)
 
     @router.get("/sdapi/v1/progress")
     async def progress(skip_current_image: bool = False) -> dict[str, Any]:
@@ -161,14 +161,16 @@ def _body(model: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"content": schema, "required": True}}
 
 
-async def _ordered(asked: Generation, engine: EngineInfo, desk: Desk) -> Order:
+async def _ordered(asked: Generation, engine: EngineInfo, options: Options, desk: Desk) -> Order:
     """In a thread where there may be an image to open. Raises `Problem`."""
+    wanted = asked.refiner_checkpoint if asked.switch_at < 1 else None
+    refiner = options.refiner(wanted) if wanted else None
     if isinstance(asked, ImageToImage) or asked.alwayson_scripts:
-        return await asyncio.to_thread(_order, asked, engine, desk)
-    return _order(asked, engine, desk)
+        return await asyncio.to_thread(_order, asked, engine, refiner, desk)
+    return _order(asked, engine, refiner, desk)
 
 
-def _order(asked: Generation, engine: EngineInfo, desk: Desk) -> Order:
+def _order(asked: Generation, engine: EngineInfo, refiner: EngineInfo | None, desk: Desk) -> Order:
     """Raises `Problem`."""
     units = controlnet.units_of(asked.alwayson_scripts, engine, over_image=isinstance(asked, ImageToImage))
     request, sampler = asked.request(engine, units)
@@ -182,9 +184,10 @@ def _order(asked: Generation, engine: EngineInfo, desk: Desk) -> Order:
         image=canvas.job_image if canvas else None,
         mask=canvas.job_mask if canvas else None,
         control=controls_of(units, canvas, request.height, request.width),
+        refiner=None if refiner is None else Refiner(refiner.name, asked.switch_at),
     )
     call = Call("img2img" if canvas else "txt2img", job, asked.force_task_id)
-    return Order(asked, call, engine, sampler, canvas)
+    return Order(asked, call, engine, sampler, canvas, refiner)
 
 
 async def _answer(request: Request, order: Order, desk: Desk, calls: Calls) -> Response:

@@ -216,6 +216,19 @@ def check_area(request: Request) -> None:
         raise Problem(422, f"size: more than {MAX_PIXELS} pixels, the most taken", param="size")
 
 
+def check_begins(engine: EngineInfo, engines: Mapping[str, EngineInfo]) -> None:
+    """Raises `Problem` for an engine that only goes on with pictures."""
+    if engine.refines:
+        able = ", ".join(name for name, info in engines.items() if not info.refines) or "none"
+        raise Problem(
+            422,
+            f"model: {engine.name} is SDXL's refiner, which draws over images: send one to /v1/images/edits, "
+            f"or take another engine; here are: {able}",
+            param="model",
+            code="unsupported_model",
+        )
+
+
 def engine_of(name: str | None, engines: Mapping[str, EngineInfo]) -> EngineInfo:
     """The engine that a request names; the only one when it names none. Raises `Problem`."""
     there = ", ".join(engines)

@@ -14,7 +14,7 @@ from sdfast.server.jobs import EngineInfo
 from sdfast.server.openai import schema
 from sdfast.server.openai.answers import Order, answer
 from sdfast.server.openai.control import check_control, controls_of
-from sdfast.server.openai.fields import CONTROL_IMAGE, Generation, check_area, engine_of
+from sdfast.server.openai.fields import CONTROL_IMAGE, Generation, check_area, check_begins, engine_of
 from sdfast.server.uploads import of_base64
 
 
@@ -56,6 +56,7 @@ def _abilities(engine: EngineInfo) -> dict[str, Any]:
         "controlled": engine.controlled,
         "controlnets": engine.controlnets,
         "step_cache": engine.step_cache,
+        "refines": engine.refines,
     }
 
 
@@ -63,6 +64,7 @@ def _order(asked: Generation, desk: Desk) -> Order:
     """Takes processor time where there is a control image. Raises `Problem`."""
     engine, given = engine_of(asked.model, desk.studio.engines), asked.control_image
     images = given if isinstance(given, list) else [] if given is None else [given]
+    check_begins(engine, desk.studio.engines)
     check_control(engine, desk.studio.engines, images)
     asked = asked.under_control([one is None for one in images]) if images else asked
     request = asked.request(engine.default_height, engine.default_width)

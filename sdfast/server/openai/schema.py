@@ -168,6 +168,7 @@ class Model(_Shape):
     controlled: bool
     controlnets: list[str]
     step_cache: bool
+    refines: bool
 
 
 class Models(_Shape):

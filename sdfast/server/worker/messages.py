@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from sdfast import errors
 from sdfast.request import Request
-from sdfast.server.jobs import Begun, Done, Event, Failed, Job, Load, Preview, Queued, Step
+from sdfast.server.jobs import Begun, Done, Event, Failed, Job, Load, Origin, Preview, Queued, Step
 from sdfast.server.worker.frames import Frame, FrameError
 
 T = TypeVar("T")
@@ -40,8 +40,8 @@ class Broken:
     message: str
 
 
-PictureOfJob = Literal["image", "mask", "control"]
-"""The pictures that a job may have, by their names in `Job`."""
+PictureOfJob = Literal["image", "mask", "control", "handed"]
+"""The pictures that a job may have, and the latents that it may be handed, by their names in `Job`."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class _Take:
     seconds: float | None  # until the deadline
     previews: int
     pictures: tuple[PictureOfJob, ...]  # the parts after the request, in their order
+    hands_over: bool = False
+    origin: Origin | None = None
 
 
 _EVENTS: Mapping[str, type[Event]] = {
@@ -63,7 +65,8 @@ _ADAPTERS: Mapping[type, TypeAdapter[Any]] = {
 def take(job: Job) -> Frame:
     pictures = {name: part for name in get_args(PictureOfJob) if (part := getattr(job, name)) is not None}
     seconds = None if job.deadline is None else job.deadline - time.monotonic()
-    fields = asdict(_Take(job.engine, seconds, job.previews, tuple(pictures)))
+    told = _Take(job.engine, seconds, job.previews, tuple(pictures), job.hands_over, job.origin)
+    fields = asdict(told)
     return Frame(TAKE, job.id, fields, (job.request.model_dump_json().encode(), *pictures.values()))
 
 
@@ -77,9 +80,10 @@ def job_of(frame: Frame) -> Job:
         request = Request.model_validate_json(frame.parts[0])
     except ValidationError as error:
         raise FrameError(f"a request that is none: {error.errors()[0]['msg']}") from None
-    pictures = dict(zip(told.pictures, frame.parts[1:], strict=True))
+    parts: dict[str, Any] = dict(zip(told.pictures, frame.parts[1:], strict=True))
     deadline = None if told.seconds is None else time.monotonic() + told.seconds
-    return Job(frame.id, told.engine, request, deadline, told.previews, **pictures)
+    parts |= {"hands_over": told.hands_over, "origin": told.origin}
+    return Job(frame.id, told.engine, request, deadline, told.previews, **parts)
 
 
 def of_event(job_id: str, event: Event) -> Frame:

@@ -47,9 +47,10 @@ def warm_up(engine: Engine) -> None:
         nothing = _nothing(request)
         control = nothing.image.repeat(1, model.controlnets, 1, 1) if model.controlled else None
         try:
-            if model.inpaints:
+            if model.inpaints or model.scored:
                 request = request.model_copy(update={"strength": 1.0})
-                pipe.generate(request, Given(over=nothing, control=control))
+                over = nothing if model.inpaints else Over(nothing.image)
+                pipe.generate(request, Given(over=over, control=control))
                 continue
             if engine.manifest.edits:
                 encoded(engine, nothing.image)

@@ -1,0 +1,43 @@
+"""Two pipelines that share the denoising of a picture, such as SDXL's base and its refiner."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sdfast.call import Given, PipelineOutput
+from sdfast.experts import SWITCH_AT, check_alike, halves
+from sdfast.first_latents import Over
+from sdfast.noise import generator
+from sdfast.pipeline import Pipeline
+from sdfast.request import Request
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """A pipeline that begins pictures, and one that finishes them from the share `switch_at` on."""
+
+    base: Pipeline
+    refiner: Pipeline
+    switch_at: float = SWITCH_AT
+
+    def generate(
+        self,
+        request: Request,
+        over: Over | None = None,
+        control: Tensor | None = None,
+        output_type: str = "pil",
+    ) -> PipelineOutput:
+        """Draw what `request` asks for. Each picture has one generator from its first noise to its last.
+
+        over: what it is drawn over; control: the control images of a base with a ControlNet. Raises
+        `RequestError` for what either of the two cannot do.
+        """
+        begun, finished = halves(request, self.switch_at, self.refiner.engine.manifest.model)
+        check_alike(self.base.engine.manifest.model, self.refiner.engine.manifest.model)
+        self.refiner.engine.check_size(finished.height, finished.width)
+        source = [generator(seed) for seed in request.seeds]
+        given = Given(source, over=over, control=control)
+        left = self.base.generate(begun, given, "latent")
+        given = Given(source, over=Over(left.images, None if over is None else over.mask))
+        images = self.refiner.generate(finished, given, output_type).images
+        return PipelineOutput(images, request.seeds, left.truncated)
