@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import machine
-from benchmarks.timing import Comparison, clocked, compare, table
 from sdfast.backends import loader
 from sdfast.backends.target import this_machine
 from sdfast.export.code_store import CodeStore
@@ -24,6 +23,7 @@ from sdfast.export.inductor import Compiler
 from sdfast.export.modules import Form, ModuleSpec
 from sdfast.export.onnx import export_module
 from sdfast.manifest import Span
+from sdfast.timing import Comparison, clocked, compare, table
 
 CPU = torch.device("cpu")
 CALLS = 2000

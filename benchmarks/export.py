@@ -23,7 +23,7 @@ from typing import Any
 import click
 
 from benchmarks import machine, random_weights
-from benchmarks.proc import bytes_of
+from sdfast.proc import bytes_of
 
 
 @click.command()

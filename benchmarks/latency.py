@@ -22,13 +22,13 @@ import diffusers
 import torch
 
 from benchmarks import machine, random_weights
-from benchmarks.timing import Comparison, Measure, clocked, compare, settle, table
 from sdfast.engine import Engine
 from sdfast.export.build import export
 from sdfast.export.checkpoint import resolve
 from sdfast.export.recipe import Recipe, sides
 from sdfast.pipeline import Pipeline
 from sdfast.prompts import Prompts
+from sdfast.timing import Comparison, Measure, clocked, compare, settle, table
 
 PROMPT, GUIDANCE = "a cabin in misty mountains, watercolor style", 7.0
 

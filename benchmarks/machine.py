@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.proc import bytes_of
+from sdfast.proc import bytes_of
 from sdfast.versions import installed
 
 RESULTS = Path(__file__).parent / "results"

@@ -19,11 +19,11 @@ import diffusers
 import torch
 
 from benchmarks import machine
-from benchmarks.timing import Comparison, Measure, clocked, compare, settle, table
 from sdfast.loop import Rows
 from sdfast.noise import OwnNoise
 from sdfast.row import Conditioning, Row
 from sdfast.schedulers import SAMPLERS, Sampler, Schedule, schedule
+from sdfast.timing import Comparison, Measure, clocked, compare, settle, table
 
 CONFIG = {
     "beta_schedule": "scaled_linear",

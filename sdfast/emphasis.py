@@ -22,7 +22,7 @@ UP = 1.1
 
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)"
 _MARK = re.compile(
-    rf"\\[()\[\]\\]|\\|[()\[\]]|:(?P<weight>[+-]?[.\d]+)\)|(?P<change>:\s*{_NUMBER}\s*\])|[^\\()\[\]:]+|:"
+    rf"\\[()\[\]\\]|\\|[()\[\]]|:\s*(?P<weight>[+-]?[.\d]+)\s*\)|(?P<change>:\s*{_NUMBER}\s*\])|[^\\()\[\]:]+|:"
 )
 _BREAK = re.compile(r"\s*\bBREAK\b\s*")
 _ADDED_UP = re.compile(r"\bAND\b")

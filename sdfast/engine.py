@@ -96,8 +96,9 @@ class Engine:
         """Open the engine in `folder` on `device`, every file's digest checked.
 
         `device`: default: "cuda" for an ONNX engine that was exported for CUDA or TensorRT, else "cpu".
-        `threads`: processor threads of the CPU backends (default: torch's). `load`: load every module too,
-        each once its own files are checked, while larger files are still being read.
+        `threads`: of ONNX Runtime on a processor (default: as many as torch has); the other backends compute
+        with torch's. `load`: load every module too, each once its own files are checked, while larger files
+        are still being read.
 
         For eager engines, `compile`: the U-Net and the VAE through torch.compile, when a size is first drawn,
         which is said on stderr. `attention`: what computes that of the U-Net, one of

@@ -102,7 +102,7 @@ class Job:
 
     def request(self, model: Model, given: Given) -> Request:
         """The checked request, of the size of what it is drawn over or under. Raises `RequestError`."""
-        size = _size("size", self.size)
+        size = parse_size("size", self.size)
         width, height = model.default_width, model.default_height
         strength, scale, over = self.strength, self.control_scale, given.over
         if given.control is not None:
@@ -138,7 +138,7 @@ class Job:
         )
 
     def _second_pass(self) -> Hires | None:
-        size = _size("hires", self.hires)
+        size = parse_size("hires", self.hires)
         if size is None:
             if (self.hires_upscaler, self.hires_strength, self.hires_steps) != ("latent", 0.75, None):
                 raise RequestError(
@@ -154,7 +154,7 @@ class Job:
         )
 
 
-def _size(name: str, text: str | None) -> tuple[int, int] | None:
+def parse_size(name: str, text: str | None) -> tuple[int, int] | None:
     """Width and height. Raises `RequestError` for a text that says neither."""
     if not text:
         return None

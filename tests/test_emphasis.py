@@ -31,7 +31,7 @@ READ = {
     ],
     "(minus:-0.5) (none:0)": [("minus", -0.5), (" ", 1), ("none", 0)],
     "no bracket:1.2) a: b": [("no bracket:1.2) a: b", 1)],
-    "(spaced: 1.2)": [("spaced: 1.2", 1.1)],
+    "(spaced : 1.2 )": [("spaced ", 1.2)],
     "(a:b:2)": [("a:b", 2)],
 }
 

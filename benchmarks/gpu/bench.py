@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from benchmarks import random_weights
-from benchmarks.gpu.document import BUILD_CODE, code_digest, one_line
+from benchmarks.gpu.document import one_line
 from benchmarks.gpu.sides import SIDES, Side, open_side
 from benchmarks.gpu.workloads import SEED, Draw, Workload
-from sdfast.export.build import Silent, Stage, export
+from sdfast.export.build import BUILD_CODE, Silent, Stage, export
 from sdfast.export.recipe import Recipe
+from sdfast.versions import code_digest
 
 DTYPE = "fp16"
 
@@ -51,7 +52,7 @@ class Bench:
         """One engine for each batch, so that what is measured first waits for no build of the others."""
         spec = SIDES[side]
         kind = f"{spec.backend}{'-fp8' * spec.fp8}{f'-{spec.kernels}' if spec.kernels else ''}"
-        name = f"{kind}-{self.workload.size}-b{batch}-{code_digest(BUILD_CODE)}"
+        name = f"{kind}-{self.workload.size}-b{batch}-{code_digest(*BUILD_CODE)[:12]}"
         return self.folder / "engines" / name
 
     def build(self, side: str, batch: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from benchmarks.gpu.measure import WARM_UP, Timed, alternate, burst, synchronise
 from benchmarks.gpu.sides import COMPILED, EAGER, SIDES, Side
 from benchmarks.gpu.work import Work
 from benchmarks.gpu.workloads import Draw
-from benchmarks.timing import Measure
+from sdfast.timing import Measure
 from sdfast.validation.metrics import compare, psnr
 from sdfast.validation.rule import FP8_BARS, STOCK_FACTOR
 

@@ -1,10 +1,9 @@
 """The JSON document: every part's result, written as soon as it is there."""
 
-import hashlib
 import json
 import math
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,10 @@ import torch
 
 import sdfast
 from benchmarks import machine
-from sdfast.versions import installed
+from sdfast.versions import code_digest, installed
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "onnx", "onnxruntime", "onnxruntime-gpu")
-# Of sdfast's code, what engines are built by, and what neither their speed nor their pictures depend on.
-BUILD_CODE = ("export", "kernels", "models")
+# Of sdfast's code, what neither the speed of engines nor their pictures depend on.
 _ASIDE = ("cli.py", "demo.py", "doctor.py", "infotext.py", "landscapes", "server", "validation")
 
 
@@ -122,7 +120,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     """The machine, the versions and the GPU (None on a CPU)."""
     found = machine.describe()
     found["versions"] = {**installed(PACKAGES), "sdfast": sdfast.__version__, "cuda": torch.version.cuda}
-    found["code"] = code_digest()
+    found["code"] = code_digest(beside=_ASIDE)[:12]
     found["gpu"] = None
     if device.type == "cuda":
         facts = torch.cuda.get_device_properties(device)
@@ -131,17 +129,6 @@ def describe(device: torch.device) -> dict[str, Any]:
         found["gpu_capability"] = f"{facts.major}.{facts.minor}"
         found["gpu_multiprocessors"] = facts.multi_processor_count
     return found
-
-
-def code_digest(parts: Sequence[str] | None = None) -> str:
-    """A digest of sdfast's code in these folders (default: all that matters): a change of it shows."""
-    root = Path(sdfast.__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        first = path.relative_to(root).parts[0]
-        if first not in _ASIDE if parts is None else first in parts:
-            digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def one_line(error: BaseException) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from benchmarks.gpu.document import one_line
-from benchmarks.timing import Measure
+from sdfast.timing import Measure
 
 BURST = 0.03  # seconds that a burst of calls should take, so that launching them is not what is timed
 MOST = 30  # calls of a burst

@@ -46,6 +46,11 @@ class SideSpec:
     kernels: str | None = None
     aside: bool = False
 
+    @property
+    def compiles(self) -> bool:
+        """Whether it takes minutes until it draws."""
+        return self.compiled or self.backend == "inductor"
+
     def absent(self, device: torch.device) -> str | None:
         """Why it cannot run here, or None where it can."""
         if self.backend is None:
@@ -84,9 +89,7 @@ def usual(device: torch.device) -> list[str]:
     On a GPU all that can run, but sdfast's eager backend only where no other of its can.
     """
     here = [name for name, side in SIDES.items() if side.absent(device) is None and not side.aside]
-    uncompiled = [
-        name for name in here if not SIDES[name].compiled and SIDES[name].backend in (None, "eager")
-    ]
+    uncompiled = [name for name in here if not SIDES[name].compiles and SIDES[name].backend != "onnx"]
     if device.type != "cuda":
         return uncompiled
     fast = [name for name in here if SIDES[name].backend not in (None, "eager")]

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.peers.rounds import Comparison
 from benchmarks.peers.task import MEASURES
-from benchmarks.timing import columns, shown
+from sdfast.timing import columns, shown
 
 PRECISION = "{used} (without being told: {without_the_hint})"
 

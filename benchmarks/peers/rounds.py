@@ -48,6 +48,7 @@ class Rounds:
         self.failed: dict[str, str] = {}
         self._sides = sides
         self._say = say
+        self._last: str | None = None
         self._seconds: Seconds = {name: {} for name in (*ASKED, "step")}
 
     def together(self, workers: Mapping[str, Asked], rounds: Mapping[str, int]) -> Seconds:
@@ -95,9 +96,11 @@ class Rounds:
             answer = worker.ask(do=measure)
         except WorkerError as error:
             raise WorkerError(f"{measure}: {error}") from error
+        others_were = self._last != side  # measured since this side was: with two sides, not always
+        self._last = side
         if not counted:
             return
-        if answer["idle"] is not None:
+        if answer["idle"] is not None and others_were:
             self.idle[side] = max(answer["idle"], self.idle.get(side, 0.0))
         self._seconds[measure].setdefault(side, []).append(answer["seconds"])
         if answer["step_seconds"] is not None:

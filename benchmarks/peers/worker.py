@@ -18,7 +18,7 @@ import torch
 from benchmarks.peers.channel import answer_all, own_stdout
 from benchmarks.peers.sides import SIDES, Side
 from benchmarks.peers.task import ASKED, Task
-from benchmarks.proc import bytes_of
+from sdfast.proc import bytes_of
 
 SETTLE = 0.1  # seconds that threads of this process, and of the one measured before, have to go to sleep
 MODULES = ("text", "unet", "vae")
@@ -65,11 +65,11 @@ class Serving:
         seconds = [measured.seconds]
         if name in MODULES and measured.seconds < SHORT:
             seconds = [getattr(self._side, name)().seconds for _ in range(CALLS)]
-        self._rested = time.process_time(), time.perf_counter()
         if name not in self._kept:
             self._kept.add(name)
             self._outputs.mkdir(parents=True, exist_ok=True)
             np.save(self._outputs / f"{name}.npy", np.asarray(measured.output, dtype=np.float32))
+        self._rested = _clocks()
         return {"seconds": median(seconds), "step_seconds": measured.step_seconds, "idle": idle}
 
     def _idle_share(self) -> float | None:

@@ -19,13 +19,13 @@ import httpx
 
 from benchmarks import machine
 from benchmarks.serving.sides import served
-from benchmarks.timing import settle
 from sdfast.engine import Engine
 from sdfast.export.build import export
 from sdfast.export.recipe import Recipe
 from sdfast.infotext import infotext_of, png
 from sdfast.pipeline import Pipeline
 from sdfast.request import Request
+from sdfast.timing import settle
 
 CHECKPOINT, PROMPT, SCHEDULER = (
     "landscapes",

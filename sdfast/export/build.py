@@ -44,13 +44,14 @@ from sdfast.manifest import (
     json_digest,
     read_manifest,
 )
-from sdfast.versions import installed
+from sdfast.versions import code_digest, installed
 
 if TYPE_CHECKING:
     from sdfast.export.graphs import Graphs
     from sdfast.export.inductor import Compiler
 
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "transformers", "diffusers")
+BUILD_CODE = ("export", "kernels", "models")  # of sdfast, what writes a module's files
 SPARE = 64 * 2**20  # bytes beside the weights that an engine may take
 VALIDATION = "validation/"  # where the report of an engine lies
 
@@ -345,6 +346,7 @@ class _Build:
             "target": self.code_target.model_dump() if self.code_target else None,
             "autotune": self.recipe.autotune,
             "versions": {**_versions(), "sdfast": sdfast.__version__},
+            "code": code_digest(*BUILD_CODE),
         }
         if "vae" in spec.components and self.recipe.dtype == "fp16":
             depends["vae"] = self.recipe.vae

@@ -18,7 +18,7 @@ from benchmarks.gpu.comparison import within
 from benchmarks.gpu.document import Document
 from benchmarks.gpu.measure import alternate, burst
 from benchmarks.gpu.plan import Part, Runner, parts
-from benchmarks.gpu.sides import EAGER, SIDES, WITH_OWN, WITHOUT_OWN, SideSpec, usual
+from benchmarks.gpu.sides import COMPILED, EAGER, SIDES, WITH_OWN, WITHOUT_OWN, SideSpec, usual
 from benchmarks.gpu.workloads import workload
 from sdfast.manifest import read_manifest
 from sdfast.validation.rule import FP8_BARS
@@ -108,6 +108,27 @@ def test_own_kernels_are_measured_last_and_shape_by_shape(dry_run: DryRun) -> No
         assert row["milliseconds"] > 0 and row["failed"] is None
     assert rows(dry_run.parts[norm])["definition"]["roofline_share"] > 0
     assert "shifted group norm + SiLU of 32 channels" in report.text(dry_run.first)
+
+
+def test_a_step_is_measured_as_the_sides_come() -> None:
+    """What compiles nothing at once, then sdfast's compiled side; the next batch waits for all of its own."""
+    load, sides = workload("sd15"), [EAGER, COMPILED, WITH_OWN, "sdfast-inductor-fp8", "sdfast-onnx"]
+    listed = [part for part in parts(load, sides, [1, 4], Path("traces")) if part.kind in ("build", "step")]
+    first = [(part.name.removesuffix("/batch 1"), part.sides) for part in listed if part.batch == 1]
+    assert first == [
+        ("build/sdfast-onnx", ()),
+        ("step", (EAGER, "sdfast-onnx")),
+        ("build/sdfast-inductor", ()),
+        ("step", (EAGER, WITH_OWN, "sdfast-onnx")),
+        ("build/stock-compiled/guided", ()),
+        ("step", (EAGER, COMPILED, WITH_OWN, "sdfast-onnx")),
+        ("build/sdfast-inductor-fp8", ()),
+        ("step", tuple(sides)),
+        ("build/stock-compiled/no guidance", ()),
+    ]
+    assert [part.sides for part in listed if part.name == "step/batch 4"] == [tuple(sides)]
+    alone = [part.name for part in parts(load, [WITH_OWN], [1], Path("traces")) if part.kind == "step"]
+    assert alone == ["step/batch 1"]
 
 
 def test_networks_without_own_kernels_are_an_engine_of_their_own() -> None:

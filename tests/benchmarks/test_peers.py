@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import StringIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,22 @@ def test_sides_are_measured_in_turn_and_compared_round_by_round() -> None:
     figures = {(one.measure, one.side): one for one in compared(seconds)}
     assert figures.keys() == {(measure, side) for measure in MEASURES for side in turns}
     assert (figures["unet", "b"].ratio, figures["picture", "b"].rounds) == (2.5, 1)
+
+
+def test_a_side_is_seen_to_sleep_only_while_another_is_measured() -> None:
+    """The last of a round may be the first of the next: what it did between the two says nothing."""
+    asked: list[tuple[str, str]] = []
+
+    class Busy(Clockwork):
+        def ask(self, **question: Any) -> dict[str, Any]:
+            in_a_row = asked and asked[-1][0] == self._name
+            return {**super().ask(**question), "idle": 0.9 if in_a_row else 0.01}
+
+    turns = {name: Busy(name, 1.0, asked) for name in ("sdfast", "a")}
+    measuring = Rounds(list(turns), lambda message: None)
+    measuring.together(turns, dict.fromkeys(ASKED, 3))
+    assert any(before[0] == after[0] for before, after in pairwise(asked))
+    assert measuring.idle == {"sdfast": 0.01, "a": 0.01}
 
 
 def test_ratios_are_of_the_same_round() -> None:

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sdfast
+from sdfast import versions
 from sdfast.engine import Engine, sha256
 from sdfast.errors import CheckpointError, DependencyError, ExportError
 from sdfast.export import build, publish
@@ -114,6 +115,25 @@ def test_another_size_builds_only_what_depends_on_it(engine: Path, checkpoint: P
 
 def test_another_dtype_builds_all(engine: Path, checkpoint: Path) -> None:
     assert again(checkpoint, engine, Recipe(backend="eager", dtype="fp16")).built == MODULES
+
+
+def test_other_code_of_the_export_builds_all(
+    engine: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Though its version is the same; code that only runs engines, or serves them, does not count."""
+    code = tmp_path / "sdfast"
+    shutil.copytree(versions.ROOT, code, ignore=shutil.ignore_patterns("__pycache__", "landscapes"))
+    monkeypatch.setattr(versions, "ROOT", code)
+
+    def after_a_change_of(name: str) -> Log:
+        (code / name).write_text((code / name).read_text("utf-8") + "# other code", encoding="utf-8")
+        versions.code_digest.cache_clear()
+        return again(checkpoint, engine)
+
+    assert not after_a_change_of("server/batcher.py").built
+    assert after_a_change_of("models/unet.py").built == MODULES
+    monkeypatch.undo()
+    versions.code_digest.cache_clear()
 
 
 def test_other_weights_of_one_network_build_that_alone(engine: Path, checkpoint: Path) -> None:

@@ -73,6 +73,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="null-gpu-") as made:
         folder = Path(made)
         libraries = build(cuda, folder)
+        # Python imports a module of this name whenever it starts, in the command's own processes too.
+        (folder / "sitecustomize.py").write_text("import tests.null_gpu.stand_ins\n", "utf-8")
         caches = Path(os.environ.get(KEPT, made)).absolute()
         environment = {
             **os.environ,
@@ -81,6 +83,7 @@ def main() -> None:
             "LIBRARY_PATH": str(folder),
             "TRITON_LIBCUDA_PATH": str(folder),
             "CUDA_HOME": str(cuda),
+            "PYTHONPATH": ":".join(map(str, (folder, HERE.parents[1]))),
             **{name: str(caches / name) for name in CACHES},
         }
         plugin = ["-p", "tests.null_gpu.plugin"] if sys.argv[1:3] == ["-m", "pytest"] else []

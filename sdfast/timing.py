@@ -6,7 +6,7 @@ side's median and the median of the pairwise ratios.
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -37,14 +37,7 @@ class Comparison:
 
 def compare(name: str, reference: Measure, sdfast: Measure, *, rounds: int, warm_up: int = 1) -> Comparison:
     """Measure both sides `rounds` times in turn, after `warm_up` uncounted measures of each."""
-    sides = {"reference": reference, "sdfast": sdfast}
-    for _ in range(warm_up):
-        for measure in sides.values():
-            measure()
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(rounds):
-        for side in sorted(sides, reverse=bool(turn % 2)):
-            seconds[side].append(sides[side]())
+    seconds = alternate({"reference": reference, "sdfast": sdfast}, rounds=rounds, warm_up=warm_up)
     ratios = [a / b for a, b in zip(seconds["reference"], seconds["sdfast"], strict=True)]
     return Comparison(
         name=name,
@@ -57,11 +50,26 @@ def compare(name: str, reference: Measure, sdfast: Measure, *, rounds: int, warm
     )
 
 
-def clocked(work: Callable[[], object]) -> Measure:
-    """The measure of how long `work` takes, the device's queue included."""
+def alternate(sides: Mapping[str, Measure], *, rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
+    """The seconds of each side by round, after `warm_up` uncounted ones; who begins changes from round to
+    round."""
+    for _ in range(warm_up):
+        for measure in sides.values():
+            measure()
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(rounds):
+        for side in sorted(sides, reverse=bool(turn % 2)):
+            seconds[side].append(sides[side]())
+    return seconds
+
+
+def clocked(work: Callable[[], object], *, settles: bool = True) -> Measure:
+    """The measure of how long `work` takes, the device's queue included. settles: after a pause, see
+    `settle`."""
 
     def measure() -> float:
-        settle()
+        if settles:
+            settle()
         _finish()
         start = time.perf_counter()
         with torch.no_grad():
