@@ -54,7 +54,7 @@ def crossed(job: Job) -> Job:
     return told
 
 
-@pytest.mark.parametrize("over", [False, True])
+@pytest.mark.parametrize("over", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_both_parts_are_the_ensembles_pictures(
     sdxl_engine: Path, refiner_engine: Path, open_batcher: Open, over: bool
 ) -> None:
@@ -87,6 +87,7 @@ def test_what_crosses_is_what_was_left() -> None:
     sources = [torch.Generator().manual_seed(seed) for seed in (1, 2**64 - 1)]
     latents = torch.randn(2, 4, 2, 3, generator=sources[0])
     handed = b"".join(packed(*each) for each in zip(latents, sources, strict=True))
+    assert len(handed) == 2 * (4 * latents[0].numel() + STATE)
     found, generators = unpacked(handed, 2, (4, 2, 3))
     assert torch.equal(found, latents)
     for own, source in zip(generators, sources, strict=True):

@@ -32,6 +32,7 @@ def at_fault(report: Report) -> set[str]:
     return {failure.part for failure in report.failures}
 
 
+@pytest.mark.slow
 def test_a_sound_engine_passes_with_a_margin(engine: Path) -> None:
     report = short(engine)
     assert report.passed, report.table()
@@ -88,6 +89,7 @@ def test_numbers_that_are_told_otherwise_are_named(
     report = short(engine)
     assert report.failures[0].part == "time_ids"
     assert at_fault(report) == {"time_ids", "picture"}
+    assert max(module.worst for module in report.modules) < SOUND
 
 
 @pytest.mark.slow
