@@ -53,13 +53,16 @@ def sdxl(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 
 CALLS: dict[str, dict[str, Any]] = {
-    "one scale for both": {"controlnet_conditioning_scale": 0.6},
     "a scale and steps for each": {
         "controlnet_conditioning_scale": [0.8, 0.5],
         "control_guidance_start": [0.0, 0.25],
         "control_guidance_end": [0.5, 1.0],
     },
-    "an end for each": {"control_guidance_end": [0.5, 0.75], "scheduler": "EulerAncestralDiscreteScheduler"},
+    "one scale for both, an end for each": {
+        "controlnet_conditioning_scale": 0.6,
+        "control_guidance_end": [0.5, 0.75],
+        "scheduler": "EulerAncestralDiscreteScheduler",
+    },
     "images of each picture": {
         "prompt": ["a boat", "the sea"],
         "control_image": [[EDGES, POSE], [image(3), image(4)]],
