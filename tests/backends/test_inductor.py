@@ -257,7 +257,7 @@ def test_attention_is_the_fastest_kernel_for_each_shape(
     compiler = Compiler(this_machine(CPU), autotune=True, store=CodeStore(tmp_path))
     network = spec.load()
     inputs, _ = traced_with(spec, spec.forms[0])
-    chosen = compiler._choose(network, inputs, fixed=True)
+    chosen = compiler._choose(network, inputs, inductor._Rounded(), fixed=True)
     told = chosen.attention
     assert told and all(f": {kind} (" in line for line in told)
     assert chosen.attention_taken == {line.partition(":")[0]: kind for line in told}
@@ -268,7 +268,7 @@ def test_attention_is_the_fastest_kernel_for_each_shape(
     }
     graph = str(inductor._trace(network, inputs, {}).graph)
     assert [kind for kind, name in operations.items() if name in graph] == [kind]
-    free = compiler._choose(network, inputs, fixed=False)
+    free = compiler._choose(network, inputs, inductor._Rounded(), fixed=False)
     assert (free.attention, free.attention_taken) == ((), {})
     assert operations["sdpa"] in str(inductor._trace(network, inputs, {}).graph)
 
@@ -290,13 +290,13 @@ def test_attention_that_was_measured_once_is_not_measured_again(
     for fastest, taken in (("flash", 1.0), ("math", 0.5)):
         times[fastest] = taken
         compiler = Compiler(this_machine(CPU), autotune=True, store=CodeStore(tmp_path))
-        told.append(compiler._choose(spec.load(), inputs, fixed=True).attention)
+        told.append(compiler._choose(spec.load(), inputs, inductor._Rounded(), fixed=True).attention)
     assert told[0] == told[1]
     assert all(": flash (" in line for line in told[1])
     assert len(timed) == len(told[0]) * len(exportable(CPU))
     (tmp_path / "choices.json").write_text("{")
     compiler = Compiler(this_machine(CPU), autotune=True, store=CodeStore(tmp_path))
-    again = compiler._choose(spec.load(), inputs, fixed=True).attention
+    again = compiler._choose(spec.load(), inputs, inductor._Rounded(), fixed=True).attention
     assert all(": math (" in line for line in again)
 
 
