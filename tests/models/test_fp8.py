@@ -205,7 +205,7 @@ def test_which_convolutions_convert() -> None:
 def test_a_controlnets_convolutions_convert_too() -> None:
     with torch.device("meta"):
         network = unet()
-        both = ControlledUNet(network, ControlNet(network.config))
+        both = ControlledUNet(network, [ControlNet(network.config)])
         names = fp8_convolutions(both)
         every = {name for name, module in both.named_modules() if isinstance(module, Conv3x3)}
     apart = {"unet.conv_in", "unet.conv_out", "controlnet.conv_in"}

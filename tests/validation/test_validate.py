@@ -236,7 +236,7 @@ def test_fp8_has_bars_of_its_own_and_its_price_is_told(small: Path, tmp_path: Pa
         assert f"{furthest:.1f} dB from the reference, stock" in told
         assert f"{modules['unet'].relative_l2:.2e}, that of stock in fp16" in told
     assert report.figures()["stock.picture.psnr_min"] == min(one.stock_psnr or 0 for one in report.pictures)
-    engines.change_weight(folder, "unet", "mid_block.resnets.0.conv2.weight", lambda weight: weight * 2)
+    engines.change_weight(folder, "unet", "conv_in.weight", lambda weight: weight * 2)
     broken = validate(folder, prompts=["boat"], steps=2, scheduler="DDIM")
     reason = next(failure.reason for failure in broken.failures if failure.part == "unet")
     assert "is above 0.125, the bar of FP8" in reason
