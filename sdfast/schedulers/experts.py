@@ -5,11 +5,15 @@ share of the denoising, which says a timestep. diffusers' SDXL pipelines count a
 the timesteps from that one up, `denoising_start` takes those below it.
 """
 
+import numpy as np
+from numpy.typing import NDArray
+
 from sdfast.errors import RequestError
-from sdfast.schedulers.table import Floats
 
 
-def first_row(timesteps: Floats, denoising_start: float, train_timesteps: int, evaluations: int) -> int:
+def first_row(
+    timesteps: NDArray[np.float64], denoising_start: float, train_timesteps: int, evaluations: int
+) -> int:
     """The row with which a run that takes over at this share of the denoising begins.
 
     timesteps: [K] of the whole run. evaluations: of a step; no run begins in the middle of one.
@@ -22,7 +26,7 @@ def first_row(timesteps: Floats, denoising_start: float, train_timesteps: int, e
     return len(timesteps) - rows
 
 
-def rows_until(timesteps: Floats, denoising_end: float, train_timesteps: int) -> int:
+def rows_until(timesteps: NDArray[np.float64], denoising_end: float, train_timesteps: int) -> int:
     """How many of these rows [K] a run does that ends at this share of the denoising."""
     rows = int((timesteps >= _boundary(denoising_end, train_timesteps)).sum())
     if not rows:
