@@ -9,6 +9,9 @@ import sys
 import threading
 from pathlib import Path
 
+if __name__ == "__main__":  # before what is imported starts threads, which would die of the signal
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+
 from sdfast.engine import Engine
 from sdfast.server.worker.process import run
 from tests.fakes import Failpoint, FakeEngine
@@ -32,5 +35,4 @@ def _obey(engine: FakeEngine) -> None:
 
 
 if __name__ == "__main__":
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # of all threads that start after this
     run(opened, max_rows=MAX_ROWS, max_queue=MAX_QUEUE)
