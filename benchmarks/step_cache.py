@@ -22,11 +22,12 @@ import torch
 from PIL import Image, ImageDraw
 
 from benchmarks import machine, random_weights
+from sdfast.columns import columns
 from sdfast.export.build import export
 from sdfast.export.recipe import Recipe, sides
 from sdfast.manifest import SHALLOW
 from sdfast.pipeline import Pipeline, to_uint8
-from sdfast.timing import clocked, columns
+from sdfast.timing import clocked
 from sdfast.validation.metrics import psnr, ssim
 
 PROMPTS = (

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from sdfast.call import Given
+from sdfast.columns import columns
 from sdfast.control import DEFAULT_SCALE
 from sdfast.engine import Engine
 from sdfast.errors import RequestError
@@ -22,7 +23,7 @@ from sdfast.pipeline import Pipeline
 from sdfast.proc import bytes_of
 from sdfast.prompts import Prompts, Reading
 from sdfast.request import Request
-from sdfast.timing import Measure, alternate, clocked, columns, shown
+from sdfast.timing import Measure, alternate, clocked, shown
 
 PROMPT, NEGATIVE = "a cabin in misty mountains, watercolor style", "blurry"
 # What takes less, in seconds, is measured so many times in a row, after one that wakes up caches and threads.

@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from sdfast import __version__
+from sdfast.columns import columns
 from sdfast.errors import RequestError, SdfastError
 
 ATTENTION = (  # `sdfast.backends.attention.KINDS`, which takes torch to import
@@ -406,7 +407,7 @@ def schedulers(as_json: bool) -> None:
         click.echo(json.dumps(listed, indent=2))
         return
     rows = [(s.name, s.short_name, s.scheduler, str(s.evaluations), s.advice) for s in SAMPLERS]
-    click.echo(_table([("name", "short name", "diffusers class", "evaluations a step", "when"), *rows]))
+    click.echo(columns([("name", "short name", "diffusers class", "evaluations a step", "when"), *rows]))
     click.echo(f"\nschedule types: {', '.join(SCHEDULE_TYPES)}")
 
 
@@ -415,7 +416,7 @@ def doctor() -> None:
     """Show versions, devices and providers: what runs here, what is missing, and how to get it."""
     from sdfast.doctor import examine
 
-    click.echo(_table([(finding.name, finding.state, finding.advice) for finding in examine()]))
+    click.echo(columns([(finding.name, finding.state, finding.advice) for finding in examine()]))
 
 
 @main.command()
@@ -499,14 +500,6 @@ def _prompt_lines(path: Path) -> list[str]:
     if not prompts:
         raise RequestError(f"{path}: holds no prompts; give a file of one prompt a line")
     return prompts
-
-
-def _table(rows: list[tuple[str, ...]]) -> str:
-    """Rows as aligned columns."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
 
 
 if __name__ == "__main__":

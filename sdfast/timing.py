@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from sdfast.columns import columns
+
 Measure = Callable[[], float]  # does the work once and gives its seconds
 
 
@@ -93,12 +95,6 @@ def _finish() -> None:
 def table(rows: list[Comparison]) -> str:
     """The comparisons for a terminal."""
     return columns([("", "stock", "sdfast", "ratio", "range"), *(row.row() for row in rows)])
-
-
-def columns(lines: list[tuple[str, ...]]) -> str:
-    """Lines of cells, aligned."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 def shown(seconds: float) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from benchmarks.gpu.comparison import within
 from benchmarks.gpu.sides import EAGER
+from sdfast.columns import columns
 
 GOAL_GPU = "H200"
 # (what, the part, a row's field, the bound, whether it is the least or the most)
@@ -294,6 +295,4 @@ def _number(value: Any, form: str) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [tuple(row) + ("",) * (len(head) - len(row)) for row in (head, *rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    return columns([tuple(row) + ("",) * (len(head) - len(row)) for row in (head, *rows)])

@@ -7,7 +7,8 @@ from typing import Any
 
 from benchmarks.peers.rounds import Comparison
 from benchmarks.peers.task import MEASURES
-from sdfast.timing import columns, shown
+from sdfast.columns import columns
+from sdfast.timing import shown
 
 PRECISION = "{used} (without being told: {without_the_hint})"
 

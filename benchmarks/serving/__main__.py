@@ -23,9 +23,9 @@ from benchmarks.serving.report import HEADER, Point, plot, ratios
 from benchmarks.serving.server import SIDES
 from benchmarks.serving.sides import served
 from benchmarks.serving.workload import arrivals
+from sdfast.columns import columns
 from sdfast.export.build import export
 from sdfast.export.recipe import Recipe
-from sdfast.timing import columns
 
 CHECKPOINT = "landscapes"
 RATES = (1.0, 1.5, 3.0, 4.0, 4.5, 5.0)
