@@ -79,13 +79,14 @@ class Figure:
 class Benchmark:
     """What a run gave. setting: what was measured, on what. peak_bytes: the most memory that the process had
     while it drew, on CUDA the most that torch had of the device; None where the machine does not say, or
-    where stock diffusers was there too.
+    where stock diffusers was there too. notes: what is to be said of the checkpoint beside it.
     """
 
     setting: Mapping[str, Any]
     opened_seconds: float
     figures: tuple[Figure, ...]
     peak_bytes: int | None
+    notes: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -93,6 +94,7 @@ class Benchmark:
             "opened_seconds": self.opened_seconds,
             "peak_bytes": self.peak_bytes,
             "figures": [figure.as_json() for figure in self.figures],
+            "notes": list(self.notes),
         }
 
     def table(self) -> str:
@@ -111,7 +113,7 @@ class Benchmark:
         ]
         if self.peak_bytes is not None:
             lines.append(f"peak memory {self.peak_bytes / 2**30:.2f} GiB")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.notes])
 
 
 def bench(
@@ -125,6 +127,7 @@ def bench(
     scheduler: str = "dpmpp_2m_karras",
     rounds: int = 5,
     reference: bool = False,
+    checkpoint: str | Path | None = None,
     compile: bool = False,
     attention: str | None = None,
     progress: Callable[[str], None] = lambda _: None,
@@ -132,8 +135,8 @@ def bench(
     """Measure the engine in `folder`, after one uncounted round.
 
     size: width and height in pixels (default: the engine's own). images: of a call. reference: beside stock
-    diffusers on the same checkpoint, in the engine's dtype, in turn. The rest is as in `Engine.open` and
-    `Request`.
+    diffusers on the same checkpoint, in the engine's dtype, in turn. checkpoint: the one that stock diffusers
+    draws with (default: what the engine was made from). The rest is as in `Engine.open` and `Request`.
 
     A step is what a longer run takes more than a shorter one, by the steps between. Prompts are encoded anew
     for each picture, as stock diffusers does.
@@ -143,12 +146,14 @@ def bench(
     """
     if rounds < 1:
         raise RequestError(f"rounds: {rounds}, but at least 1 is needed")
+    if checkpoint is not None and not reference:
+        raise RequestError("checkpoint: is what stock diffusers draws with; give it with --reference")
     progress("opening")
     start = time.perf_counter()
     engine = Engine.open(folder, device, load=True, compile=compile, attention=attention)
     opened = time.perf_counter() - start
     side = _Side(engine, size, images, steps, guidance_scale, scheduler)
-    stock = _Stock(side) if reference else None
+    stock = _Stock(side, checkpoint) if reference else None
     figures = []
     for name, often, measure in side.measures():
         progress(name)
@@ -169,7 +174,8 @@ def bench(
         "device": _told(engine.device),
         "rounds": rounds,
     }
-    return Benchmark(setting, opened, tuple(figures), None if reference else _peak(engine.device))
+    peak, notes = (_peak(engine.device), ()) if stock is None else (None, stock.notes)
+    return Benchmark(setting, opened, tuple(figures), peak, notes)
 
 
 class _Side:
@@ -239,16 +245,16 @@ class _Side:
 
 
 class _Stock:
-    """Stock diffusers on the checkpoint that the engine was made from."""
+    """Stock diffusers on the checkpoint that the engine was made from, or on one that was asked for."""
 
-    def __init__(self, side: _Side) -> None:
+    def __init__(self, side: _Side, checkpoint: str | Path | None) -> None:
         from sdfast.validation.counterpart import counterpart
         from sdfast.validation.reference import reference_pipeline
 
         engine = side.engine
-        checkpoint, _ = counterpart(engine, None)
-        self._side = side
-        self._pipe = reference_pipeline(checkpoint, dtype=engine.dtype, device=engine.device)
+        found, notes = counterpart(engine, checkpoint)
+        self._side, self.notes = side, tuple(notes)
+        self._pipe = reference_pipeline(found, dtype=engine.dtype, device=engine.device)
 
     def measure(self, name: str) -> Measure | None:
         """What stock has to a part of that name; None where it has no such part."""

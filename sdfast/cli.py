@@ -358,6 +358,7 @@ def validate(
 @click.option("--scheduler", default="dpmpp_2m_karras", show_default=True)
 @click.option("--rounds", type=int, default=5, show_default=True, help="How often each part is measured.")
 @click.option("--reference", is_flag=True, help="Beside stock diffusers on the same checkpoint, in turn.")
+@click.option("--checkpoint", help="With --reference. [default: the checkpoint the engine was made from]")
 @click.option("--device", help="[default: what the engine is for]")
 @click.option("--compile", is_flag=True, help="For eager engines: draw through torch.compile.")
 @click.option("--attention", type=click.Choice(ATTENTION), help="For eager engines.")

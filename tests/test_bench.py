@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
@@ -9,12 +10,15 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 from sdfast import bench as benchmark
 from sdfast import timing
 from sdfast.bench import Benchmark, Figure, bench, step_of
 from sdfast.cli import main
 from sdfast.errors import EngineError, RequestError
+from sdfast.validation import reference
+from tests.validation import engines
 
 PARTS = ["prompts", "step", "decoding", "picture"]
 
@@ -72,6 +76,36 @@ def test_stock_diffusers_is_measured_in_turn(flat_engine: Path, monkeypatch: pyt
     assert min(figures["picture"].reference) > 0
     assert done.peak_bytes is None  # of both
     assert turns[-6:] == ["own", "stock", "own", "stock", "stock", "own"]
+
+
+def test_stock_diffusers_draws_with_the_checkpoint_that_is_named(
+    flat_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = shutil.copytree(flat_sd, tmp_path / "checkpoint")
+    folder = engines.build(moved, tmp_path / "engine")
+    elsewhere = moved.rename(tmp_path / "elsewhere")
+    with pytest.raises(EngineError, match="--checkpoint"):
+        bench(folder, steps=1, rounds=1, reference=True)
+    drawn_with: list[Path] = []
+    pipeline = reference.reference_pipeline
+
+    def seen(checkpoint: Any, **how: Any) -> Any:
+        drawn_with.append(checkpoint.folder)
+        return pipeline(checkpoint, **how)
+
+    monkeypatch.setattr(reference, "reference_pipeline", seen)
+    done = bench(folder, steps=1, rounds=1, reference=True, checkpoint=elsewhere)
+    assert drawn_with == [elsewhere] and done.notes == ()
+
+    weights = elsewhere / "vae" / "diffusion_pytorch_model.safetensors"
+    state = load_file(weights)
+    state["decoder.conv_out.bias"] += 0.3
+    save_file(state, weights)
+    command = ["bench", str(folder), "--steps", "1", "--rounds", "1", "--checkpoint", str(elsewhere)]
+    told = CliRunner().invoke(main, [*command, "--reference"])
+    assert "as asked, with weights that the engine was not exported from: vae/" in told.stdout, told.output
+    refused = CliRunner().invoke(main, command)
+    assert refused.exit_code == 1 and "give it with --reference" in refused.output
 
 
 def test_ratios_are_of_the_same_round() -> None:
