@@ -78,13 +78,13 @@ class Bucket:
     ) -> "Bucket":
         """On the engine's device. like: a row, for the shapes. cached: with a shallow tick."""
         tokens = len(like.positive.context)
-        rows = engine.rows("unet", capacity.rows + capacity.guided, height, width, tokens)
+        rows = engine.rows("unet", capacity.unet_rows, height, width, tokens)
 
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(rows, *shape, device=engine.device, dtype=engine.dtype)
 
         (channels, *size), told = like.latents.shape, like.positive
-        more = 0 if like.beside is None else len(like.beside)
+        more = 0 if told.beside is None else len(told.beside)
         sample, output = zeros(channels + more, *size), zeros(channels, *size)
         buffers = Buffers(sample, output, zeros(told.time_shift.shape[1]))
         context = zeros(*told.context.shape)

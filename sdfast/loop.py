@@ -28,7 +28,7 @@ class Rows:
     every row's registers move to the next bucket, where it goes on from its own step with its own noise.
 
     Rows with guidance come first in the registers, so that the U-Net's batch is [negatives; positives] as in
-    diffusers; `latents` gives them back in the caller's order.
+    diffusers, with further guides between; `latents` gives them back in the caller's order.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class Rows:
         self._key: tuple[object, ...] = ()
         self._members: list[Member] = []  # in the caller's order
         self._placed: list[Member] = []  # in that of the registers
+        self._places: list[list[int]] = []  # each one's rows of the U-Net
         self.change(joining=rows)
 
     def change(
@@ -137,11 +138,11 @@ class Rows:
 
     def _edit(self, bucket: Bucket) -> None:
         """Give the rows whose prompts change before the next step their new contexts."""
-        for i, (member, part) in enumerate(_own_rows(self._placed)):
-            told = member.told[part]
-            context = told.later.get(member.step) if member.step < member.end else None
-            if context is not None:
-                bucket.context[i] = context
+        for member, places in zip(self._placed, self._places, strict=True):
+            for place, told in zip(places, member.told, strict=True):
+                context = told.later.get(member.step) if member.step < member.end else None
+                if context is not None:
+                    bucket.context[place] = context
 
     def check(self) -> None:
         """Raises `NumericalError` when some latent is not a finite number."""
@@ -165,20 +166,18 @@ class Rows:
         """Take every row's registers out of the bucket, and leave that to others."""
         if self._bucket is None:
             return
-        guided = sum(member.plan.guided for member in self._placed)
-        for i, member in enumerate(self._placed):
+        for i, (member, places) in enumerate(zip(self._placed, self._places, strict=True)):
             member.registers, member.deep = self._bucket.arithmetic.registers(i), None
             if self._bucket.deep is not None and member.between:
-                own = slice(i if member.plan.guided else guided + i, guided + i + 1, guided or 1)
-                member.deep = self._bucket.deep[own].clone()
+                member.deep = self._bucket.deep[places]
         if not discard:
             self._buckets.give(self._key, self._bucket)
-        self._bucket, self._placed = None, []
+        self._bucket, self._placed, self._places = None, [], []
 
     def _place(self) -> None:
         for member in self._members:
             member.renew()
-        self._order = sorted(range(len(self._members)), key=lambda i: not self._members[i].plan.guided)
+        self._order = sorted(range(len(self._members)), key=lambda i: -len(self._members[i].told))
         self._caller_order = torch.tensor(np.argsort(self._order), device=self._engine.device)
         placed = [self._members[i] for i in self._order]
         capacity, first = Capacity.of([m.plan for m in placed]), placed[0].row
@@ -188,23 +187,19 @@ class Rows:
             self._key, lambda: Bucket.make(self._engine, first, capacity, *self._size, self._chosen, cached)
         )
         steps = [m.step for m in placed]
-        for i, (member, part) in enumerate(_own_rows(placed)):
-            row = member.row
-            bucket.context[i] = member.told[part].context_at(member.step)
-            if row.beside is not None:
-                bucket.buffers.sample[i, -len(row.beside) :] = row.beside
-            if bucket.control is not None and row.control is not None:
-                bucket.control[i] = row.control
+        places = [capacity.places(i) for i in range(len(placed))]
+        for member, own in zip(placed, places, strict=True):
+            for place, told in zip(own, member.told, strict=True):
+                bucket.context[place] = told.context_at(member.step)
+                if told.beside is not None:
+                    bucket.buffers.sample[place, -len(told.beside) :] = told.beside
+                if bucket.control is not None and member.row.control is not None:
+                    bucket.control[place] = member.row.control
             if bucket.deep is not None and member.deep is not None:
-                bucket.deep[i] = member.deep[part]
+                bucket.deep[own] = member.deep[-len(own) :]  # the positive's alone, where guidance has ended
         bucket.arithmetic.place([m.plan for m in placed], steps, [m.registers for m in placed])
         bucket.arithmetic.prepare(steps)
-        self._bucket, self._placed = bucket, placed
-
-
-def _own_rows(placed: Sequence[Member]) -> list[tuple[Member, int]]:
-    """Whose each of the U-Net's rows is, the negatives first; and which part of what that is told."""
-    return [*((m, 0) for m in placed if m.plan.guided), *((m, -1) for m in placed)]
+        self._bucket, self._placed, self._places = bucket, placed, places
 
 
 def _phases(members: Iterable[Member]) -> set[tuple[int, int]]:

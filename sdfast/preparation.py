@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -233,6 +233,9 @@ class Preparation:
             by_step = scales(request, len(whole), self.engine.manifest.model.controlnets)[: len(plan)]
             told = with_scales(told, by_step)
             told_negative = with_scales(told_negative, by_step) if told_negative else None
+        if start.beside is not None:
+            told = with_beside(told, start.beside)
+            told_negative = with_beside(told_negative, start.beside) if told_negative else None
         return [
             Row(
                 schedule=plan,
@@ -245,7 +248,6 @@ class Preparation:
                 guided=request.guided(len(plan)),
                 cache_interval=request.cache_interval,
                 keep=start.keeps[i],
-                beside=None if start.beside is None else start.beside[i],
                 control=None if control is None else control[i % len(control)],
             )
             for i in range(request.images)
@@ -290,6 +292,11 @@ def _each(like: Sequence[Edited[Any]], values: Sequence[T]) -> list[Edited[T]]:
     """The values in place of those that there are, at the same steps."""
     several = iter(values)
     return [[(start, next(several)) for start, _ in one] for one in like]
+
+
+def with_beside(told: Sequence[Conditioning], beside: torch.Tensor) -> list[Conditioning]:
+    """The same, each with what is told beside the latents: beside [n, E, h, w]."""
+    return [replace(one, beside=own) for one, own in zip(told, beside, strict=True)]
 
 
 def check_channels(model: Model, masked: bool) -> None:

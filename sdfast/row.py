@@ -4,7 +4,7 @@ What distinguishes rows (scheduler, step count, guidance, prompt, seed) is data,
 scheduler.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,16 +20,27 @@ class Conditioning:
     context: packed cross-attention keys and values of every layer, [L, KV].
     time_shift: packed time projections of every ResNet, one for each step, [K, T].
     later: contexts of the same shape that take its place, each from its step on, in the order of the steps.
+    beside: what is told beside the latents, [E, h, w]: to an inpainting U-Net, or one that edits an image.
     """
 
     context: torch.Tensor
     time_shift: torch.Tensor
     later: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    beside: torch.Tensor | None = None
 
     def context_at(self, step: int) -> torch.Tensor:
         """The context of a step."""
         starts = [start for start in self.later if start <= step]
         return self.later[starts[-1]] if starts else self.context
+
+
+@dataclass(frozen=True)
+class Guide:
+    """A further evaluation of a row's network: what it is told, and how much of what it says, less what the
+    negative says, is added to what is guided."""
+
+    told: Conditioning
+    weight: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,9 +49,10 @@ class Row:
 
     latents: the first ones, [C, h, w] float32, scaled by the schedule's `init_noise_sigma`.
     guided: the steps in which it is guided away from its negative, if it has one; default: all.
+    further: what else guides it, in all steps; such a row has a negative and does not rescale.
     noise: unit noise for the steps that draw some. keep: what it keeps of an image that it is drawn over.
-    beside: what an inpainting U-Net is told beside the latents, [E, h, w]. control: the embedded control
-    image of a ControlNet, [C_0, h, w]; every row of an engine has one, or none has. cache_interval: N, where
+    control: the embedded control image of a ControlNet, [C_0, h, w]; every row of an engine has one, or none
+    has. cache_interval: N, where
     the steps 0, N, 2N, … run the whole U-Net and the others are shallow; above 1 on engines with a step cache
     alone, and only if guidance, where there is some, begins with the first step.
     """
@@ -53,25 +65,28 @@ class Row:
     noise: Noise
     guidance_rescale: float = 0.0
     keep: Keep | None = None
-    beside: torch.Tensor | None = None
     control: torch.Tensor | None = None
     guided: range | None = None
     cache_interval: int = 1
+    further: Sequence[Guide] = ()
 
     def __post_init__(self) -> None:
         late = self.negative is not None and self.guided and self.guided.start > 0
         if self.cache_interval > 1 and late:
             raise ValueError("a row whose steps are cached is guided from the first step on, or not at all")
+        always = self.negative is not None and len(self.guided or self.schedule) == len(self.schedule)
+        if self.further and (not always or self.guidance_rescale):
+            raise ValueError("a row of further guides has a negative in all steps, and does not rescale")
 
     def phase_at(self, step: int) -> tuple[int, int]:
         """What rows that share ticks have in common: the interval, and the step's place in it."""
         return self.cache_interval, step % self.cache_interval
 
     def told_at(self, step: int) -> list[Conditioning]:
-        """What its U-Net rows are told at a step: the negative's first, where it is guided."""
+        """What its U-Net rows are told at a step: where it is guided, the negative is first."""
         if self.negative is None or (self.guided is not None and step not in self.guided):
             return [self.positive]
-        return [self.negative, self.positive]
+        return [self.negative, *(one.told for one in self.further), self.positive]
 
 
 class _Drawn:
@@ -130,7 +145,10 @@ class Member:
         row = self.row
         self.told = row.told_at(self.step)
         shifts = [one.time_shift for one in self.told]
-        self.plan = Plan(row.schedule, shifts, row.guidance, row.guidance_rescale, self.noise, row.keep)
+        further = [one.weight for one in row.further]
+        self.plan = Plan(
+            row.schedule, shifts, row.guidance, row.guidance_rescale, self.noise, row.keep, further
+        )
 
     def advance(self) -> None:
         if self.step < self.end:

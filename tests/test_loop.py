@@ -21,7 +21,7 @@ from sdfast.errors import BackendError, NumericalError
 from sdfast.loop import Rows
 from sdfast.manifest import Span
 from sdfast.noise import OwnNoise, SharedNoise, generator
-from sdfast.row import Conditioning, Row
+from sdfast.row import Conditioning, Guide, Row
 from sdfast.schedulers import Schedule, schedule
 from tests.fakes import CONTEXT_WIDTH, LENGTH, SCHEDULER_CONFIG, SHIFT_WIDTH, Failpoint, FakeEngine
 
@@ -75,7 +75,9 @@ def row(
     keeps: bool = False,
     interval: int = 1,
     guided: range | None = None,
+    further: Sequence[tuple[float, float]] = (),
 ) -> Row:
+    """further: the prompt and the weight of each."""
     chosen = plan(name, steps)
     noise, keep = OwnNoise([generator(seed)], SHAPE), None
     if keeps:
@@ -92,6 +94,7 @@ def row(
         keep=keep,
         guided=guided,
         cache_interval=interval,
+        further=[Guide(told(chosen, what), weight) for what, weight in further],
     )
 
 
@@ -102,6 +105,12 @@ MIXED: list[dict[str, object]] = [
     {"name": "ddpm", "steps": 2, "seed": 4, "guidance": 3.0, "rescale": 0.7},
     {"name": "euler", "steps": 6, "seed": 5, "negative": None, "prompt": -2.0},
     {"name": "dpmpp_2m", "steps": 1, "seed": 6, "rescale": 0.2},
+]
+# Rows that something else guides, too.
+FURTHER: list[dict[str, object]] = [
+    {"name": "dpmpp_2m", "steps": 4, "seed": 9, "further": [(20.0, 3.0)]},
+    {"name": "euler_a", "steps": 6, "seed": 10, "guidance": 5.0, "further": [(-8.0, -1.5), (50.0, 0.5)]},
+    {"name": "ddim", "steps": 3, "seed": 11, "guidance": 0.0, "further": [(4.0, 1.0)], "keeps": True},
 ]
 # Rows that keep a part of an image.
 KEEPING: list[dict[str, object]] = [
@@ -130,18 +139,19 @@ def by_hand(told_row: Row) -> torch.Tensor:
     deep: list[torch.Tensor] = []
     for k in range(len(table)):
         sample = registers[0] * table.input_scale[k]
+        every = [told_row.negative, *(one.told for one in told_row.further), told_row.positive]
         told = [
-            c.context[0, 0].double() / 100 + c.time_shift[k, 0].double()
-            for c in (told_row.negative, told_row.positive)
-            if c is not None
+            c.context[0, 0].double() / 100 + c.time_shift[k, 0].double() for c in every if c is not None
         ]
         if k % told_row.cache_interval == 0:
             outputs, deep = [sample * 0.5 + t for t in told], [sample.mean() - t for t in told]
         else:
             outputs = [sample * 0.25 + t + d for t, d in zip(told, deep, strict=True)]
-        guided, away = outputs[-1], len(outputs) == 2 and (told_row.guided is None or k in told_row.guided)
+        guided, away = outputs[-1], len(told_row.told_at(k)) > 1
         if away:
-            guided = outputs[0] + told_row.guidance * (outputs[1] - outputs[0])
+            guided = outputs[0] + told_row.guidance * (outputs[-1] - outputs[0])
+        for guide, output in zip(told_row.further, outputs[1:], strict=False):
+            guided = guided + guide.weight * (output - outputs[0])
         if away and told_row.guidance_rescale:
             rescaled = guided * outputs[1].std() / guided.std()
             guided = told_row.guidance_rescale * rescaled + (1 - told_row.guidance_rescale) * guided
@@ -156,7 +166,7 @@ def by_hand(told_row: Row) -> torch.Tensor:
     return registers[0]
 
 
-@pytest.mark.parametrize("kinds", [*MIXED, *KEEPING], ids=lambda kinds: str(kinds["name"]))
+@pytest.mark.parametrize("kinds", [*MIXED, *FURTHER, *KEEPING], ids=lambda kinds: str(kinds["name"]))
 def test_a_row_is_its_schedule_applied_by_hand(arithmetic: Arithmetics, kinds: dict[str, object]) -> None:
     torch.testing.assert_close(
         alone(arithmetic, **kinds).double(), by_hand(row(**kinds)), rtol=1e-4, atol=1e-4
@@ -166,7 +176,7 @@ def test_a_row_is_its_schedule_applied_by_hand(arithmetic: Arithmetics, kinds: d
 def test_rows_that_differ_in_everything_equal_each_run_alone(
     arithmetic,
 ) -> None:
-    all_kinds = [*MIXED, *KEEPING]
+    all_kinds = [*MIXED, *FURTHER, *KEEPING]
     together = run(FakeEngine([Span(low=1, high=16)]), [row(**kinds) for kinds in all_kinds], arithmetic)
     for kinds, latents in zip(all_kinds, together, strict=True):
         torch.testing.assert_close(latents, alone(arithmetic, **kinds), rtol=1e-5, atol=1e-5)

@@ -1,6 +1,6 @@
 """The arithmetic of a tick around the U-Net: guidance, the step's matrix, the next sample.
 
-    m         = negative + guidance · (positive − negative)
+    m         = negative + guidance · (positive − negative) + Σ weight · (further − negative)
     registers = matrix[k] @ [registers; m; z]                   register 0 is the latents
     sample    = latents · input_scale[k + 1]
 

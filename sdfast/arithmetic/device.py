@@ -25,6 +25,8 @@ class DeviceArithmetic:
         device, n, registers = buffers.sample.device, capacity.rows, capacity.registers
         numbers, self._lines_a_row = int(np.prod(shape)), capacity.steps + 1
         self._buffers, self._capacity = buffers, capacity
+        # how many rows have a negative, a first further output, and so on; and how many there are
+        self._layers = [*filter(None, [capacity.guided]), *capacity.further, n]
 
         def zeros(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.zeros(size, device=device, dtype=dtype)
@@ -37,7 +39,7 @@ class DeviceArithmetic:
         self._product = zeros(n, registers + 1, numbers)
         self._next_sample = self._product[:, -1].view(n, *shape)
         self._matrices = zeros(n * self._lines_a_row, registers + 1, registers + 2)
-        told = n + capacity.guided  # U-Net rows that are somebody's; the others are padding
+        told = capacity.unet_rows
         like = buffers.time_shift
         self._time_shifts = zeros(told * self._lines_a_row, like.shape[1], dtype=like.dtype)
         self._lines = zeros(n + len(like), dtype=torch.int64)  # of the tables, then of the time shifts
@@ -45,6 +47,7 @@ class DeviceArithmetic:
         self._table_line, self._shift_line = self._lines[:n], self._lines[n:]
         self._idle = zeros(n, 1, 1, dtype=torch.bool)
         self._guidance, self._rescale = zeros(capacity.guided, 1, 1, 1), zeros(capacity.guided, 1, 1, 1)
+        self._further = [zeros(having, 1, 1, 1) for having in capacity.further]
         self._window = max(1, min(capacity.steps, NOISE // (4 * n * numbers))) if capacity.draws else 0
         self._noise = zeros(n * self._window + 1, numbers)  # the last line is no noise
         self._noise_lines = zeros(n * self._lines_a_row, dtype=torch.int64)
@@ -123,10 +126,11 @@ class DeviceArithmetic:
         self._fill()
 
     def _fill(self) -> None:
-        n, guided, buffers = self._capacity.rows, self._capacity.guided, self._buffers
+        buffers, start = self._buffers, 0
         sample = buffers.sample[:, : buffers.output.shape[1]]
-        sample[:guided] = self._next_sample[:guided]
-        sample[guided : guided + n] = self._next_sample
+        for having in self._layers:
+            sample[start : start + having] = self._next_sample[:having]
+            start += having
         torch.index_select(self._time_shifts, 0, self._shift_line, out=buffers.time_shift)
 
     def _put_back(self) -> None:
@@ -137,14 +141,18 @@ class DeviceArithmetic:
         self._product[:, -1] = latents * next_scale
 
     def _guide(self) -> None:
-        n, guided, output = self._capacity.rows, self._capacity.guided, self._buffers.output
-        self._m[guided:] = output[2 * guided : n + guided]
+        guided, layers = self._capacity.guided, self._layers
+        outputs = torch.split(self._buffers.output[: sum(layers)], layers)
+        self._m[guided:] = outputs[-1][guided:]
         if not guided:
             return
-        negative, positive = output[:guided].float(), output[guided : 2 * guided].float()
+        negative, positive = outputs[0].float(), outputs[-1][:guided].float()
         mixed = torch.lerp(negative, positive, self._guidance)
         if self._capacity.rescales:
             mixed = rescale_guidance(mixed, positive, self._rescale)
+        for weight, output in zip(self._further, outputs[1:], strict=False):
+            having = len(weight)
+            mixed[:having] += weight * (output.float() - negative[:having])
         self._m[:guided] = mixed
 
     def _draw(self, steps: Sequence[int]) -> None:
@@ -168,22 +176,23 @@ class DeviceArithmetic:
             self._noise[i * self._window :][: len(lines)].copy_(whole, non_blocking=True)
 
     def _place_time_shifts(self, plans: Sequence[Plan], steps: Sequence[int]) -> None:
-        n, each, guided = len(plans), self._lines_a_row, self._capacity.guided
-        told = [plan.time_shifts[0] for plan in plans if plan.guided] + [p.time_shifts[-1] for p in plans]
+        n, each = len(plans), self._lines_a_row
         lines = np.zeros(len(self._lines), np.int64)
         lines[:n] = np.arange(n) * each + steps
-        lines[n : n + len(told)] = np.arange(len(told)) * each + [*steps[:guided], *steps]
-        for j, shifts in enumerate(told):
-            self._time_shifts[j * each :][: len(shifts)] = shifts
-            self._time_shifts[j * each + len(shifts)] = shifts[-1]
+        for i, (plan, step) in enumerate(zip(plans, steps, strict=True)):
+            for place, shifts in zip(self._capacity.places(i), plan.time_shifts, strict=True):
+                lines[n + place] = place * each + step
+                self._time_shifts[place * each :][: len(shifts)] = shifts
+                self._time_shifts[place * each + len(shifts)] = shifts[-1]
         self._lines.copy_(torch.from_numpy(lines))
-        self._stride[: n + len(told)] = 1
+        self._stride[: n + self._capacity.unet_rows] = 1
 
     def _place_guidance(self, plans: Sequence[Plan]) -> None:
-        guided = plans[: self._capacity.guided]
+        guided, further = plans[: self._capacity.guided], range(len(self._further))
         for target, values in (
             (self._guidance, [plan.guidance for plan in guided]),
             (self._rescale, [plan.guidance_rescale for plan in guided]),
+            *((self._further[j], [p.further[j] for p in plans if len(p.further) > j]) for j in further),
         ):
             target.copy_(torch.tensor(values, dtype=torch.float32).view(-1, 1, 1, 1))
 
@@ -206,10 +215,10 @@ class DeviceArithmetic:
 
         Numbers are filled in: one that is assigned to a single place is copied there, and waited for.
         """
-        n, guided = self._capacity.rows, self._capacity.guided
+        n = self._capacity.rows
         self._finished.add(i)
         self._idle[i].fill_(True)
-        for line in (i, n + guided + i, *([n + i] if i < guided else [])):
+        for line in (i, *(n + place for place in self._capacity.places(i))):
             self._stride[line].zero_()
 
 

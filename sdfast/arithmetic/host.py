@@ -21,7 +21,7 @@ class HostArithmetic:
         _, *shape = buffers.output.shape
         self._state = np.zeros((capacity.rows, capacity.registers + 2, int(np.prod(shape))), np.float32)
         self._latents = torch.from_numpy(self._state[:, 0]).view(-1, *shape)
-        self._buffers, self._guided = buffers, capacity.guided
+        self._buffers, self._capacity = buffers, capacity
         self._rows: list[_HostRow] = []
         self._steps: Sequence[int] = ()
 
@@ -32,7 +32,8 @@ class HostArithmetic:
     def place(self, plans: Sequence[Plan], steps: Sequence[int], registers: Sequence[torch.Tensor]) -> None:
         self._steps = steps
         self._rows = [
-            _HostRow(plan, self._state[i], self._buffers, self._own(i, plan)) for i, plan in enumerate(plans)
+            _HostRow(plan, self._state[i], self._buffers, self._capacity.places(i))
+            for i, plan in enumerate(plans)
         ]
         for row, values in zip(self._rows, registers, strict=True):
             row.registers[: len(values)].copy_(values)
@@ -42,11 +43,6 @@ class HostArithmetic:
 
     def output(self, i: int) -> torch.Tensor:
         return self._rows[i].output
-
-    def _own(self, i: int, plan: Plan) -> slice:
-        """The U-Net's rows that are row i's: one, or the negative and the positive."""
-        guided = self._guided
-        return slice(i if plan.guided else guided + i, guided + i + 1, guided or 1)
 
     def prepare(self, steps: Sequence[int]) -> None:
         for k, row in zip(steps, self._rows, strict=True):
@@ -63,9 +59,9 @@ class HostArithmetic:
 
 
 class _HostRow:
-    """One row: its state [R + 2, C·h·w], and in the buffers the one or two U-Net rows that are its own."""
+    """One row: its state [R + 2, C·h·w], and in the buffers the U-Net rows that are its own."""
 
-    def __init__(self, plan: Plan, state: Float32s, buffers: Buffers, own: slice) -> None:
+    def __init__(self, plan: Plan, state: Float32s, buffers: Buffers, places: Sequence[int]) -> None:
         state = state[: plan.schedule.registers + 2]  # the rest of the registers is another row's need
         state[:] = 0
         self._state, self._registers, self._m = state, state[:-2], state[-2]
@@ -79,11 +75,15 @@ class _HostRow:
         self._scales = np.append(plan.schedule.input_scale, 1.0).astype(np.float32)
         self._kept = _Kept(plan.keep, plan.schedule) if plan.keep else None
         self._guidance, self._rescale = np.float32(plan.guidance), plan.guidance_rescale
-        self._sample = buffers.sample.flatten(1).numpy()[own, : state.shape[1]]
-        output = buffers.output.flatten(1).numpy()[own]
-        self._negative, self._positive = (output[0] if plan.guided else None), output[-1]
-        self._time_shift = buffers.time_shift.numpy()[own]
-        self._time_shifts = torch.stack([*plan.time_shifts], dim=1).numpy()  # [K, 1 or 2, T]
+        samples, outputs = buffers.sample.flatten(1).numpy(), buffers.output.flatten(1).numpy()
+        shifts, own = buffers.time_shift.numpy(), state.shape[1]
+        self._told = [
+            (samples[place, :own], shifts[place], told.numpy())
+            for place, told in zip(places, plan.time_shifts, strict=True)
+        ]
+        negative, *further, self._positive = (outputs[place] for place in [places[0], *places])
+        self._negative = negative if plan.guided else None
+        self._further = list(zip(map(np.float32, plan.further), further[1:], strict=True))
 
     def prepare(self, k: int) -> None:
         self._write(self._state[0] * self._scales[k], k)
@@ -112,14 +112,17 @@ class _HostRow:
         np.subtract(positive, negative, out=m, dtype=_FLOAT32)
         m *= self._guidance
         m += negative
+        for weight, output in self._further:
+            m += weight * np.subtract(output, negative, dtype=_FLOAT32)
         if self._rescale:
             spread = positive.astype(np.float32).std(ddof=1) / m.std(ddof=1)
             m *= self._rescale * spread + (1 - self._rescale)
 
     def _write(self, sample: Float32s, k: int) -> None:
-        self._sample[:] = sample
-        if k < len(self._time_shifts):
-            self._time_shift[:] = self._time_shifts[k]
+        for own, time_shift, time_shifts in self._told:
+            own[:] = sample
+            if k < len(time_shifts):
+                time_shift[:] = time_shifts[k]
 
 
 class _Kept:

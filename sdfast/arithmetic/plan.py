@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count, takewhile
 from typing import Protocol, Self
 
 import numpy as np
@@ -30,9 +31,11 @@ class Keep:
 class Plan:
     """What the arithmetic needs to know of a row.
 
-    time_shifts: [K, T] for each of its U-Net rows: the negative's, if it has guidance, then the positive's.
+    time_shifts: [K, T] for each of its U-Net rows: the negative's, if it has guidance, those of `further`
+    ones, then the positive's.
     guidance, guidance_rescale: the latter in [0, 1]; without a negative neither is used.
     noise: for the steps that draw some. keep: what it keeps of an image; the schedule then has `noising`.
+    further: how much of each further output, less the negative, is added to what is guided.
     """
 
     schedule: Schedule
@@ -41,18 +44,20 @@ class Plan:
     guidance_rescale: float
     noise: Noise
     keep: Keep | None = None
+    further: Sequence[float] = ()
 
     @property
     def guided(self) -> bool:
-        return len(self.time_shifts) == 2
+        return len(self.time_shifts) > 1
 
 
 @dataclass(frozen=True)
 class Buffers:
     """The tensors between the arithmetic and the U-Net.
 
-    [B, …] for the U-Net's B rows: the guided rows' negatives, then all rows in order, then padding. `output`
-    is [B, C, h, w] in the engine's dtype, and `sample` too; it may have more channels, which are not the
+    [B, …] for the U-Net's B rows: the guided rows' negatives, the first further one of each row that has
+    some, the second of each that has two, and so on; then all rows in order, then padding. `output` is
+    [B, C, h, w] in the engine's dtype, and `sample` too; it may have more channels, which are not the
     arithmetic's. `time_shift` is [B, T].
     """
 
@@ -65,6 +70,8 @@ class Buffers:
 class Capacity:
     """Which rows fit the tensors of an arithmetic: those of the same capacity can follow one another in it.
 
+    Rows of more U-Net rows come first. guided: how many have a negative. further: how many have one further
+    output or more, how many two or more, and so on.
     steps, registers: the most that a row may have. draws, rescales, keeps: whether some row draws noise,
     rescales its guidance, or keeps a part of an image.
     """
@@ -76,6 +83,21 @@ class Capacity:
     draws: bool
     rescales: bool
     keeps: bool
+    further: tuple[int, ...] = ()
+
+    @property
+    def unet_rows(self) -> int:
+        """The U-Net's rows that are somebody's; the others are padding."""
+        return self.guided + sum(self.further) + self.rows
+
+    def places(self, i: int) -> list[int]:
+        """The U-Net's rows that are row i's: its negative's, its further ones', its positive's."""
+        places, start = [], 0
+        for having in (self.guided, *self.further):
+            if i < having:
+                places.append(start + i)
+            start += having
+        return [*places, start + i]
 
     @classmethod
     def of(cls, plans: Sequence[Plan]) -> Self:
@@ -90,11 +112,12 @@ class Capacity:
             draws=any(plan.schedule.draws_noise.any() for plan in plans),
             rescales=any(plan.guided and plan.guidance_rescale for plan in plans),
             keeps=any(plan.keep is not None for plan in plans),
+            further=tuple(takewhile(bool, (sum(len(p.further) > j for p in plans) for j in count()))),
         )
 
 
 class Arithmetic(Protocol):
-    """The registers of n rows, guided ones first."""
+    """The registers of n rows, those of more U-Net rows first."""
 
     @property
     def latents(self) -> torch.Tensor:

@@ -85,7 +85,7 @@ def _told(engine: Engine, scene: Scene, picture: Picture, truth: Tensor) -> Tens
         [row] = Pipeline(engine).prepare(picture.request, given).rows
     except NumericalError:
         return torch.full_like(truth, math.nan)
-    return cast(Tensor, row.beside)  # as of every row of a U-Net for inpainting
+    return cast(Tensor, row.positive.beside)  # as of every row of a U-Net for inpainting
 
 
 def _stock_latents(pipe: Any, scene: Scene, picture: Picture) -> Tensor:
