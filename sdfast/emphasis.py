@@ -1,8 +1,8 @@
 """Emphasis in prompts, as AUTOMATIC1111 reads it.
 
 `(words)` count 1.1 times, `[words]` 1/1.1 times, `(words:1.3)` 1.3 times, and brackets in brackets multiply;
-`\\(` is a bracket as such. `BREAK` begins a new part of the prompt. What else AUTOMATIC1111 reads is refused,
-by name: prompts that are added up, and prompts that change between steps, unless those are read before this
+`\\(` is a bracket as such. `BREAK` begins a new part of the prompt. Prompts that are added up are taken apart
+before (`sdfast.composition`). Those that change between steps are refused, unless they are read before this
 (`sdfast.editing`).
 """
 
@@ -25,7 +25,6 @@ _MARK = re.compile(
     rf"\\[()\[\]\\]|\\|[()\[\]]|:\s*(?P<weight>[+-]?[.\d]+)\s*\)|(?P<change>:\s*{_NUMBER}\s*\])|[^\\()\[\]:]+|:"
 )
 _BREAK = re.compile(r"\s*\bBREAK\b\s*")
-_ADDED_UP = re.compile(r"\bAND\b")
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,6 @@ def parse(prompt: str, *, edited: bool = False) -> list[list[Piece]]:
 
     Raises `RequestError` for what is not supported.
     """
-    if _ADDED_UP.search(prompt):
-        raise RequestError("prompt: AND adds prompts up, which is not supported; write it in small letters")
     return _Reader(edited).read(prompt)
 
 

@@ -27,7 +27,7 @@ from sdfast.prompts import (
     told_sizes,
 )
 from sdfast.request import Hires, Request
-from sdfast.row import Conditioning, Row
+from sdfast.row import Conditioning, Guide, Row
 from sdfast.schedulers import SOLVERS, Schedule, own_config, resolve, schedule
 from sdfast.schedulers.run import left_out
 
@@ -170,18 +170,22 @@ class Preparation:
     def _encode(
         self, request: Request, given: Given, editing: Editing | None
     ) -> tuple[list[Edited[PromptState]], list[Edited[PromptState]], tuple[str, ...]]:
-        """The states of each prompt, and those of the negative prompts when guidance is on, else none."""
+        """The states of each prompt, those that are added up one after the other, and those of the negative
+        prompts when guidance is on, else none."""
         prompts, reading = self.prompts, Reading.of(request)
         if given.prompt_embeds is not None:
             positive = self._given("prompt_embeds", given.prompt_embeds, given.pooled_prompt_embeds, request)
             truncated: tuple[str, ...] = ("",) * len(request.prompts)
         else:
-            texts = [edited(pair, editing) for pair in request.pairs]
+            texts = [edited(pair, editing) for parts in request.composed for pair, _ in parts]
             states, cut = prompts.encode(
                 [text for one in texts for _, text in one], request.clip_skip, reading
             )
             positive = _each(texts, states)
-            truncated = tuple(next(filter(None, dict(one).values()), "") for one in _each(texts, cut))
+            cut_of_each = iter(next(filter(None, dict(one).values()), "") for one in _each(texts, cut))
+            truncated = tuple(
+                next(filter(None, [next(cut_of_each) for _ in parts]), "") for parts in request.composed
+            )
         negative: list[Edited[PromptState]] = []
         if prompts.guided(request):
             embeds, pooled = given.negative_prompt_embeds, given.negative_pooled_prompt_embeds
@@ -208,10 +212,10 @@ class Preparation:
         request: Request,
         sizes: Sequence[float],
     ) -> list[Conditioning]:
-        """What the U-Net is told of each picture."""
+        """What the U-Net is told of each prompt."""
         states = joined([state for one in prompts for _, state in one])
         told = _each(prompts, self.prompts.conditionings(states, plan, request, sizes))
-        return [one for one in map(told_in_turn, told) for _ in range(request.num_images_per_prompt)]
+        return [told_in_turn(one) for one in told]
 
     def _rows(
         self,
@@ -225,33 +229,36 @@ class Preparation:
         start = self._start(request, given, plan, noise)
         sizes, away = self.told_sizes(request, over=given.over is not None)
         told = self._told(positive, plan, request, sizes)
-        told_negative = self._told(negative, plan, request, away) if negative else None
+        told_negative = self._told(negative, plan, request, away) if negative else []
         control = None if given.control is None else embedded(self.engine, given.control)
         if control is not None:
             # diffusers takes the shares of all steps, those after denoising_end among them
             whole = self.schedule_of(request.model_copy(update={"denoising_end": None}))
             by_step = scales(request, len(whole), self.engine.manifest.model.controlnets)[: len(plan)]
             told = with_scales(told, by_step)
-            told_negative = with_scales(told_negative, by_step) if told_negative else None
-        if start.beside is not None:
-            told = with_beside(told, start.beside)
-            told_negative = with_beside(told_negative, start.beside) if told_negative else None
-        return [
-            Row(
-                schedule=plan,
-                latents=start.latents[i],
-                positive=told[i],
-                negative=told_negative[i] if told_negative else None,
-                guidance=request.guidance_scale,
-                noise=noise.of_row(i),
-                guidance_rescale=request.guidance_rescale,
-                guided=request.guided(len(plan)),
-                cache_interval=request.cache_interval,
-                keep=start.keeps[i],
-                control=None if control is None else control[i % len(control)],
+            told_negative = with_scales(told_negative, by_step)
+        guides, rows = _guides(request, told), []
+        for i in range(request.images):
+            prompt = i // request.num_images_per_prompt
+            beside = None if start.beside is None else start.beside[i]
+            first, *further = (replace(one, told=replace(one.told, beside=beside)) for one in guides[prompt])
+            rows.append(
+                Row(
+                    schedule=plan,
+                    latents=start.latents[i],
+                    positive=first.told,
+                    negative=replace(told_negative[prompt], beside=beside) if told_negative else None,
+                    guidance=first.weight,
+                    noise=noise.of_row(i),
+                    guidance_rescale=request.guidance_rescale,
+                    guided=request.guided(len(plan)),
+                    cache_interval=request.cache_interval,
+                    keep=start.keeps[i],
+                    control=None if control is None else control[i % len(control)],
+                    further=further,
+                )
             )
-            for i in range(request.images)
-        ]
+        return rows
 
     def _latent_shape(self, request: Request) -> tuple[int, int, int]:
         model = self.engine.manifest.model
@@ -294,9 +301,13 @@ def _each(like: Sequence[Edited[Any]], values: Sequence[T]) -> list[Edited[T]]:
     return [[(start, next(several)) for start, _ in one] for one in like]
 
 
-def with_beside(told: Sequence[Conditioning], beside: torch.Tensor) -> list[Conditioning]:
-    """The same, each with what is told beside the latents: beside [n, E, h, w]."""
-    return [replace(one, beside=own) for one, own in zip(told, beside, strict=True)]
+def _guides(request: Request, told: Sequence[Conditioning]) -> list[list[Guide]]:
+    """What each prompt's pictures are guided to: what is told of it, or of those that are added up in it."""
+    several = iter(told)
+    return [
+        [Guide(next(several), weight * request.guidance_scale) for _, weight in parts]
+        for parts in request.composed
+    ]
 
 
 def check_channels(model: Model, masked: bool) -> None:

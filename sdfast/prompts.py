@@ -124,12 +124,18 @@ class Prompts:
         prompts, and what is SDXL's. editing: see `edited`."""
         self.check_fields(request)
         reading, length = Reading.of(request), self._engine.tokenizers[0].max_length
-        pairs = [*request.pairs, *(request.negative_pairs if self.guided(request) else ())]
+        own = [pair for parts in request.composed for pair, _ in parts]
+        pairs = [*own, *(request.negative_pairs if self.guided(request) else ())]
         texts = [text for pair in pairs for _, text in edited(pair, editing)]
         check_lengths([length * len(self._read(text, reading)[0].input_ids) for text in texts], self._most)
 
     def check_fields(self, request: Request) -> None:
-        """Raises `RequestError` for what is SDXL's, where the engine is not."""
+        """Raises `RequestError` for what is SDXL's, where the engine is not, and other kinds' fields."""
+        if not self.guided(request) and any(len(parts) > 1 for parts in request.composed):
+            raise RequestError(
+                "prompt: AND adds up what prompts say beyond the negative one, which a checkpoint that is "
+                "told the guidance (LCM) does not read; write it in small letters"
+            )
         given = [
             name for name in (*_SDXL, *SCORES) if getattr(request, name) != Request.model_fields[name].default
         ]
@@ -150,7 +156,7 @@ class Prompts:
 
     def count(self, request: Request, editing: Editing | None = None) -> int:
         """How many tokens of a request's prompts are read, without start and end; each text once."""
-        pairs = (*request.pairs, *request.negative_pairs)
+        pairs = (*(pair for parts in request.composed for pair, _ in parts), *request.negative_pairs)
         texts = [text for pair in pairs for text in {text for _, text in edited(pair, editing)}]
         return sum(self._read(text, Reading.of(request))[0].read for text in texts)
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from sdfast.composition import composed
 from sdfast.emphasis import Emphasis
 from sdfast.errors import RequestError
 
@@ -150,7 +151,8 @@ class Request(_Checked):
 
     `long_prompts`: what becomes of prompts longer than the text encoder reads (75 tokens): "truncate" cuts
     them, as diffusers does, "chunk" reads them 75 tokens at a time, as AUTOMATIC1111 does. `emphasis`: how
-    `(words:1.3)` count, see `sdfast.emphasis`; by default brackets are text. `prompt_editing`:
+    `(words:1.3)` count, see `sdfast.emphasis`; by default brackets are text. With it AND adds prompts up, see
+    `sdfast.composition`. `prompt_editing`:
     whether `[from:to:when]` and `[this|that]` change prompts between steps, see `sdfast.editing`; what else
     there is in brackets is read as `emphasis` says.
 
@@ -232,6 +234,15 @@ class Request(_Checked):
     def pairs(self) -> list[tuple[str, str | None]]:
         """Each prompt, and what a second text encoder reads in its place."""
         return list(zip(self.prompts, self.prompts_2 or (None,) * len(self.prompts), strict=True))
+
+    @property
+    def composed(self) -> list[list[tuple[tuple[str, str | None], float]]]:
+        """Each pair as those that are added up, each with its weight; see `sdfast.composition`."""
+        if self.emphasis is None:
+            return [[(pair, 1.0)] for pair in self.pairs]
+        return [
+            [((text, second), weight) for text, weight in composed(prompt)] for prompt, second in self.pairs
+        ]
 
     @property
     def negative_pairs(self) -> list[tuple[str | None, str | None]]:
@@ -318,6 +329,7 @@ class Request(_Checked):
         if self.seed + self.images > SEED_LIMIT:
             raise ValueError(f"seed: {self.seed} leaves no seeds below 2**64 for {self.images} pictures")
         self._check_shares()
+        self._check_composed()
         if self.hires is not None:
             self._check_hires(self.hires)
         return self
@@ -347,6 +359,28 @@ class Request(_Checked):
                 "control_guidance_start and control_guidance_end are for a control image; give one, or leave "
                 "them out"
             )
+
+    def _check_composed(self) -> None:
+        """Raises `ValueError` for prompts that are added up where guidance is not as that needs it."""
+        for parts in self.composed:
+            if len(parts) == 1 and parts[0][1] == 1:
+                continue
+            told = "AND adds prompts up" if len(parts) > 1 else f"it ends in a weight, {parts[0][1]:g}"
+            if self.guidance_scale <= 1:
+                raise ValueError(
+                    f"prompt: {told}, which is guidance; give a guidance_scale above 1, or write it otherwise"
+                )
+            if len(parts) == 1:
+                continue
+            if self.guidance_rescale or (self.guidance_start, self.guidance_end) != (0, 1):
+                raise ValueError(
+                    f"prompt: {told} in all steps; leave guidance_rescale, guidance_start and guidance_end "
+                    "out"
+                )
+            if any(second is not None for (_, second), _ in parts):
+                raise ValueError(
+                    f"prompt: {told}, each read by both text encoders; leave prompts_2 out, or AND"
+                )
 
     def _check_shares(self) -> None:
         """Raises `ValueError` for a part of the denoising that is none, or does not go with the rest."""

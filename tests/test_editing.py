@@ -295,8 +295,6 @@ def test_what_is_left_in_brackets_is_read_as_emphasis_says() -> None:
         pipe.generate(request("a [b:c:2]", emphasis="original", prompt_editing=False))
     with pytest.raises(RequestError, match="takes turns"):
         pipe.generate(request("a [b|c]", emphasis="original", prompt_editing=False))
-    with pytest.raises(RequestError, match="AND"):
-        pipe.generate(request("a AND [b:c:2]", emphasis="original"))
     for prompt in ("a [b:c:2] (d:1.2)", "a | b [c:2]", "[a|b:3]", "[a|b]"):
         assert pipe.generate(request(prompt, emphasis="original", long_prompts="chunk")).images
 

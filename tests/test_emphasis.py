@@ -64,7 +64,6 @@ def test_brackets_reach_over_a_break() -> None:
 @pytest.mark.parametrize(
     ("prompt", "reason"),
     [
-        ("a cat AND a dog", "AND adds prompts up"),
         ("a [cat:dog:0.5]", "changes the prompt between steps"),
         ("a [(cat:2): 3 ]", "changes the prompt between steps"),
         ("a [cat|dog]", "takes turns between steps"),

@@ -140,9 +140,7 @@ def by_hand(told_row: Row) -> torch.Tensor:
     for k in range(len(table)):
         sample = registers[0] * table.input_scale[k]
         every = [told_row.negative, *(one.told for one in told_row.further), told_row.positive]
-        told = [
-            c.context[0, 0].double() / 100 + c.time_shift[k, 0].double() for c in every if c is not None
-        ]
+        told = [c.context[0, 0].double() / 100 + c.time_shift[k, 0].double() for c in every if c is not None]
         if k % told_row.cache_interval == 0:
             outputs, deep = [sample * 0.5 + t for t in told], [sample.mean() - t for t in told]
         else:

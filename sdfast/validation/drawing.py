@@ -42,6 +42,11 @@ def generate(
     """
     if request.prompt_editing:
         raise RequestError("prompt_editing: diffusers has none; leave it out, or draw with an engine")
+    if any(len(parts) > 1 or parts[0][1] != 1 for parts in request.composed):
+        raise RequestError(
+            "prompt: diffusers adds no prompts up, and knows no weight at the end of one; write it "
+            "otherwise, or draw with an engine"
+        )
     if request.hires is not None:
         return _generate_twice(pipe, request, request.hires, scheduler, output_type, cache_branch)
     drawing = pipe if over is None else _pipeline_over(pipe, request, over)

@@ -10,8 +10,8 @@ What is asked for is done or refused by name, never ignored. A field that means 
 
 - Prompts are read as there, in chunks of 75 tokens and with `(word:1.2)`, `[word]` and BREAK (the option
   `emphasis`, of a request), and change between steps as `[from:to:when]` and `[this|that]` say, which count
-  steps as there. AND and `<lora:…>` are refused. Seeds make other
-  pictures than there, which draws its noise on the GPU.
+  steps as there. AND adds prompts up; with a CFG scale of 1 or less, where there is no negative prompt here,
+  it is refused, and so is `<lora:…>`. Seeds make other pictures than there, which draws its noise on the GPU.
 - img2img does `int(steps * denoising_strength)` steps, as diffusers does; AUTOMATIC1111 does one more.
 - enable_hr draws over the picture at a second size, one of the engine's too, as there: `hr_second_pass_steps`
   are all done, and each picture's noise begins anew from its seed. Pictures that an image upscaler enlarges
