@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from sdfast.call import Given
+from sdfast.call import DEFAULT_IMAGE_GUIDANCE, Given
 from sdfast.columns import columns
 from sdfast.control import DEFAULT_SCALE
 from sdfast.engine import Engine
@@ -205,6 +205,7 @@ class _Side:
             "scheduler": scheduler,
             "seed": 0,
             **({"strength": 1.0} if model.inpaints or model.scored else {}),
+            **({"image_guidance_scale": DEFAULT_IMAGE_GUIDANCE} if model.instructed else {}),
             **({"controlnet_conditioning_scale": DEFAULT_SCALE} if model.controlled else {}),
         }
         self.given = _given(engine, height, width)
@@ -299,7 +300,7 @@ def _given(engine: Engine, height: int, width: int) -> Given:
     """What such an engine has to be given: what is drawn over, and control images."""
     model = engine.manifest.model
     over = control = None
-    if model.inpaints or model.scored:
+    if model.draws_over:
         from sdfast.validation.inpainting import Scene
 
         over = Scene.make(height, width, masked=model.inpaints).over

@@ -21,11 +21,13 @@ from sdfast.request import Hires, Request
 DEFAULT_STEPS = 50  # as in diffusers
 DEFAULT_GUIDANCE = {"sd": 7.5, "sdxl": 5.0}  # as in diffusers
 # As in diffusers: over a whole image, and with a mask.
+DEFAULT_IMAGE_GUIDANCE = 1.5  # as in diffusers
 DEFAULT_STRENGTH = {"sd": (0.8, 1.0), "sdxl": (0.3, 0.9999)}
 
 # Arguments of diffusers' that are not supported, at the values at which they ask for nothing.
 NEUTRAL = {
     "guess_mode": False,
+    "callback_steps": 1,
 }
 
 StepCallback = Callable[[Any, int, float, dict[str, torch.Tensor]], Mapping[str, torch.Tensor] | None]
@@ -117,6 +119,7 @@ class DiffusersCall(ABC):
         strength: float | None = None,
         denoising_start: float | None = None,
         denoising_end: float | None = None,
+        image_guidance_scale: float | None = None,
         control_image: Any = None,
         controlnet_conditioning_scale: float | Sequence[float] | None = None,
         control_guidance_start: float | Sequence[float] = 0.0,
@@ -157,6 +160,8 @@ class DiffusersCall(ABC):
             (`output_type="latent"`); denoising_start: the share at which it takes over those in `image`, to
             which no noise is added; `strength` says nothing then. As in diffusers' SDXL pipelines, and for
             every engine.
+        image_guidance_scale: of an engine of InstructPix2Pix, which edits `image` as the prompt says: how
+            much the image guides, by default 1.5. There is no strength then.
         control_image: what guides an engine with a ControlNet, of the picture's size; see `sdfast.images`.
             controlnet_conditioning_scale: how much of the ControlNet is added, by default 1;
             control_guidance_start, control_guidance_end: between which shares of the steps. With several
@@ -189,7 +194,14 @@ class DiffusersCall(ABC):
             negative_prompt_embeds,
             pooled_prompt_embeds,
             negative_pooled_prompt_embeds,
-            self._over(image, mask_image, latents, strength=strength, denoising_start=denoising_start),
+            self._over(
+                image,
+                mask_image,
+                latents,
+                strength=strength,
+                denoising_start=denoising_start,
+                image_guidance_scale=image_guidance_scale,
+            ),
             control,
         )
         if timesteps is not None or sigmas is not None:
@@ -197,8 +209,6 @@ class DiffusersCall(ABC):
         elif num_inference_steps is None:
             num_inference_steps = DEFAULT_STEPS
         own_height, own_width = self._size_of(given)
-        if given.over is not None:
-            strength = strength_over(model, given.over, strength, denoising_start)
         fields = {
             **_texts(prompt, negative_prompt, prompt_embeds, prompt_2, negative_prompt_2),
             "original_size": original_size,
@@ -221,7 +231,7 @@ class DiffusersCall(ABC):
             "guidance_end": guidance_end,
             "cache_interval": cache_interval,
             "eta": eta,
-            "strength": strength,
+            **asked_over(model, given.over, strength, denoising_start, image_guidance_scale),
             "denoising_start": denoising_start,
             "denoising_end": denoising_end,
             "controlnet_conditioning_scale": scale,
@@ -244,10 +254,10 @@ class DiffusersCall(ABC):
         if image is None:
             if mask is not None or any(value is not None for value in how.values()):
                 raise RequestError(
-                    f"mask_image, {' and '.join(how)} are for an image to draw over; give image too"
+                    f"mask_image, {', '.join(how)} are for an image to draw over; give image too"
                 )
             return None
-        if latents is not None:
+        if latents is not None and not self.engine.manifest.model.instructed:
             raise RequestError("latents: with an image the first latents come from it; leave them out")
         channels = self.engine.manifest.model.latent_channels
         return Over(read_images(image, channels), None if mask is None else read_masks(mask))
@@ -262,6 +272,19 @@ class DiffusersCall(ABC):
         _, channels, height, width = given.over.image.shape
         factor = 1 if channels == 3 else model.vae_scale_factor
         return height * factor, width * factor
+
+
+def asked_over(
+    model: Model, over: Over | None, strength: float | None, start: float | None, guidance: float | None
+) -> dict[str, float | None]:
+    """A request's `strength` and `image_guidance_scale`: those that were given, or else diffusers' defaults
+    of such a model over such an image. start: `denoising_start`."""
+    if over is not None and model.instructed:
+        if (strength, start, guidance) == (None, None, None):
+            guidance = DEFAULT_IMAGE_GUIDANCE
+    elif over is not None and guidance is None:
+        strength = strength_over(model, over, strength, start)
+    return {"strength": strength, "image_guidance_scale": guidance}
 
 
 def strength_over(model: Model, over: Over, given: float | None, start: float | None) -> float | None:

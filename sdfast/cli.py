@@ -228,6 +228,9 @@ def rebuild(engine: Path, checkpoint: str | None) -> None:
 @click.option("--mask", type=click.Path(path_type=Path), help="Of it, draw anew only what is white here.")
 @click.option("--strength", type=float, help="The share of the steps that is done. [default: diffusers']")
 @click.option(
+    "--image-guidance", type=float, help="For InstructPix2Pix: how much --image guides. [default: 1.5]"
+)
+@click.option(
     "--denoising-start", type=float, help="Take over --image at this share of the denoising, adding no noise."
 )
 @click.option("--denoising-end", type=float, help="Leave the picture, noisy still, at this share of it.")

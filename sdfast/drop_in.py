@@ -105,6 +105,19 @@ class StableDiffusionImg2ImgPipeline(_InOrder):
     defaults: ClassVar[Mapping[str, Any]] = {"strength": 0.8, "guidance_scale": 7.5}
 
 
+class StableDiffusionInstructPix2PixPipeline(_InOrder):
+    """The drop-in for diffusers' class of this name."""
+
+    needs = ("image",)
+    needed_for = "edits an image"
+    order = (
+        *("prompt", "image", "num_inference_steps", "guidance_scale", "image_guidance_scale"),
+        *("negative_prompt", *_DRAWN, "latents", *_EMBEDS, *_ADAPTER, "output_type", "return_dict"),
+        *("callback_on_step_end", "callback_on_step_end_tensor_inputs", "cross_attention_kwargs"),
+    )
+    defaults: ClassVar[Mapping[str, Any]] = {"num_inference_steps": 100, "guidance_scale": 7.5}
+
+
 class StableDiffusionInpaintPipeline(_Inpainting):
     """The drop-in for diffusers' class of this name."""
 
@@ -219,6 +232,32 @@ class StableDiffusionXLImg2ImgPipeline(_InOrder):
         *(*_REST_XL, *_SCORES, *_CALLBACK),
     )
     defaults: ClassVar[Mapping[str, Any]] = {"strength": 0.3, "guidance_scale": 5.0}
+
+
+class StableDiffusionXLInstructPix2PixPipeline(_InOrder):
+    """The drop-in for diffusers' class of this name."""
+
+    needs = ("image",)
+    needed_for = "edits an image"
+
+    def _size_of(self, given: Given) -> tuple[int, int]:
+        """The engine's own, as in diffusers: there the size of the image says nothing."""
+        return super()._size_of(Given())
+
+    order = (
+        *("prompt", "prompt_2", "image", "height", "width", "num_inference_steps", "denoising_end"),
+        *(
+            "guidance_scale",
+            "image_guidance_scale",
+            "negative_prompt",
+            "negative_prompt_2",
+            *_DRAWN,
+            "latents",
+        ),
+        *(*_EMBEDS_XL, "output_type", "return_dict", "callback", "callback_steps", "cross_attention_kwargs"),
+        *("guidance_rescale", "original_size", "crops_coords_top_left", "target_size"),
+    )
+    defaults: ClassVar[Mapping[str, Any]] = {"num_inference_steps": 100, "guidance_scale": 5.0}
 
 
 class StableDiffusionXLInpaintPipeline(_Inpainting):

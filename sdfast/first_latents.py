@@ -35,7 +35,8 @@ class Over:
 class Start:
     """latents [n, C, h, w] float32, and of each picture what it keeps, or what its U-Net is told beside them.
 
-    beside: [n, 1 + C, h, w] float32, the mask and the latents of the masked image.
+    beside: [n, E, h, w] float32: the mask and the latents of the masked image; or those of the image that is
+    edited.
     """
 
     latents: Tensor
@@ -85,6 +86,16 @@ def start_over(
     return Start(latents, keeps)
 
 
+def edited_latents(engine: Engine, request: Request, over: Over) -> Tensor:
+    """What an InstructPix2Pix U-Net is told of the images that it edits, [n, C, h, w] float32: the means of
+    their latents, for which nothing is drawn. Raises `RequestError` for what does not fit."""
+    model = engine.manifest.model
+    check_edits(engine)
+    check_fit(request, over, model)
+    mean, _ = encoded(engine, over.image)
+    return _in_turn(mean * (model.image_latents_scale or 1.0), request.images)
+
+
 def check_noising(plan: Schedule) -> np.ndarray:
     """The plan's `noising`. Raises `RequestError` for a scheduler that draws over nothing."""
     if plan.noising is None:
@@ -117,12 +128,17 @@ def check_fit(request: Request, over: Over, model: Model) -> None:
             "image: this U-Net (inpainting) is told the masked image, and latents cannot be masked; give the "
             "image itself"
         )
+    if model.instructed and over.image.shape[1] != 3:
+        raise RequestError(
+            "image: latents, but this U-Net (InstructPix2Pix) edits the image itself; give that"
+        )
 
 
 def check_strength(request: Request, *, over: bool) -> None:
     """Raises `RequestError` for a strength, or a start, without anything to draw over, and the reverse."""
     if request.over != over:
-        name = "strength" if request.denoising_start is None else "denoising_start"
+        names = ("denoising_start", "image_guidance_scale")
+        name = next((name for name in names if getattr(request, name) is not None), "strength")
         raise RequestError(f"{name} and an image to draw over go together; give both, or neither")
 
 

@@ -150,10 +150,12 @@ def unet_digest(weights: Mapping[str, str]) -> str | None:
 def _extra(request: Request, prompt: int) -> dict[str, str]:
     """What is told only of requests that ask for it, of the picture of prompt `prompt`."""
     texts = (request.prompts[prompt], request.negative_prompts[prompt] or "")
-    strength, clip_skip, emphasis = request.strength, request.clip_skip, request.emphasis
+    strength, image_guidance = request.strength, request.image_guidance_scale
+    clip_skip, emphasis = request.clip_skip, request.emphasis
     second = (request.pairs[prompt][1], request.negative_pairs[prompt][1])
     return {
         **({} if strength is None else {"Denoising strength": _number(strength)}),
+        **({} if image_guidance is None else {"Image CFG scale": _number(image_guidance)}),
         **({} if request.hires is None else of_hires(request, request.hires, prompt)),
         **{
             _label(name): _number(share)

@@ -176,11 +176,23 @@ class Model(_Part):
     zero_empty_negative: bool = False  # SDXL: a missing negative prompt is a context of zeros, not of ""
     step_cache: StepCache | None = None  # of engines that were exported with a cache branch
     scored: bool = False  # SDXL's refiner: the U-Net is told a score in place of the target size
+    # InstructPix2Pix: what the latents of the image that it edits are multiplied by for the U-Net; else None
+    image_latents_scale: float | None = Field(default=None, gt=0)
 
     @property
     def inpaints(self) -> bool:
         """Whether the U-Net is told, beside the latents, of a mask and of the latents of the masked image."""
         return self.in_channels == 2 * self.latent_channels + 1
+
+    @property
+    def instructed(self) -> bool:
+        """Whether the U-Net edits an image as the prompt says: it is told its latents beside its own."""
+        return self.image_latents_scale is not None
+
+    @property
+    def draws_over(self) -> bool:
+        """Whether all that it draws is drawn over an image, or edits one."""
+        return self.inpaints or self.scored or self.instructed
 
     @property
     def time_ids(self) -> int:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from sdfast.backends import check_device, parse_device
-from sdfast.call import Given, strength_over
+from sdfast.call import Given, asked_over
 from sdfast.control import asked_scale, check_control, controlnets_of
 from sdfast.engine import DTYPES, Engine
 from sdfast.ensemble import Ensemble
@@ -23,7 +23,7 @@ from sdfast.images import open_image, read_controls, read_images, read_masks
 from sdfast.infotext import Infotext, infotext_of, png, told_of_refiner, unet_digest
 from sdfast.manifest import Model
 from sdfast.pipeline import Pipeline
-from sdfast.preparation import check_cached, check_channels, check_refined
+from sdfast.preparation import check_cached, check_channels, check_instructed, check_refined
 from sdfast.request import Hires, Request
 from sdfast.schedulers import schedule
 
@@ -79,6 +79,7 @@ class Job:
     image: Path | None = None
     mask: Path | None = None
     strength: float | None = None
+    image_guidance: float | None = None
     denoising_start: float | None = None
     denoising_end: float | None = None
     refiner: Path | None = None
@@ -110,9 +111,11 @@ class Job:
     def _over(self, model: Model) -> Over | None:
         """What is drawn over. Raises `RequestError` for files that are no images."""
         if self.image is None:
-            if any(value is not None for value in (self.mask, self.strength, self.denoising_start)):
+            told = (self.mask, self.strength, self.denoising_start, self.image_guidance)
+            if any(value is not None for value in told):
                 raise RequestError(
-                    "mask, strength and denoising-start are for an image to draw over; give --image too"
+                    "mask, strength, denoising-start and image-guidance are for an image to draw over; give "
+                    "--image too"
                 )
             return None
         mask = None if self.mask is None else read_masks(open_image(self.mask))
@@ -122,13 +125,12 @@ class Job:
         """The checked request, of the size of what it is drawn over or under. Raises `RequestError`."""
         size = parse_size("size", self.size)
         width, height = model.default_width, model.default_height
-        strength, over, scale = self.strength, given.over, _one_or_each(self.control_scale)
+        over, scale = given.over, _one_or_each(self.control_scale)
         if given.control is not None:
             height, width = given.control.shape[2:]
             scale = asked_scale(model, _one_or_each(self._controls), scale)
         if over is not None:
             height, width = over.image.shape[2:]
-            strength = strength_over(model, over, strength, self.denoising_start)
         width, height = size or (width, height)
         seed = {} if self.seed is None else {"seed": self.seed}
         return Request.make(
@@ -147,7 +149,7 @@ class Job:
             long_prompts=self.long_prompts,
             emphasis=self.emphasis,
             prompt_editing=self.prompt_editing,
-            strength=strength,
+            **asked_over(model, over, self.strength, self.denoising_start, self.image_guidance),
             denoising_start=self.denoising_start,
             denoising_end=self.denoising_end,
             controlnet_conditioning_scale=scale,
@@ -209,9 +211,11 @@ def draw(job: Job, output: Path | None, overwrite: bool) -> list[tuple[Path, int
     """
     painter = _painter(job)
     given = job.given(painter.model)
-    check_channels(painter.model, masked=given.over is not None and given.over.mask is not None)
+    masked = given.over is not None and given.over.mask is not None
+    check_channels(painter.model, masked)
     check_refined(painter.model, over=given.over is not None)
     request = job.request(painter.model, given)
+    check_instructed(painter.model, request, over=given.over is not None, masked=masked)
     for one in request.passes:
         painter.check_size(one.height, one.width)
     if given.over is not None:

@@ -12,7 +12,14 @@ from sdfast.control import check_control, embedded, scales, with_scales
 from sdfast.editing import Editing
 from sdfast.engine import Engine
 from sdfast.errors import RequestError
-from sdfast.first_latents import Start, check_edits, check_noising, check_strength, start_over
+from sdfast.first_latents import (
+    Start,
+    check_edits,
+    check_noising,
+    check_strength,
+    edited_latents,
+    start_over,
+)
 from sdfast.manifest import Model
 from sdfast.noise import BrownianNoise, NoiseSource, OwnNoise, SharedNoise, generator
 from sdfast.prompts import (
@@ -112,6 +119,7 @@ class Preparation:
         check_refined(self.engine.manifest.model, over=given.over is not None)
         masked = given.over is not None and given.over.mask is not None
         check_channels(self.engine.manifest.model, masked)
+        check_instructed(self.engine.manifest.model, request, over=given.over is not None, masked=masked)
         self.prompts.check_fields(request)  # what is too long is refused when it is encoded
         check_control(self.engine.manifest.model, request, given.control)
         check_cached(self.engine.manifest.model, request)
@@ -237,17 +245,19 @@ class Preparation:
             by_step = scales(request, len(whole), self.engine.manifest.model.controlnets)[: len(plan)]
             told = with_scales(told, by_step)
             told_negative = with_scales(told_negative, by_step)
-        guides, rows = _guides(request, told), []
+        guides, rows = _guides(request, told, told_negative), []
         for i in range(request.images):
             prompt = i // request.num_images_per_prompt
-            beside = None if start.beside is None else start.beside[i]
+            beside = away_beside = None if start.beside is None else start.beside[i]
+            if beside is not None and request.image_guidance_scale is not None:
+                away_beside = torch.zeros_like(beside)  # away from no image, too
             first, *further = (replace(one, told=replace(one.told, beside=beside)) for one in guides[prompt])
             rows.append(
                 Row(
                     schedule=plan,
                     latents=start.latents[i],
                     positive=first.told,
-                    negative=replace(told_negative[prompt], beside=beside) if told_negative else None,
+                    negative=replace(told_negative[prompt], beside=away_beside) if told_negative else None,
                     guidance=first.weight,
                     noise=noise.of_row(i),
                     guidance_rescale=request.guidance_rescale,
@@ -285,14 +295,15 @@ class Preparation:
         return OwnNoise(source, shape) if len(source) > 1 else SharedNoise(source[0], 1, shape)
 
     def _start(self, request: Request, given: Given, plan: Schedule, noise: NoiseSource) -> Start:
-        if given.over is not None:
+        if given.over is not None and not self.engine.manifest.model.instructed:
             seeded = given.generators is None
             return start_over(self.engine, request, plan, noise, given.over, seeded=seeded)
         if given.latents is not None:
             check_tensor("latents", given.latents, (request.images, *self._latent_shape(request)))
         unit = noise.initial() if given.latents is None else given.latents
         unit = unit.to(self.device, torch.float32)
-        return Start(unit * plan.init_noise_sigma, [None] * request.images)
+        beside = edited_latents(self.engine, request, given.over) if given.over is not None else None
+        return Start(unit * plan.init_noise_sigma, [None] * request.images, beside)
 
 
 def _each(like: Sequence[Edited[Any]], values: Sequence[T]) -> list[Edited[T]]:
@@ -301,18 +312,27 @@ def _each(like: Sequence[Edited[Any]], values: Sequence[T]) -> list[Edited[T]]:
     return [[(start, next(several)) for start, _ in one] for one in like]
 
 
-def _guides(request: Request, told: Sequence[Conditioning]) -> list[list[Guide]]:
-    """What each prompt's pictures are guided to: what is told of it, or of those that are added up in it."""
-    several = iter(told)
-    return [
-        [Guide(next(several), weight * request.guidance_scale) for _, weight in parts]
-        for parts in request.composed
-    ]
+def _guides(
+    request: Request, told: Sequence[Conditioning], negative: Sequence[Conditioning]
+) -> list[list[Guide]]:
+    """What each prompt's pictures are guided to: what is told of it, or of those that are added up in it.
+
+    Where an image is edited, also what is told of that alone. With t for the image and a prompt, and i for
+    the image, the output is negative + guidance · Σ weight · (t − i) + image guidance · (i − negative).
+    """
+    several, guides = iter(told), []
+    for prompt, parts in enumerate(request.composed):
+        own = [Guide(next(several), weight * request.guidance_scale) for _, weight in parts]
+        if request.image_guidance_scale is not None and negative:
+            rest = request.image_guidance_scale - sum(guide.weight for guide in own)
+            own.append(Guide(negative[prompt], rest))
+        guides.append(own)
+    return guides
 
 
 def check_channels(model: Model, masked: bool) -> None:
     """Raises `RequestError` for a U-Net that needs more than there is: noise, a prompt, perhaps a mask."""
-    if model.in_channels == model.latent_channels or (masked and model.inpaints):
+    if model.in_channels == model.latent_channels or model.instructed or (masked and model.inpaints):
         return
     if model.inpaints:
         raise RequestError(
@@ -321,8 +341,30 @@ def check_channels(model: Model, masked: bool) -> None:
         )
     raise RequestError(
         f"this U-Net takes {model.in_channels} channels, {model.latent_channels} of latents and others that "
-        "sdfast does not know; take a checkpoint for text to image or for inpainting"
+        "sdfast does not know; take a checkpoint for text to image, for inpainting, or of InstructPix2Pix "
+        "(and if this is one, export it again)"
     )
+
+
+def check_instructed(model: Model, request: Request, *, over: bool, masked: bool) -> None:
+    """Raises `RequestError` for an InstructPix2Pix U-Net without an image or with a mask, and for its
+    guidance where there is none."""
+    if model.instructed and not over:
+        raise RequestError(
+            "image: is missing; this engine's U-Net (InstructPix2Pix) edits an image as the prompt says: "
+            "give it one"
+        )
+    if model.instructed and masked:
+        raise RequestError(
+            "mask_image: this engine's U-Net (InstructPix2Pix) edits whole images; leave it out"
+        )
+    if model.instructed != (request.image_guidance_scale is not None):
+        raise RequestError(
+            "strength: this engine's U-Net (InstructPix2Pix) draws from noise, and is told the image; give "
+            "image_guidance_scale in its place"
+            if model.instructed
+            else "image_guidance_scale: only engines of InstructPix2Pix have a use for it; leave it out"
+        )
 
 
 def check_refined(model: Model, *, over: bool) -> None:

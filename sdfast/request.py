@@ -138,6 +138,8 @@ class Request(_Checked):
     `denoising_start`, in its place: the run takes over at this share of the denoising, without new noise, the
     latents that another run has left. `denoising_end`: it leaves them at this share. As in diffusers' SDXL
     pipelines, the steps are told apart by their timesteps, not by their number.
+    `image_guidance_scale`, with an image that an InstructPix2Pix U-Net edits: how much what it says of the
+    image counts beyond what it says of neither image nor prompt (Brooks et al. 2023, section 3.2.1).
     `controlnet_conditioning_scale`, with a control image: how much the ControlNet adds, in the steps between
     `control_guidance_start` and `control_guidance_end`, which are shares of all steps, as in diffusers. With
     several ControlNets each of these is a list of a number for each, or one for all.
@@ -183,6 +185,7 @@ class Request(_Checked):
     strength: float | None = Field(default=None, gt=0.0, le=1.0)
     denoising_start: float | None = Field(default=None, gt=0.0, lt=1.0)
     denoising_end: float | None = Field(default=None, gt=0.0, le=1.0)
+    image_guidance_scale: float | None = Field(default=None, ge=1.0, le=MAX_GUIDANCE)
     controlnet_conditioning_scale: ControlScales | None = None
     control_guidance_start: Shares = 0.0
     control_guidance_end: Shares = 1.0
@@ -216,8 +219,9 @@ class Request(_Checked):
 
     @property
     def over(self) -> bool:
-        """Whether it is drawn over an image, or its latents."""
-        return self.strength is not None or self.denoising_start is not None
+        """Whether it is drawn over an image, or its latents, or edits one."""
+        given = (self.strength, self.denoising_start, self.image_guidance_scale)
+        return any(value is not None for value in given)
 
     @property
     def steps(self) -> int | None:
@@ -361,7 +365,13 @@ class Request(_Checked):
             )
 
     def _check_composed(self) -> None:
-        """Raises `ValueError` for prompts that are added up where guidance is not as that needs it."""
+        """Raises `ValueError` for several things to be guided to, where guidance is not as that needs."""
+        always = not self.guidance_rescale and (self.guidance_start, self.guidance_end) == (0, 1)
+        if self.image_guidance_scale is not None and not always:
+            raise ValueError(
+                "image_guidance_scale: guides in all steps; leave guidance_rescale, guidance_start and "
+                "guidance_end out"
+            )
         for parts in self.composed:
             if len(parts) == 1 and parts[0][1] == 1:
                 continue
@@ -372,7 +382,7 @@ class Request(_Checked):
                 )
             if len(parts) == 1:
                 continue
-            if self.guidance_rescale or (self.guidance_start, self.guidance_end) != (0, 1):
+            if not always:
                 raise ValueError(
                     f"prompt: {told} in all steps; leave guidance_rescale, guidance_start and guidance_end "
                     "out"
@@ -385,6 +395,11 @@ class Request(_Checked):
     def _check_shares(self) -> None:
         """Raises `ValueError` for a part of the denoising that is none, or does not go with the rest."""
         start, end = self.denoising_start, self.denoising_end
+        if self.image_guidance_scale is not None and (start is not None or self.strength is not None):
+            raise ValueError(
+                "image_guidance_scale: is for engines that edit an image, and draw from noise alone; leave "
+                "strength and denoising_start out"
+            )
         if start is not None and self.strength is not None:
             raise ValueError(
                 "denoising_start: says which steps are done, and strength does too; leave one of them out"
@@ -399,7 +414,7 @@ class Request(_Checked):
 
     def _check_hires(self, hires: Hires) -> None:
         """Raises `ValueError` for a second pass that does not go with the first."""
-        if self.strength is not None or self.controlnet_conditioning_scale is not None:
+        if self.over or self.controlnet_conditioning_scale is not None:
             raise ValueError(
                 "hires: is for pictures drawn from noise, without an image or a control image; leave those "
                 "out, or draw over the picture in a second call"

@@ -246,11 +246,11 @@ def test_what_is_black_in_a_mask_stays(pairs: dict[Any, Any]) -> None:
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a mask alone": (
         {"image": None, "mask_image": mask()},
-        "mask_image, strength and denoising_start are for",
+        "mask_image, strength, denoising_start, image_guidance_scale are for",
     ),
     "a strength alone": (
         {"image": None, "strength": 0.5},
-        "mask_image, strength and denoising_start are for",
+        "mask_image, strength, denoising_start, image_guidance_scale are for",
     ),
     "no strength": ({"strength": 0.0}, "^strength: must be greater than 0"),
     "too much strength": ({"strength": 1.5}, "^strength: must be less than or equal to 1"),

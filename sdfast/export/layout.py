@@ -17,11 +17,13 @@ PIPELINES: Mapping[str, Family] = {
     "StableDiffusionPipeline": "sd",
     "StableDiffusionImg2ImgPipeline": "sd",
     "StableDiffusionInpaintPipeline": "sd",
+    "StableDiffusionInstructPix2PixPipeline": "sd",
     "LatentConsistencyModelPipeline": "sd",
     "LatentConsistencyModelImg2ImgPipeline": "sd",
     "StableDiffusionXLPipeline": "sdxl",
     "StableDiffusionXLImg2ImgPipeline": "sdxl",
     "StableDiffusionXLInpaintPipeline": "sdxl",
+    "StableDiffusionXLInstructPix2PixPipeline": "sdxl",
 }
 
 COMPONENTS: Mapping[Family, tuple[str, ...]] = {

@@ -76,7 +76,8 @@ def module_specs(networks: Networks, recipe: Recipe) -> list[ModuleSpec]:
     sizes = recipe.size_spans(networks.default_side)
     _check_sizes(sizes, networks.factor)
     load = UNetParts(networks, dtype, *_in_fp8(networks, recipe))
-    steps = model, load, dtype, recipe.unet_batches(), sizes, recipe.prompt_lengths()
+    batches = recipe.unet_batches(guided=3 if model.instructed else 2)
+    steps = model, load, dtype, batches, sizes, recipe.prompt_lengths()
     vae = VAEHalves(networks, half=dtype == torch.float16 and recipe.vae == "auto")
     return [
         _unet(*steps),

@@ -68,7 +68,14 @@ class Configs:
             zero_empty_negative=self.checkpoint.zero_empty_negative,
             step_cache=step_cache,
             scored=self.checkpoint.scored,
+            image_latents_scale=self._image_latents_scale(),
         )
+
+    def _image_latents_scale(self) -> float | None:
+        """See `Model`. InstructPix2Pix is told the VAE's own latents, CosXL's edit model scaled ones."""
+        if self.unet.in_channels != 2 * self.vae.latent_channels:
+            return None
+        return 1.0 if self.checkpoint.index.get("is_cosxl_edit") else 1 / self.vae.scaling_factor
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,7 @@ class Networks(Configs):
             step_cache=None if cache_branch is None else _step_cache(unet, cache_branch),
         )
         networks._check_pooled()
+        networks._check_alone()
         return replace(networks, controlnets=tuple(map(networks._fitting, checkpoint.controlnets)))
 
     def _check_pooled(self) -> None:
@@ -102,6 +110,14 @@ class Networks(Configs):
                 f"{self.checkpoint.source}: {self.text[-1]} gives {given} numbers of a prompt, and the U-Net "
                 f"takes {self.pooled_width} beside those of sizes; check requires_aesthetics_score in "
                 "model_index.json, which is true of SDXL's refiner alone"
+            )
+
+    def _check_alone(self) -> None:
+        """Raises `CheckpointError` for ControlNets beside an InstructPix2Pix U-Net: no pipeline has both."""
+        if self.checkpoint.controlnets and self._image_latents_scale() is not None:
+            raise CheckpointError(
+                f"{self.checkpoint.source}: an InstructPix2Pix U-Net is guided by the image that it edits; "
+                "leave ControlNets out"
             )
 
     def _fitting(self, added: ControlNetSource) -> ControlNetConfig:

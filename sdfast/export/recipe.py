@@ -359,11 +359,11 @@ class Recipe(_Part):
     def max_images(self) -> int:
         return self.batch if isinstance(self.batch, int) else max(self.batch)
 
-    def unet_batches(self) -> list[Span]:
-        """The U-Net's batches: a picture takes two rows with guidance, one without."""
+    def unet_batches(self, guided: int = 2) -> list[Span]:
+        """The U-Net's batches: a picture takes so many rows with guidance, one without."""
         if isinstance(self.batch, int):
-            return [Span(low=1, high=2 * self.batch)]
-        return [Span.exactly(rows) for rows in sorted({n * m for n in self.batch for m in (1, 2)})]
+            return [Span(low=1, high=guided * self.batch)]
+        return [Span.exactly(rows) for rows in sorted({n * m for n in self.batch for m in (1, guided)})]
 
     def prompt_lengths(self) -> list[Span]:
         """The tokens of the prompts that the U-Net is told of, a form for each span."""

@@ -32,6 +32,8 @@ _ABANDONED_SECONDS = 86_400.0
 
 _UNET = "model.diffusion_model."
 _FIRST_CONV = _UNET + "input_blocks.0.0.weight"
+_TASKS = {8: "InstructPix2Pix", 9: "Inpaint"}
+"""What U-Nets of more channels than the latents' are for, as diffusers' pipelines are named."""
 _CROSS_ATTENTION = _UNET + "input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
 _SDXL = "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias"
 _REFINER = "conditioner.embedders.0.model.transformer.resblocks.9.mlp.c_proj.bias"
@@ -101,19 +103,22 @@ def stock_configs(header: Header, source: str) -> dict[str, Any]:
     name = _stock_name(header.shapes, source)
     text = (resources.files("sdfast.export") / "stock" / f"{name}.json").read_text("utf-8")
     configs: dict[str, Any] = json.loads(text)
-    if header.shapes[_FIRST_CONV][1] == 9:
-        pipeline = configs["model_index.json"]["_class_name"].replace("Pipeline", "InpaintPipeline")
+    channels = header.shapes[_FIRST_CONV][1]
+    if channels in _TASKS:
+        pipeline = configs["model_index.json"]["_class_name"].replace(
+            "Pipeline", f"{_TASKS[channels]}Pipeline"
+        )
         configs["model_index.json"]["_class_name"] = pipeline
-        configs["unet/config.json"]["in_channels"] = 9
+        configs["unet/config.json"]["in_channels"] = channels
     scheduler = configs["scheduler/scheduler_config.json"]
     scheduler.update(_noise(header, scheduler["prediction_type"], source))
     return configs
 
 
 def _stock_name(shapes: Mapping[str, tuple[int, ...]], source: str) -> str:
-    if shapes[_FIRST_CONV][1] not in (4, 9):
+    if shapes[_FIRST_CONV][1] not in (4, *_TASKS):
         raise CheckpointError(
-            f"{source}: a U-Net of {shapes[_FIRST_CONV][1]} input channels is not supported; 4 or 9 are"
+            f"{source}: a U-Net of {shapes[_FIRST_CONV][1]} input channels is not supported; 4, 8 or 9 are"
         )
     if _REFINER in shapes:
         return "sdxl_refiner"

@@ -7,7 +7,7 @@ from sdfast.errors import RequestError
 from sdfast.first_latents import Over, check_edits, check_strength
 from sdfast.images import check_bytes, controls_from_bytes, from_bytes, mask_from_bytes
 from sdfast.noise import generator
-from sdfast.preparation import check_cached, check_channels, check_refined
+from sdfast.preparation import check_cached, check_channels, check_instructed, check_refined
 from sdfast.request import Request
 from sdfast.server.handover import check_handed, unpacked
 from sdfast.server.jobs import Job
@@ -18,6 +18,7 @@ def check_given(engine: Engine, job: Job) -> None:
     that it cannot do without."""
     height, width = job.request.height, job.request.width
     check_channels(engine.manifest.model, masked=job.mask is not None)
+    check_instructed(engine.manifest.model, job.request, over=job.over, masked=job.mask is not None)
     check_cached(engine.manifest.model, job.request)
     check_strength(job.request, over=job.over)
     check_refined(engine.manifest.model, over=job.over)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import sdfast
+from sdfast.call import DEFAULT_IMAGE_GUIDANCE
 from sdfast.engine import Engine
 from sdfast.errors import RequestError
 from sdfast.export.checkpoint import Checkpoint, silent
@@ -24,7 +25,7 @@ from sdfast.schedulers import Schedule, resolve, schedule
 from sdfast.validation import rule
 from sdfast.validation.control import control_images, control_settings, measure_control
 from sdfast.validation.counterpart import counterpart
-from sdfast.validation.inpainting import Scene, measure_told
+from sdfast.validation.inpainting import Scene, measure_edited, measure_told
 from sdfast.validation.metrics import psnr, ssim
 from sdfast.validation.modules import Stock, measure, scheduler_error, token_ids
 from sdfast.validation.pictures import Picture, Repetition, compare_picture, draw, repeat
@@ -104,8 +105,8 @@ def validate(
     stock()
     engine = _opened(engine, device)
     check_channels(engine.manifest.model, masked=True)
-    inpaints, scored = engine.manifest.model.inpaints, engine.manifest.model.scored
-    if inpaints or scored:
+    model = engine.manifest.model
+    if model.draws_over:
         check_edits(engine)
     tell("checkpoint")
     reference, notes = counterpart(engine, checkpoint)
@@ -120,11 +121,13 @@ def validate(
     first = requests[0][0]
     _guided_in(first, guidance_start, guidance_end)  # or else it would be refused at the end of a long run
     check_cached(engine.manifest.model, cached_in(first, cache_interval))
-    scene = Scene.make(first.height, first.width, masked=inpaints) if inpaints or scored else None
+    scene = Scene.make(first.height, first.width, masked=model.inpaints) if model.draws_over else None
     count = engine.manifest.model.controlnets
     control = control_images(count, first.height, first.width) if count else None
     trials = [_trial(engine, sides, own, scene, control, tell) for own in requests]
-    over = _over_trial(engine, sides, trials[0], scene, tell) if engine.manifest.edits else []
+    over = []
+    if engine.manifest.edits and not model.instructed:  # all that such a one draws is of one kind
+        over = _over_trial(engine, sides, trials[0], scene, tell)
     price = _price(engine, trials, guidance_start, guidance_end, tell)
     caching, cache = None, engine.step_cache
     if cache is not None and cache_interval > 1:
@@ -176,8 +179,9 @@ def _requests(
     prompts = _with_tokens(tokens) if prompts is None else tuple(prompts)
     if not prompts:
         raise RequestError("prompts: none given; give at least one")
-    strength = 1.0 if engine.manifest.model.inpaints or engine.manifest.model.scored else None
-    controlnets = engine.manifest.model.controlnets
+    model = engine.manifest.model
+    strength = 1.0 if model.inpaints or model.scored else None
+    controlnets = model.controlnets
     control = control_settings(controlnets) if controlnets else {}
     requests = [
         [
@@ -190,6 +194,7 @@ def _requests(
                 scheduler=name,
                 guidance_scale=float(guidance_scale),
                 strength=strength,
+                image_guidance_scale=DEFAULT_IMAGE_GUIDANCE if model.instructed else None,
                 seed=seed + i,
                 **control,
             )
@@ -334,6 +339,8 @@ def _judge(
     measured = measure(engine, sides, texts, runs, steps)
     if scene is not None and engine.manifest.model.inpaints:
         measured += measure_told(engine, sides, scene, trials[0].pictures)
+    if scene is not None and engine.manifest.model.instructed:
+        measured.append(measure_edited(engine, sides, scene, trials[0].pictures))
     if engine.manifest.model.controlled:
         measured += measure_control(engine, sides, trials[0].pictures)
     if engine.step_cache is not None:
@@ -374,7 +381,8 @@ def _same_time_ids(engine: Engine, picture: Picture) -> list[Check]:
     if truth is None:
         return []
     told, away = Pipeline(engine).told_sizes(picture.request, over=picture.over is not None)
-    own, due = [away, told][-len(truth) :], truth.float().tolist()  # the negative's first, where it is guided
+    rows = [away, told] if len(truth) < 3 else [told, away, away]  # an edited image's prompt comes first
+    own, due = rows[-len(truth) :], truth.float().tolist()  # the negative's first, where it is guided
     same, kind = own == due, "scores" if engine.manifest.model.scored else "target sizes"
     detail = f"sizes, crops and {kind} are told as stock tells them" if same else f"{own}, stock tells {due}"
     return [Check(name="time_ids", passed=same, detail=detail)]
@@ -395,7 +403,9 @@ def _setting(engine: Engine, reference: Checkpoint, request: Request, start: flo
     inpaints = manifest.model.inpaints
     controlled = manifest.model.controlled
     masked = True if inpaints else False if manifest.model.scored else None
-    stock_name = pipeline_class(reference.family, controlnet=controlled, masked=masked)
+    stock_name = pipeline_class(
+        reference.family, controlnet=controlled, masked=masked, instructed=manifest.model.instructed
+    )
     return Setting(
         engine=manifest.name,
         folder=str(engine.folder),
@@ -404,6 +414,7 @@ def _setting(engine: Engine, reference: Checkpoint, request: Request, start: flo
         fp8=len(manifest.fp8),
         inpaints=inpaints,
         refines=manifest.model.scored,
+        instructed=manifest.model.instructed,
         controlnet=", ".join(str(added.record()) for added in reference.controlnets) or None,
         device=str(engine.device),
         checkpoint=reference.source

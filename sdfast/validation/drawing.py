@@ -14,7 +14,7 @@ from sdfast.request import SCORES, TOLD_SIZES, Hires, Request, each
 from sdfast.schedulers import resolve
 from sdfast.validation.hooks import cached_steps, guided_steps
 from sdfast.validation.reading import as_given, embeddings, is_plain
-from sdfast.validation.reference import is_scored, pipeline_class, quiet, stock, tokenizers_of
+from sdfast.validation.reference import is_instructed, is_scored, pipeline_class, quiet, stock, tokenizers_of
 
 INPAINTED_CHANNELS = (4, 9)  # of the U-Nets that diffusers' inpainting pipelines take
 
@@ -49,7 +49,7 @@ def generate(
         )
     if request.hires is not None:
         return _generate_twice(pipe, request, request.hires, scheduler, output_type, cache_branch)
-    drawing = pipe if over is None else _pipeline_over(pipe, request, over)
+    drawing = pipe if over is None or is_instructed(pipe) else _pipeline_over(pipe, request, over)
     own = drawing.scheduler
     drawing.scheduler = scheduler or stock_scheduler(pipe, request.scheduler)
     try:
@@ -119,6 +119,8 @@ def _over_arguments(request: Request, rows: range, over: Over) -> dict[str, Any]
     run: dict[str, Any] = {"image": over.image[[i % len(over.image) for i in rows]]}
     if request.strength is not None:
         run["strength"] = request.strength
+    if request.image_guidance_scale is not None:
+        run["image_guidance_scale"] = request.image_guidance_scale
     if over.mask is not None:
         run |= {"mask_image": over.mask[[i % len(over.mask) for i in rows]]}
         run |= {"height": request.height, "width": request.width}
@@ -150,7 +152,7 @@ def _generate_one(
     cache_branch: int | None = None,
 ) -> Any:
     """The pictures of one prompt: diffusers takes a missing negative prompt for all prompts or for none."""
-    count, sdxl = request.num_images_per_prompt, hasattr(pipe, "text_encoder_2")
+    count = request.num_images_per_prompt
     rows = range(index * count, (index + 1) * count)
     seeds = [request.seeds[i] for i in rows]
     run: dict[str, Any] = {"num_inference_steps": request.num_inference_steps}
@@ -167,38 +169,43 @@ def _generate_one(
         run |= _over_arguments(request, rows, over)
     if control is not None:
         run |= _control_arguments(request, rows, control, over)
-    if "guidance_rescale" in inspect.signature(pipe.__call__).parameters:
-        run["guidance_rescale"] = request.guidance_rescale
-    if is_plain(request):
-        texts = {"prompt": request.prompts[index], "negative_prompt": request.negative_prompts[index]}
-        run |= {name: as_given(tokenizers_of(pipe)[0], text) for name, text in texts.items()}
-        if sdxl:
-            # as lists, in which diffusers takes an empty text for one
-            seconds = {
-                "prompt_2": request.pairs[index][1],
-                "negative_prompt_2": request.negative_pairs[index][1],
-            }
-            run |= {
-                name: None if text is None else [as_given(pipe.tokenizer_2, text)]
-                for name, text in seconds.items()
-            }
-    else:
-        run |= embeddings(pipe, request, index)
-    if sdxl:
-        run |= {name: getattr(request, name) for name in TOLD_SIZES}
-    if is_scored(pipe):
-        run |= {name: getattr(request, name) for name in SCORES}
+    run |= _text_arguments(pipe, request, index) if is_plain(request) else embeddings(pipe, request, index)
+    run |= _model_arguments(pipe, request)
     run |= _ends(pipe, request)
     with guided_steps(pipe, request), cached_steps(pipe, request.cache_interval, cache_branch):
         return pipe(
             guidance_scale=request.guidance_scale,
             num_images_per_prompt=count,
             eta=request.eta,
-            clip_skip=request.clip_skip,
             generator=[generator(seed) for seed in seeds],
             output_type=output_type,
             **run,
         ).images
+
+
+def _text_arguments(pipe: Any, request: Request, index: int) -> dict[str, Any]:
+    """Prompt `index` and its negative, which the stock pipeline reads by itself."""
+    texts = {"prompt": request.prompts[index], "negative_prompt": request.negative_prompts[index]}
+    told: dict[str, Any] = {name: as_given(tokenizers_of(pipe)[0], text) for name, text in texts.items()}
+    if hasattr(pipe, "text_encoder_2"):
+        # as lists, in which diffusers takes an empty text for one
+        seconds = {"prompt_2": request.pairs[index][1], "negative_prompt_2": request.negative_pairs[index][1]}
+        for name, text in seconds.items():
+            told[name] = None if text is None else [as_given(pipe.tokenizer_2, text)]
+    return told
+
+
+def _model_arguments(pipe: Any, request: Request) -> dict[str, Any]:
+    """What some stock pipelines take, and others do not. Raises `RequestError` for what this one lacks."""
+    taken = inspect.signature(pipe.__call__).parameters
+    if request.clip_skip is not None and "clip_skip" not in taken:
+        raise RequestError(f"clip_skip: diffusers' {type(pipe).__name__} takes none; draw with an engine")
+    names = ["guidance_rescale", "clip_skip"]
+    if hasattr(pipe, "text_encoder_2"):
+        names += TOLD_SIZES
+        names += ["height", "width"] if is_instructed(pipe) else []
+    names += SCORES if is_scored(pipe) else []
+    return {name: getattr(request, name) for name in names if name in taken}
 
 
 def _whole(timestep: float) -> float:

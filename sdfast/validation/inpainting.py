@@ -78,6 +78,23 @@ def measure_told(
     )
 
 
+def measure_edited(engine: Engine, stock: Stock, scene: Scene, pictures: Sequence[Picture]) -> Measured:
+    """The latents of the edited image that the engine tells its U-Net, against those of stock.
+
+    pictures: of the scene; their float32 runs hold the inputs of the first step, the prompt's row first.
+    """
+    channels = engine.manifest.model.latent_channels
+    truths = [picture.truth.steps[0].sample[0, channels:] for picture in pictures]
+    told = [_told(engine, scene, picture, truth) for picture, truth in zip(pictures, truths, strict=True)]
+    own, stand_in = stock_vae_like(engine, stock, "vae_encoder")
+    same, scale = None, engine.manifest.model.image_latents_scale or 1.0
+    if own is not None:
+        by_stock = stock_moments(own, scene.image)[0, 0] * scale
+        same = compare((by_stock, truth) for truth in truths)
+    error = compare(zip(told, truths, strict=True))
+    return Measured("edited_image", "latents that the U-Net is told", error, same, stand_in)
+
+
 def _told(engine: Engine, scene: Scene, picture: Picture, truth: Tensor) -> Tensor:
     """[1 + C, h, w] float32, like `truth`; NaN where the encoder gives no numbers."""
     try:

@@ -25,7 +25,8 @@ class Control:
 
 @dataclass(frozen=True)
 class StepInputs:
-    """What the stock U-Net is given in step `index`. B is 2 with guidance: negative prompt, then prompt.
+    """What the stock U-Net is given in step `index`. B is 2 with guidance: negative prompt, then prompt; and
+    3 where an image is edited: prompt and image, image, neither.
 
     sample: [B, C, h, w], scaled for the network. hidden_states: [B, L, D].
     conditions: text_embeds [B, P] and time_ids [B, 6] (SDXL; [B, 5] its refiner), timestep_cond [B, W]
@@ -57,7 +58,7 @@ class StepOutputs:
 
 @dataclass
 class Run:
-    """One picture by the stock pipeline. over: whether it was drawn over an image; masked: over a part of it.
+    """One picture by the stock pipeline. over: whether it began with an image; masked: over a part of it.
 
     latents, outputs: after each evaluation of the network, [1, C, h, w] float32: the latents, and the guided
     model output that led to them. steps: the inputs of the steps that were asked for. scales: of what each
@@ -88,7 +89,8 @@ def observed_run(
 
     over: what it is drawn over. control: the control images of a pipeline with N ControlNets, [1, N 3, H, W].
     """
-    run = Run(request.seed, over is not None, masked=over is not None and over.mask is not None)
+    drawn_over = over is not None and request.image_guidance_scale is None
+    run = Run(request.seed, drawn_over, masked=over is not None and over.mask is not None)
     scheduler = _watched_scheduler(stock_scheduler(pipe, request.scheduler), run)
     asked = {"scheduler": scheduler, "output_type": "pt", "over": over, "control": control}
     with _watched(step_networks(pipe), run, wanted):

@@ -32,13 +32,18 @@ if TYPE_CHECKING:
     from sdfast.export.lora import Lora
 
 TASKS = {None: "", False: "Img2Img", True: "Inpaint"}  # of nothing, over an image, and with a mask
+_INSTRUCTED = "InstructPix2Pix"
 _ADAPTER = "sdfast"  # what diffusers is to call a LoRA while it is loaded
 _VARIANT = re.compile(r"\.(\w+?)(?:-\d+-of-\d+)?\.safetensors$")
 
 
-def pipeline_class(family: str, *, controlnet: bool = False, masked: bool | None = None) -> str:
-    """The name of diffusers' pipeline. masked: whether what it draws over has a mask; None: over nothing."""
-    parts = ("XL" * (family == "sdxl"), "ControlNet" * controlnet, TASKS[masked])
+def pipeline_class(
+    family: str, *, controlnet: bool = False, masked: bool | None = None, instructed: bool = False
+) -> str:
+    """The name of diffusers' pipeline. masked: whether what it draws over has a mask; None: over nothing.
+    instructed: of one that edits an image as the prompt says."""
+    task = _INSTRUCTED if instructed else TASKS[masked]
+    parts = ("XL" * (family == "sdxl"), "ControlNet" * controlnet, task)
     return f"StableDiffusion{''.join(parts)}Pipeline"
 
 
@@ -86,6 +91,7 @@ def reference_pipeline(
         checkpoint.family,
         controlnet=bool(checkpoint.controlnets),
         masked=False if checkpoint.scored else None,
+        instructed=_edits(checkpoint),
     )
     with quiet():
         if checkpoint.controlnets:
@@ -137,6 +143,17 @@ def tokenizers_of(pipe: Any) -> list[Any]:
     """A pipeline's tokenizers: SDXL's refiner has the second alone."""
     found = (getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2"))
     return [tokenizer for tokenizer in found if tokenizer is not None]
+
+
+def is_instructed(pipe: Any) -> bool:
+    """Whether it is a pipeline that edits an image as the prompt says."""
+    return _INSTRUCTED in type(pipe).__name__
+
+
+def _edits(checkpoint: Checkpoint) -> bool:
+    parts = checkpoint.components
+    channels = int(parts["vae"].config.get("latent_channels", 4))
+    return int(parts["unet"].config.get("in_channels", 4)) == 2 * channels
 
 
 def is_scored(pipe: Any) -> bool:

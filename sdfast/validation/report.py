@@ -118,9 +118,9 @@ class Setting(_Part):
     """What was compared, how, and where.
 
     fp8: how many layers of the engine's U-Net are in FP8. inpaints: whether all pictures were drawn over the
-    masked part of one image; refines: over the whole of it. controlnet: that all were drawn with, under one
-    control image. loras: that were merged into the engine, and fused into the reference, each with its scale.
-    embeddings: that both know.
+    masked part of one image; refines: over the whole of it; instructed: whether all edit it. controlnet: that
+    all were drawn with, under one control image. loras: that were merged into the engine, and fused into the
+    reference, each with its scale. embeddings: that both know.
     """
 
     engine: str
@@ -130,6 +130,7 @@ class Setting(_Part):
     fp8: int = 0
     inpaints: bool = False
     refines: bool = False
+    instructed: bool = False
     controlnet: str | None = None
     device: str
     checkpoint: str
@@ -232,7 +233,7 @@ class Report(_Part):
             *(f"with embedding {embedding}" for embedding in setting.embeddings),
             f"{setting.width}x{setting.height}, {setting.steps} steps, guidance {setting.guidance_scale:g}, "
             f"seed {setting.seed}{', over the masked part of one image' * setting.inpaints}"
-            f"{', over one image' * setting.refines}",
+            f"{', over one image' * setting.refines}{', each edits one image' * setting.instructed}",
             "",
             *_columns(_MODULE_HEAD, [_module_line(module) for module in self.modules]),
             "",

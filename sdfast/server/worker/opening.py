@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from sdfast.call import Given
+from sdfast.call import Given, asked_over
 from sdfast.engine import Engine
 from sdfast.errors import SdfastError
 from sdfast.first_latents import Over, encoded
@@ -47,8 +47,9 @@ def warm_up(engine: Engine) -> None:
         nothing = _nothing(request)
         control = nothing.image.repeat(1, model.controlnets, 1, 1) if model.controlled else None
         try:
-            if model.inpaints or model.scored:
-                request = request.model_copy(update={"strength": 1.0})
+            if model.draws_over:
+                asked = asked_over(model, nothing, 1.0 if not model.instructed else None, None, None)
+                request = request.model_copy(update=asked)
                 over = nothing if model.inpaints else Over(nothing.image)
                 pipe.generate(request, Given(over=over, control=control))
                 continue
