@@ -149,7 +149,7 @@ class EngineInfo:
     their tokens, of how many vectors they are; text_width: of one, for all text encoders together.
     controlnets: names of its ControlNets, in their order, by which AUTOMATIC1111's clients know them.
     step_cache: whether it takes a `cache_interval`. refines: whether it is SDXL's refiner, whose jobs all
-    have an image.
+    have an image. instructed: whether its jobs all have one to edit, and `image_guidance_scale`.
     """
 
     name: str
@@ -167,6 +167,7 @@ class EngineInfo:
     controlnets: tuple[str, ...] = ()
     step_cache: bool = False
     refines: bool = False
+    instructed: bool = False
 
     @property
     def controlled(self) -> bool:

@@ -49,6 +49,7 @@ _FIELDS = {
     "width": "size",
     "num_images_per_prompt": "n",
     "hires": "enable_hr",
+    "image_guidance_scale": "image_cfg_scale",
 }
 """The API's names of a `sdfast.request.Request`'s fields, where they are others."""
 
@@ -188,8 +189,8 @@ async def answer_bug(request: Request, error: Exception) -> Response:
 def _field(message: str, fields: Collection[str]) -> str | None:
     """The API's name of the field that a message starts with."""
     match = _FIELD.match(message)
-    name = _FIELDS.get(match[1], match[1]) if match else None
-    return name if name in fields else None
+    names = (match[1], _FIELDS.get(match[1])) if match else ()
+    return next((name for name in names if name in fields), None)
 
 
 def _text(value: str | None) -> str | None:

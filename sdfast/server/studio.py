@@ -129,6 +129,7 @@ def info_of(manifest: Manifest) -> EngineInfo:
         text_width=manifest.model.text_width,
         step_cache=manifest.model.step_cache is not None,
         refines=manifest.model.scored,
+        instructed=manifest.model.instructed,
     )
 
 

@@ -33,6 +33,7 @@ def engine(
     controlnets: tuple[str, ...] = (),
     step_cache: bool = False,
     refines: bool = False,
+    instructed: bool = False,
 ) -> EngineInfo:
     digest = name.encode().hex().ljust(64, "0")
     return EngineInfo(
@@ -42,6 +43,7 @@ def engine(
         controlnets=controlnets,
         step_cache=step_cache,
         refines=refines,
+        instructed=instructed,
     )
 
 

@@ -293,6 +293,19 @@ async def test_an_image_is_drawn_over(api: Client, studio: FakeStudio) -> None:
     assert told["parameters"]["init_images"] == [coded(RED)] and told["images"] == []
 
 
+async def test_an_image_is_edited_by_an_engine_for_that(api: Client, studio: FakeStudio) -> None:
+    studio.engines = {"tiny": engine(instructed=True)}
+    for given in ({}, {"image_cfg_scale": 2, "denoising_strength": 0.3}):
+        await api.post("img2img", init_images=[coded(RED)], seed=3, **given)
+    asked = [(job.request.image_guidance_scale, job.request.strength) for job in studio.jobs]
+    assert asked == [(1.5, None), (2.0, None)]
+    refusal = await api.refused("img2img", 422, init_images=[coded(RED)], image_cfg_scale=0.5)
+    assert refusal.startswith("image_cfg_scale: ")
+    studio.engines = {"tiny": engine()}
+    await api.post("img2img", init_images=[coded(RED)], image_cfg_scale=0.5)  # clients send it always
+    assert studio.jobs[-1].request.image_guidance_scale is None
+
+
 async def test_an_image_of_another_size_is_resized_or_cropped(api: Client, studio: FakeStudio) -> None:
     wide = Image.new("RGB", (256, 64), "red")
     wide.paste("blue", (96, 0, 160, 64))

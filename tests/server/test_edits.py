@@ -188,6 +188,21 @@ async def test_a_refiner_draws_over_images_alone(sdk: openai.AsyncOpenAI, studio
     assert [model.to_dict()["refines"] for model in models] == [True, False]
 
 
+async def test_an_engine_that_edits_as_told(sdk: openai.AsyncOpenAI, studio: FakeStudio) -> None:
+    studio.engines = {"edits": engine("edits", instructed=True), "base": engine("base")}
+    with pytest.raises(openai.UnprocessableEntityError, match=r"edits images as told.*here are: base"):
+        await sdk.images.generate(prompt="a", model="edits")
+    for extra in ({}, {"image_guidance_scale": 2.5}):
+        await sdk.images.edit(image=png(NOISE), prompt="a", model="edits", extra_body=extra)
+    asked = [(job.request.image_guidance_scale, job.request.strength) for job in studio.jobs]
+    assert asked == [(1.5, None), (2.5, None)]
+    with pytest.raises(openai.UnprocessableEntityError, match="image_guidance_scale"):
+        await sdk.images.edit(
+            image=png(NOISE), prompt="a", model="edits", extra_body={"image_guidance_scale": 0.5}
+        )
+    assert [model.to_dict()["instructed"] for model in (await sdk.models.list()).data] == [True, False]
+
+
 async def test_a_client_that_leaves_ends_its_job(sdk: openai.AsyncOpenAI, studio: FakeStudio) -> None:
     studio.hang = True
     call = asyncio.create_task(sdk.images.edit(image=png(NOISE), **CALL))

@@ -500,6 +500,13 @@ def test_an_image_is_drawn_over_where_the_engine_takes_one(
         page["image-remove"].click()
         page.draw()
         assert studio.jobs[3].image is None and studio.jobs[3].request.strength is None
+        studio.engines["tiny"] = replace(engine(), instructed=True)
+        page.load()
+        page.fill(model="tiny")
+        page["image"].send_keys(str(tmp_path / "image.png"))
+        wait_until(lambda: page.seen("image_guidance_scale-field") and not page.seen("strength-field"))
+        page.draw(image_guidance_scale=2.5)
+        assert studio.jobs[4].request.image_guidance_scale == 2.5 and studio.jobs[4].request.strength is None
 
 
 def test_an_engine_of_a_range_of_sizes_takes_any_in_it(page: Page, studio: FakeStudio) -> None:

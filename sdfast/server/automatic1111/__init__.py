@@ -12,6 +12,8 @@ What is asked for is done or refused by name, never ignored. A field that means 
   `emphasis`, of a request), and change between steps as `[from:to:when]` and `[this|that]` say, which count
   steps as there. AND adds prompts up; with a CFG scale of 1 or less, where there is no negative prompt here,
   it is refused, and so is `<lora:…>`. Seeds make other pictures than there, which draws its noise on the GPU.
+- Engines of InstructPix2Pix edit the image of img2img; image_cfg_scale, 1.5 if left out, is how much that
+  guides. They draw from noise alone, whatever denoising_strength says, and take no mask.
 - img2img does `int(steps * denoising_strength)` steps, as diffusers does; AUTOMATIC1111 does one more.
 - enable_hr draws over the picture at a second size, one of the engine's too, as there: `hr_second_pass_steps`
   are all done, and each picture's noise begins anew from its seed. Pictures that an image upscaler enlarges

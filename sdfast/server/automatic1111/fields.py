@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
+from sdfast.call import DEFAULT_IMAGE_GUIDANCE
 from sdfast.errors import RequestError
 from sdfast.experts import SWITCH_AT
 from sdfast.request import (
@@ -189,7 +190,7 @@ class Generation(BaseModel):
             scheduler=scheduler,
             guidance_scale=GUIDANCE if self.cfg_scale is None else self.cfg_scale,
             eta=eta,
-            strength=self.strength,
+            **self.over(engine),
             num_images_per_prompt=self.images,
             clip_skip=clip_skip_of(self.override_settings or {}, engine),
             long_prompts="chunk",
@@ -205,10 +206,9 @@ class Generation(BaseModel):
         """The share of the denoising at which it does."""
         return SWITCH_AT if self.refiner_switch_at is None else self.refiner_switch_at
 
-    @property
-    def strength(self) -> float | None:
-        """`Request.strength`; None without an image."""
-        return None
+    def over(self, engine: EngineInfo) -> Mapping[str, float]:
+        """`Request`'s fields of an image; none without one."""
+        return {}
 
     def size(self, engine: EngineInfo) -> tuple[int, int]:
         """`Request`'s height and width."""
@@ -328,8 +328,8 @@ class TextToImage(Generation):
 
 
 class ImageToImage(Generation):
-    """`/img2img`. What is said of a mask means something with one only; image_cfg_scale, with checkpoints
-    that edit by instruction, which are not here."""
+    """`/img2img`. What is said of a mask means something with one only. image_cfg_scale means something with
+    engines that edit images as the prompt says alone, and denoising_strength nothing there."""
 
     denoising_strength: float | None = Field(default=None, ge=0, le=1, validate_default=True)
     init_images: list[str]
@@ -385,9 +385,11 @@ class ImageToImage(Generation):
             )
         return mask
 
-    @property
-    def strength(self) -> float:
-        return _strength(self.denoising_strength)
+    def over(self, engine: EngineInfo) -> Mapping[str, float]:
+        if engine.instructed:
+            guidance = self.image_cfg_scale
+            return {"image_guidance_scale": DEFAULT_IMAGE_GUIDANCE if guidance is None else guidance}
+        return {"strength": _strength(self.denoising_strength)}
 
     @property
     def blur(self) -> tuple[int, int]:

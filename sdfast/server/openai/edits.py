@@ -81,7 +81,7 @@ def _engine_of(asked: Edit, desk: Desk) -> EngineInfo:
 def _order(asked: Edit, form: Form, engine: EngineInfo, desk: Desk) -> Order:
     """Takes processor time. Raises `Problem`."""
     image, mask = _opened(form)
-    asked = asked.over(masked=mask is not None)
+    asked = asked.over(masked=mask is not None, instructed=engine.instructed)
     controls = _controls(form)
     asked = asked.under_control([not one for one in controls]) if controls else asked
     request = asked.request(image.height, image.width)

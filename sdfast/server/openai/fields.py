@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
+from sdfast.call import DEFAULT_IMAGE_GUIDANCE
 from sdfast.emphasis import Emphasis
 from sdfast.errors import RequestError
 from sdfast.request import Request, check_text
@@ -176,13 +177,23 @@ class Generation(BaseModel):
 
 
 class Edit(Generation):
-    """The texts of a form. strength: how much of the image is drawn over, 1.0 all of it."""
+    """The texts of a form. strength: how much of the image is drawn over, 1.0 all of it.
+    image_guidance_scale: in its place, of an engine that edits images as the prompt says."""
 
     strength: float | None = Field(default=None, gt=0.0, le=1.0)
+    image_guidance_scale: float | None = None
     input_fidelity: str | None = None
 
-    def over(self, masked: bool) -> Self:
-        """With a strength, where none is given the one that diffusers' pipelines have."""
+    def over(self, masked: bool, instructed: bool) -> Self:
+        """With a strength, or for an engine that edits images a guidance, where none is given those that
+        diffusers' pipelines have."""
+        if instructed:
+            guidance = self.image_guidance_scale
+            if guidance is None and self.strength is None:
+                guidance = DEFAULT_IMAGE_GUIDANCE
+            return self.model_copy(update={"image_guidance_scale": guidance})
+        if self.image_guidance_scale is not None:
+            return self  # which is refused by name
         default = MASKED_STRENGTH if masked else STRENGTH
         return self.model_copy(update={"strength": self.strength or default})
 
@@ -202,6 +213,7 @@ _SAME = {
     "emphasis",
     "prompt_editing",
     "strength",
+    "image_guidance_scale",
     "controlnet_conditioning_scale",
     "control_guidance_start",
     "control_guidance_end",
@@ -217,13 +229,15 @@ def check_area(request: Request) -> None:
 
 
 def check_begins(engine: EngineInfo, engines: Mapping[str, EngineInfo]) -> None:
-    """Raises `Problem` for an engine that only goes on with pictures."""
-    if engine.refines:
-        able = ", ".join(name for name, info in engines.items() if not info.refines) or "none"
+    """Raises `Problem` for an engine that only goes on with pictures, or edits them."""
+    if engine.refines or engine.instructed:
+        begin = (name for name, info in engines.items() if not (info.refines or info.instructed))
+        able = ", ".join(begin) or "none"
+        does = "is SDXL's refiner, which draws over images" if engine.refines else "edits images as told"
         raise Problem(
             422,
-            f"model: {engine.name} is SDXL's refiner, which draws over images: send one to /v1/images/edits, "
-            f"or take another engine; here are: {able}",
+            f"model: {engine.name} {does}: send one to /v1/images/edits, or take another engine; here are: "
+            f"{able}",
             param="model",
             code="unsupported_model",
         )

@@ -57,6 +57,7 @@ def _abilities(engine: EngineInfo) -> dict[str, Any]:
         "controlnets": engine.controlnets,
         "step_cache": engine.step_cache,
         "refines": engine.refines,
+        "instructed": engine.instructed,
     }
 
 

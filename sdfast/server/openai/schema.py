@@ -5,6 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from sdfast.call import DEFAULT_IMAGE_GUIDANCE
 from sdfast.request import MAX_CONTROL, MAX_GUIDANCE, MAX_PROMPT, MAX_STEPS, SEED_LIMIT
 from sdfast.server.openai.fields import (
     CONTROL_IMAGE,
@@ -103,6 +104,12 @@ _SAID: Mapping[str, dict[str, Any]] = {
         "description": "How much of the image is drawn over, 1 all of it; "
         f"{STRENGTH} when left out, {MASKED_STRENGTH} with a mask."
     },
+    "image_guidance_scale": {
+        "description": "Of an engine that edits images as the prompt says (InstructPix2Pix), in the place of "
+        f"strength: how much the image guides; {DEFAULT_IMAGE_GUIDANCE:g} when left out.",
+        "minimum": 1,
+        "maximum": MAX_GUIDANCE,
+    },
     "user": {"description": "Checked and forgotten."},
     "safety_identifier": {"description": "Checked and forgotten."},
 }
@@ -169,6 +176,7 @@ class Model(_Shape):
     controlnets: list[str]
     step_cache: bool
     refines: bool
+    instructed: bool
 
 
 class Models(_Shape):

@@ -10,9 +10,15 @@ const OTHER = "other";
 const READING = ["long_prompts", "emphasis"];
 const PLAIN = [
   "prompt", "negative_prompt", ...READING, "prompt_editing", "cache_interval", "scheduler", "n",
-  "num_inference_steps", "guidance_scale", "strength",
+  "num_inference_steps", "guidance_scale", "strength", "image_guidance_scale",
 ];
-const NUMBERS = { num_inference_steps: "Steps", guidance_scale: "Guidance", n: "Pictures", strength: "Strength" };
+const NUMBERS = {
+  num_inference_steps: "Steps",
+  guidance_scale: "Guidance",
+  n: "Pictures",
+  strength: "Strength",
+  image_guidance_scale: "Image guidance",
+};
 
 /** Fill the choices, recall what was chosen last, and keep what is chosen from now on. */
 export function setUp(engines, known) {
@@ -30,7 +36,7 @@ export function setUp(engines, known) {
   const fit = () => {
     const engine = engines.find(({ id }) => id === element("model").value);
     offerSizes(engine);
-    image.offer(engine.edits);
+    image.offer(engine);
     control.offer(engine.controlnets);
     element("cache_interval-field").hidden = !engine.step_cache;
   };
@@ -64,7 +70,7 @@ export function read() {
   body.size = size();
   for (const name of ["num_inference_steps", "guidance_scale"]) body[name] = number(name);
   body.scheduler = element("scheduler").value;
-  if (image.chosen()) body.strength = number("strength");
+  if (image.chosen()) body[image.measure()] = number(image.measure());
   const scale = control.scale();
   if (scale !== null) body.controlnet_conditioning_scale = scale;
   if (seeding() === "fixed") body.seed = seed();

@@ -15,6 +15,7 @@ const NAMES = {
   prompt_editing: "Prompt editing",
   cache_interval: "Whole steps, one in",
   strength: "Strength",
+  image_guidance_scale: "Image guidance",
   controlnet_conditioning_scale: "ControlNet scale",
   seed: "Seed",
   model: "Engine",

@@ -3,15 +3,22 @@
 const element = (id) => document.getElementById(id);
 let file = null;
 let able = false;
+let instructed = false;
 
 /** The file, or null. */
 export const chosen = () => (able ? file : null);
 
-/** edits: whether the engine takes images. What was chosen stays for one that does. */
-export function offer(edits) {
-  able = edits;
+/** The field that says how much of the image is left. */
+export const measure = () => (instructed ? "image_guidance_scale" : "strength");
+
+/** Whether an engine takes images, or edits them as it is told. What was chosen stays for one that does. */
+export function offer(engine) {
+  able = engine.edits;
+  instructed = engine.instructed;
   element("image-field").hidden = !able;
-  element("strength-field").hidden = !chosen();
+  for (const field of ["strength", "image_guidance_scale"]) {
+    element(`${field}-field`).hidden = !chosen() || measure() !== field;
+  }
 }
 
 /** changed: called whenever another image is chosen, or none. */
@@ -25,7 +32,7 @@ export function setUp(changed) {
   };
   receive(parts, (given) => {
     file = given;
-    offer(able);
+    offer({ edits: able, instructed });
     changed();
   });
 }
