@@ -170,7 +170,9 @@ def test_other_engines_have_no_use_for_it(sd_engine: Path) -> None:
 
 def test_it_is_validated_and_served_and_drawn(pair: tuple[Any, Any], tmp_path: Path) -> None:
     engine = pair[1].engine
-    assert read_manifest(engine.folder).model.image_latents_scale == pytest.approx(1 / 0.18215, rel=0.5)
+    manifest, scale = read_manifest(engine.folder), pair[0].vae.config.scaling_factor
+    assert manifest.model.image_latents_scale == pytest.approx(1 / scale)
+    assert manifest.modules["unet"].variants[0].batch.high == 3 * manifest.max_images
     report = validate(engine, prompts=[PROMPT], steps=3)
     assert report.passed, report.table()
     assert "InstructPix2PixPipeline" in report.setting.reference and "each edits one image" in report.table()

@@ -104,6 +104,11 @@ def stock_configs(header: Header, source: str) -> dict[str, Any]:
     text = (resources.files("sdfast.export") / "stock" / f"{name}.json").read_text("utf-8")
     configs: dict[str, Any] = json.loads(text)
     channels = header.shapes[_FIRST_CONV][1]
+    if channels == 8 and name.startswith("sdxl"):
+        raise CheckpointError(
+            f"{source}: an SDXL U-Net that edits images, of which the file does not say what it is told of "
+            "them; give a diffusers folder, whose model_index.json says is_cosxl_edit or not"
+        )
     if channels in _TASKS:
         pipeline = configs["model_index.json"]["_class_name"].replace(
             "Pipeline", f"{_TASKS[channels]}Pipeline"

@@ -646,6 +646,9 @@ def test_stock_configs_follow_what_the_file_says() -> None:
     inpainting = single_file.stock_configs(shapes(first=(320, 9, 3, 3)), "x")
     assert inpainting["model_index.json"]["_class_name"] == "StableDiffusionInpaintPipeline"
     assert inpainting["unet/config.json"]["in_channels"] == 9
+    edits = single_file.stock_configs(shapes(first=(320, 8, 3, 3)), "x")
+    assert edits["model_index.json"]["_class_name"] == "StableDiffusionInstructPix2PixPipeline"
+    assert edits["unet/config.json"]["in_channels"] == 8
     assert (
         single_file.stock_configs(shapes(), "x")["scheduler/scheduler_config.json"]["prediction_type"]
         == "epsilon"
@@ -666,6 +669,7 @@ def test_stock_configs_follow_what_the_file_says() -> None:
     ("header", "words"),
     [
         (shapes(first=(320, 7, 3, 3)), "7 input channels"),
+        (shapes(first=(320, 8, 3, 3), sdxl=(1280,)), "says is_cosxl_edit or not"),
         (shapes(cross=(320, 512)), "none of SD 1.x, SD 2.x, SDXL"),
         (single_file.Header(shapes().shapes, "F16", {"modelspec.predict_key": "x0"}), "prediction type 'x0'"),
     ],
