@@ -207,6 +207,7 @@ class _Side:
             **({"strength": 1.0} if model.inpaints or model.scored else {}),
             **({"image_guidance_scale": DEFAULT_IMAGE_GUIDANCE} if model.instructed else {}),
             **({"controlnet_conditioning_scale": DEFAULT_SCALE} if model.controlled else {}),
+            "loras": dict.fromkeys(model.loras, 1.0),
         }
         self.given = _given(engine, height, width)
 

@@ -6,6 +6,7 @@ What is not supported is refused by name.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -68,6 +69,7 @@ class DiffusersCall(ABC):
     """A pipeline that draws requests, to be called as diffusers' pipelines are."""
 
     engine: Engine
+    _loras: Mapping[str, Any] = MappingProxyType({})  # how much of LoRAs is added where a call does not say
 
     @abstractmethod
     def generate(
@@ -132,6 +134,7 @@ class DiffusersCall(ABC):
         long_prompts: str = "truncate",
         emphasis: str | None = None,
         prompt_editing: bool = False,
+        loras: Mapping[str, float | tuple[float, float]] | None = None,
         hires: Hires | Mapping[str, Any] | None = None,
         **refused: Any,
     ) -> Any:
@@ -148,6 +151,8 @@ class DiffusersCall(ABC):
             "ignore"; by default brackets are text. See `sdfast.emphasis`.
         prompt_editing: whether `[from:to:when]` and `[this|that]` change the prompts between steps, as with
             AUTOMATIC1111; see `sdfast.editing`.
+        loras: how much is added of each LoRA that the engine has for requests to choose, `{"oil": 0.8}`; or
+            two numbers, how much in the text encoders and how much in the U-Net; default: nothing.
         hires: a second pass over the pictures at another size, such as `{"height": 1024, "width": 1024,
             "strength": 0.5}`; see `sdfast.request.Hires`. Steps are counted, and told, in each pass anew;
             pictures that are interrupted in the first one stay at its size.
@@ -242,6 +247,7 @@ class DiffusersCall(ABC):
             "long_prompts": long_prompts,
             "emphasis": emphasis,
             "prompt_editing": prompt_editing,
+            "loras": dict(self._loras if loras is None else loras),
             "hires": Hires.make(**hires) if isinstance(hires, Mapping) else hires,
         }
         if seed is not None:

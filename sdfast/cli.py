@@ -112,6 +112,14 @@ def main(debug: bool) -> None:
     "up, in place of the recipe's. [default scale: 1]",
 )
 @click.option(
+    "--lora-on-request",
+    "on_request",
+    multiple=True,
+    metavar="SOURCE[=NAME]",
+    help="Put a LoRA beside the weights, of which each request says how much is added. Repeatable. "
+    "[default name: its file's]",
+)
+@click.option(
     "--controlnet",
     multiple=True,
     metavar="SOURCE",
@@ -138,6 +146,7 @@ def export(
     height: int | None,
     width: int | None,
     loras: tuple[str, ...],
+    on_request: tuple[str, ...],
     controlnet: tuple[str, ...],
     embeddings: tuple[str, ...],
     **fields: Any,
@@ -146,7 +155,8 @@ def export(
     of `optimum-cli export onnx` is one too.
 
     The scale of a LoRA is the number after the last "=". A source that itself ends so, such as a file named
-    "a=2", needs one: "a=2=1". Likewise the token of an embedding is what follows the last "=".
+    "a=2", needs one: "a=2=1". Likewise the token of an embedding, and the name of a LoRA for requests, is
+    what follows the last "=".
     """
     from sdfast.export.build import export as build
     from sdfast.export.recipe import Recipe
@@ -154,8 +164,8 @@ def export(
     given = {name: value for name, value in fields.items() if value is not None}
     if controlnet:
         given["controlnet"] = controlnet
-    if loras:
-        given["loras"] = [_lora(text) for text in loras]
+    if loras or on_request:
+        given["loras"] = [*map(_lora, loras), *map(_lora_on_request, on_request)]
     if embeddings:
         given["embeddings"] = [_embedding(text) for text in embeddings]
     if (height is None) != (width is None):
@@ -253,6 +263,13 @@ def rebuild(engine: Path, checkpoint: str | None) -> None:
     "--control-start", type=float, multiple=True, help="From this share of the steps on. [default: 0]"
 )
 @click.option("--control-end", type=float, multiple=True, help="To this share of the steps. [default: 1]")
+@click.option(
+    "--lora",
+    "loras",
+    multiple=True,
+    metavar="NAME[=SCALE]",
+    help="Add a LoRA that the engine was exported with for requests. Repeatable. [default scale: 1]",
+)
 @click.option("--hires", metavar="SIZE", help="Draw over the picture once more at this WIDTHxHEIGHT.")
 @click.option(
     "--hires-upscaler",
@@ -277,12 +294,14 @@ def rebuild(engine: Path, checkpoint: str | None) -> None:
 )
 @click.option("--compile", is_flag=True, help="For eager engines: draw through torch.compile.")
 @click.option("--attention", type=click.Choice(ATTENTION), help="For eager engines and diffusers.")
-def generate(prompt: str, output: Path | None, overwrite: bool, **options: Any) -> None:
+def generate(
+    prompt: str, output: Path | None, overwrite: bool, loras: tuple[str, ...], **options: Any
+) -> None:
     """Draw PROMPT and write PNG files with their parameters inside."""
     _check_source(options)
     from sdfast.pictures import Job, draw
 
-    job = Job(prompt=prompt, **options)
+    job = Job(prompt=prompt, loras=dict(map(_scaled, loras)), **options)
     for path, seed in draw(job, output, overwrite):
         click.echo(f"{path}  seed {seed}")
 
@@ -473,14 +492,34 @@ def _lora(text: str) -> dict[str, Any]:
     return {"source": source, "scale": float(scale)}
 
 
+def _scaled(text: str) -> tuple[str, float]:
+    """The name and the scale in NAME[=SCALE]."""
+    name, separator, scale = text.partition("=")
+    if not separator:
+        return name, 1.0
+    if not _NUMBER.fullmatch(scale):
+        raise click.UsageError(f"--lora {text}: {scale!r} is not a number; say {name}=0.8, or another scale")
+    return name, float(scale)
+
+
+def _lora_on_request(text: str) -> dict[str, Any]:
+    """The source and the name in SOURCE[=NAME]."""
+    return {**_named(text, "--lora-on-request", "name"), "on_request": True}
+
+
 def _embedding(text: str) -> dict[str, Any]:
     """The source and the token in SOURCE[=TOKEN]."""
-    source, separator, token = text.rpartition("=")
+    return _named(text, "--embedding", "token")
+
+
+def _named(text: str, option: str, field: str) -> dict[str, Any]:
+    """The source, and in `field` what follows the last "="."""
+    source, separator, name = text.rpartition("=")
     if not separator:
         return {"source": text}
     if Path(text).exists():
-        raise click.UsageError(f"--embedding {text}: is there under this name; say {text}=TOKEN")
-    return {"source": source, "token": token}
+        raise click.UsageError(f"{option} {text}: is there under this name; say {text}={field.upper()}")
+    return {"source": source, field: name}
 
 
 def _engine_name(source: str | None, recipe: Path | None) -> str:

@@ -124,7 +124,8 @@ def scales(request: Request, steps: int, count: int = 1) -> list[tuple[float, ..
 
 
 def with_scales(told: Sequence[Conditioning], by_step: Sequence[Sequence[float]]) -> list[Conditioning]:
-    """What a U-Net with ControlNets is told: the scales of each step are the last columns of the time shifts.
+    """What a U-Net with ControlNets, or with LoRAs, is told: the scales of each step are further columns of
+    the time shifts, behind those that there are.
 
     In half precision they are rounded as these are, by 0.05 % at most.
     """

@@ -3,7 +3,8 @@
 They are `Pipeline`'s otherwise, and documented there.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, NoReturn
 
 from sdfast.call import Given
@@ -11,6 +12,7 @@ from sdfast.errors import RequestError
 from sdfast.pipeline import Pipeline
 from sdfast.request import TOLD_SIZES
 
+_PARTS = ("text_encoder", "text_encoder_2", "unet")  # what LoRAs change
 _STEPS = ("num_inference_steps", "timesteps", "sigmas")
 _CALLBACK = ("clip_skip", "callback_on_step_end", "callback_on_step_end_tensor_inputs")
 _ADAPTER = ("ip_adapter_image", "ip_adapter_image_embeds")
@@ -38,6 +40,7 @@ class _InOrder(Pipeline):
     needs: ClassVar[tuple[str, ...]] = ()
     needed_for: ClassVar[str] = "draws over an image"
     names: ClassVar[Mapping[str, str]] = {}
+    _adapters: Mapping[str, Any] = MappingProxyType({})
 
     def __call__(self, *args: Any, **given: Any) -> Any:
         if len(args) > len(self.order):
@@ -54,9 +57,40 @@ class _InOrder(Pipeline):
     def load_lora_weights(self, *_args: Any, **_options: Any) -> NoReturn:
         """Raises `RequestError`: an engine has its LoRAs from its export."""
         raise RequestError(
-            "load_lora_weights: LoRAs are merged into an engine when it is exported; give them to "
-            "from_pretrained(..., loras=[...])"
+            "load_lora_weights: an engine has its LoRAs from its export; give them to "
+            'from_pretrained(..., loras=[...]), those for set_adapters as {"source": …, "on_request": True}'
         )
+
+    def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: Any = None) -> None:
+        """As diffusers': add these LoRAs, which the engine has for requests, in later calls without `loras`.
+
+        adapter_weights: one scale for all, or a list of one for each, by default 1; of each None for 1, or
+        {"text_encoder": …, "unet": …}, where what is not said is 1.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        weights = adapter_weights if isinstance(adapter_weights, list) else [adapter_weights] * len(names)
+        if len(names) != len(weights):
+            raise RequestError(
+                f"adapter_weights: {len(weights)} for {len(names)} adapters; give one for each"
+            )
+        missing = [name for name in names if name not in self.engine.manifest.model.loras]
+        if missing:
+            there = ", ".join(self.engine.manifest.model.loras) or "none"
+            raise RequestError(f"adapter_names: {missing[0]!r:.100} is not there; there are: {there}")
+        self._adapters = {name: _scales_of(weight) for name, weight in zip(names, weights, strict=True)}
+        self.enable_lora()
+
+    def get_active_adapters(self) -> list[str]:
+        """As diffusers': the LoRAs that are added."""
+        return list(self._loras)
+
+    def disable_lora(self) -> None:
+        """As diffusers': add none until `enable_lora` or `set_adapters`."""
+        self._loras = {}
+
+    def enable_lora(self) -> None:
+        """As diffusers': add again those of `set_adapters`."""
+        self._loras = self._adapters
 
     def load_textual_inversion(self, *_args: Any, **_options: Any) -> NoReturn:
         """Raises `RequestError`: an engine has its embeddings from its export."""
@@ -64,6 +98,19 @@ class _InOrder(Pipeline):
             "load_textual_inversion: embeddings are put into an engine when it is exported; give them to "
             "from_pretrained(..., embeddings=[...])"
         )
+
+
+def _scales_of(weight: Any) -> Any:
+    """Of what diffusers takes for one adapter, the scales in the text encoders and in the U-Net."""
+    if not isinstance(weight, Mapping):
+        return 1.0 if weight is None else weight
+    parts = {"text_encoder": 1.0, "text_encoder_2": weight.get("text_encoder", 1.0), "unet": 1.0, **weight}
+    if len(parts) > len(_PARTS) or parts["text_encoder"] != parts["text_encoder_2"]:
+        raise RequestError(
+            f"adapter_weights: {weight!r:.100}: a LoRA has one scale in all text encoders, and one in the "
+            'U-Net: give {"text_encoder": …, "unet": …}'
+        )
+    return parts["text_encoder"], parts["unet"]
 
 
 class StableDiffusionPipeline(_InOrder):

@@ -17,7 +17,8 @@ _NOT_SHARED: Mapping[str, Any] = {"guidance_start": 0.0, "guidance_end": 1.0}
 def halves(request: Request, switch_at: float, refiner: Model) -> tuple[Request, Request]:
     """What is asked of the base and of the refiner, for a whole picture that switches there.
 
-    The refiner reads what the base's first text encoder reads, and has no ControlNet and no shallow steps.
+    The refiner reads what the base's first text encoder reads, and has no ControlNet and no shallow steps;
+    of LoRAs those that it has.
     Raises `RequestError` for what is not shared so.
     """
     for name, usual in _NOT_SHARED.items():
@@ -30,6 +31,7 @@ def halves(request: Request, switch_at: float, refiner: Model) -> tuple[Request,
         "control_guidance_start": 0.0,
         "control_guidance_end": 1.0,
         "cache_interval": 1,
+        "loras": {name: scale for name, scale in request.loras.items() if name in refiner.loras},
     }
     if refiner.scored:
         names = ("prompts_2", "negative_prompts_2", "target_size", "negative_target_size")

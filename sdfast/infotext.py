@@ -120,7 +120,7 @@ def infotext_of(
     digest = unet_digest(weights)
     prompt = (seed - request.seed) // request.num_images_per_prompt
     return Infotext(
-        prompt=request.prompts[prompt],
+        prompt=told_prompt(request, prompt),
         negative_prompt=request.negative_prompts[prompt] or "",
         steps=request.num_inference_steps or len(plan),
         sampler=plan.sampler,
@@ -190,6 +190,21 @@ def _of_controlnets(request: Request) -> dict[str, str]:
     return told if set(spans) == {"0-1"} else {**told, "ControlNet steps": "/".join(spans)}
 
 
+def told_prompt(request: Request, prompt: int) -> str:
+    """A prompt, and the request's LoRAs behind it."""
+    return request.prompts[prompt] + _networks(request.loras)
+
+
+def _networks(loras: Mapping[str, float | tuple[float, float]]) -> str:
+    """LoRAs as AUTOMATIC1111 has them in prompts."""
+    told = {
+        name: ":".join(map(_number, scale if isinstance(scale, tuple) else (scale,)))
+        for name, scale in loras.items()
+        if scale not in (0, (0, 0))
+    }
+    return "".join(f" <lora:{name}:{scale}>" for name, scale in told.items())
+
+
 def of_hires(request: Request, hires: Hires, prompt: int) -> dict[str, str]:
     """The settings of a second pass, as AUTOMATIC1111 names them."""
     scale, steps = hires.width / request.width, hires.num_inference_steps
@@ -204,12 +219,11 @@ def of_hires(request: Request, hires: Hires, prompt: int) -> dict[str, str]:
     if hires.scheduler is not None:
         sampler = resolve(hires.scheduler)
         told |= {"Hires sampler": sampler.sampler, "Hires schedule type": sampler.schedule_type}
-    for name, texts in (
-        ("Hires prompt", hires.prompts),
-        ("Hires negative prompt", hires.negative_prompts),
-    ):
-        if texts is not None:
-            told[name] = texts[prompt] or ""
+    if hires.prompts is not None or hires.loras is not None:
+        loras = request.loras if hires.loras is None else hires.loras
+        told["Hires prompt"] = (hires.prompts or request.prompts)[prompt] + _networks(loras)
+    if hires.negative_prompts is not None:
+        told["Hires negative prompt"] = hires.negative_prompts[prompt] or ""
     return told
 
 

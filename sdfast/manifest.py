@@ -33,6 +33,8 @@ def _inside(path: str) -> str:
 
 RelativePath = Annotated[str, AfterValidator(_inside)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+LoraName = Annotated[str, Field(pattern=r"^[^\s<>:=,\"]([^<>:=,\"\r\n\t]*[^\s<>:=,\"])?$", max_length=100)]
+"""A name that fits into `<lora:NAME:1>` and NAME=1."""
 
 
 class _Part(BaseModel):
@@ -168,7 +170,7 @@ class Model(_Part):
     default_width: int = Field(ge=1)
     text_width: int = Field(ge=1)  # D of the text encoders' joined hidden states [B, L, D]
     context_width: int = Field(ge=1)  # KV of the packed context [B, L, KV]
-    time_shift_width: int = Field(ge=1)  # T of the packed time projections [B, T]
+    time_shift_width: int = Field(ge=1)  # T of the time projections, and of ControlNets' and LoRAs' scales
     control_channels: int | None = None  # of the embedded control images, all together, with ControlNets
     controlnets: int = Field(default=0, ge=0)
     pooled_width: int | None = None  # P of the pooled text embedding that SDXL adds to the time embedding
@@ -176,6 +178,7 @@ class Model(_Part):
     zero_empty_negative: bool = False  # SDXL: a missing negative prompt is a context of zeros, not of ""
     step_cache: StepCache | None = None  # of engines that were exported with a cache branch
     scored: bool = False  # SDXL's refiner: the U-Net is told a score in place of the target size
+    loras: tuple[str, ...] = ()  # that requests choose: their names, in the order of their scales
     # InstructPix2Pix: what the latents of the image that it edits are multiplied by for the U-Net; else None
     image_latents_scale: float | None = Field(default=None, gt=0)
 
@@ -235,6 +238,15 @@ class MergedLora(FromFile):
         return f"{self.named}, scale {self.scale:g}"
 
 
+class ChosenLora(FromFile):
+    """A LoRA that requests choose. called: what they call it."""
+
+    called: LoraName
+
+    def __str__(self) -> str:
+        return f"{self.called}, of {self.named}, as requests choose"
+
+
 class AddedEmbedding(FromFile):
     """An embedding that the text encoders were given: its token, and of how many vectors it is."""
 
@@ -258,7 +270,7 @@ class AddedControlNet(_Part):
 
 class Source(_Part):
     """The checkpoint the engine was made from; what was merged into its weights and added to its tokens, in
-    this order; and what was put beside its U-Net.
+    this order; and what was put beside its U-Net. chosen: the LoRAs that requests choose, beside its layers.
 
     graphs: who exported its networks as graphs, of which the engine is made; None: its weights were exported.
     """
@@ -268,6 +280,7 @@ class Source(_Part):
     weights: dict[str, Digest]  # file name in the checkpoint → sha256
     settings: Digest | None = None  # of its tokenizers and its scheduler config
     loras: tuple[MergedLora, ...] = ()
+    chosen: tuple[ChosenLora, ...] = ()
     controlnets: tuple[AddedControlNet, ...] = ()
     embeddings: tuple[AddedEmbedding, ...] = ()
     graphs: Literal["optimum"] | None = None
@@ -275,7 +288,7 @@ class Source(_Part):
     @property
     def beside(self) -> tuple[FromFile, ...]:
         """What came from files beside the checkpoint."""
-        return *self.loras, *self.embeddings
+        return *self.loras, *self.chosen, *self.embeddings
 
 
 class Target(_Part):

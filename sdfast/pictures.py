@@ -21,6 +21,7 @@ from sdfast.experts import SWITCH_AT
 from sdfast.first_latents import Over, check_fit
 from sdfast.images import open_image, read_controls, read_images, read_masks
 from sdfast.infotext import Infotext, infotext_of, png, told_of_refiner, unet_digest
+from sdfast.loras import check_loras
 from sdfast.manifest import Model
 from sdfast.pipeline import Pipeline
 from sdfast.preparation import check_cached, check_channels, check_instructed, check_refined
@@ -51,6 +52,7 @@ class Job:
     control: files of the ControlNets' control images, in their order, "none" for one that is to add nothing;
         the other controls are the request's: one number, or one for each.
     refiner: the directory of the engine that goes on from the share refiner_switch_at of the denoising.
+    loras: how much is added of LoRAs that the engine has for requests, by their names.
     hires: the size of a second pass, "WIDTHxHEIGHT"; what it is told besides is `sdfast.request.Hires`'s.
     """
 
@@ -88,6 +90,7 @@ class Job:
     control_scale: tuple[float, ...] = ()
     control_start: tuple[float, ...] = ()
     control_end: tuple[float, ...] = ()
+    loras: Mapping[str, float] = field(default_factory=dict)
     hires: str | None = None
     hires_upscaler: str = "latent"
     hires_strength: float = 0.75
@@ -155,6 +158,7 @@ class Job:
             controlnet_conditioning_scale=scale,
             control_guidance_start=_one_or_each(self.control_start) or 0.0,
             control_guidance_end=1.0 if not self.control_end else _one_or_each(self.control_end),
+            loras=dict(self.loras),
             hires=self._second_pass(),
             **seed,
         )
@@ -222,6 +226,7 @@ def draw(job: Job, output: Path | None, overwrite: bool) -> list[tuple[Path, int
         check_fit(request, given.over, painter.model)
     check_control(painter.model, request, given.control)
     check_cached(painter.model, request)
+    check_loras(painter.model, request)
     plan = schedule(
         job.scheduler,
         painter.scheduler_config,

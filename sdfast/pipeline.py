@@ -74,7 +74,8 @@ class Pipeline(Preparation, DiffusersCall):
         own size, or `sizes` ("512x768", width first). `provider` ("cpu", "cuda", "tensorrt"): what ONNX
         graphs are written for, which is where they run; default: "cuda" for float16 where there is a GPU,
         else "cpu". `loras`: what is merged into the weights, each a file, a folder or a Hub id, or a mapping
-        of `source`, `weight_name`, `revision` and `scale`. `embeddings`: what tokens in prompts stand for
+        of `source`, `weight_name`, `revision` and `scale`; with `on_request` in place of `scale`, and perhaps
+        a `name`, what calls choose by their `loras`. `embeddings`: what tokens in prompts stand for
         (textual inversion), likewise, with `token` in place of `scale`. `controlnet`: what is put beside the
         U-Net, a folder, a file or a Hub id, or a mapping of `source`, `revision` and `variant`; or a list of
         several. `cache_branch`: for calls with a `cache_interval`, see `sdfast.models.step_cache`.

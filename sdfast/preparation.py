@@ -20,6 +20,7 @@ from sdfast.first_latents import (
     edited_latents,
     start_over,
 )
+from sdfast.loras import LoraScales, check_loras
 from sdfast.manifest import Model
 from sdfast.noise import BrownianNoise, NoiseSource, OwnNoise, SharedNoise, generator
 from sdfast.prompts import (
@@ -122,6 +123,7 @@ class Preparation:
         check_instructed(self.engine.manifest.model, request, over=given.over is not None, masked=masked)
         self.prompts.check_fields(request)  # what is too long is refused when it is encoded
         check_control(self.engine.manifest.model, request, given.control)
+        check_loras(self.engine.manifest.model, request)
         check_cached(self.engine.manifest.model, request)
         if request.hires is not None:
             self.check_hires(request, request.hires)
@@ -133,6 +135,7 @@ class Preparation:
     def check_hires(self, request: Request, hires: Hires) -> None:
         """Raises `RequestError` for a second pass that the engine or its scheduler cannot do."""
         second = request.passes[-1]
+        check_loras(self.engine.manifest.model, second)
         plan = self.schedule_of(second)
         check_noising(plan)
         self.prompts.check(second, self.editing_of(second, plan, request))
@@ -181,13 +184,14 @@ class Preparation:
         """The states of each prompt, those that are added up one after the other, and those of the negative
         prompts when guidance is on, else none."""
         prompts, reading = self.prompts, Reading.of(request)
+        loras = LoraScales.of(self.engine.manifest.model, request)
         if given.prompt_embeds is not None:
             positive = self._given("prompt_embeds", given.prompt_embeds, given.pooled_prompt_embeds, request)
             truncated: tuple[str, ...] = ("",) * len(request.prompts)
         else:
             texts = [edited(pair, editing) for parts in request.composed for pair, _ in parts]
             states, cut = prompts.encode(
-                [text for one in texts for _, text in one], request.clip_skip, reading
+                [text for one in texts for _, text in one], request.clip_skip, reading, loras
             )
             positive = _each(texts, states)
             cut_of_each = iter(next(filter(None, dict(one).values()), "") for one in _each(texts, cut))
@@ -201,7 +205,7 @@ class Preparation:
                 negative = self._given("negative_prompt_embeds", embeds, pooled, request)
             else:
                 texts = [edited(pair, editing) for pair in request.negative_pairs]
-                states = prompts.encode_negative([text for one in texts for _, text in one], reading)
+                states = prompts.encode_negative([text for one in texts for _, text in one], reading, loras)
                 negative = _each(texts, states)
         both = [*positive, *negative]
         alike = _each(both, prompts.alike([state for one in both for _, state in one]))
@@ -210,7 +214,8 @@ class Preparation:
     def _given(
         self, name: str, embeds: torch.Tensor, pooled: torch.Tensor | None, request: Request
     ) -> list[Edited[PromptState]]:
-        state = self.prompts.from_embeds(name, embeds, pooled, len(request.prompts))
+        loras = LoraScales.of(self.engine.manifest.model, request)
+        state = self.prompts.from_embeds(name, embeds, pooled, len(request.prompts), loras)
         return [[(0, line)] for line in state.lines]
 
     def _told(
@@ -245,6 +250,9 @@ class Preparation:
             by_step = scales(request, len(whole), self.engine.manifest.model.controlnets)[: len(plan)]
             told = with_scales(told, by_step)
             told_negative = with_scales(told_negative, by_step)
+        if self.engine.manifest.model.loras:  # behind those of ControlNets
+            by_step = [LoraScales.of(self.engine.manifest.model, request).unet] * len(plan)
+            told, told_negative = with_scales(told, by_step), with_scales(told_negative, by_step)
         guides, rows = _guides(request, told, told_negative), []
         for i in range(request.images):
             prompt = i // request.num_images_per_prompt

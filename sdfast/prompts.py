@@ -13,6 +13,7 @@ from sdfast.editing import Editing
 from sdfast.emphasis import Emphasis, Piece, parse
 from sdfast.engine import Engine
 from sdfast.errors import RequestError
+from sdfast.loras import LoraScales
 from sdfast.request import SCORES, TOLD_SIZES, Request
 from sdfast.row import Conditioning
 from sdfast.schedulers import Schedule
@@ -161,18 +162,25 @@ class Prompts:
         return sum(self._read(text, Reading.of(request))[0].read for text in texts)
 
     def encode(
-        self, prompts: Sequence[Text], clip_skip: int | None, reading: Reading
+        self,
+        prompts: Sequence[Text],
+        clip_skip: int | None,
+        reading: Reading,
+        loras: LoraScales | None = None,
     ) -> tuple[list[PromptState], tuple[str, ...]]:
-        """The state of each prompt, and the text cut from it. `clip_skip`: last text layers left out."""
-        found = [self._cached(prompt, clip_skip, reading) for prompt in prompts]
+        """The state of each prompt, and the text cut from it. `clip_skip`: last text layers left out.
+        `loras`: how much of each is added; default: nothing."""
+        found = [self._cached(prompt, clip_skip, reading, loras) for prompt in prompts]
         return [state for state, _ in found], tuple(cut for _, cut in found)
 
-    def encode_negative(self, prompts: Sequence[Text], reading: Reading) -> list[PromptState]:
+    def encode_negative(
+        self, prompts: Sequence[Text], reading: Reading, loras: LoraScales | None = None
+    ) -> list[PromptState]:
         """The state of each negative prompt. diffusers applies `clip_skip` to positive prompts only."""
         return [
             self._zeros()
             if prompt[0] is None and self._model.zero_empty_negative
-            else self._cached(prompt, None, reading)[0]
+            else self._cached(prompt, None, reading, loras)[0]
             for prompt in prompts
         ]
 
@@ -185,7 +193,9 @@ class Prompts:
         length = check_lengths([state.context.shape[1] for state in states], self._most)
         return [state.repeated_to(length) for state in states]
 
-    def from_embeds(self, name: str, embeds: Any, pooled: Any, count: int) -> PromptState:
+    def from_embeds(
+        self, name: str, embeds: Any, pooled: Any, count: int, loras: LoraScales | None = None
+    ) -> PromptState:
         """The state of hidden states [count, L, D], and pooled embeddings [count, P], that the caller made.
 
         L: that of the text encoder, or where the engine takes long prompts, any from there up to its most.
@@ -205,7 +215,7 @@ class Prompts:
                 raise RequestError(f"{name} of an SDXL engine need {name_pooled} beside them")
             check_tensor(name_pooled, pooled, (count, model.pooled_width))
             pooled = pooled.to(engine.device, engine.dtype)
-        return PromptState(self._context(embeds.to(engine.device, engine.dtype)), pooled)
+        return PromptState(self._context(embeds.to(engine.device, engine.dtype), loras), pooled)
 
     def conditionings(
         self, state: PromptState, plan: Schedule, request: Request, sizes: Sequence[float]
@@ -219,6 +229,7 @@ class Prompts:
             embedding = guidance_embedding(scale, self._model.guidance_embedding)
             embedding = embedding.to(self._engine.device, self._engine.dtype)
             inputs["timestep_cond"] = embedding.expand(len(plan), -1)
+        inputs |= self._scales("time_shift", LoraScales.of(self._model, request), len(plan))
         if state.pooled is None:
             shift = self._engine.call("time_shift", inputs)["time_shift"]
             return [Conditioning(context, shift) for context in state.context]
@@ -249,20 +260,43 @@ class Prompts:
             for chunks, one, text in zip(read, tokenizers, parts, strict=True)
         ]
 
-    def _cached(self, prompt: Text, clip_skip: int | None, reading: Reading) -> tuple[PromptState, str]:
-        key = (prompt, clip_skip, reading)
+    def _cached(
+        self, prompt: Text, clip_skip: int | None, reading: Reading, loras: LoraScales | None
+    ) -> tuple[PromptState, str]:
+        loras = self._read_with(loras)
+        key = (prompt, clip_skip, reading, loras)
         found = self._cache.get(key)
         if found is None:
-            found = self._encode_one(prompt, clip_skip, reading)
+            found = self._encode_one(prompt, clip_skip, reading, loras)
             self._cache.put(key, *found)
         return found
 
-    def _encode_one(self, prompt: Text, clip_skip: int | None, reading: Reading) -> tuple[PromptState, str]:
+    def _read_with(self, loras: LoraScales | None) -> LoraScales:
+        """Of what is added of LoRAs, what a prompt's state depends on."""
+        modules, none = self._engine.manifest.modules, LoraScales.none(self._model)
+        in_text = any("loras" in modules[name].inputs for name in self._engine.manifest.text_encoders)
+        told = loras or none
+        return LoraScales(
+            told.text_encoder if in_text else none.text_encoder,
+            told.unet if "loras" in modules["context"].inputs else none.unet,
+        )
+
+    def _scales(self, module: str, loras: LoraScales | None, rows: int) -> dict[str, torch.Tensor]:
+        """The input that tells a module of LoRAs [rows, n], or none where they change nothing in it."""
+        if "loras" not in self._engine.manifest.modules[module].inputs:
+            return {}
+        told = loras or LoraScales.none(self._model)
+        scales = told.text_encoder if module in self._engine.manifest.text_encoders else told.unet
+        return {"loras": torch.tensor([scales] * rows, dtype=torch.float32, device=self._engine.device)}
+
+    def _encode_one(
+        self, prompt: Text, clip_skip: int | None, reading: Reading, loras: LoraScales
+    ) -> tuple[PromptState, str]:
         hidden, pooled, read = [], None, self._read(prompt, reading)
         check_lengths([read[0].input_ids.size], self._most)
         for name, chunks in zip(self._engine.manifest.text_encoders, read, strict=True):
             ids = torch.from_numpy(chunks.input_ids).to(self._engine.device)
-            outputs = self._engine.call(name, {"input_ids": ids})
+            outputs = self._engine.call(name, {"input_ids": ids, **self._scales(name, loras, len(ids))})
             states = self._layer(outputs["hidden_states"], clip_skip)
             if reading.emphasis is not None:
                 states = weighted(states, torch.from_numpy(chunks.weights), reading.emphasis)
@@ -271,7 +305,7 @@ class Prompts:
         if pooled is not None:
             # The first chunk's, as AUTOMATIC1111 takes it; where the U-Net takes none, it is left out.
             pooled = None if self._model.pooled_width is None else pooled[:1]
-        context = self._context(torch.cat(hidden, dim=-1).flatten(0, 1)[None])
+        context = self._context(torch.cat(hidden, dim=-1).flatten(0, 1)[None], loras)
         return PromptState(context, pooled), next((one.truncated for one in read if one.truncated), "")
 
     def _layer(self, hidden_states: torch.Tensor, clip_skip: int | None) -> torch.Tensor:
@@ -288,12 +322,14 @@ class Prompts:
             )
         return hidden_states[:, -back]
 
-    def _context(self, hidden: torch.Tensor) -> torch.Tensor:
+    def _context(self, hidden: torch.Tensor, loras: LoraScales | None) -> torch.Tensor:
         """[n, L, D] -> [n, L, KV]. Each token has its own, and the module takes one chunk at a time."""
         count, length, width = hidden.shape
         room = self._engine.tokenizers[0].max_length
         tokens = torch.nn.functional.pad(hidden.flatten(0, 1), (0, 0, 0, -count * length % room))
-        context = self._engine.call("context", {"hidden_states": tokens.reshape(-1, room, width)})["context"]
+        tokens = tokens.reshape(-1, room, width)
+        inputs = {"hidden_states": tokens, **self._scales("context", loras, len(tokens))}
+        context = self._engine.call("context", inputs)["context"]
         return context.flatten(0, 1)[: count * length].reshape(count, length, -1)
 
     def _zeros(self) -> PromptState:
@@ -304,7 +340,7 @@ class Prompts:
             length = engine.tokenizers[0].max_length
             hidden = torch.zeros(1, length, model.text_width, device=engine.device, dtype=engine.dtype)
             pooled = torch.zeros(1, model.pooled_width or 0, device=engine.device, dtype=engine.dtype)
-            found = PromptState(self._context(hidden), pooled), ""
+            found = PromptState(self._context(hidden, None), pooled), ""  # whatever of LoRAs: 0 stays 0
             self._cache.put(None, *found)
         return found[0]
 

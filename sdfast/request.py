@@ -21,6 +21,7 @@ MAX_TOLD = 65_536  # pixels of a size that is only told
 MAX_GUIDANCE = 100.0
 MAX_CONTROL = 10.0
 MAX_SCORE = 100.0
+MAX_LORA = 100.0
 SEED_LIMIT = 2**64
 _SHOWN = 60  # characters of a bad value that an error repeats
 
@@ -38,6 +39,9 @@ SCORES = ("aesthetic_score", "negative_aesthetic_score")
 """Fields of what its refiner is told in place of the target sizes."""
 ToldSize = tuple[Annotated[int, Field(ge=0, le=MAX_TOLD)], Annotated[int, Field(ge=0, le=MAX_TOLD)]]
 
+LoraScale = Annotated[float, Field(ge=-MAX_LORA, le=MAX_LORA)]
+Loras = dict[str, LoraScale | tuple[LoraScale, LoraScale]]
+"""By their names, how much of LoRAs is added; or how much in the text encoders, and how much in the U-Net."""
 ControlScale = Annotated[float, Field(ge=0.0, le=MAX_CONTROL)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 ControlScales = ControlScale | Annotated[tuple[ControlScale, ...], Field(min_length=1)]
@@ -106,8 +110,8 @@ class Hires(_Checked):
     A picture, or for a latent `upscaler` its latents, is enlarged until it covers height x width, cropped
     around its middle, and drawn over there. `num_inference_steps` are the steps that are done, by default as
     many as the first pass has: the last ones of a schedule of which they are the share `strength`, as
-    AUTOMATIC1111 counts. The scheduler and the prompts are the first pass's unless others are given; what is
-    not here is as in the first pass.
+    AUTOMATIC1111 counts. The scheduler, the prompts and the LoRAs are the first pass's unless others are
+    given; what is not here is as in the first pass.
     """
 
     height: int = Field(ge=8, le=MAX_SIDE)  # pixels
@@ -118,6 +122,7 @@ class Hires(_Checked):
     scheduler: str | None = None
     prompts: tuple[str, ...] | None = Field(default=None, min_length=1)
     negative_prompts: tuple[str | None, ...] | None = None
+    loras: Loras | None = None
 
     @property
     def latent(self) -> bool:
@@ -165,6 +170,9 @@ class Request(_Checked):
     For SDXL's refiner alone, in place of the target sizes: how beautiful the picture is to be, and what it is
     guided away from, by the usual numbers of diffusers'.
 
+    `loras`: how much is added of each LoRA that the engine has for requests to choose: 1 is all, 0, where it
+    is not named, nothing; or two numbers, how much in the text encoders and how much in the U-Net.
+
     `hires`: a second pass over the pictures of this one, at another size.
     """
 
@@ -204,6 +212,7 @@ class Request(_Checked):
     negative_target_size: ToldSize | None = None
     aesthetic_score: float = Field(default=6.0, ge=0.0, le=MAX_SCORE)
     negative_aesthetic_score: float = Field(default=2.5, ge=0.0, le=MAX_SCORE)
+    loras: Loras = Field(default_factory=dict)
     hires: Hires | None = None
     seed: int = Field(default_factory=lambda: secrets.randbelow(2**32), ge=0, lt=SEED_LIMIT)
 
@@ -254,6 +263,11 @@ class Request(_Checked):
         seconds = self.negative_prompts_2 or (None,) * len(self.prompts)
         return list(zip(self.negative_prompts, seconds, strict=True))
 
+    def lora_scales(self, name: str) -> tuple[float, float]:
+        """How much of a LoRA is added in the text encoders, and in the U-Net."""
+        scale = self.loras.get(name, 0.0)
+        return scale if isinstance(scale, tuple) else (scale, scale)
+
     @property
     def passes(self) -> tuple["Request", ...]:
         """The runs that it takes: its first pass, and the second, which draws over what that has drawn."""
@@ -276,6 +290,8 @@ class Request(_Checked):
             fields |= {"prompts": hires.prompts, "prompts_2": None}
         if hires.negative_prompts is not None:
             fields |= {"negative_prompts": hires.negative_prompts, "negative_prompts_2": None}
+        if hires.loras is not None:
+            fields["loras"] = hires.loras
         return self.model_copy(update=fields)
 
     def alone(self, picture: int) -> "Request":
@@ -466,6 +482,8 @@ def _plain(value: Any) -> Any:
         return value.item()
     if isinstance(value, (list, np.ndarray)):
         return tuple(_plain(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
     return value
 
 

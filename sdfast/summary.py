@@ -45,7 +45,7 @@ def _beside(manifest: Manifest) -> dict[str, str]:
     made_of = manifest.checkpoint
     several = "s" * (len(made_of.controlnets) > 1)
     told = {
-        "LoRAs": made_of.loras,
+        "LoRAs": (*made_of.loras, *made_of.chosen),
         "embeddings": made_of.embeddings,
         f"ControlNet{several}": made_of.controlnets,
     }

@@ -160,7 +160,8 @@ class FakeEngine(Engine):
 
     batches: the batch forms of the U-Net. sizes: its (height, width) forms in pixels. failpoints: by module
     name; may be changed at any time. calls: the batch of every call, by module name. edits: whether it takes
-    images. controlnets: how many it has. cached: whether it has shallow steps.
+    images. controlnets: how many it has. cached: whether it has shallow steps. loras: names of those that
+    requests choose, which the U-Net alone is told.
     """
 
     def __init__(
@@ -173,9 +174,10 @@ class FakeEngine(Engine):
         edits: bool = True,
         controlnets: int = 0,
         cached: bool = False,
+        loras: tuple[str, ...] = (),
     ) -> None:
         self.folder = Path("fake")
-        self.manifest = _manifest(batches, sizes, guidance_embedding, controlnets, cached)
+        self.manifest = _manifest(batches, sizes, guidance_embedding, controlnets, cached, loras)
         if not edits:
             del self.manifest.modules["vae_encoder"]
         self.device = torch.device("cpu")
@@ -194,6 +196,7 @@ def _manifest(
     guidance_embedding: int | None,
     controlnets: int,
     cached: bool,
+    loras: tuple[str, ...],
 ) -> Manifest:
     forms: dict[str, list[Variant]] = {
         name: [Variant(file=name, batch=Span.exactly(1))] for name in _FUNCTIONS
@@ -230,6 +233,7 @@ def _manifest(
         control_channels=CONTROL_CHANNELS * controlnets or None,
         controlnets=controlnets,
         step_cache=STEP_CACHE if cached else None,
+        loras=loras,
     )
     return Manifest.model_construct(
         name="fake",
@@ -275,7 +279,10 @@ def _unet(
 ) -> dict[str, torch.Tensor]:
     told = context[:, 0, 0] / 100 + time_shift[:, 0] + time_shift[:, 1]
     output = sample * 0.5 + told.view(-1, 1, 1, 1)
-    if control is not None:
+    if control is None:
+        for place, scale in enumerate(time_shift[:, 2:].T, 1):
+            output = output + scale.view(-1, 1, 1, 1) * place
+    else:
         count = control.shape[1] // CONTROL_CHANNELS
         for scale, one in zip(time_shift[:, 2:].T, control.chunk(count, dim=1), strict=True):
             output = output + scale.view(-1, 1, 1, 1) * one

@@ -15,6 +15,7 @@ from PIL import Image
 
 from sdfast import infotext
 from sdfast.cli import _engine_name, _lora, main
+from sdfast.infotext import read
 from sdfast.manifest import read_manifest
 from sdfast.schedulers import SAMPLERS, resolve
 from tests import checkpoints
@@ -542,6 +543,34 @@ def test_loras_are_merged_told_and_rebuilt_and_stock_draws_with_them(tiny_sd: Pa
         assert result.exit_code == 0, result.output
     ours, stock = (np.asarray(Image.open(here / name), dtype=int) for name in ("ours.png", "stock.png"))
     assert np.abs(ours - stock).max() <= 1
+
+
+def test_loras_of_requests_are_told_and_drawn_with(tiny_sd: Path, here: Path) -> None:
+    """By stock, too, and in the parameters of pictures."""
+    write(here / "style.safetensors", random_changes(tiny_sd), kohya)
+    made = sdfast(
+        *("export", tiny_sd, "-o", "engine", "--backend", "eager"),
+        *("--lora-on-request", "style.safetensors=oil"),
+    )
+    assert made.exit_code == 0, made.output
+    assert "LoRAs        oil, of style.safetensors, as requests choose" in sdfast("info", "engine").output
+    same = sdfast("rebuild", "engine")
+    assert same.exit_code == 0 and "up to date" in same.output
+    for name, *given in (
+        ("ours.png", "--lora", "oil=-0.5"),
+        ("stock.png", "--lora", "oil=-0.5", "--backend", "diffusers"),
+        ("plain.png",),
+    ):
+        result = draw(here / "engine", "--seed", 3, *given, "-o", name)
+        assert result.exit_code == 0, result.output
+    ours, stock, plain = (
+        np.asarray(Image.open(here / name), dtype=int) for name in ("ours.png", "stock.png", "plain.png")
+    )
+    assert np.abs(ours - stock).max() <= 1 < np.abs(ours - plain).max()
+    assert read(here / "ours.png").prompt.endswith(" <lora:oil:-0.5>")
+    assert "has no LoRA 'ink'" in refused("generate", "a", "--engine", "engine", "--lora", "ink")
+    wrong = sdfast("generate", "a", "--engine", "engine", "--lora", "oil=much")
+    assert wrong.exit_code == 2 and "'much' is not a number; say oil=0.8" in wrong.stderr
 
 
 def test_a_controlnet_is_told_and_rebuilt_and_stock_draws_with_it(

@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from sdfast.models import ops
 from sdfast.models.controlnet import Controlled, ControlNetConfig, control_embedding
 from sdfast.models.fp8 import convert, use_convolution, use_product
 from sdfast.models.half_range import set_eps
+from sdfast.models.lora import Choosing, attach, attach_to_step, attach_to_text_model, empty_of
 from sdfast.models.step_cache import ShallowUNet
 from sdfast.models.unet import (
     Attending,
@@ -57,10 +59,14 @@ class EagerModule:
     def __init__(self, network: nn.Module, outputs: tuple[str, ...]) -> None:
         self._network = network
         self._outputs = outputs
+        # With LoRAs it holds what it is told while it runs, which is one call's.
+        told = any(isinstance(part, Choosing) and part.loras is not None for part in network.modules())
+        self._alone: AbstractContextManager[object] = threading.Lock() if told else nullcontext()
 
     @torch.inference_mode()
     def __call__(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        result = self._run(inputs)
+        with self._alone:
+            result = self._run(inputs)
         return dict(zip(self._outputs, result if isinstance(result, tuple) else (result,), strict=True))
 
     def bind(
@@ -201,10 +207,17 @@ def _network(name: str, header: Mapping[str, Any]) -> nn.Module:
 def _unet_part(name: str, header: Mapping[str, Any]) -> nn.Module:
     """One of the modules that the weights of a U-Net, and of its ControlNets, are dealt out to."""
     config = UNetConfig.from_diffusers(header["config"])
+    loras = header.get("loras", {})
+    count, ranks = loras.get("count", 0), loras.get("ranks", {})
     if name == SHALLOW:
-        return convert(ShallowUNet(config, header["cache_branch"]), header.get("fp8", ()))
+        shallow = ShallowUNet(config, header["cache_branch"])
+        attach_to_step(shallow, count, empty_of(shallow, ranks))
+        return convert(shallow, header.get("fp8", ()))
     unet = UNet(config, header.get("cache_branch"))
     own = unet, TimeShift(config, shift_parts(unet)), Context(config, context_parts(unet))
+    attach_to_step(unet, count, empty_of(unet, ranks))
+    for network in own[1:]:
+        attach(network, count, empty_of(network, ranks))
     parts: Sequence[nn.Module] = own
     if beside := _controlnets(header):
         parts = Controlled.of(*own, beside)
@@ -225,4 +238,6 @@ def _text_encoder(config: dict[str, Any], header: Mapping[str, Any]) -> nn.Modul
     from sdfast.models.text import TextEncoder
 
     model = getattr(transformers, header["class"])(transformers.CLIPTextConfig(**config))
-    return TextEncoder(model, final_norm=header["family"] == "sd")
+    loras = header.get("loras", {})
+    scales = attach_to_text_model(model, loras.get("count", 0), empty_of(model, loras.get("ranks", {})))
+    return TextEncoder(model, header["family"] == "sd", scales)

@@ -1,4 +1,5 @@
-"""What an engine has beside its checkpoint: LoRAs, merged into its weights, embeddings, ControlNets."""
+"""What an engine has beside its checkpoint: LoRAs, merged into its weights or chosen by requests, embeddings,
+ControlNets."""
 
 from sdfast.export.checkpoint import Checkpoint, Progress
 from sdfast.export.controlnet import settings_of, with_controlnets
@@ -17,6 +18,16 @@ def as_made(checkpoint: Checkpoint, engine: Manifest, progress: Progress | None 
     loras = [
         LoraSetting(source=lora.source, weight_name=lora.file, revision=lora.revision, scale=lora.scale)
         for lora in made_from.loras
+    ]
+    loras += [
+        LoraSetting(
+            source=lora.source,
+            weight_name=lora.file,
+            revision=lora.revision,
+            on_request=True,
+            name=lora.called,
+        )
+        for lora in made_from.chosen
     ]
     embeddings = [
         EmbeddingSetting(source=one.source, weight_name=one.file, revision=one.revision, token=one.token)

@@ -322,6 +322,7 @@ class _Build:
             weights=self.digests,
             settings=json_digest(settings),
             loras=tuple(lora.record() for lora in made_of.loras),
+            chosen=tuple(lora.record() for lora in made_of.chosen),
             controlnets=tuple(controlnet.record() for controlnet in made_of.controlnets),
             embeddings=tuple(embedding.record() for embedding in made_of.embeddings),
             graphs="optimum" if made_of.graphs else None,
@@ -353,6 +354,10 @@ class _Build:
         loras = [[x.digest, x.scale] for x in self.checkpoint.loras if x.parts.keys() & set(spec.components)]
         if loras:
             depends["loras"] = loras
+        if self.checkpoint.chosen and self._told_of_loras(spec):
+            depends["chosen loras"] = [
+                x.digest if x.parts.keys() & set(spec.components) else None for x in self.checkpoint.chosen
+            ]
         embeddings = [x.digest for x in self.checkpoint.embeddings if x.first.keys() & set(spec.components)]
         if embeddings:
             depends["embeddings"] = embeddings
@@ -361,6 +366,11 @@ class _Build:
         if self.code_target is not None and self.code_target.device == "cuda":
             depends["kernels"] = self.recipe.kernels or "auto"
         return json_digest(depends)
+
+    def _told_of_loras(self, spec: Spec) -> bool:
+        """Whether a module is told of the LoRAs that requests choose: an input, or columns of the U-Net's."""
+        side = self.networks.default_side
+        return spec.name in ("unet", SHALLOW) or "loras" in spec.inputs(1, side, side, CHUNK)
 
     @contextmanager
     def _stage(self, name: str, place: Path) -> Iterator[None]:

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
     from sdfast.export.controlnet import ControlNetSource
     from sdfast.export.embedding import Embedding
-    from sdfast.export.lora import Lora
+    from sdfast.export.lora import Lora, LoraBeside
+    from sdfast.models.lora import LowRank, Ranks
 
 Progress = Callable[[str], None]
 """Told, in one line, what is about to take a while."""
@@ -48,7 +49,8 @@ class Checkpoint:
     """A checkpoint on this disk, in diffusers layout, verified as far as its headers go.
 
     `source` is what the user gave; `revision` the commit it stands for on the Hub, None elsewhere. `loras`:
-    what is merged into its weights, in this order (see `lora.with_loras`). `embeddings`: the vectors behind
+    what is merged into its weights, in this order, and `chosen`: what requests add to what its layers make
+    (see `lora.with_loras`). `embeddings`: the vectors behind
     its text encoders' own, in this order, which their configs count (see `embedding.with_embeddings`).
     `controlnet`: what is put beside its U-Net (see `controlnet.with_controlnet`). `graphs`: whether its
     networks are graphs that optimum exported, with no weights by name (see `optimum.read_graphs`).
@@ -63,6 +65,7 @@ class Checkpoint:
     scheduler_config: Mapping[str, Any]
     tokenizers: Mapping[str, Path]
     loras: "tuple[Lora, ...]" = ()
+    chosen: "tuple[LoraBeside, ...]" = ()
     controlnets: "tuple[ControlNetSource, ...]" = ()
     embeddings: "tuple[Embedding, ...]" = ()
     graphs: bool = False
@@ -82,6 +85,26 @@ class Checkpoint:
         for embedding in self.embeddings:
             embedding.add_to(component, tensors)
         return tensors
+
+    def low_rank(self, component: str) -> "dict[str, list[LowRank]]":
+        """What the LoRAs that requests choose add to a component, by layer, as `bare` names it."""
+        from sdfast.models.lora import bare
+
+        found: dict[str, list[LowRank]] = {}
+        for place, lora in enumerate(self.chosen):
+            for layer, change in lora.low_rank(component, place).items():
+                found.setdefault(bare(layer), []).append(change)
+        return found
+
+    def ranks(self, component: str) -> "Ranks":
+        """Their ranks in a component's layers."""
+        from sdfast.models.lora import bare
+
+        found: dict[str, list[tuple[int, int]]] = {}
+        for place, lora in enumerate(self.chosen):
+            for layer, rank in lora.ranks.get(component, {}).items():
+                found.setdefault(bare(layer), []).append((place, rank))
+        return found
 
     def check_weights(self) -> None:
         """Raises `CheckpointError` where there are graphs alone, for what needs the networks' weights."""

@@ -32,6 +32,8 @@ def compile_eager(spec: ModuleSpec, place: Path, checkpoint: Checkpoint) -> list
         header["controlnets"] = [dict(checkpoint.component(name).config) for name in beside]
     if isinstance(network, UNet | ShallowUNet) and network.branch is not None:
         header["cache_branch"] = network.branch
+    if checkpoint.chosen and component.name in ("unet", *checkpoint.text_encoders):
+        header["loras"] = {"count": len(checkpoint.chosen), "ranks": checkpoint.ranks(component.name)}
     if isinstance(network, VAEDecoder | VAEEncoder) and (eps := changed_eps(network)):
         header["eps"] = eps
     state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}

@@ -25,7 +25,9 @@ from sdfast.models.controlnet import (
 )
 from sdfast.models.fp8 import convert
 from sdfast.models.half_range import VAE, rescale
+from sdfast.models.lora import attach, attach_to_step, attach_to_text_model
 from sdfast.models.step_cache import ShallowUNet
+from sdfast.models.text import TextEncoder
 from sdfast.models.unet import Context, TimeShift, UNet, load_unet
 from sdfast.models.vae import VAEDecoder, VAEEncoder, load_vae
 
@@ -56,16 +58,27 @@ class UNetParts:
         weights = self._networks.checkpoint.state_dict("unet")
         if not added:
             cache = self._networks.step_cache
-            return load_unet(unet, weights, self._dtype, cache.branch if cache else None)
+            return self._with_loras(load_unet(unet, weights, self._dtype, cache.branch if cache else None))
         theirs = [one.state_dict() for one in self._networks.checkpoint.controlnets]
-        return load_controlled(unet, weights, added, theirs, self._dtype)
+        controlled = load_controlled(unet, weights, added, theirs, self._dtype)
+        self._with_loras((controlled.unet.unet, controlled.time_shift.unet, controlled.context.unet))
+        return controlled
+
+    def _with_loras(self, own: tuple[UNet, TimeShift, Context]) -> tuple[UNet, TimeShift, Context]:
+        """The U-Net's modules, once their layers have the LoRAs beside them that requests choose."""
+        checkpoint = self._networks.checkpoint
+        count, found = len(checkpoint.chosen), checkpoint.low_rank("unet")
+        attach_to_step(own[0], count, found, self._dtype)
+        for outside in own[1:]:
+            attach(outside, count, found, self._dtype)
+        return own
 
     def unet(self) -> UNet | ControlledUNet:
         return convert(self._load()[0], self.fp8)
 
     def shallow(self, branch: int) -> ShallowUNet:
         weights = self._networks.checkpoint.state_dict("unet")
-        unet = load_unet(self._networks.unet, weights, self._dtype)[0]
+        unet = self._with_loras(load_unet(self._networks.unet, weights, self._dtype))[0]
         return convert(ShallowUNet.of(unet, branch), self.of_shallow(branch, self.fp8))
 
     def of_shallow(self, branch: int, layers: tuple[str, ...]) -> tuple[str, ...]:
@@ -149,6 +162,13 @@ def load_text_model(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> An
             f"{checkpoint.source}: {name}: its weights do not fit its config: {error}"
         ) from error
     return model.eval()
+
+
+def load_text_encoder(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> TextEncoder:
+    """A text encoder as an engine needs it, with the LoRAs beside its layers that requests choose."""
+    model = load_text_model(checkpoint, name, dtype)
+    loras = attach_to_text_model(model, len(checkpoint.chosen), checkpoint.low_rank(name), dtype)
+    return TextEncoder(model, checkpoint.family == "sd", loras)
 
 
 @contextmanager

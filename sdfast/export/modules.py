@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sdfast.engine import DTYPES
 from sdfast.errors import CheckpointError, ExportError
-from sdfast.export.loading import UNetParts, VAEHalves, load_text_model
+from sdfast.export.loading import UNetParts, VAEHalves, load_text_encoder
 from sdfast.export.networks import Networks
 from sdfast.export.recipe import Recipe
 from sdfast.manifest import CHUNK, CONTROL, ONE_CHUNK, SHALLOW, HalfRange, Model, Span, Variant
@@ -20,7 +20,6 @@ from sdfast.models.controlnet import (
     load_embedding,
 )
 from sdfast.models.text import TextEncoder
-from sdfast.models.unet import UNetConfig
 from sdfast.models.vae import VAEDecoder, VAEEncoder, has_encoder
 from sdfast.request import MAX_STEPS
 
@@ -82,8 +81,8 @@ def module_specs(networks: Networks, recipe: Recipe) -> list[ModuleSpec]:
     return [
         _unet(*steps),
         *_shallow(recipe.backend, *steps),
-        _context(model, load, dtype),
-        _time_shift(networks.unet, model, load, dtype),
+        _context(networks, model, load, dtype),
+        _time_shift(networks, model, load, dtype),
         *_control_embedding(networks, dtype, sizes),
         _vae_decoder(vae, model, sizes),
         *_vae_encoder(vae, networks, sizes),
@@ -183,18 +182,26 @@ def _shallow(
     )
 
 
-def _context(model: Model, load: UNetParts, dtype: torch.dtype) -> ModuleSpec:
+def _context(networks: Networks, model: Model, load: UNetParts, dtype: torch.dtype) -> ModuleSpec:
     def inputs(batch: int, height: int, width: int, tokens: int) -> dict[str, Tensor]:
-        return {"hidden_states": torch.randn(batch, CHUNK, model.text_width, dtype=dtype)}
+        hidden = torch.randn(batch, CHUNK, model.text_width, dtype=dtype)
+        return {"hidden_states": hidden, **_lora_scales(networks, "context", batch)}
 
     return ModuleSpec("context", load.context, inputs, {}, ("context",), load.components, (Form(ONE),))
 
 
-def _time_shift(config: UNetConfig, model: Model, load: UNetParts, dtype: torch.dtype) -> ModuleSpec:
+def _lora_scales(networks: Networks, module: str, batch: int) -> dict[str, Tensor]:
+    """The input that tells a module how much of each LoRA is added; none where they change nothing in it."""
+    if not networks.takes_loras(module):
+        return {}
+    return {"loras": torch.rand(batch, len(networks.checkpoint.chosen))}
+
+
+def _time_shift(networks: Networks, model: Model, load: UNetParts, dtype: torch.dtype) -> ModuleSpec:
     widths = {
         "text_embeds": (model.pooled_width, dtype),
         "time_ids": (model.time_ids if model.pooled_width else None, torch.float32),
-        "timestep_cond": (config.time_cond_proj_dim, dtype),
+        "timestep_cond": (networks.unet.time_cond_proj_dim, dtype),
     }
     conditions = {name: (width, kind) for name, (width, kind) in widths.items() if width}
 
@@ -202,9 +209,9 @@ def _time_shift(config: UNetConfig, model: Model, load: UNetParts, dtype: torch.
         given = {"timesteps": torch.linspace(0, 999, batch)}
         for name, (size, kind) in conditions.items():
             given[name] = torch.rand(batch, size).to(kind)
-        return given
+        return {**given, **_lora_scales(networks, "time_shift", batch)}
 
-    free = {name: {0: "batch"} for name in ("timesteps", *conditions)}
+    free = {name: {0: "batch"} for name in inputs(1, 0, 0, 0)}
     form = Form(Span(low=1, high=MAX_STEPS))
     return ModuleSpec("time_shift", load.time_shift, inputs, free, ("time_shift",), load.components, (form,))
 
@@ -276,11 +283,11 @@ def _text_encoder(networks: Networks, name: str, dtype: torch.dtype) -> ModuleSp
     vocabulary = int(networks.checkpoint.components[name].config["vocab_size"])
 
     def inputs(batch: int, height: int, width: int, tokens: int) -> dict[str, Tensor]:
-        return {"input_ids": torch.randint(0, vocabulary, (batch, CHUNK))}
+        ids = torch.randint(0, vocabulary, (batch, CHUNK))
+        return {"input_ids": ids, **_lora_scales(networks, name, batch)}
 
     def load() -> TextEncoder:
-        model = load_text_model(networks.checkpoint, name, dtype)
-        return TextEncoder(model, final_norm=networks.checkpoint.family == "sd")
+        return load_text_encoder(networks.checkpoint, name, dtype)
 
     return ModuleSpec(name, load, inputs, {}, ("hidden_states", "text_embeds"), (name,), (Form(ONE),))
 

@@ -10,7 +10,17 @@ from sdfast.export.controlnet import ControlNetSource
 from sdfast.manifest import SCORED_TIME_IDS, TIME_IDS, Model, StepCache
 from sdfast.models.controlnet import ControlledUNet, ControlNet, ControlNetConfig
 from sdfast.models.fp8 import MULTIPLE, fp8_convolutions, fp8_layers
-from sdfast.models.unet import UNet, UNetConfig, rungs, skip_levels
+from sdfast.models.lora import attach_to_step, empty_of
+from sdfast.models.unet import (
+    Context,
+    TimeShift,
+    UNet,
+    UNetConfig,
+    context_parts,
+    rungs,
+    shift_parts,
+    skip_levels,
+)
 from sdfast.models.vae import VAEConfig
 
 
@@ -48,6 +58,7 @@ class Configs:
         control_channels: int | None = None,
         controlnets: int = 0,
         step_cache: StepCache | None = None,
+        loras: tuple[str, ...] = (),
     ) -> Model:
         """What the manifest says of the networks."""
         return Model(
@@ -69,6 +80,7 @@ class Configs:
             step_cache=step_cache,
             scored=self.checkpoint.scored,
             image_latents_scale=self._image_latents_scale(),
+            loras=loras,
         )
 
     def _image_latents_scale(self) -> float | None:
@@ -147,20 +159,34 @@ class Networks(Configs):
         """The network of a step, without weights."""
         with torch.device("meta"):
             unet = UNet(self.unet, self.step_cache.branch if self.step_cache else None)
+            attach_to_step(unet, len(self.checkpoint.chosen), empty_of(unet, self.checkpoint.ranks("unet")))
             beside = [ControlNet(config.way_down) for config in self.controlnets]
             return ControlledUNet(unet, beside) if beside else unet
+
+    def takes_loras(self, module: str) -> bool:
+        """Whether a module outside of the loop has layers that LoRAs which requests choose change."""
+        ranks = self.checkpoint.ranks(module if module in self.text else "unet")
+        if module in self.text or not ranks:
+            return bool(ranks)
+        with torch.device("meta"):
+            step = UNet(self.unet)
+            if module == "context":
+                return bool(empty_of(Context(self.unet, context_parts(step)), ranks))
+            return bool(empty_of(TimeShift(self.unet, shift_parts(step)), ranks))
 
     def model(self) -> Model:
         """What the manifest says of the networks."""
         step = self.step()
+        loras = tuple(lora.called for lora in self.checkpoint.chosen)
         widths = [int(self.checkpoint.components[name].config["hidden_size"]) for name in self.text]
         return self._model(
             text_width=sum(widths),
             context_width=sum(step.context_widths),
-            time_shift_width=sum(step.shift_widths),
+            time_shift_width=sum(step.shift_widths) + len(loras),
             control_channels=sum(config.channels for config in self.controlnets) or None,
             controlnets=len(self.controlnets),
             step_cache=self.step_cache,
+            loras=loras,
         )
 
 

@@ -155,6 +155,11 @@ def add_scaled(g: Graph, x: Value, branch: Value, scale: Value) -> Value:
     return g.Add(x, g.Mul(branch, g.Unsqueeze(scale, g.ints(2, 3))))
 
 
+def scale_channels(g: Graph, x: Value, scale: Value) -> Value:
+    between = range(1, len(x.shape) - 1) if len(x.shape) < 4 else (2, 3)
+    return g.Mul(x, g.Unsqueeze(scale, g.ints(*between)) if between else scale)
+
+
 def concat_channels(g: Graph, x: Value, y: Value) -> Value:
     return g.Concat(x, y, axis=1)
 
@@ -227,6 +232,7 @@ PLAIN: Lowerings = {
         layer_norm,
         add,
         add_scaled,
+        scale_channels,
         concat_channels,
         attention,
         self_attention,

@@ -176,6 +176,12 @@ def add_scaled(g: Graph, x: Value, branch: Value, scale: Value) -> Value:
     return image(g, g.Add(form(g, x), g.Mul(form(g, branch), g.Unsqueeze(scale, g.ints(2, 3)))))
 
 
+def scale_channels(g: Graph, x: Value, scale: Value) -> Value:
+    if len(x.shape) != 4:
+        return onnx_cpu.scale_channels(g, x, scale)
+    return image(g, g.Mul(form(g, x), g.Unsqueeze(scale, g.ints(1, 2))))
+
+
 def concat_channels(g: Graph, x: Value, y: Value) -> Value:
     return image(g, g.Concat(form(g, x), form(g, y), axis=3))
 
@@ -268,6 +274,7 @@ CUDA: Lowerings = {
         onnx_cpu.layer_norm,
         add,
         add_scaled,
+        scale_channels,
         concat_channels,
         onnx_cpu.attention,
         self_attention,

@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from sdfast.errors import ExportError
-from sdfast.manifest import LONG_PROMPTS, ONE_CHUNK, Span
+from sdfast.manifest import LONG_PROMPTS, ONE_CHUNK, LoraName, Span
 from sdfast.request import MAX_IMAGES, MAX_SIDE
 
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
@@ -94,12 +94,25 @@ class FileSetting(_Part):
 
 
 class LoraSetting(FileSetting):
-    """A LoRA to be merged into the weights.
+    """A LoRA to be merged into the weights, or to be chosen by requests.
 
-    scale: how much of it: 1 is all, 0 nothing, less than that the opposite.
+    scale: how much of it is merged: 1 is all, 0 nothing, less than that the opposite.
+    on_request: it is not merged; each request says how much of it is added, by default nothing.
+    name: what requests call it. Default: the name of its file, or of the folder or repository where diffusers
+        names all files alike.
     """
 
     scale: Annotated[float, Field(strict=True, allow_inf_nan=False)] = 1.0
+    on_request: Annotated[bool, Field(strict=True)] = False
+    name: LoraName | None = None
+
+    @model_validator(mode="after")
+    def _either(self) -> Self:
+        if self.on_request and self.scale != 1.0:
+            raise ValueError("scale: requests say that of a LoRA which is on_request; leave one of them out")
+        if self.name is not None and not self.on_request:
+            raise ValueError("name: is for a LoRA that is on_request; a merged one has none")
+        return self
 
 
 class EmbeddingSetting(FileSetting):
@@ -165,7 +178,7 @@ class Recipe(_Part):
     long_prompts: "inductor": a further form of the U-Net, for prompts of more than 75 tokens; the one for
         shorter ones stays as it is. Default: false. Engines of other backends take long prompts anyway.
     vae: of fp16 engines: "auto" (default), float16 wherever its numbers can be made to fit, or "fp32".
-    loras: what is merged into the weights; several add up.
+    loras: what is merged into the weights, and what requests choose; several add up.
     controlnet: under whose guidance every picture is drawn, by a control image; one, or a list of several, of
         which each has a control image.
     embeddings: what tokens in prompts stand for.

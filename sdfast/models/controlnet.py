@@ -173,9 +173,11 @@ class ControlledUNet(Attending, _Beside[ControlNet]):
         -> [B, C_out, h, w], all of one dtype, with N ControlNets.
 
         time_shift is that of `ControlledTimeShift`, and after it a column for each ControlNet with the scale
-        of each row: how much of it is added. It goes with the rows and the steps, as the time shifts do.
+        of each row: how much of it is added. It goes with the rows and the steps, as the time shifts do. The
+        scales of LoRAs come last.
         """
         unet, count = self.unet, self.count
+        time_shift = unet.told_last(time_shift)
         own_shift, *told = time_shift.split_with_sizes(self.shift_widths, dim=-1)
         own_context, *contexts = context.split_with_sizes(self.context_widths, dim=-1)
         shifts = iter(own_shift.split_with_sizes(unet.shift_widths, dim=-1))
@@ -205,9 +207,10 @@ class ControlledTimeShift(_Beside[TimeShift]):
         text_embeds: Tensor | None = None,
         time_ids: Tensor | None = None,
         timestep_cond: Tensor | None = None,
+        loras: Tensor | None = None,
     ) -> Tensor:
-        """As `TimeShift`. A guidance embedding is the U-Net's alone. -> [N, T]."""
-        own = self.unet(timesteps, text_embeds, time_ids, timestep_cond)
+        """As `TimeShift`. A guidance embedding and LoRAs are the U-Net's alone. -> [N, T]."""
+        own = self.unet(timesteps, text_embeds, time_ids, timestep_cond, loras)
         added = [controlnet(timesteps, text_embeds, time_ids) for controlnet in self.controlnets]
         return torch.cat([own, *added], dim=-1)
 
@@ -220,9 +223,10 @@ class ControlledContext(_Beside[Context]):
         self.unet = unet
         self._put(controlnets)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:  # [B, L, D] -> [B, L, KV]
+    def forward(self, hidden_states: Tensor, loras: Tensor | None = None) -> Tensor:
+        """As `Context`; LoRAs are the U-Net's alone."""
         added = [controlnet(hidden_states) for controlnet in self.controlnets]
-        return torch.cat([self.unet(hidden_states), *added], dim=-1)
+        return torch.cat([self.unet(hidden_states, loras), *added], dim=-1)
 
 
 class ControlEmbedding(nn.Module):

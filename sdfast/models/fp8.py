@@ -8,6 +8,7 @@ their channels last are linear too; and 3×3 convolutions, but in a compiled eng
 measured to be faster so. Not converted, and in fp16 still:
 - the first and the last convolution.
 - layers with a width that is no multiple of 16, which the GPUs' FP8 products need.
+- 3×3 convolutions that LoRAs of requests have a branch beside (see `lora`), which is in fp16 everywhere.
 - output projections of attention with up to 640 channels. What comes before the others rounds on its way; for
   these it takes a pass of its own over what attention wrote, which takes as long as is saved.
 - the time embedding and the prompt's keys and values, which are computed outside the loop.
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from sdfast.models import ops
-from sdfast.models.layers import Conv1x1, Conv3x3, Downsample, Linear, ResBlock, Upsample
+from sdfast.models.layers import Conv1x1, Conv3x3, Downsample, Layer, Linear, ResBlock, Upsample
 
 N = TypeVar("N", bound=nn.Module)
 MULTIPLE = 16  # of both widths of a product
@@ -29,7 +30,7 @@ PASS_PAYS_ABOVE = 640  # channels
 _ATTENTION_OUTPUT = re.compile(r"\.attn\d\.to_out\.0$")
 
 
-class LinearFP8(nn.Module):
+class LinearFP8(Layer):
     """A linear layer on rounded numbers. weight: [O, I] float8; scale: [O] float32.
 
     product: what computes it, in place of the definition.
@@ -42,14 +43,18 @@ class LinearFP8(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.scale = nn.Parameter(scale.flatten(), requires_grad=False)
         self.bias = layer.bias
+        self.branch = layer.branch
 
     def forward(self, x: Tensor) -> Tensor:  # [..., I] -> [..., O]
+        return self.with_branch(x, self._rounded(x))
+
+    def _rounded(self, x: Tensor) -> Tensor:
         return self.product(x, self.weight, self.scale, self.bias)
 
 
 class Conv1x1FP8(LinearFP8):
     def forward(self, x: Tensor) -> Tensor:  # [B, I, H, W] -> [B, O, H, W]
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.with_branch(x, self._rounded(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
 
 
 class Conv3x3FP8(nn.Module):
@@ -86,8 +91,12 @@ def fp8_convolutions(network: nn.Module) -> tuple[str, ...]:
         f"{name}.{own}"
         for name, module in network.named_modules()
         for kind, own in places
-        if isinstance(module, kind) and _has_widths(module.get_submodule(own))
+        if isinstance(module, kind) and _may_convert(module.get_submodule(own))
     )
+
+
+def _may_convert(convolution: nn.Module) -> bool:
+    return isinstance(convolution, Conv3x3) and convolution.branch is None and _has_widths(convolution)
 
 
 def _has_widths(layer: nn.Module) -> bool:

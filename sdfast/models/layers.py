@@ -8,14 +8,29 @@ from torch import Tensor, nn
 from sdfast.models import ops
 
 
-class Linear(nn.Module):
+class Layer(nn.Module):
+    """A layer that may have a branch beside it (see `lora`): branch(x, y) is what it makes of x with that,
+    where y is what it makes of x without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch: nn.Module | None = None
+
+    def with_branch(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.branch is None:
+            return y
+        both: Tensor = self.branch(x, y)
+        return both
+
+
+class Linear(Layer):
     def __init__(self, inputs: int, outputs: int, bias: bool = True) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:  # [..., inputs] -> [..., outputs]
-        return ops.linear(x, self.weight, self.bias)
+        return self.with_branch(x, ops.linear(x, self.weight, self.bias))
 
 
 @dataclass(frozen=True)
@@ -35,8 +50,13 @@ class PackedLinear(Linear):
         super().__init__(inputs, sum(part.rows for part in parts), bias)
         self.parts = parts
 
+    def names(self, own: str) -> list[str]:
+        """The names of its parts in the checkpoint, if its own name is `own`."""
+        beside = own.rpartition(".")[0]
+        return [f"{beside}.{part.name}" if beside else part.name for part in self.parts]
 
-class Conv3x3(nn.Module):
+
+class Conv3x3(Layer):
     """padding: zeros before (top, left) and after (bottom, right)."""
 
     def __init__(
@@ -48,17 +68,17 @@ class Conv3x3(nn.Module):
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.conv3x3(x, self.weight, self.bias, self.stride, self.padding)
+        return self.with_branch(x, ops.conv3x3(x, self.weight, self.bias, self.stride, self.padding))
 
 
-class Conv1x1(nn.Module):
+class Conv1x1(Layer):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs, 1, 1))
         self.bias = nn.Parameter(torch.empty(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.conv1x1(x, self.weight, self.bias)
+        return self.with_branch(x, ops.conv1x1(x, self.weight, self.bias))
 
 
 class GroupNorm(nn.Module):

@@ -225,6 +225,15 @@ def add_scaled(x: Tensor, branch: Tensor, scale: Tensor) -> Tensor:
     return x + branch * scale[:, :, None, None]
 
 
+@_named(_same)
+def scale_channels(x: Tensor, scale: Tensor) -> Tensor:
+    """x [B, C], tokens [B, N, C] or an image [B, C, H, W], scale [B or 1, C]: each row's channels by its
+    own."""
+    if x.dim() == 4:
+        return x * scale[:, :, None, None]
+    return x * (scale if x.dim() == 2 else scale[:, None])
+
+
 @_named(lambda x, y: (x.shape[0], x.shape[1] + y.shape[1], *x.shape[2:]))
 def concat_channels(x: Tensor, y: Tensor) -> Tensor:
     """x [B, C, H, W], y [B, D, H, W] -> [B, C + D, H, W]."""

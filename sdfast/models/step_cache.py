@@ -10,9 +10,12 @@ that is the `cache_branch_id` of the authors' library.
 An approximation: the picture is another one.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
+from sdfast.models.layers import Layer
 from sdfast.models.unet import (
     BothWays,
     DownBlock,
@@ -45,12 +48,17 @@ class ShallowUNet(BothWays):
         """That of `unet`, on the same weights."""
         with torch.device("meta"):
             shallow = cls(unet.config, branch)
+        for name, layer in list(shallow.named_modules()):
+            if isinstance(layer, Layer):
+                layer.branch = cast(Layer, unet.get_submodule(name)).branch
+        shallow.loras = unet.loras
         own, weights = shallow.state_dict().keys(), unet.state_dict()
         shallow.load_state_dict({name: weights[name] for name in own}, assign=True)
         return shallow.eval().requires_grad_(False)
 
     def forward(self, sample: Tensor, time_shift: Tensor, context: Tensor, deep: Tensor) -> Tensor:
         """As `UNet.forward`; deep: the second result of an earlier one."""
+        time_shift = self.told_last(time_shift)
         shifts = time_shift.split_with_sizes(self.shift_widths, dim=-1)
         kv = context.split_with_sizes(self.context_widths, dim=-1)
         own = iter([shifts[i] for i in self.own_shifts]), iter([kv[i] for i in self.own_kv])

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from sdfast.errors import CheckpointError
+from sdfast.models.lora import Choosing, RowScales
 
 LEGACY_EOS = 2  # what old configs say in error: transformers takes the largest id for the end of the prompt
 
 
-class TextEncoder(nn.Module):
+class TextEncoder(Choosing):
     """Wraps transformers' CLIPTextModel or CLIPTextModelWithProjection.
 
     With `final_norm` (Stable Diffusion 1.x and 2.x) each hidden state is finished by the model's last layer
@@ -19,11 +20,14 @@ class TextEncoder(nn.Module):
     The pooled state is taken here and not by the model, which looks for it among integers: ONNX Runtime's
     CUDA provider has no kernel for that, so a graph of the model's own would go over the processor.
 
+    loras: what the branches of its layers are told by, where LoRAs change some, see `lora`.
+
     Raises `CheckpointError` for a model whose config names no one end-of-text token.
     """
 
-    def __init__(self, model: Any, final_norm: bool) -> None:
+    def __init__(self, model: Any, final_norm: bool, loras: RowScales | None = None) -> None:
         super().__init__()
+        self.loras = loras
         self.model = model
         self.final_norm = final_norm
         self.projected = hasattr(model, "text_projection")
@@ -34,9 +38,12 @@ class TextEncoder(nn.Module):
                 "for CLIP 49407"
             )
 
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, input_ids: Tensor, loras: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """input_ids [B, 77] int64 -> hidden_states [B, layers + 1, 77, D], and the embedding [B, P] of the
-        whole prompt: projected if the checkpoint has a projection (SDXL's `text_embeds`), else pooled."""
+        whole prompt: projected if the checkpoint has a projection (SDXL's `text_embeds`), else pooled.
+
+        loras [B or 1, n] float32: how much of each LoRA is added, where one changes its layers."""
+        self._told(loras, next(self.model.parameters()).dtype)
         output = self.model(input_ids, output_hidden_states=True)
         states = torch.stack(output.hidden_states, dim=1)
         if self.final_norm:

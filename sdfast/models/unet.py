@@ -24,6 +24,7 @@ from sdfast.models.layers import (
     ResBlock,
     Upsample,
 )
+from sdfast.models.lora import Choosing
 from sdfast.models.weights import load_weights
 
 __all__ = ["Context", "TimeShift", "UNet", "UNetConfig", "load_unet"]
@@ -39,7 +40,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [B, N, C]
         qkv = self.to_qkv
-        if self.attend is ops.attention and isinstance(qkv, PackedLinear):
+        if self.attend is ops.attention and isinstance(qkv, PackedLinear) and qkv.branch is None:
             h = ops.self_attention(x, qkv.weight, qkv.bias, self.heads, self.upcast)
         else:
             q, k, v = qkv(x).chunk(3, dim=-1)
@@ -73,7 +74,7 @@ class GEGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         proj: nn.Module = self.proj
-        if isinstance(proj, Linear) and proj.bias is not None:
+        if isinstance(proj, Linear) and proj.bias is not None and proj.branch is None:
             return self.compute(x, proj.weight, proj.bias)
         return ops.geglu(proj(x))
 
@@ -183,7 +184,7 @@ class UpBlock(Block):
         return x
 
 
-class Attending(nn.Module):
+class Attending(Choosing):
     """A network whose attention and gated products may be computed otherwise than by their definitions."""
 
     def use_attention(self, attend: ops.Attend) -> None:
@@ -271,9 +272,11 @@ class UNet(BothWays):
     def forward(self, sample: Tensor, time_shift: Tensor, context: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """sample [B, C, H, W], time_shift [B, T], context [B, L, KV] -> [B, C_out, H, W], all of one dtype.
 
-        time_shift comes from `TimeShift` and context from `Context` of the same checkpoint. With a branch
-        there is a second result, its deep feature, [B, C_d, H / s, W / s] rounded up; see `step_cache`.
+        time_shift comes from `TimeShift` and context from `Context` of the same checkpoint. With LoRAs that
+        requests choose, more columns follow it, see `lora`. With a branch there is a second result, its deep
+        feature, [B, C_d, H / s, W / s] rounded up; see `step_cache`.
         """
+        time_shift = self.told_last(time_shift)
         shifts = iter(time_shift.split_with_sizes(self.shift_widths, dim=-1))
         kv = iter(context.split_with_sizes(self.context_widths, dim=-1))
         skips, x = self.descend(self.conv_in(sample), shifts, kv)
@@ -363,7 +366,7 @@ class Sinusoid(nn.Module):
         return nn.functional.pad(torch.cat(parts, dim=-1), (0, self.width % 2))
 
 
-class TimeShift(nn.Module):
+class TimeShift(Choosing):
     """What every ResNet block adds for a timestep, in one batched pass for all timesteps of a run."""
 
     def __init__(self, config: UNetConfig, parts: list[Part]) -> None:
@@ -384,15 +387,18 @@ class TimeShift(nn.Module):
         text_embeds: Tensor | None = None,
         time_ids: Tensor | None = None,
         timestep_cond: Tensor | None = None,
+        loras: Tensor | None = None,
     ) -> Tensor:
         """timesteps [N] float32 -> [N, T], in the dtype of the weights.
 
         text_embeds [N, P] (pooled) and time_ids [N, 6] float32 (original size, crop, target size) belong to
         SDXL, to its refiner [N, 5] (a score in place of the target size); timestep_cond [N, W] (the embedded
-        guidance scale) to LCM. Every one that the checkpoint has is needed, and no other.
+        guidance scale) to LCM. Every one that the checkpoint has is needed, and no other. loras [N, n] or
+        [1, n]: how much of each LoRA is added, where one changes its layers.
         """
         self._check(text_embeds=text_embeds, time_ids=time_ids, timestep_cond=timestep_cond)
         dtype = self.proj.weight.dtype
+        self._told(loras, dtype)
         emb = self.time_embedding(self.sinusoid(timesteps).to(dtype), timestep_cond)
         if self.add_sinusoid and self.add_embedding and text_embeds is not None and time_ids is not None:
             sizes = self.add_sinusoid(time_ids.flatten()).reshape(time_ids.shape[0], -1)
@@ -411,14 +417,16 @@ class TimeShift(nn.Module):
         return sdxl + (["timestep_cond"] if self.config.time_cond_proj_dim else [])
 
 
-class Context(nn.Module):
+class Context(Choosing):
     """Keys and values of every cross-attention layer for a prompt, in one matrix product."""
 
     def __init__(self, config: UNetConfig, parts: list[Part]) -> None:
         super().__init__()
         self.proj = PackedLinear(config.cross_attention_dim, parts)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:  # [B, L, D] -> [B, L, KV]
+    def forward(self, hidden_states: Tensor, loras: Tensor | None = None) -> Tensor:
+        """hidden_states [B, L, D] -> [B, L, KV]. loras: as those of `TimeShift`."""
+        self._told(loras, self.proj.weight.dtype)
         y: Tensor = self.proj(hidden_states)
         return y
 

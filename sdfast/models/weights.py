@@ -62,9 +62,8 @@ def _sources(module: nn.Module) -> dict[str, _Source]:
         for leaf, _ in layer.named_parameters(recurse=False):
             sources[prefix + leaf] = _Source([(prefix + leaf, None)])
             if isinstance(layer, PackedLinear):
-                beside = path.rpartition(".")[0]
-                names = [f"{beside}.{p.name}" if beside else p.name for p in layer.parts]
-                parts = [(f"{name}.{leaf}", p.rows) for name, p in zip(names, layer.parts, strict=True)]
+                own = zip(layer.names(path), layer.parts, strict=True)
+                parts = [(f"{name}.{leaf}", p.rows) for name, p in own]
                 extra = [p.extra_bias for p in layer.parts] if leaf == "bias" else []
                 sources[prefix + leaf] = _Source(list(parts), extra)
     return sources

@@ -1,9 +1,10 @@
 """Reading a form, multipart/form-data: its texts and its files. Nothing of it is written to a disk."""
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel
@@ -19,6 +20,7 @@ _FIELDS, _FILES = 64, 32
 _TEXT_BYTES = 4 * MAX_PROMPT  # of one field
 _WHOLE = re.compile(r"-?[0-9]{1,20}")
 _NUMBER = re.compile(r"-?[0-9]{1,20}(\.[0-9]{1,20})?([eE][+-]?[0-9]{1,4})?")
+_ENTRY = re.compile(r"(\w+)\[([^\[\]]+)\]")
 _TRUTH = {"true": True, "false": False}
 
 
@@ -53,15 +55,23 @@ async def read_form(request: Request) -> Form:
 
 
 def typed(texts: Mapping[str, str], model: type[BaseModel]) -> dict[str, Any]:
-    """Texts as `model` has their fields: numbers and truth values as JSON writes them.
+    """Texts as `model` has their fields: numbers, truth values and objects as JSON writes them.
 
-    What is no number, or list of numbers, stays text, and the model refuses it.
+    What is no number, list of numbers or object stays text, and the model refuses it. An object may also be
+    sent entry by entry, as OpenAI's SDK does: `loras[oil]`.
     """
-    fields = model.model_fields
-    return {
-        name: _value(text, fields[name].annotation) if name in fields else text
-        for name, text in texts.items()
-    }
+    fields, found = model.model_fields, dict[str, Any]()
+    for name, text in texts.items():
+        entry = _ENTRY.fullmatch(name)
+        if entry and entry[1] in fields and _is_object(fields[entry[1]].annotation):
+            earlier = found.get(entry[1])
+            found[entry[1]] = {
+                **(earlier if isinstance(earlier, dict) else {}),
+                entry[2]: _value(text, float),
+            }
+        else:
+            found[name] = _value(text, fields[name].annotation) if name in fields else text
+    return found
 
 
 class _Parser(MultiPartParser):
@@ -132,11 +142,24 @@ def _value(text: str, annotation: Any) -> Any:
         return int(text)
     if float in kinds and _NUMBER.fullmatch(text):
         return float(text)
+    if _is_object(annotation):
+        return _object(text)
     if list[float] in kinds and text[:1] + text[-1:] == "[]":
         numbers = [number.strip() for number in text[1:-1].split(",")]
         if all(map(_NUMBER.fullmatch, numbers)):
             return list(map(float, numbers))
     return text
+
+
+def _is_object(annotation: Any) -> bool:
+    return any(get_origin(kind) is dict for kind in get_args(annotation))
+
+
+def _object(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def _damaged(why: str) -> Problem:

@@ -6,6 +6,7 @@ from sdfast.engine import Engine
 from sdfast.errors import RequestError
 from sdfast.first_latents import Over, check_edits, check_strength
 from sdfast.images import check_bytes, controls_from_bytes, from_bytes, mask_from_bytes
+from sdfast.loras import check_loras
 from sdfast.noise import generator
 from sdfast.preparation import check_cached, check_channels, check_instructed, check_refined
 from sdfast.request import Request
@@ -20,6 +21,7 @@ def check_given(engine: Engine, job: Job) -> None:
     check_channels(engine.manifest.model, masked=job.mask is not None)
     check_instructed(engine.manifest.model, job.request, over=job.over, masked=job.mask is not None)
     check_cached(engine.manifest.model, job.request)
+    check_loras(engine.manifest.model, job.request)
     check_strength(job.request, over=job.over)
     check_refined(engine.manifest.model, over=job.over)
     if job.mask is not None:

@@ -147,7 +147,8 @@ class EngineInfo:
     checkpoint_digest: hex SHA-256 over the digests of its weights. unet_digest: hex SHA-256 of its U-Net's,
     by which a picture's parameters name the model. edits: whether it takes a job's image. embeddings: by
     their tokens, of how many vectors they are; text_width: of one, for all text encoders together.
-    controlnets: names of its ControlNets, in their order, by which AUTOMATIC1111's clients know them.
+    controlnets: names of its ControlNets, in their order, by which AUTOMATIC1111's clients know them. loras:
+    names of the LoRAs that requests choose.
     step_cache: whether it takes a `cache_interval`. refines: whether it is SDXL's refiner, whose jobs all
     have an image. instructed: whether its jobs all have one to edit, and `image_guidance_scale`.
     """
@@ -165,6 +166,7 @@ class EngineInfo:
     embeddings: Mapping[str, int] = field(default_factory=dict)
     text_width: int = 0
     controlnets: tuple[str, ...] = ()
+    loras: tuple[str, ...] = ()
     step_cache: bool = False
     refines: bool = False
     instructed: bool = False

@@ -125,6 +125,7 @@ def info_of(manifest: Manifest) -> EngineInfo:
         unet_digest=unet_digest(manifest.checkpoint.weights) or digest,
         edits=manifest.edits,
         controlnets=tuple(map(controlnet_name, manifest.checkpoint.controlnets)),
+        loras=manifest.model.loras,
         embeddings={one.token: one.vectors for one in manifest.checkpoint.embeddings},
         text_width=manifest.model.text_width,
         step_cache=manifest.model.step_cache is not None,

@@ -92,7 +92,7 @@ def validate(
 
     What an engine whose U-Net is for inpainting draws, it draws over the masked part of an image (`Scene`),
     and SDXL's refiner over the whole of it; what one with ControlNets draws, under the guidance of
-    `control_images`.
+    `control_images`. LoRAs that requests choose are all added, each with a scale of 1, and once none of them.
 
     Writes `validation/report.json` and `validation/report.html` into the engine, and the figures into its
     manifest. An engine that differs makes a report whose `passed` is False, not an error.
@@ -128,6 +128,7 @@ def validate(
     over = []
     if engine.manifest.edits and not model.instructed:  # all that such a one draws is of one kind
         over = _over_trial(engine, sides, trials[0], scene, tell)
+    over += _plain_trial(engine, sides, trials[0], tell) if model.loras else []
     price = _price(engine, trials, guidance_start, guidance_end, tell)
     caching, cache = None, engine.step_cache
     if cache is not None and cache_interval > 1:
@@ -196,6 +197,7 @@ def _requests(
                 strength=strength,
                 image_guidance_scale=DEFAULT_IMAGE_GUIDANCE if model.instructed else None,
                 seed=seed + i,
+                loras=dict.fromkeys(engine.manifest.model.loras, 1.0),
                 **control,
             )
             for i, prompt in enumerate(prompts)
@@ -288,6 +290,17 @@ def _over_trial(
     return [_Trial(name, trial.plan, [picture])]
 
 
+def _plain_trial(engine: Engine, sides: Stock, trial: _Trial, tell: Progress) -> list[_Trial]:
+    """The first picture without the LoRAs that requests choose."""
+    name, first = f"{trial.name}, without LoRAs", trial.pictures[0]
+    tell(name)
+    pipe = Pipeline(engine)
+    pipe.set_progress_bar_config(disable=True)
+    request = first.request.model_copy(update={"loras": {}})
+    picture = compare_picture(pipe, sides.exact, sides.same, request, over=first.over, control=first.control)
+    return [_Trial(name, trial.plan, [picture])]
+
+
 def _observed(steps: int) -> list[int]:
     return sorted({int(k) for k in np.linspace(0, steps - 1, min(steps, OBSERVED_STEPS)).round()})
 
@@ -330,7 +343,8 @@ def _judge(
     over: Sequence[_Trial],
     scene: Scene | None,
 ) -> tuple[list[ModuleFigures], list[PictureFigures], list[Check]]:
-    """Every figure with its verdict. over: the trials over pictures, of which only those are judged."""
+    """Every figure with its verdict. over: trials over pictures, and without LoRAs, of which only the
+    pictures are judged."""
     fp8 = bool(engine.manifest.fp8)
     prompts = [picture.request.prompts[0] for picture in trials[0].pictures]
     texts = ["", *prompts, *(embedding.token for embedding in reference.embeddings)]
@@ -420,7 +434,10 @@ def _setting(engine: Engine, reference: Checkpoint, request: Request, start: flo
         checkpoint=reference.source
         if reference.revision is None
         else f"{reference.source}@{reference.revision}",
-        loras=tuple(str(lora.record()) for lora in reference.loras),
+        loras=(
+            *(str(lora.record()) for lora in reference.loras),
+            *(str(lora.record()) for lora in reference.chosen),
+        ),
         embeddings=tuple(str(embedding.record()) for embedding in reference.embeddings),
         reference=f"diffusers {versions['diffusers']} {stock_name} in float32",
         height=request.height,

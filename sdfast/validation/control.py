@@ -85,4 +85,5 @@ def _told(engine: Engine, picture: Picture, control: Tensor, scales: Tensor) -> 
     except NumericalError:
         return torch.full_like(control, math.nan), torch.full_like(scales, math.nan)
     own = cast(Tensor, row.control)  # as of every row of an engine with a ControlNet
-    return own.to(control), row.positive.time_shift[:, -scales.shape[1] :].to(scales)
+    end = row.positive.time_shift.shape[1] - len(engine.manifest.model.loras)
+    return own.to(control), row.positive.time_shift[:, end - scales.shape[1] : end].to(scales)

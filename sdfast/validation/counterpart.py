@@ -33,7 +33,7 @@ def counterpart(engine: Engine, given: str | Path | None) -> tuple[Checkpoint, l
         _all_digests(made_from.weights, made_from.beside, made_from.controlnets),
         _all_digests(
             found.digests(),
-            (*found.loras, *found.embeddings),
+            (*found.loras, *found.chosen, *found.embeddings),
             [controlnet.record() for controlnet in found.controlnets],
         ),
     )

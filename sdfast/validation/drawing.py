@@ -14,7 +14,15 @@ from sdfast.request import SCORES, TOLD_SIZES, Hires, Request, each
 from sdfast.schedulers import resolve
 from sdfast.validation.hooks import cached_steps, guided_steps
 from sdfast.validation.reading import as_given, embeddings, is_plain
-from sdfast.validation.reference import is_instructed, is_scored, pipeline_class, quiet, stock, tokenizers_of
+from sdfast.validation.reference import (
+    is_instructed,
+    is_scored,
+    pipeline_class,
+    quiet,
+    set_loras,
+    stock,
+    tokenizers_of,
+)
 
 INPAINTED_CHANNELS = (4, 9)  # of the U-Nets that diffusers' inpainting pipelines take
 
@@ -49,6 +57,7 @@ def generate(
         )
     if request.hires is not None:
         return _generate_twice(pipe, request, request.hires, scheduler, output_type, cache_branch)
+    set_loras(pipe, {name: request.lora_scales(name) for name in request.loras})
     drawing = pipe if over is None or is_instructed(pipe) else _pipeline_over(pipe, request, over)
     own = drawing.scheduler
     drawing.scheduler = scheduler or stock_scheduler(pipe, request.scheduler)

@@ -82,7 +82,7 @@ def cached_steps(pipe: Any, interval: int, branch: int | None) -> Iterator[Cache
 
 def _skip_widths(unet: Any) -> list[int]:
     """The channels of each skip of a stock U-Net, in the order in which the way down leaves them."""
-    widths = [unet.conv_in.out_channels]
+    widths = [unet.config.block_out_channels[0]]
     for block in unet.down_blocks:
         widths += [part.out_channels for part in (*block.resnets, *(block.downsamplers or ()))]
     return widths

@@ -23,7 +23,7 @@ from sdfast.schedulers import Schedule
 from sdfast.validation.metrics import Error, compare
 from sdfast.validation.observe import Run, StepInputs, StepOutputs, observed_step
 from sdfast.validation.reading import written_out
-from sdfast.validation.reference import as_reference, tokenizers_of
+from sdfast.validation.reference import as_reference, set_loras, tokenizers_of
 
 TIMESTEP_ROUNDING = 1e-3  # float32 of a fractional timestep up to 1000, and the logarithms behind it
 Pairs = Iterable[tuple[Tensor, Tensor]]
@@ -58,11 +58,14 @@ def measure(
     """The networks of `engine`, each alone, and a U-Net step as a whole.
 
     runs: of `stock.exact`; their last latents are the VAE decoder's inputs, and their pictures the encoder's.
-    steps: the U-Net's.
+    steps: the U-Net's, all with the same LoRAs.
     """
     size = runs[0].image.shape[1:]
+    for pipe in (stock.exact, stock.same):
+        if pipe is not None:
+            set_loras(pipe, steps[0].loras)
     return [
-        *_text_encoders(engine, stock, prompts),
+        *_text_encoders(engine, stock, prompts, steps[0].loras),
         *_unet(engine, stock, steps, size[0], size[1]),
         _vae_decoder(engine, stock, runs),
         *([_vae_encoder(engine, stock, runs)] if engine.manifest.edits else []),
@@ -86,12 +89,26 @@ def token_ids(pipe: Any, index: int, prompts: Sequence[str]) -> Tensor:
     return ids
 
 
-def _text_encoders(engine: Engine, stock: Stock, prompts: Sequence[str]) -> Iterator[Measured]:
+Loras = Mapping[str, tuple[float, float]]
+"""As those of `StepInputs`."""
+
+
+def lora_scales(engine: Engine, loras: Loras, module: str, rows: int) -> dict[str, Tensor]:
+    """What tells a module outside of the loop of LoRAs; nothing where they change none of its layers."""
+    if "loras" not in engine.manifest.modules[module].inputs:
+        return {}
+    part = 0 if module in engine.manifest.text_encoders else 1
+    scales = [loras[name][part] for name in engine.manifest.model.loras]
+    return {"loras": torch.tensor([scales] * rows, device=engine.device)}
+
+
+def _text_encoders(engine: Engine, stock: Stock, prompts: Sequence[str], loras: Loras) -> Iterator[Measured]:
     for index, name in enumerate(engine.manifest.text_encoders):
         ids = token_ids(stock.exact, index, prompts)
         truth = _text_states(stock.exact, name, ids)
         same = None if stock.same is None else _text_states(stock.same, name, ids)
-        given = engine.call(name, {"input_ids": ids.to(engine.device)})
+        told = lora_scales(engine, loras, name, len(ids))
+        given = engine.call(name, {"input_ids": ids.to(engine.device), **told})
         if engine.manifest.checkpoint.graphs is not None:  # they may have the last layers alone
             layers = given["hidden_states"].shape[1]
             truth["hidden_states"] = truth["hidden_states"][:, -layers:]
@@ -173,13 +190,15 @@ def _unet(
 
 def _context(engine: Engine, step: StepInputs) -> Tensor:
     hidden = step.hidden_states.to(engine.device, engine.dtype)
-    return engine.call("context", {"hidden_states": hidden})["context"]
+    told = lora_scales(engine, step.loras, "context", len(hidden))
+    return engine.call("context", {"hidden_states": hidden, **told})["context"]
 
 
 def _time_shift(engine: Engine, step: StepInputs) -> Tensor:
     inputs = {"timesteps": torch.full((len(step.sample),), step.timestep, dtype=torch.float32)}
     for name, value in step.conditions.items():
         inputs[name] = value.to(dtype=torch.float32 if name == "time_ids" else engine.dtype)
+    inputs |= lora_scales(engine, step.loras, "time_shift", len(step.sample))
     inputs = {name: value.to(engine.device) for name, value in inputs.items()}
     return engine.call("time_shift", inputs)["time_shift"]
 
@@ -201,7 +220,14 @@ def _output(
     if step.control is not None and control is not None:
         scales = time_shift.new_tensor(step.control.scales).expand(len(time_shift), -1)
         tensors |= {"time_shift": torch.cat([time_shift, scales], dim=1), "control": control}
+    tensors["time_shift"] = with_lora_scales(engine, step, tensors["time_shift"])
     return engine.call("unet", as_inputs(engine, tensors), height, width)["output"]
+
+
+def with_lora_scales(engine: Engine, step: StepInputs, time_shift: Tensor) -> Tensor:
+    """The time shifts, and behind them how much of each LoRA is added."""
+    scales = time_shift.new_tensor([step.loras[name][1] for name in engine.manifest.model.loras])
+    return torch.cat([time_shift, scales.expand(len(time_shift), -1)], dim=1)
 
 
 def as_inputs(engine: Engine, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from sdfast.first_latents import Over
 from sdfast.request import Request
 from sdfast.validation.drawing import generate, stock_scheduler
-from sdfast.validation.reference import as_reference, step_networks
+from sdfast.validation.reference import as_reference, set_loras, step_networks
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class StepInputs:
     sample: [B, C, h, w], scaled for the network. hidden_states: [B, L, D].
     conditions: text_embeds [B, P] and time_ids [B, 6] (SDXL; [B, 5] its refiner), timestep_cond [B, W]
         (LCM), where it has them.
-    control: what its ControlNets are given, if it has some.
+    control: what its ControlNets are given, if it has some. loras: how much is added of the LoRAs that
+        requests choose, in the text encoders and in the U-Net.
     """
 
     index: int
@@ -40,6 +41,7 @@ class StepInputs:
     hidden_states: Tensor
     conditions: Mapping[str, Tensor]
     control: Control | None = None
+    loras: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -93,14 +95,17 @@ def observed_run(
     run = Run(request.seed, drawn_over, masked=over is not None and over.mask is not None)
     scheduler = _watched_scheduler(stock_scheduler(pipe, request.scheduler), run)
     asked = {"scheduler": scheduler, "output_type": "pt", "over": over, "control": control}
-    with _watched(step_networks(pipe), run, wanted):
+    scales = {name: request.lora_scales(name) for name in request.loras}
+    with _watched(step_networks(pipe), run, wanted, scales):
         run.image = generate(pipe, request, **asked)[0].cpu()
     return run
 
 
 @contextmanager
-def _watched(networks: Sequence[Any], run: Run, wanted: Collection[int]) -> Iterator[None]:
-    """The U-Net, and the ControlNets, which are evaluated before it in each step."""
+def _watched(
+    networks: Sequence[Any], run: Run, wanted: Collection[int], loras: Mapping[str, tuple[float, float]]
+) -> Iterator[None]:
+    """The U-Net, and the ControlNets, which are evaluated before it in each step. loras: see `StepInputs`."""
     count = 0
     given_to: list[tuple[Tensor, float]] = []
 
@@ -113,7 +118,7 @@ def _watched(networks: Sequence[Any], run: Run, wanted: Collection[int]) -> Iter
             run.scales.append(scales)
             given_to.clear()
         if count in wanted:
-            run.steps.append(_step_inputs(count, args[0], args[1], given, control))
+            run.steps.append(replace(_step_inputs(count, args[0], args[1], given, control), loras=loras))
         count += 1
 
     def before_controlnet(_module: Any, _args: tuple[Any, ...], given: dict[str, Any]) -> None:
@@ -219,6 +224,7 @@ def _shift_of(block: Any, shifts: list[Tensor]) -> Callable[[Any, Any, Tensor], 
 def evaluate(pipe: Any, given: StepInputs) -> Tensor:
     """What the stock U-Net gives for a step, [B, C, h, w]."""
     unet = pipe.unet
+    set_loras(pipe, given.loras)
 
     def cast(tensor: Tensor) -> Tensor:
         return tensor.to(unet.device, unet.dtype)

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.overrides import TorchFunctionMode
 
-from sdfast.errors import BackendError, CheckpointError, DependencyError, first_line
+from sdfast.errors import BackendError, CheckpointError, DependencyError, RequestError, first_line
 from sdfast.export.checkpoint import Checkpoint, Component
 from sdfast.export.embedding import TWO_ENCODERS
 from sdfast.validation.reading import in_small_letters
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from sdfast.backends.attention import Attention
     from sdfast.export.controlnet import ControlNetSource
     from sdfast.export.embedding import Embedding
-    from sdfast.export.lora import Lora
+    from sdfast.export.lora import Lora, LoraBeside
 
 TASKS = {None: "", False: "Img2Img", True: "Inpaint"}  # of nothing, over an image, and with a mask
 _INSTRUCTED = "InstructPix2Pix"
@@ -69,8 +69,9 @@ def reference_pipeline(
     """diffusers' own text-to-image pipeline of `checkpoint`, or for SDXL's refiner that over images, with its
     ControlNets if it has some, in `dtype`, without its safety checker.
 
-    LoRAs are loaded and fused in float32, by diffusers' own code and peft's; embeddings are loaded by
-    diffusers' own, their tokens in small letters (see `reading.as_given`).
+    LoRAs are loaded and fused in float32, by diffusers' own code and peft's; those that requests choose are
+    loaded and left to run beside its layers, and `set_loras` says how much of each is added, at first none.
+    Embeddings are loaded by diffusers' own code, their tokens in small letters (see `reading.as_given`).
 
     attention: what computes that of the U-Net and a ControlNet, for a stock pipeline that is drawn with; the
         reference of a comparison leaves it out, and PyTorch chooses.
@@ -105,11 +106,15 @@ def reference_pipeline(
             **options,
         )
         for lora in checkpoint.loras:
+            _load(pipe, lora, _ADAPTER)
             _fuse(pipe, lora)
+        for chosen in checkpoint.chosen:
+            _load(pipe, chosen, _adapter(chosen.called))
         for embedding in checkpoint.embeddings:
             _add(pipe, embedding)
         pipe = pipe.to(device, dtype)
     _restore_text_model(pipe)
+    set_loras(pipe, {})
     if attention is not None:
         for network in step_networks(pipe):
             processors = network.attn_processors.items()
@@ -169,29 +174,57 @@ def step_networks(pipe: Any) -> list[Any]:
     return [pipe.unet, *getattr(controlnet, "nets", [controlnet])]
 
 
-def _fuse(pipe: Any, lora: "Lora") -> None:
-    """Load a LoRA as diffusers' users do, fuse it into the pipeline's weights, and let go of it."""
+def _load(pipe: Any, lora: "Lora | LoraBeside", adapter: str) -> None:
+    """Load a LoRA as diffusers' users do. adapter: what diffusers is to call it."""
     if find_spec("peft") is None:
         raise DependencyError(
             f'the reference pipeline needs peft for LoRA {lora.name}: pip install "sdfast[export]"'
         )
     try:
-        pipe.load_lora_weights(_as_trained(pipe, lora), adapter_name=_ADAPTER)
+        pipe.load_lora_weights(_as_trained(pipe, lora), adapter_name=adapter)
     except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"LoRA {lora.name}: diffusers does not load it ({first_line(error)}), so there is no reference"
         ) from error
-    components = [name for name, adapters in pipe.get_list_adapters().items() if _ADAPTER in adapters]
+    components = [name for name, adapters in pipe.get_list_adapters().items() if adapter in adapters]
     if set(components) != set(lora.parts):
         raise CheckpointError(
             f"LoRA {lora.name}: diffusers finds {' and '.join(sorted(components)) or 'nothing'} in it, where "
             f"there is {' and '.join(sorted(lora.parts))}, so there is no reference"
         )
-    pipe.fuse_lora(components, lora_scale=lora.scale, adapter_names=[_ADAPTER])
+
+
+def _fuse(pipe: Any, lora: "Lora") -> None:
+    """Fuse a LoRA that was just loaded into the pipeline's weights, and let go of it."""
+    pipe.fuse_lora(list(lora.parts), lora_scale=lora.scale, adapter_names=[_ADAPTER])
     pipe.unload_lora_weights()
 
 
-def _as_trained(pipe: Any, lora: "Lora") -> Any:
+def _adapter(name: str) -> str:
+    """What diffusers is to call a LoRA that requests choose: peft takes no name with a dot in it."""
+    return f"{_ADAPTER}_{name.encode().hex()}"
+
+
+def set_loras(pipe: Any, scales: Mapping[str, tuple[float, float]]) -> None:
+    """Have the pipeline add so much of each of its LoRAs that requests choose, by their names: in its text
+    encoders, and in its U-Net. Of those that are not named it adds nothing.
+
+    Raises `RequestError` for one that it does not have.
+    """
+    there = sorted({name for names in pipe.get_list_adapters().values() for name in names})
+    asked = {_adapter(name): scale for name, scale in scales.items()}
+    if missing := [name for name in scales if _adapter(name) not in there]:
+        raise RequestError(f"loras: the stock pipeline has no LoRA {missing[0]!r:.100}; leave it out")
+    if not there:
+        return
+    encoders = [name for name in ("text_encoder", "text_encoder_2") if getattr(pipe, name, None) is not None]
+    pairs = [asked.get(adapter, (0.0, 0.0)) for adapter in there]
+    weights = [{**dict.fromkeys(encoders, text), "unet": unet} for text, unet in pairs]
+    with quiet():
+        pipe.set_adapters(there, weights)
+
+
+def _as_trained(pipe: Any, lora: "Lora | LoraBeside") -> Any:
     """What to give to `load_lora_weights`: the file.
 
     Where its alphas differ, its tensors by diffusers' own names for them, each times its alpha / rank, since

@@ -120,7 +120,8 @@ class Setting(_Part):
     fp8: how many layers of the engine's U-Net are in FP8. inpaints: whether all pictures were drawn over the
     masked part of one image; refines: over the whole of it; instructed: whether all edit it. controlnet: that
     all were drawn with, under one control image. loras: that were merged into the engine, and fused into the
-    reference, each with its scale. embeddings: that both know.
+    reference, each with its scale; and those that requests choose, of which all was added. embeddings: that
+    both know.
     """
 
     engine: str

@@ -12,7 +12,7 @@ from sdfast.pipeline import Pipeline
 from sdfast.request import Request
 from sdfast.validation.hooks import cached_steps
 from sdfast.validation.metrics import compare, psnr, ssim
-from sdfast.validation.modules import Measured, Stock, as_inputs, shaped
+from sdfast.validation.modules import Measured, Stock, as_inputs, shaped, with_lora_scales
 from sdfast.validation.observe import StepInputs, evaluate, observed_step
 from sdfast.validation.pictures import Drawn, Picture, draw
 from sdfast.validation.report import CachePrice
@@ -32,7 +32,7 @@ def measure_step_cache(
     truths = [_stock_pair(stock.exact, cache, *pair) for pair in pairs]
     height, width = pictures[0].truth.image.shape[1:]
     own = [
-        _own_pair(engine, [_told(stock.exact, step) for step in pair], truth[0], height, width)
+        _own_pair(engine, [_told(engine, stock.exact, step) for step in pair], truth[0], height, width)
         for pair, truth in zip(pairs, truths, strict=True)
     ]
     same = stock.same and [
@@ -66,10 +66,11 @@ def _own_pair(
     )
 
 
-def _told(pipe: Any, step: StepInputs) -> dict[str, Tensor]:
+def _told(engine: Engine, pipe: Any, step: StepInputs) -> dict[str, Tensor]:
     """What the U-Net is told of a step: stock's own context and shifts."""
     outputs = observed_step(pipe, step)
-    return {"sample": step.sample, "time_shift": outputs.time_shift, "context": outputs.context}
+    shift = with_lora_scales(engine, step, outputs.time_shift)
+    return {"sample": step.sample, "time_shift": shift, "context": outputs.context}
 
 
 def _stock_pair(

@@ -14,7 +14,8 @@ from sdfast.export.onnx import export_module
 from sdfast.export.onnx_cpu import CPU, CPU_COMPACT
 from sdfast.export.onnx_tensorrt import TENSORRT
 from sdfast.models import ops
-from sdfast.models.layers import Conv3x3, GroupNorm, Linear
+from sdfast.models.layers import Conv1x1, Conv3x3, GroupNorm, Linear
+from sdfast.models.lora import Choosing, attach, empty_of
 from sdfast.models.step_cache import ShallowUNet
 from sdfast.models.text import TextEncoder
 from sdfast.models.unet import SelfAttention, TransformerBlock, UNetConfig, load_unet, skip_levels
@@ -73,6 +74,37 @@ def test_unet_of_fixed_size(tmp_path):
     export_module(unet, inputs, {}, ["model_output"], tmp_path / "unet.onnx")
     check(tmp_path / "unet.onnx", unet, inputs)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["unet.onnx", "unet.onnx.data"]
+
+
+class Branched(Choosing):
+    """A convolution of each kind and an attention, all changed by two LoRAs."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.conv = Conv3x3(4, 8, stride=2)
+        self.shortcut = Conv1x1(8, 16)
+        self.attn = SelfAttention(16, 2, upcast=False)
+        layers = ("conv", "shortcut", "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
+        attach(self, 2, empty_of(self, {name: [(0, 4), (1, 3)] for name in layers}))
+        randomise(self).to(dtype)
+
+    def forward(self, x, time_shift):
+        self.told_last(time_shift)
+        image = self.shortcut(self.conv(x))
+        return ops.image_from_tokens(self.attn(ops.tokens_from_image(image)), image)
+
+
+def rows_with_scales(rows, dtype=torch.float32):
+    return {"x": torch.randn(rows, 4, 8, 12, dtype=dtype), "time_shift": torch.randn(rows, 5, dtype=dtype)}
+
+
+def test_layers_with_loras(tmp_path):
+    """Of any batch; each row by its own scales."""
+    network, path = Branched(), tmp_path / "network.onnx"
+    dynamic = {name: {0: BATCH} for name in ("x", "time_shift")}
+    export_module(network, rows_with_scales(1), dynamic, ["output"], path)
+    for rows in (1, 3):
+        check(path, network, rows_with_scales(rows), 1e-5)
 
 
 def test_many_weights_go_to_several_files(tmp_path, monkeypatch):

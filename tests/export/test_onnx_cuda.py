@@ -34,7 +34,9 @@ from tests.export.test_onnx import (
     BATCH,
     HEIGHT,
     WIDTH,
+    Branched,
     overflowing_unet,
+    rows_with_scales,
     session,
     unet_inputs,
     unet_modules,
@@ -226,6 +228,15 @@ def test_unet_of_any_size(tmp_path):
     assert kinds(path)["Transpose"] == 2
     for batch, height, width in ((1, 8, 12), (3, 16, 8), (2, 7, 9)):
         check(path, network, unet_inputs(network, batch, height, width, HALF), 5e-3)
+
+
+def test_images_stay_in_their_form_in_branches(tmp_path):
+    """Each row by its own scales."""
+    network, path = Branched(HALF), tmp_path / "network.onnx"
+    dynamic = {name: {0: BATCH} for name in ("x", "time_shift")}
+    export_module(network, rows_with_scales(1, HALF), dynamic, ["output"], path, CUDA)
+    assert kinds(path)["Transpose"] == 2
+    check(path, network, rows_with_scales(2, HALF), 5e-3)
 
 
 class ScaledSum(torch.nn.Module):

@@ -134,7 +134,8 @@ RECIPES = sorted((Path(__file__).parents[2] / "export").glob("*.toml"))
         ({"loras": [{"source": "a", "scale": True}]}, "loras: must be a valid number (got True)"),
         (
             {"loras": [{"source": "a", "weight": 1.0}]},
-            "loras: unknown field 'weight'; there are: source, weight_name, revision, scale",
+            "loras: unknown field 'weight'; there are: source, weight_name, revision, scale, on_request, "
+            "name",
         ),
         ({"embeddings": "a"}, "embeddings: must be a list (got 'a')"),
         ({"embeddings": [{"token": "a"}]}, "embeddings: 'source' is missing"),

@@ -28,6 +28,7 @@ CALLS = {
     "self_attention": (noise(2, 3, 8), noise(24, 8), None, 2, True),
     "add": (noise(2, 3, 4, 5), noise(2, 3, 4, 5)),
     "add_scaled": (noise(2, 3, 4, 5), noise(2, 3, 4, 5), noise(2, 1)),
+    "scale_channels": (noise(2, 3, 4, 5), noise(2, 3)),
     "concat_channels": (noise(2, 3, 4, 5), noise(2, 4, 4, 5)),
     "geglu": (noise(2, 3, 8),),
     "upsample_nearest": (noise(2, 3, 4, 5), noise(2, 6, 7, 10)),

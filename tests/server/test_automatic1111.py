@@ -125,8 +125,11 @@ async def test_a_random_seed_is_told(api: Client, studio: FakeStudio) -> None:
         ("s_churn", 0.5, "ancestral"),
         ("styles", ["oil"], "into the prompt"),
         ("save_images", True, "saves nothing"),
-        ("prompt", "a <lora:oil:0.8> boat", "<lora:oil:0.8>"),
-        ("prompt", "a <lora:oil:0.8> boat", "`sdfast export --lora`"),
+        ("prompt", "a <lora:oil:0.8> boat", "<lora:oil> is not one of tiny's LoRAs; there are: none"),
+        ("prompt", "a <lora:oil:much> boat", "'much' is not a scale"),
+        ("prompt", "a <lora:oil:nan> boat", "'nan' is not a scale"),
+        ("prompt", "a <lora:oil:1:1:8> boat", "<lora:oil:1:1:8> is not understood"),
+        ("prompt", "a <hypernet:oil:1> boat", "<hypernet:oil:1> is not supported"),
         ("denoizing", 1, "unknown"),
         ("steps", 0, "greater than or equal to 1"),
         ("n_iter", 200, "128"),
@@ -480,7 +483,8 @@ async def test_without_enable_hr_the_rest_means_nothing(api: Client, studio: Fak
             "hr_upscaler: is not here; there are: Latent, Latent (antialiased)",
         ),
         ({"hr_checkpoint_name": "other"}, "hr_checkpoint_name: is not supported"),
-        ({"hr_prompt": "a <lora:oil:0.8> boat"}, "hr_prompt: <lora:oil:0.8> is not supported"),
+        ({"hr_prompt": "a <lora:oil:0.8> boat"}, "hr_prompt: <lora:oil> is not one of tiny's LoRAs"),
+        ({"hr_prompt": "a <lora:oil:> boat"}, "hr_prompt: <lora:oil:>: '' is not a scale"),
         ({"hr_sampler_name": "Eulr"}, "hr_sampler_name: "),
         ({"hr_resize_x": 100}, "hr_resize_x: width: must be a multiple of 8"),
         ({"hr_scale": 0.05}, "hr_scale: height: must be greater than or equal to 8"),
@@ -735,6 +739,51 @@ async def test_errors_have_automatic1111s_shape(http: httpx.AsyncClient, studio:
 
 
 JSON = {"content-type": "application/json"}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "loras"),
+    [
+        ("a boat", "a boat", {}),
+        ("a <lora:oil> boat", "a  boat", {"oil": (1.0, 1.0)}),
+        ("<lora:oil:0.8>a boat", "a boat", {"oil": (0.8, 0.8)}),
+        ("a boat <lora:oil:0.5:-1>", "a boat ", {"oil": (0.5, -1.0)}),
+        ("a <LoRA:oil:unet=0.3:te=2>", "a ", {"oil": (2.0, 0.3)}),
+        ("a <lyco:oil:te=0.5>", "a ", {"oil": (0.5, 0.5)}),
+        ("<lora:v1.2 ink:1><lora:oil:1> <lora:oil:0.5:0>", " ", {"v1.2 ink": (1, 1), "oil": (1.5, 1)}),
+        ("a < lora:oil:1> (boat:1.2)", "a < lora:oil:1> (boat:1.2)", {}),
+    ],
+)
+async def test_loras_are_taken_out_of_the_prompt(
+    api: Client, studio: FakeStudio, prompt: str, text: str, loras: dict[str, tuple[float, float]]
+) -> None:
+    """Of the negative one they are text, as there."""
+    studio.engines["tiny"] = engine(loras=("oil", "v1.2 ink"))
+    await api.post("txt2img", prompt=prompt, negative_prompt="a <lora:oil:1>")
+    request = studio.jobs[0].request
+    assert (request.prompts, request.loras) == ((text,), loras)
+    assert request.negative_prompts == ("a <lora:oil:1>",)
+
+
+async def test_a_second_pass_has_the_loras_of_its_prompt(api: Client, studio: FakeStudio) -> None:
+    studio.engines["tiny"] = engine(loras=("oil", "ink"))
+    hires = {"enable_hr": True, "hr_resize_x": 96, "hr_resize_y": 64}
+    for prompt in ("", "b <lora:ink:1>", "b"):
+        await api.post("txt2img", prompt="a <lora:oil:1>", hr_prompt=prompt, **hires)
+    passes = [[one.loras for one in job.request.passes] for job in studio.jobs]
+    oil, ink = {"oil": (1.0, 1.0)}, {"ink": (1.0, 1.0)}
+    assert passes == [[oil, oil], [oil, ink], [oil, {}]]
+    assert [job.request.passes[1].prompts for job in studio.jobs] == [("a ",), ("b ",), ("b",)]
+
+
+async def test_loras_may_be_switched_off_and_are_listed(api: Client, studio: FakeStudio) -> None:
+    studio.engines["tiny"] = engine(loras=("oil",))
+    await api.post("txt2img", prompt="a <lora:ink:1>", disable_extra_networks=True)
+    assert (studio.jobs[0].request.prompts, studio.jobs[0].request.loras) == (("a ",), {})
+    assert "prompt: <lora:ink> is not one of tiny's LoRAs; there are: oil" in await api.refused(
+        "txt2img", 422, prompt="a <lora:ink:1>"
+    )
+    assert [(one["name"], one["alias"]) for one in await api.get("loras")] == [("oil", "oil")]
 
 
 @pytest.mark.parametrize("name", ["loras", "sd-vae", "hypernetworks", "face-restorers"])

@@ -199,6 +199,25 @@ def test_jobs_under_control_are_the_pipelines_pictures_beside_others(open_batche
     assert text.extra["ControlNet scale"] == "0.25"
 
 
+def test_jobs_of_other_loras_are_the_pipelines_pictures_beside_others(open_batcher: Open) -> None:
+    """In one batch; and their parameters tell them."""
+    engine = FakeEngine(loras=("oil", "ink"))
+    pipe, batcher = Pipeline(FakeEngine(loras=("oil", "ink"))), open_batcher(engine, max_rows=4)
+    asked: list[dict[str, Any]] = [{}, {"oil": 0.5}, {"oil": -1.0, "ink": (0.0, 2.0)}]
+    with Held(engine):
+        ears = [submit(batcher, request("a", seed=i, loras=asked[i])) for i in range(3)]
+    for i, loras in enumerate(asked):
+        [png] = ears[i].done().pngs
+        [image] = pipe("a", seed=i, loras=loras, num_inference_steps=4, guidance_scale=7.5).images
+        assert np.abs(pixels(png) - np.asarray(image, np.int16)).max() == 0
+    assert max(engine.calls["unet"]) == 6
+    texts = [Image.open(io.BytesIO(ear.done().pngs[0])).info["parameters"] for ear in ears]
+    tags = "<lora:oil:-1> <lora:ink:0:2>"
+    assert [infotext.parse(text).prompt for text in texts] == ["a", "a <lora:oil:0.5>", f"a {tags}"]
+    with pytest.raises(RequestError, match="no LoRA 'oli' for requests to choose; it has: oil, ink"):
+        submit(batcher, request("a", loras={"oli": 1.0}))
+
+
 def test_jobs_under_several_control_images_are_the_pipelines_pictures(open_batcher: Open) -> None:
     pipe, batcher = Pipeline(FakeEngine(controlnets=2)), open_batcher(FakeEngine(controlnets=2))
     fields = {"controlnet_conditioning_scale": (1.0, 0.25), "control_guidance_end": (0.5, 1.0)}

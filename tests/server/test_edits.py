@@ -277,6 +277,17 @@ async def test_none_is_nothing_asked(sdk: openai.AsyncOpenAI, studio: FakeStudio
     assert request.negative_prompts == (None,)
 
 
+async def test_loras_are_an_object_as_json(send: Any, studio: FakeStudio) -> None:
+    files = {"image": ("a.png", png(WIDE))}
+    assert (await send(files, loras='{"oil": 0.8, "ink": [1, -0.5]}')).status_code == 200
+    assert studio.jobs[0].request.loras == {"oil": 0.8, "ink": (1.0, -0.5)}
+    assert (await send(files, **{"loras[oil]": "-0.5", "loras[v1.2 ink]": "1"})).status_code == 200
+    assert studio.jobs[1].request.loras == {"oil": -0.5, "v1.2 ink": 1.0}
+    problem(await send(files, **{"loras[oil]": "x"}), 422, "loras")
+    for text in ("oil", "[1]", '{"oil": 1', '{"oil": "1"}'):
+        assert problem(await send(files, loras=text), 422, "loras")["message"]
+
+
 async def test_a_control_image_goes_beside_the_image_and_its_mask(send: Any, studio: FakeStudio) -> None:
     studio.engines["tiny"] = engine(controlnets=("canny [01234567]",))
     files = {"image": ("a.png", png(WIDE)), "control_image": ("c.png", png(NOISE))}

@@ -39,7 +39,9 @@ def sent(frame: Frame, size: int = 1) -> Frame:
 )
 def test_jobs_go_through(size: int, pictures: dict[str, bytes]) -> None:
     asked = request(
-        "ein Schloß 🏰", seed=2**64 - 5, images=2, strength=0.5, sigmas=(3.0, 1.0, 0.0), steps=None
+        *("ein Schloß 🏰",),
+        **{"seed": 2**64 - 5, "images": 2, "strength": 0.5, "sigmas": (3.0, 1.0, 0.0), "steps": None},
+        loras={"öl": 0.5, "ink": (1.0, -0.25)},
     )
     job = Job("id", "fake", asked, time.monotonic() + 5, 2, **pictures)
     came = messages.job_of(sent(messages.take(job), size))

@@ -441,3 +441,14 @@ async def test_engines_with_a_controlnet_are_named_to_a_control_image(
     assert "plain has no ControlNet" in error["message"] and "here have: tiny" in error["message"]
     answer = await post({"prompt": "a", "model": "plain", "control_guidance_end": 0.5})
     assert "are for a control image" in problem(answer, 422, "control_guidance_start")["message"]
+
+
+async def test_loras_reach_the_engine_and_are_listed(sdk: openai.AsyncOpenAI, studio: FakeStudio) -> None:
+    studio.engines["tiny"] = engine(loras=("oil", "ink"))
+    scales = {"oil": 0.8, "ink": [1, -0.5]}
+    await sdk.images.generate(**CALL, extra_body={"loras": scales})
+    assert studio.jobs[0].request.loras == {"oil": 0.8, "ink": (1.0, -0.5)}
+    assert [model.to_dict()["loras"] for model in (await sdk.models.list()).data] == [["oil", "ink"]]
+    for wrong in ({"oil": [1]}, {"oil": "1"}, {"oil": 200}, ["oil"]):
+        with pytest.raises(openai.UnprocessableEntityError, match="loras"):
+            await sdk.images.generate(**CALL, extra_body={"loras": wrong})

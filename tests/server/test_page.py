@@ -301,6 +301,31 @@ def test_a_control_image_is_chosen_where_the_engine_has_a_controlnet(
     assert page["controlnet_conditioning_scale"].get_property("value") == "0.25"
 
 
+def test_loras_have_a_scale_each(page: Page, studio: FakeStudio, folder: Path) -> None:
+    """In the call, over an image too, and put back into the form."""
+    assert not page.seen("loras-field")
+    studio.engines["tiny"] = engine(loras=("oil", "it's ink"))
+    page.load()
+    page.run("document.querySelector('input[value=fixed]').click()")
+    page.draw(prompt="a", seed=3, **{"lora-2": -0.5})
+    subprocess.run(["sh", "-c", page.text("curl")], check=True, timeout=20, capture_output=True)
+    exec(page.text("python"), {})
+    page["image"].send_keys(str(folder / "image.png"))
+    wait_until(lambda: page.seen("image-shown"))
+    page.draw()
+    subprocess.run(["sh", "-c", page.text("curl")], check=True, timeout=20, capture_output=True)
+    exec(page.text("python"), {})
+    assert [job.request.loras for job in studio.jobs] == [{"it's ink": -0.5}] * 6
+    page.fill(**{"lora-1": 2, "lora-2": 0})
+    page.all("#gallery button")[0].click()
+    page["reuse"].click()
+    assert [page[f"lora-{i}"].get_property("value") for i in (1, 2)] == ["0", "-0.5"]
+    page.fill(**{"lora-1": ""})
+    page["draw"].click()
+    wait_until(lambda: page.seen("loras-error"))
+    assert page.text("loras-error") == "oil: give a number."
+
+
 def test_each_of_several_controlnets_has_a_control_image_and_a_scale(
     page: Page, studio: FakeStudio, folder: Path
 ) -> None:

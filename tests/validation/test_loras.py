@@ -9,6 +9,7 @@ import torch
 
 from sdfast.errors import EngineError
 from sdfast.export.lora_file import Part
+from sdfast.models.lora import RowScales
 from sdfast.validation import Report, validate
 from tests.export.loras import ATTENTION, kohya, random_changes, write
 from tests.validation import engines
@@ -42,6 +43,40 @@ def test_an_engine_with_a_lora_passes(checkpoint: Path, lora: Path) -> None:
     assert f"<dt>LoRA</dt><dd>{lora}, scale 0.8</dd>" in (folder / "validation" / "report.html").read_text(
         "utf-8"
     )
+
+
+@pytest.fixture
+def chosen(checkpoint: Path, lora: Path) -> Path:
+    return engines.build(
+        checkpoint, lora.parent / "chosen", loras=[{"source": lora, "on_request": True, "name": "style"}]
+    )
+
+
+def test_an_engine_with_a_lora_of_requests_passes(chosen: Path, lora: Path) -> None:
+    """With all of it, and with nothing of it."""
+    report = short(chosen)
+    assert report.passed, report.table()
+    assert max(module.worst for module in report.modules) < 1e-5
+    assert report.setting.loras == (f"style, of {lora}, as requests choose",)
+    assert "Euler a, without LoRAs" in [picture.scheduler for picture in report.pictures]
+
+
+def test_branches_that_are_wrong_fail(chosen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One percent more than is asked for; and what is added where nothing is asked for."""
+    repeated = RowScales.repeated
+
+    def one_percent_more(scales: RowScales, places: tuple[tuple[int, int], ...]) -> torch.Tensor:
+        return repeated(scales, places) * 1.01
+
+    def never_nothing(scales: RowScales, places: tuple[tuple[int, int], ...]) -> torch.Tensor:
+        given = repeated(scales, places)
+        return torch.where(given == 0, torch.ones_like(given), given)
+
+    for broken, fault in ((one_percent_more, "unet"), (never_nothing, "Euler a, without LoRAs")):
+        with monkeypatch.context() as patch:
+            patch.setattr(RowScales, "repeated", broken)
+            report = short(chosen)
+        assert any(fault in f"{one.part}: {one.reason}" for one in report.failures), report.table()
 
 
 def one_percent_more(part: Part, weight: torch.Tensor, tensors: dict[str, torch.Tensor]) -> torch.Tensor:

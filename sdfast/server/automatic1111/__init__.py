@@ -1,9 +1,9 @@
 """AUTOMATIC1111's API, for its clients: `/sdapi/v1/txt2img`, `/img2img`, and what they ask beside these.
 
 `fields.py` what the two take, `samplers.py` and `options.py` what samplers and options mean here,
-`controlnet.py` what they say of ControlNets, `pictures.py` the images that come with them, `calls.py` what is
-under way, `answers.py` what is given back, `routes.py` the routes, `lists.py` those that tell or refuse one
-fixed thing.
+`controlnet.py` what they say of ControlNets, `networks.py` of LoRAs, `pictures.py` the images that come with
+them, `calls.py` what is under way, `answers.py` what is given back, `routes.py` the routes, `lists.py` those
+that tell or refuse one fixed thing.
 
 What is asked for is done or refused by name, never ignored. A field that means nothing in a call, such as
 `hr_scale` without `enable_hr`, is taken, since clients send them all. Where this differs from AUTOMATIC1111:
@@ -11,7 +11,9 @@ What is asked for is done or refused by name, never ignored. A field that means 
 - Prompts are read as there, in chunks of 75 tokens and with `(word:1.2)`, `[word]` and BREAK (the option
   `emphasis`, of a request), and change between steps as `[from:to:when]` and `[this|that]` say, which count
   steps as there. AND adds prompts up; with a CFG scale of 1 or less, where there is no negative prompt here,
-  it is refused, and so is `<lora:…>`. Seeds make other pictures than there, which draws its noise on the GPU.
+  it is refused. `<lora:name:0.8>` in a prompt adds a LoRA that the engine was exported with for requests; one
+  that it does not have is refused, where there it is passed over. Seeds make other pictures than there, which
+  draws its noise on the GPU.
 - Engines of InstructPix2Pix edit the image of img2img; image_cfg_scale, 1.5 if left out, is how much that
   guides. They draw from noise alone, whatever denoising_strength says, and take no mask.
 - img2img does `int(steps * denoising_strength)` steps, as diffusers does; AUTOMATIC1111 does one more.

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from sdfast import __version__
-from sdfast.infotext import of_hires, told_of_refiner
+from sdfast.infotext import of_hires, told_of_refiner, told_prompt
 from sdfast.schedulers import Sampler
 from sdfast.server.automatic1111.calls import Call
 from sdfast.server.automatic1111.fields import Generation
@@ -66,8 +66,8 @@ def _info(order: Order, infotexts: list[str]) -> dict[str, Any]:
     if order.refiner is not None:
         refined = told_of_refiner(order.refiner.name, order.refiner.unet_digest, asked.switch_at)
     return {
-        "prompt": request.prompts[0],
-        "all_prompts": list(request.prompts) * images,
+        "prompt": told_prompt(request, 0),
+        "all_prompts": [told_prompt(request, 0)] * images,
         "negative_prompt": request.negative_prompts[0] or "",
         "all_negative_prompts": [request.negative_prompts[0] or ""] * images,
         "seed": request.seed,

@@ -1,7 +1,6 @@
 """The fields of txt2img and img2img, and the `sdfast.request.Request` that they ask for."""
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -23,7 +22,7 @@ from sdfast.request import (
     check_text,
 )
 from sdfast.schedulers import Sampler
-from sdfast.server.automatic1111 import controlnet
+from sdfast.server.automatic1111 import controlnet, networks
 from sdfast.server.automatic1111.controlnet import Unit
 from sdfast.server.automatic1111.options import clip_skip_of, emphasis_of
 from sdfast.server.automatic1111.samplers import eta_of, sampler_of
@@ -35,7 +34,6 @@ SAMPLER, STEPS, GUIDANCE = "Euler", 50, 7.0  # AUTOMATIC1111's, where nothing is
 DENOISING_STRENGTH, MASK_BLUR, HR_SCALE = 0.75, 4, 2.0
 UPSCALERS_HERE: Mapping[str, Upscaler] = {**UPSCALERS, "None": "lanczos"}
 """AUTOMATIC1111's names; without an upscaler pictures are resized by Lanczos there, too."""
-_EXTRA_NETWORK = re.compile(r"<(lora|lyco|hypernet):[^>]*>", re.IGNORECASE)
 
 _NO_SCRIPTS = "there are no scripts here but ControlNet; leave it out"
 _SAVES_NOTHING = "the server saves nothing; save what it answers"
@@ -126,10 +124,10 @@ class Generation(BaseModel):
         check_neutral(value, _NEUTRAL[str(info.field_name)], json.dumps)
         return value
 
-    @field_validator("prompt", "negative_prompt")
+    @field_validator("prompt")
     @classmethod
-    def _plain_text(cls, prompt: str | None) -> str | None:
-        _check_networks(prompt)
+    def _understood(cls, prompt: str | None) -> str | None:
+        networks.parse(prompt or "")
         return prompt
 
     @field_validator("refiner_checkpoint")
@@ -181,8 +179,9 @@ class Generation(BaseModel):
     def _request(
         self, engine: EngineInfo, units: Sequence[Unit | None], scheduler: str, eta: float
     ) -> Request:
+        prompt, loras = self._parsed(self.prompt or "", engine, "prompt")
         return Request.make(
-            prompts=(self.prompt or "",),
+            prompts=(prompt,),
             negative_prompts=(self.negative_prompt,),
             height=self.size(engine)[0],
             width=self.size(engine)[1],
@@ -196,10 +195,19 @@ class Generation(BaseModel):
             long_prompts="chunk",
             emphasis=emphasis_of(self.override_settings or {}),
             prompt_editing=True,
+            loras=loras,
             hires=self.second_pass(engine, scheduler),
             **controlnet.fields_of(units),
             **({} if self.seed in (None, -1) else {"seed": self.seed}),
         )
+
+    def _parsed(self, prompt: str, engine: EngineInfo, field: str) -> tuple[str, dict[str, networks.Scales]]:
+        """The text of a prompt, and the LoRAs in it. Raises `Problem` for one that is not there."""
+        text, loras = networks.parse(prompt)
+        if self.disable_extra_networks:
+            return text, {}
+        networks.check_known(loras, engine, field)
+        return text, loras
 
     @property
     def switch_at(self) -> float:
@@ -241,11 +249,11 @@ class TextToImage(Generation):
     hr_prompt: str | None = None
     hr_negative_prompt: str | None = None
 
-    @field_validator("hr_prompt", "hr_negative_prompt")
+    @field_validator("hr_prompt")
     @classmethod
-    def _plain_text_again(cls, prompt: str | None, info: ValidationInfo) -> str | None:
+    def _understood_again(cls, prompt: str | None, info: ValidationInfo) -> str | None:
         if info.data.get("enable_hr"):
-            _check_networks(prompt)
+            networks.parse(prompt or "")
         return prompt
 
     @field_validator("hr_upscaler")
@@ -279,6 +287,7 @@ class TextToImage(Generation):
             return None
         (height, width), named = self._target(engine)
         own = self._sampler_again(scheduler)
+        prompt, loras = self._parsed(self.hr_prompt or "", engine, "hr_prompt")
         try:
             return Hires.make(
                 height=height,
@@ -287,7 +296,8 @@ class TextToImage(Generation):
                 strength=_strength(self.denoising_strength),
                 num_inference_steps=self.hr_second_pass_steps or None,
                 scheduler=own,
-                prompts=(self.hr_prompt,) if self.hr_prompt else None,
+                prompts=(prompt,) if self.hr_prompt else None,
+                loras=loras if self.hr_prompt else None,
                 negative_prompts=(self.hr_negative_prompt,) if self.hr_negative_prompt else None,
             )
         except RequestError as error:
@@ -400,15 +410,6 @@ class ImageToImage(Generation):
     def echo(self) -> dict[str, Any]:
         hidden = {} if self.include_init_images else {"init_images": None, "mask": None}
         return {**self.model_dump(), **hidden}
-
-
-def _check_networks(prompt: str | None) -> None:
-    found = _EXTRA_NETWORK.search(prompt or "")
-    if found:
-        raise ValueError(
-            f"{found[0]:.60} is not supported: a LoRA is merged into an engine when that is exported "
-            "(`sdfast export --lora`); leave it out"
-        )
 
 
 def _whole(side: float) -> int:

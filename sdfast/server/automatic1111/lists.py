@@ -10,7 +10,6 @@ from sdfast.server.jobs import EngineInfo
 from sdfast.server.problems import Problem
 
 _NONE: Mapping[str, Any] = {
-    "loras": [],
     "upscalers": [
         {"name": name, "model_name": None, "model_path": None, "model_url": None, "scale": 4}
         for name, known in UPSCALERS_HERE.items()
@@ -72,6 +71,11 @@ def embeddings_of(engine: EngineInfo) -> dict[str, Any]:
         for token, vectors in engine.embeddings.items()
     }
     return {"loaded": loaded, "skipped": {}}
+
+
+def loras_of(engine: EngineInfo) -> list[dict[str, Any]]:
+    """`GET /sdapi/v1/loras`: those of an engine that requests choose."""
+    return [{"name": name, "alias": name, "path": "", "metadata": {}} for name in engine.loras]
 
 
 def _teller(answer: Any) -> Any:

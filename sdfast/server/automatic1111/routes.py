@@ -58,6 +58,7 @@ def routes(studio: Studio, settings: Settings, metrics: Metrics) -> APIRouter:
     router = APIRouter(responses=_ERRORS)
     desk, options, calls = Desk(studio, settings, metrics, _FIELDS), Options(studio), Calls(studio)
     lists.add(router)
+    _add_beside(router, options)
     controlnet.add(router, studio)
 
     @router.post("/sdapi/v1/txt2img", openapi_extra=_body(TextToImage))
@@ -137,11 +138,6 @@ def routes(studio: Studio, settings: Settings, metrics: Metrics) -> APIRouter:
         """The schedule types."""
         return list_schedulers()
 
-    @router.get("/sdapi/v1/embeddings")
-    async def embeddings() -> dict[str, Any]:
-        """The embeddings of the engine that is drawn with."""
-        return lists.embeddings_of(options.engine)
-
     @router.get("/sdapi/v1/cmd-flags")
     async def flags() -> dict[str, Any]:
         """How the server was started."""
@@ -188,6 +184,20 @@ def _order(asked: Generation, engine: EngineInfo, refiner: EngineInfo | None, de
     )
     call = Call("img2img" if canvas else "txt2img", job, asked.force_task_id)
     return Order(asked, call, engine, sampler, canvas, refiner)
+
+
+def _add_beside(router: APIRouter, options: Options) -> None:
+    """Routes that tell of what prompts may name."""
+
+    @router.get("/sdapi/v1/embeddings")
+    async def embeddings() -> dict[str, Any]:
+        """The embeddings of the engine that is drawn with."""
+        return lists.embeddings_of(options.engine)
+
+    @router.get("/sdapi/v1/loras")
+    async def loras() -> list[dict[str, Any]]:
+        """The LoRAs that prompts may name for the engine that is drawn with."""
+        return lists.loras_of(options.engine)
 
 
 async def _answer(request: Request, order: Order, desk: Desk, calls: Calls) -> Response:

@@ -89,6 +89,7 @@ class Generation(BaseModel):
     controlnet_conditioning_scale: float | list[float] | None = None
     control_guidance_start: float | list[float] | None = None
     control_guidance_end: float | list[float] | None = None
+    loras: dict[str, float | list[float]] | None = None
     progress: bool | None = None
 
     @field_validator("*")
@@ -217,6 +218,7 @@ _SAME = {
     "controlnet_conditioning_scale",
     "control_guidance_start",
     "control_guidance_end",
+    "loras",
 }
 _DEFAULTS: Mapping[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
 

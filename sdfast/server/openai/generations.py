@@ -55,6 +55,7 @@ def _abilities(engine: EngineInfo) -> dict[str, Any]:
         "edits": engine.edits,
         "controlled": engine.controlled,
         "controlnets": engine.controlnets,
+        "loras": engine.loras,
         "step_cache": engine.step_cache,
         "refines": engine.refines,
         "instructed": engine.instructed,

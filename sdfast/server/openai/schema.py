@@ -99,6 +99,11 @@ _SAID: Mapping[str, dict[str, Any]] = {
         **_each(0, 1),
     },
     "control_guidance_end": {"description": f"The share at which it ends. {_EACH}", **_each(0, 1)},
+    "loras": {
+        "description": "Of the LoRAs that the engine has for requests (loras in /v1/models) how much is "
+        'added, by their names: {"oil": 0.8}; or two numbers, how much in the text encoders and how much in '
+        "the U-Net. In a form, as JSON."
+    },
     "scheduler": {"description": "As `sdfast schedulers` lists them.", "default": SCHEDULER},
     "strength": {
         "description": "How much of the image is drawn over, 1 all of it; "
@@ -174,6 +179,7 @@ class Model(_Shape):
     edits: bool
     controlled: bool
     controlnets: list[str]
+    loras: list[str]
     step_cache: bool
     refines: bool
     instructed: bool

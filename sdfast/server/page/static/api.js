@@ -42,7 +42,7 @@ function multipart(body, image, controls) {
   const form = new FormData();
   form.set("image", image, image.name);
   if (controls.some(Boolean)) for (const file of controls) form.append("control_image", file ?? new Blob([]), "control");
-  for (const [name, value] of Object.entries(body)) form.set(name, Array.isArray(value) ? JSON.stringify(value) : String(value));
+  for (const [name, value] of Object.entries(body)) form.set(name, Object(value) === value ? JSON.stringify(value) : String(value));
   return { body: form };
 }
 

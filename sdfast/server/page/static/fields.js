@@ -3,6 +3,7 @@
 import { ApiError } from "./api.js";
 import * as control from "./control.js";
 import * as image from "./image.js";
+import * as loras from "./loras.js";
 import { recall, remember } from "./memory.js";
 
 const element = (id) => document.getElementById(id);
@@ -38,6 +39,7 @@ export function setUp(engines, known) {
     offerSizes(engine);
     image.offer(engine);
     control.offer(engine.controlnets);
+    loras.offer(engine.loras);
     element("cache_interval-field").hidden = !engine.step_cache;
   };
   element("model").addEventListener("change", fit);
@@ -73,6 +75,8 @@ export function read() {
   if (image.chosen()) body[image.measure()] = number(image.measure());
   const scale = control.scale();
   if (scale !== null) body.controlnet_conditioning_scale = scale;
+  const scales = loras.scales();
+  if (Object.keys(scales).length) body.loras = scales;
   if (seeding() === "fixed") body.seed = seed();
   return body;
 }
@@ -88,6 +92,7 @@ export function putBack(body) {
     if (name in body && (!choice || has(name, body[name]))) element(name).value = body[name];
   }
   if ("controlnet_conditioning_scale" in body) control.putScale(body.controlnet_conditioning_scale);
+  if ("loras" in body) loras.put(body.loras);
   if (body.size) putSize(String(body.size));
   if ("seed" in body) element("seed").value = body.seed;
   element("form").elements.seeding.value = body.seeding ?? ("seed" in body ? "fixed" : "random");
@@ -96,7 +101,7 @@ export function putBack(body) {
 
 /** Reuse a picture's parameters: as if they had been typed. */
 export function reuse(body) {
-  const usual = { negative_prompt: "", long_prompts: "truncate", emphasis: "", prompt_editing: "", cache_interval: 1 };
+  const usual = { negative_prompt: "", long_prompts: "truncate", emphasis: "", prompt_editing: "", cache_interval: 1, loras: {} };
   putBack({ ...usual, ...body });
   element("form").dispatchEvent(new Event("input"));
 }

@@ -17,9 +17,12 @@ const NAMES = {
   strength: "Strength",
   image_guidance_scale: "Image guidance",
   controlnet_conditioning_scale: "ControlNet scale",
+  loras: "LoRAs",
   seed: "Seed",
   model: "Engine",
 };
+/** A value for people: of LoRAs each with its scale. */
+const said = (value) => (Object(value) === value && !Array.isArray(value) ? Object.entries(value).map((pair) => pair.join(" ")).join(", ") : String(value));
 const STRIDES = { ArrowLeft: -1, ArrowRight: 1 };
 const pictures = []; // the newest last; each with its button
 let shown = -1; // the index of the one that is large
@@ -45,7 +48,7 @@ export function showLarge(index) {
   element("large-picture").src = url;
   element("large-picture").alt = body.prompt || "A picture without a prompt";
   element("parameters").replaceChildren(...Object.keys(NAMES).filter((name) => name in body).flatMap(
-    (name) => [made("dt", NAMES[name]), made("dd", String(body[name]))],
+    (name) => [made("dt", NAMES[name]), made("dd", said(body[name]))],
   ));
   element("warnings").replaceChildren(...warnings.map((warning) => made("li", warning)));
   element("download").href = url;

@@ -21,7 +21,7 @@ function filesOf(controls) {
 const oneOrEach = (images) => (images.length > 1 ? `[${images.join(", ")}]` : images[0]);
 
 /** A value as a form has it. */
-const text = (value) => (Array.isArray(value) ? JSON.stringify(value) : String(value));
+const text = (value) => (Object(value) === value ? JSON.stringify(value) : String(value));
 
 /**
  * server: its address, with a slash at its end. key: whether it asks for one. image: whether one is drawn over.
