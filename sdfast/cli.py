@@ -92,6 +92,9 @@ def main(debug: bool) -> None:
 )
 @click.option("--fp8", is_flag=True, default=None, help="Layers of the U-Net in FP8: an approximation.")
 @click.option(
+    "--int8", is_flag=True, default=None, help="ONNX on the CPU: linear layers in INT8: an approximation."
+)
+@click.option(
     "--long-prompts",
     is_flag=True,
     default=None,

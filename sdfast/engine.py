@@ -23,7 +23,7 @@ from sdfast.backends import (
     loader,
     parse_device,
 )
-from sdfast.backends.target import check_fp8, check_target
+from sdfast.backends.target import check_fp8, check_int8, check_target
 from sdfast.errors import EngineError
 from sdfast.manifest import SHALLOW, File, Manifest, Module, Span, StepCache, Variant, read_manifest
 from sdfast.tokenizer import Tokenizer
@@ -77,6 +77,8 @@ class Engine:
         )
         if manifest.fp8:
             check_fp8(device, f"make an engine without: `sdfast export {manifest.checkpoint.source} -o DIR`")
+        if manifest.int8 and manifest.backend == "onnx":
+            check_int8(f"make an engine without: `sdfast export {manifest.checkpoint.source} -o DIR`")
         if manifest.builder.target is not None:
             check_target(manifest.builder.target, device, rebuild=f"sdfast rebuild {folder}")
         self._loaded: dict[str, CompiledModule] = {}

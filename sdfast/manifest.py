@@ -110,6 +110,9 @@ class Variant(_Part):
         return height is not None and width is not None and height in self.height and width in self.width
 
 
+Rounding = Literal["FP8", "INT8"]
+
+
 class HalfRange(_Part):
     """How a half of the VAE came to fit float16, or why it did not and is float32.
 
@@ -132,8 +135,8 @@ class HalfRange(_Part):
 class Module(_Part):
     """One compiled function of the engine: its inputs and outputs by name, in order.
 
-    fp8: names of its layers that are in FP8. half_range: of a half of the VAE, where an fp16 engine was to
-    have it in float16; older engines have none, nor has one whose recipe asks for float32.
+    fp8, int8: names of its layers that are in FP8, or in INT8. half_range: of a half of the VAE, where an
+    fp16 engine was to have it in float16; older engines have none, nor has one whose recipe asks for float32.
     """
 
     inputs: tuple[str, ...]
@@ -142,6 +145,7 @@ class Module(_Part):
     files: tuple[RelativePath, ...]
     fingerprint: Digest  # of everything the files depend on: a rebuild keeps what has not changed
     fp8: tuple[str, ...] = ()
+    int8: tuple[str, ...] = ()
     half_range: HalfRange | None = None
 
 
@@ -401,6 +405,16 @@ class Manifest(_Part):
     def fp8(self) -> tuple[str, ...]:
         """The layers of the U-Net that are in FP8; none where that was not asked for."""
         return self.modules["unet"].fp8
+
+    @property
+    def int8(self) -> tuple[str, ...]:
+        """The layers of the U-Net that are in INT8; none where that was not asked for."""
+        return self.modules["unet"].int8
+
+    @property
+    def rounding(self) -> Rounding | None:
+        """What those layers of the U-Net are in that are approximated."""
+        return "FP8" if self.fp8 else "INT8" if self.int8 else None
 
     def remedy(self, name: str) -> str:
         """What to do when the half `name` of the VAE gives numbers that are not finite."""

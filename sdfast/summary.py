@@ -71,13 +71,14 @@ def _measured(manifest: Manifest) -> dict[str, str]:
 
 
 def _approximated(manifest: Manifest) -> dict[str, str]:
-    """The layers in FP8 by their own names, without where they are; `to_json` has each. And the branch of
-    step caching, which a request asks for."""
+    """The layers in FP8 or INT8 by their own names, without where they are; `to_json` has each. And the
+    branch of step caching, which a request asks for."""
     told = {}
-    if manifest.fp8:
-        kinds = Counter(_layer_kind(name) for name in manifest.fp8)
+    if manifest.rounding is not None:
+        names = manifest.fp8 or manifest.int8
+        kinds = Counter(_layer_kind(name) for name in names)
         layers = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-        told["in FP8"] = f"{len(manifest.fp8)} layers of the U-Net: {layers}"
+        told[f"in {manifest.rounding}"] = f"{len(names)} layers of the U-Net: {layers}"
     if manifest.model.step_cache is not None:
         told["step cache"] = f"branch {manifest.model.step_cache.branch}, for requests with a cache_interval"
     return told

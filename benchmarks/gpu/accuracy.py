@@ -23,7 +23,7 @@ def modules(bench: Bench, side: str, batch: int) -> dict[str, Any]:
     measured = measure(engine, Stock(bench.exact(), same), [PROMPT], [run], steps)
     for draw in bench.workload.pictures(batch):
         bench.truths(draw)
-    figures = [judge_module(one, fp8=SIDES[side].fp8) for one in measured]
+    figures = [judge_module(one, rounding="FP8" if SIDES[side].fp8 else None) for one in measured]
     bench.forget_exact()
     return {
         "side": side,

@@ -14,7 +14,7 @@ from benchmarks.gpu.work import Work
 from benchmarks.gpu.workloads import Draw
 from sdfast.timing import Measure
 from sdfast.validation.metrics import compare, psnr
-from sdfast.validation.rule import FP8_BARS, STOCK_FACTOR
+from sdfast.validation.rule import BARS, STOCK_FACTOR
 
 Prepare = Callable[[Side], Measure]
 
@@ -166,4 +166,4 @@ def within(side: str, error: float | None, stock: float | None) -> bool | None:
     where there is nothing to compare."""
     if error is None or stock is None:
         return None
-    return error <= (FP8_BARS["pictures"] if SIDES[side].fp8 else STOCK_FACTOR * stock)
+    return error <= (BARS["FP8"]["pictures"] if SIDES[side].fp8 else STOCK_FACTOR * stock)

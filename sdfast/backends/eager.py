@@ -19,9 +19,10 @@ from sdfast.errors import BackendError, DependencyError, EngineError, first_line
 from sdfast.manifest import SHALLOW
 from sdfast.models import ops
 from sdfast.models.controlnet import Controlled, ControlNetConfig, control_embedding
-from sdfast.models.fp8 import convert, use_convolution, use_product
+from sdfast.models.fp8 import use_convolution, use_product
 from sdfast.models.half_range import set_eps
 from sdfast.models.lora import Choosing, attach, attach_to_step, attach_to_text_model, empty_of
+from sdfast.models.rounded import rounded
 from sdfast.models.step_cache import ShallowUNet
 from sdfast.models.unet import (
     Attending,
@@ -207,12 +208,12 @@ def _network(name: str, header: Mapping[str, Any]) -> nn.Module:
 def _unet_part(name: str, header: Mapping[str, Any]) -> nn.Module:
     """One of the modules that the weights of a U-Net, and of its ControlNets, are dealt out to."""
     config = UNetConfig.from_diffusers(header["config"])
-    loras = header.get("loras", {})
+    loras, layers = header.get("loras", {}), (header.get("fp8", ()), header.get("int8", ()))
     count, ranks = loras.get("count", 0), loras.get("ranks", {})
     if name == SHALLOW:
         shallow = ShallowUNet(config, header["cache_branch"])
         attach_to_step(shallow, count, empty_of(shallow, ranks))
-        return convert(shallow, header.get("fp8", ()))
+        return rounded(shallow, *layers)
     unet = UNet(config, header.get("cache_branch"))
     own = unet, TimeShift(config, shift_parts(unet)), Context(config, context_parts(unet))
     attach_to_step(unet, count, empty_of(unet, ranks))
@@ -221,7 +222,7 @@ def _unet_part(name: str, header: Mapping[str, Any]) -> nn.Module:
     parts: Sequence[nn.Module] = own
     if beside := _controlnets(header):
         parts = Controlled.of(*own, beside)
-    return convert(parts[("unet", "time_shift", "context").index(name)], header.get("fp8", ()))
+    return rounded(parts[("unet", "time_shift", "context").index(name)], *layers)
 
 
 def _controlnets(header: Mapping[str, Any]) -> list[ControlNetConfig]:

@@ -19,6 +19,8 @@ _INSTRUCTIONS = (
     *("avx512_vpopcntdq", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8"),
     *("asimd", "asimddp", "asimdhp", "bf16", "i8mm", "sve", "sve2", "sme"),
 )
+_X86 = ("x86_64", "amd64", "x86", "i386", "i686")
+_INT8 = ("avx512_vnni", "avx_vnni", "amx_int8")  # any of these; without, sums of INT8 products overflow
 _FP8 = (8, 9)  # compute capability of the first GPUs that have it: Ada, before Hopper and Blackwell
 
 
@@ -83,6 +85,22 @@ def check_fp8(device: torch.device, advice: str) -> None:
             f"FP8 needs a GPU of compute capability {_dotted(_FP8)} or above, and "
             f"{torch.cuda.get_device_name(device)} has {_dotted(here)}: {advice}"
         )
+
+
+def check_int8(advice: str) -> None:
+    """Raises `BackendError` on an x86 processor where ONNX Runtime's INT8 products would be wrong.
+
+    Without VNNI it multiplies by `vpmaddubsw`, which adds two products in 16 bits and holds at 32767 what is
+    larger: 2 · 255 · 127 is twice that. Other architectures have products that widen first.
+    """
+    found = torch.cpu.get_capabilities()
+    if platform.machine().lower() not in _X86 or any(found.get(name) for name in _INT8):
+        return
+    has = [name for name in ("avx512_f", "avx2", "avx") if found.get(name)]
+    raise BackendError(
+        f"INT8 needs an x86 processor with {' or '.join(_INT8)}, and {found.get('cpu_name', 'this one')} has "
+        f"{has[0] if has else 'none of them'}: sums of products would overflow; {advice}"
+    )
 
 
 def _serves(name: Literal["torch", "cuda", "architecture", "driver"], built: object, found: object) -> bool:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 import sdfast
-from sdfast.backends.target import check_fp8, this_machine
+from sdfast.backends.target import check_fp8, check_int8, this_machine
 from sdfast.engine import sha256, verify
 from sdfast.errors import DependencyError, EngineError, ExportError
 from sdfast.export.checkpoint import Checkpoint, resolve
@@ -101,6 +101,8 @@ class Spec(Protocol):
     @property
     def fp8(self) -> tuple[str, ...]: ...
     @property
+    def int8(self) -> tuple[str, ...]: ...
+    @property
     def half_range(self) -> Callable[[], HalfRange | None]: ...
     @property
     def inputs(self) -> Callable[[int, int, int, int], Iterable[str]]: ...
@@ -131,6 +133,8 @@ def export(
     if source is None:
         raise ExportError("no checkpoint: name one, or use a recipe that does")
     _check_target(target)
+    if recipe.int8 and recipe.backend == "onnx":
+        check_int8("leave int8 out, or export on the machine that will run the engine")
     progress.begin("checkpoint")
     start = time.perf_counter()
     checkpoint = resolve(source, revision=recipe.revision, variant=recipe.variant, progress=progress.say)
@@ -230,6 +234,7 @@ class _Build:
             files=tuple(files),
             fingerprint=self.fingerprints[spec.name],
             fp8=compiled.fp8,
+            int8=spec.int8,
             half_range=half_range,
         )
 
@@ -342,6 +347,7 @@ class _Build:
             "backend": self.recipe.backend,
             "dtype": self.recipe.dtype,
             "fp8": spec.fp8,
+            "int8": spec.int8,
             "provider": self.recipe.provider,
             "winograd": self.recipe.winograd is not False,
             "target": self.code_target.model_dump() if self.code_target else None,

@@ -26,6 +26,7 @@ def compile_eager(spec: ModuleSpec, place: Path, checkpoint: Checkpoint) -> list
         "family": checkpoint.family,
         "config": dict(component.config),
         "fp8": spec.fp8,
+        "int8": spec.int8,
     }
     beside = controlnet_names(len(checkpoint.controlnets))
     if beside and set(beside) <= set(spec.components):

@@ -39,6 +39,7 @@ _REFUSED = {
     "embeddings": "embeddings are added to the weights of text encoders",
     "controlnet": "a ControlNet is put beside the weights of a U-Net",
     "fp8": "FP8 is for networks of sdfast's own",
+    "int8": "INT8 is for networks of sdfast's own",
     "cache_branch": "shallow steps are made of the U-Net's weights",
 }
 
@@ -54,6 +55,7 @@ class GraphSpec:
     components: tuple[str, ...]
     forms: tuple[Form, ...]
     fp8: tuple[str, ...] = ()
+    int8: tuple[str, ...] = ()
     half_range: Callable[[], HalfRange | None] = lambda: None
 
     def inputs(self, batch: int, height: int, width: int, tokens: int) -> Sequence[str]:

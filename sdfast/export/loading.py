@@ -23,9 +23,9 @@ from sdfast.models.controlnet import (
     ControlledUNet,
     load_controlled,
 )
-from sdfast.models.fp8 import convert
 from sdfast.models.half_range import VAE, rescale
 from sdfast.models.lora import attach, attach_to_step, attach_to_text_model
+from sdfast.models.rounded import rounded
 from sdfast.models.step_cache import ShallowUNet
 from sdfast.models.text import TextEncoder
 from sdfast.models.unet import Context, TimeShift, UNet, load_unet
@@ -38,7 +38,7 @@ class UNetParts:
     """The modules that the weights of a U-Net and of its ControlNets are dealt out to, loaded one at a time.
 
     components: which of these there are. fp8: the U-Net's layers that are put into FP8; fp8_convolutions:
-    those that may be later, see `ModuleSpec`.
+    those that may be later, see `ModuleSpec`. int8: those that are put into INT8.
     """
 
     def __init__(
@@ -47,10 +47,11 @@ class UNetParts:
         dtype: torch.dtype,
         fp8: tuple[str, ...],
         fp8_convolutions: tuple[str, ...] = (),
+        int8: tuple[str, ...] = (),
     ) -> None:
         self._networks = networks
         self._dtype = dtype
-        self.fp8, self.fp8_convolutions = fp8, fp8_convolutions
+        self.fp8, self.fp8_convolutions, self.int8 = fp8, fp8_convolutions, int8
         self.components = ("unet", *controlnet_names(len(networks.controlnets)))
 
     def _load(self) -> tuple[UNet, TimeShift, Context] | Controlled:
@@ -74,12 +75,13 @@ class UNetParts:
         return own
 
     def unet(self) -> UNet | ControlledUNet:
-        return convert(self._load()[0], self.fp8)
+        return rounded(self._load()[0], self.fp8, self.int8)
 
     def shallow(self, branch: int) -> ShallowUNet:
         weights = self._networks.checkpoint.state_dict("unet")
         unet = self._with_loras(load_unet(self._networks.unet, weights, self._dtype))[0]
-        return convert(ShallowUNet.of(unet, branch), self.of_shallow(branch, self.fp8))
+        layers = (self.of_shallow(branch, names) for names in (self.fp8, self.int8))
+        return rounded(ShallowUNet.of(unet, branch), *layers)
 
     def of_shallow(self, branch: int, layers: tuple[str, ...]) -> tuple[str, ...]:
         """Of these layers those that shallow steps have."""

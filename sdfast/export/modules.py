@@ -46,7 +46,7 @@ class ModuleSpec:
     free: the axes of each input that follow the batch, height, width or tokens.
     components: the checkpoint's components that it is made of; its ControlNets are named as some, too.
     fp8: names of its layers that are in FP8. fp8_convolutions: of its 3×3 convolutions that a compiler puts
-    into FP8 too, where it measures that they are faster so.
+    into FP8 too, where it measures that they are faster so. int8: names of its layers that are in INT8.
     half_range: how a half of the VAE fits float16; known once it was loaded, None of all else.
     """
 
@@ -59,6 +59,7 @@ class ModuleSpec:
     forms: tuple[Form, ...]
     fp8: tuple[str, ...] = ()
     fp8_convolutions: tuple[str, ...] = ()
+    int8: tuple[str, ...] = ()
     half_range: Callable[[], HalfRange | None] = lambda: None
 
 
@@ -74,7 +75,8 @@ def module_specs(networks: Networks, recipe: Recipe) -> list[ModuleSpec]:
     model, dtype = networks.model(), DTYPES[recipe.dtype]
     sizes = recipe.size_spans(networks.default_side)
     _check_sizes(sizes, networks.factor)
-    load = UNetParts(networks, dtype, *_in_fp8(networks, recipe))
+    int8 = networks.int8() if recipe.int8 else ()
+    load = UNetParts(networks, dtype, *_in_fp8(networks, recipe), int8)
     batches = recipe.unet_batches(guided=3 if model.instructed else 2)
     steps = model, load, dtype, batches, sizes, recipe.prompt_lengths()
     vae = VAEHalves(networks, half=dtype == torch.float16 and recipe.vae == "auto")
@@ -139,6 +141,7 @@ def _unet(
         forms,
         load.fp8,
         load.fp8_convolutions,
+        load.int8,
     )
 
 
@@ -179,6 +182,7 @@ def _shallow(
         outputs=("output",),
         fp8=load.of_shallow(cache.branch, load.fp8),
         fp8_convolutions=load.of_shallow(cache.branch, load.fp8_convolutions),
+        int8=load.of_shallow(cache.branch, load.int8),
     )
 
 

@@ -10,6 +10,7 @@ from sdfast.export.controlnet import ControlNetSource
 from sdfast.manifest import SCORED_TIME_IDS, TIME_IDS, Model, StepCache
 from sdfast.models.controlnet import ControlledUNet, ControlNet, ControlNetConfig
 from sdfast.models.fp8 import MULTIPLE, fp8_convolutions, fp8_layers
+from sdfast.models.int8 import int8_layers
 from sdfast.models.lora import attach_to_step, empty_of
 from sdfast.models.unet import (
     Context,
@@ -154,6 +155,16 @@ class Networks(Configs):
     def fp8_convolutions(self) -> tuple[str, ...]:
         """The 3×3 convolutions of the U-Net that can be in FP8."""
         return fp8_convolutions(self.step())
+
+    def int8(self) -> tuple[str, ...]:
+        """The linear layers of the U-Net that INT8 is for. Raises `ExportError` when there are none."""
+        layers = int8_layers(self.step())
+        if not layers:
+            raise ExportError(
+                f"int8: {self.checkpoint.source}: no linear layer of this U-Net is wide enough to gain by it;"
+                " leave int8 out"
+            )
+        return layers
 
     def step(self) -> UNet | ControlledUNet:
         """The network of a step, without weights."""

@@ -11,20 +11,81 @@ import onnx_ir
 
 from sdfast.export.onnx_conv import of_enlarged, winograd, winograd_pays
 from sdfast.export.onnx_graph import MICROSOFT, Graph, Lowerings, Value
+from sdfast.models import ops
 
 ENLARGED = "enlarged"  # a note on a value: the image that it has each pixel of four times
 BLOCK = 16  # channels of a block in ONNX Runtime's layout for convolutions, with AVX-512; 8 without
 Affine = Callable[[Graph, Value, Value, Value], Value]
 ROWS = "rows"  # a note on tokens [B, N, C]: the same as a matrix, [B N, C]
+PARTS = "parts"  # a note on what a linear layer gave: writes the rows of a part of its outputs
+Part = Callable[[Graph, Value], Value]  # of a weight or bias of all outputs, that of some
+ZERO = 128  # what stands for 0 among unsigned numbers
 LIKE = "like"  # a note on tokens: earlier ones of the same B and N
 
 
 def linear(g: Graph, x: Value, weight: Value, bias: Value | None = None) -> Value:
     # Gemm takes the weights as they lie and adds the bias as it starts; MatMul would need both changed.
-    outputs, inputs = weight.shape
-    rows = x if len(x.shape) == 2 else g.memory.get((ROWS, x)) or g.Reshape(x, g.ints(-1, inputs))
-    result = g.Gemm(rows, weight, *([] if bias is None else [bias]), transB=1)
-    return result if len(x.shape) == 2 else tokens_of(g, result, x, outputs)
+    rows = rows_of(g, x)
+
+    def product(g: Graph, part: Part) -> Value:
+        return g.Gemm(rows, part(g, weight), *([] if bias is None else [part(g, bias)]), transB=1)
+
+    return in_parts(g, product, x, weight.shape[0])
+
+
+def linear_int8(g: Graph, x: Value, weight: Value, scale: Value, bias: Value | None = None) -> Value:
+    rows, row_scale = whole_rows(g, rows_of(g, x))
+    one, zero = g.constant(np.array(1, np.float32)), g.constant(np.array(ZERO, np.uint8))
+
+    def product(g: Graph, part: Part) -> Value:
+        own = part(g, weight)
+        columns = g.transformed(own, "columns", tuple(own.shape)[::-1], lambda w: w.T)
+        total = g.MatMulIntegerToFloat(rows, columns, one, part(g, scale), zero, domain=MICROSOFT)
+        result = g.Mul(total, row_scale)
+        return result if bias is None else g.Add(result, part(g, bias))
+
+    return in_parts(g, product, x, weight.shape[0])
+
+
+def in_parts(g: Graph, product: Callable[[Graph, Part], Value], like: Value, width: int) -> Value:
+    """The product as [..., width], where `like` is [..., I]. How to write parts of it is noted, see
+    `geglu_in_halves`."""
+    rows = product(g, lambda g, weight: weight)
+    result = rows if len(like.shape) == 2 else tokens_of(g, rows, like, width)
+    g.memory[PARTS, result] = product
+    return result
+
+
+def part_of(number: int, count: int) -> Part:
+    """Of `count` equal parts of a layer's outputs the one with this number."""
+
+    def part(g: Graph, weight: Value) -> Value:
+        rows, *rest = weight.shape
+        size = rows // count
+        own = slice(number * size, (number + 1) * size)
+        return g.transformed(weight, f"part_{number}_of_{count}", (size, *rest), lambda w: w[own])
+
+    return part
+
+
+def whole_rows(g: Graph, rows: Value) -> tuple[Value, Value]:
+    """`ops.whole_rows` of [M, I]: uint8 [M, I], to which `ZERO` is added, and float32 [M, 1].
+
+    Unsigned, since processors multiply unsigned by signed numbers. The largest magnitude is found without a
+    pass that writes all magnitudes, and rows are divided where they are rounded.
+    """
+    axis = g.ints(1)
+    highest, lowest = (reduce(rows, axis, keepdims=1) for reduce in (g.ReduceMax, g.ReduceMin))
+    smallest, largest = (g.constant(np.array(n, np.float32)) for n in (ops.SMALLEST, ops.INT8_MAX))
+    scale = g.Div(g.Max(highest, g.Neg(lowest), smallest), largest)
+    per_row = g.Squeeze(scale, axis)
+    zeros = g.ConstantOfShape(g.Shape(per_row), value=onnx_ir.tensor(np.array([ZERO], np.uint8)))
+    return g.QuantizeLinear(rows, per_row, zeros, axis=0), scale
+
+
+def rows_of(g: Graph, x: Value) -> Value:
+    """x [..., I] as a matrix, [M, I]."""
+    return x if len(x.shape) == 2 else g.memory.get((ROWS, x)) or g.Reshape(x, g.ints(-1, x.shape[-1]))
 
 
 def tokens_of(g: Graph, rows: Value, like: Value, width: int) -> Value:
@@ -179,11 +240,20 @@ def self_attention(
 
 
 def geglu(g: Graph, x: Value) -> Value:
-    def gated(rows: Value) -> Value:
-        value, gate = g.split(rows, 2, x.dtype)
-        return g.Mul(value, g.Gelu(gate))
+    return row_wise(g, lambda rows: gated(g, *g.split(rows, 2, x.dtype)), x, width=x.shape[-1] // 2)
 
-    return row_wise(g, gated, x, width=x.shape[-1] // 2)
+
+def geglu_in_halves(g: Graph, x: Value) -> Value:
+    """Of what a linear layer gave, its halves as products of their own: none is copied out of the whole."""
+    product = g.memory.get((PARTS, x))
+    if product is None:
+        return geglu(g, x)
+    rows = gated(g, *(product(g, part_of(number, 2)) for number in (0, 1)))
+    return rows if len(x.shape) == 2 else tokens_of(g, rows, x, x.shape[-1] // 2)
+
+
+def gated(g: Graph, value: Value, gate: Value) -> Value:
+    return g.Mul(value, g.Gelu(gate))
 
 
 def upsample_nearest(g: Graph, x: Value, like: Value) -> Value:
@@ -247,6 +317,8 @@ PLAIN: Lowerings = {
 # For the CPU's provider alone; the others' tables take what they have no better form of from PLAIN.
 CPU_COMPACT: Lowerings = {
     **PLAIN,
+    "linear_int8": linear_int8,
+    "geglu": geglu_in_halves,
     "conv3x3": conv3x3_enlarged,
     **{
         norm.__name__: partial(norm, affine=times_and_plus_at_once)

@@ -175,6 +175,8 @@ class Recipe(_Part):
     fp8: "inductor" and "eager" in fp16: the U-Net's linear layers in FP8, and those 3×3 convolutions that are
         faster so, an approximation. For GPUs of compute capability 8.9 and above; eager engines of it, with
         all convolutions in FP8, also run on a CPU, slowly, for checks.
+    int8: "onnx" for the CPU and "eager", in fp32: the U-Net's linear layers in INT8, an approximation. Of x86
+        for processors with VNNI; eager engines of it run anywhere, slowly, for checks.
     long_prompts: "inductor": a further form of the U-Net, for prompts of more than 75 tokens; the one for
         shorter ones stays as it is. Default: false. Engines of other backends take long prompts anyway.
     vae: of fp16 engines: "auto" (default), float16 wherever its numbers can be made to fit, or "fp32".
@@ -202,6 +204,7 @@ class Recipe(_Part):
     kernels: Literal["auto", "compiler"] | None = None
     winograd: Annotated[bool | None, Field(validate_default=True)] = None
     fp8: bool = False
+    int8: bool = False
     long_prompts: bool | None = None
     vae: Annotated[Literal["auto", "fp32"] | None, Field(validate_default=True)] = None
     loras: tuple[LoraSetting, ...] = ()
@@ -302,6 +305,20 @@ class Recipe(_Part):
         if info.data["backend"] == "inductor" and info.data.get("device") == "cpu":
             raise ValueError("compiled for device cuda alone; on a CPU take backend eager, for checks")
         return fp8
+
+    @field_validator("int8")
+    @classmethod
+    def _where_int8_is(cls, int8: bool, info: ValidationInfo) -> bool:
+        if not int8 or not {"backend", "dtype", "provider"} <= info.data.keys():  # or else those are told of
+            return int8
+        on_gpu = "a GPU has FP8 instead: backend inductor, dtype fp16 and fp8"
+        if info.data["backend"] == "inductor":
+            raise ValueError(f"the inductor backend has none; take backend onnx for the CPU; {on_gpu}")
+        if info.data["provider"] in ("cuda", "tensorrt"):
+            raise ValueError(f"only graphs for the CPU have it; take provider cpu and dtype fp32; {on_gpu}")
+        if info.data["dtype"] != "fp32":
+            raise ValueError("the rest of the networks must be fp32; take dtype fp32")
+        return int8
 
     @field_validator("long_prompts")
     @classmethod

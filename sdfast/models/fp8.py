@@ -16,45 +16,37 @@ measured to be faster so. Not converted, and in fp16 still:
 
 import re
 from collections.abc import Iterable
-from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from sdfast.models import ops
-from sdfast.models.layers import Conv1x1, Conv3x3, Downsample, Layer, Linear, ResBlock, Upsample
+from sdfast.models.layers import (
+    Conv1x1,
+    Conv3x3,
+    Downsample,
+    Linear,
+    N,
+    ResBlock,
+    RoundedLinear,
+    Upsample,
+    replace_layers,
+)
 
-N = TypeVar("N", bound=nn.Module)
 MULTIPLE = 16  # of both widths of a product
 PASS_PAYS_ABOVE = 640  # channels
 _ATTENTION_OUTPUT = re.compile(r"\.attn\d\.to_out\.0$")
 
 
-class LinearFP8(Layer):
-    """A linear layer on rounded numbers. weight: [O, I] float8; scale: [O] float32.
-
-    product: what computes it, in place of the definition.
-    """
+class LinearFP8(RoundedLinear):
+    """weight: [O, I] float8; scale: [O] float32."""
 
     def __init__(self, layer: Linear | Conv1x1) -> None:
-        super().__init__()
-        weight, scale = ops.quantised_rows(layer.weight.detach().flatten(1))
-        self.product: ops.Product = ops.linear_fp8
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.scale = nn.Parameter(scale.flatten(), requires_grad=False)
-        self.bias = layer.bias
-        self.branch = layer.branch
-
-    def forward(self, x: Tensor) -> Tensor:  # [..., I] -> [..., O]
-        return self.with_branch(x, self._rounded(x))
-
-    def _rounded(self, x: Tensor) -> Tensor:
-        return self.product(x, self.weight, self.scale, self.bias)
+        super().__init__(layer, *ops.quantised_rows(layer.weight.detach().flatten(1)), ops.linear_fp8)
 
 
 class Conv1x1FP8(LinearFP8):
     def forward(self, x: Tensor) -> Tensor:  # [B, I, H, W] -> [B, O, H, W]
-        return self.with_branch(x, self._rounded(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+        return self.with_branch(x, self.rounded(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
 
 
 class Conv3x3FP8(nn.Module):
@@ -76,6 +68,9 @@ class Conv3x3FP8(nn.Module):
     def forward(self, x: Tensor, size: list[int] | None = None) -> Tensor:
         """x [B, I, h, w] -> [B, O, H, W]. size: what x is enlarged to before."""
         return self.compute(x, self.weight, self.scale, self.bias, self.stride, self.padding, size)
+
+
+FORMS = {Linear: LinearFP8, Conv1x1: Conv1x1FP8, Conv3x3: Conv3x3FP8}
 
 
 def fp8_layers(network: nn.Module) -> tuple[str, ...]:
@@ -111,20 +106,9 @@ def _converts(name: str, layer: nn.Module) -> bool:
     return inputs > PASS_PAYS_ABOVE or _ATTENTION_OUTPUT.search(name) is None
 
 
-@torch.no_grad()
 def convert(network: N, names: Iterable[str]) -> N:
     """Put these layers into FP8: their weights, or only their shapes if those are on the meta device."""
-    for name in names:
-        layer = network.get_submodule(name)
-        if isinstance(layer, Linear):
-            network.set_submodule(name, LinearFP8(layer))
-        elif isinstance(layer, Conv1x1):
-            network.set_submodule(name, Conv1x1FP8(layer))
-        elif isinstance(layer, Conv3x3):
-            network.set_submodule(name, Conv3x3FP8(layer))
-        else:
-            raise TypeError(f"{name} is a {type(layer).__name__}; Linear, Conv1x1 and Conv3x3 convert")
-    return network
+    return replace_layers(network, names, FORMS)
 
 
 def use_product(network: nn.Module, product: ops.Product) -> None:

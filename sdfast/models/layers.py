@@ -1,11 +1,15 @@
 """Layers that hold weights under diffusers' names, and apply one named operation each."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from sdfast.models import ops
+
+N = TypeVar("N", bound=nn.Module)
 
 
 class Layer(nn.Module):
@@ -165,3 +169,40 @@ class ResBlock(nn.Module):
         h = self.conv1(self.norm1(x))
         h = self.conv2(self.norm2(h, shift))
         return ops.add(x if self.conv_shortcut is None else self.conv_shortcut(x), h)
+
+
+class RoundedLinear(Layer):
+    """What is made of a linear layer, on rounded numbers. weight: [O, I], rounded; scale: [O] float32.
+
+    product: what computes it, in place of the definition.
+    """
+
+    def __init__(
+        self, layer: Linear | Conv1x1, weight: Tensor, scale: Tensor, definition: ops.Product
+    ) -> None:
+        super().__init__()
+        self.product = definition
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.scale = nn.Parameter(scale.flatten(), requires_grad=False)
+        self.bias, self.branch = layer.bias, layer.branch
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., I] -> [..., O]
+        return self.with_branch(x, self.rounded(x))
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """Without a branch."""
+        return self.product(x, self.weight, self.scale, self.bias)
+
+
+@torch.no_grad()
+def replace_layers(network: N, names: Iterable[str], forms: Mapping[type, type]) -> N:
+    """Put the layers with these names into other forms. forms: kind of a layer -> what is made of one."""
+    for name in names:
+        layer = network.get_submodule(name)
+        form = next((form for kind, form in forms.items() if isinstance(layer, kind)), None)
+        if form is None:
+            kinds = [kind.__name__ for kind in forms]
+            told = f"{', '.join(kinds[:-1])} and {kinds[-1]} convert" if kinds[1:] else f"{kinds[0]} converts"
+            raise TypeError(f"{name} is a {type(layer).__name__}; {told}")
+        network.set_submodule(name, form(layer))
+    return network

@@ -22,7 +22,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, int, bool], Tensor]
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q [B, heads, N, d], k and v [B, heads, L, d] -> [B, heads, N, d]: softmax(q kᵀ / √d) v."""
 Product = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-"""`linear_fp8`, or what computes the same."""
+"""`linear_fp8`, `linear_int8`, or what computes the same."""
 Convolution = Callable[
     [Tensor, Tensor, Tensor, Tensor | None, int, list[int], list[int] | None],
     Tensor,
@@ -34,7 +34,8 @@ LinearGeGLU = Callable[[Tensor, Tensor, Tensor], Tensor]
 """`linear_geglu`, or what computes the same."""
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0  # the largest number of E4M3
-_SMALLEST = 2.0**-24  # of float16 above zero: a row of zeros has a scale too
+INT8_MAX = 127.0  # the largest number that has its negative in int8
+SMALLEST = 2.0**-24  # of float16 above zero: a row of zeros has a scale too
 NAMES: list[str] = []
 _tracing_nodes = False
 
@@ -100,8 +101,29 @@ def quantised_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [..., I] -> float8 [..., I] and float32 [..., 1], whose product is x, each number within 1/16 of
     itself or, where it is small, 1/458752 of the largest in its row."""
     x = x.float()
-    scale = x.abs().amax(dim=-1, keepdim=True).clamp(min=_SMALLEST) / FP8_MAX
+    scale = x.abs().amax(dim=-1, keepdim=True).clamp(min=SMALLEST) / FP8_MAX
     return (x / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
+
+
+@_named(lambda x, weight, scale, bias: (*x.shape[:-1], weight.shape[0]))
+def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear` of numbers rounded to whole ones: x [..., I], weight [O, I] int8, scale [O] float32, bias [O].
+
+    Each row of x has a scale of its own, as in `linear_fp8`. What is summed are products of whole numbers,
+    exactly: y[r, o] = Σᵢ rows[r, i] weight[o, i] · scale[o] · row_scale[r] + bias[o].
+    """
+    rows, row_scale = whole_rows(x)
+    total = F.linear(rows.double(), weight.double()).float()  # float64 holds every such sum
+    y = total * scale * row_scale
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def whole_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., I] -> int8 [..., I] and float32 [..., 1], whose product is x, each number within 1/254 of the
+    largest in its row. Halves go to the even."""
+    x = x.float()
+    scale = x.abs().amax(dim=-1, keepdim=True).clamp(min=SMALLEST) / INT8_MAX
+    return (x / scale).round().to(torch.int8), scale
 
 
 @_named(_strided)

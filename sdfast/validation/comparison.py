@@ -345,7 +345,7 @@ def _judge(
 ) -> tuple[list[ModuleFigures], list[PictureFigures], list[Check]]:
     """Every figure with its verdict. over: trials over pictures, and without LoRAs, of which only the
     pictures are judged."""
-    fp8 = bool(engine.manifest.fp8)
+    rounding = engine.manifest.rounding
     prompts = [picture.request.prompts[0] for picture in trials[0].pictures]
     texts = ["", *prompts, *(embedding.token for embedding in reference.embeddings)]
     runs = [picture.truth for trial in trials for picture in trial.pictures]
@@ -361,15 +361,18 @@ def _judge(
         measured += measure_step_cache(engine, engine.step_cache, sides, trials[0].pictures)
     checks = [_same_tokens(engine, sides.exact, texts), _same_scheduler(engine, reference)]
     checks += _same_time_ids(engine, trials[0].pictures[0])
-    whole = rule.measured_pictures([picture for trial in [*trials, *over] for picture in trial.pictures])
-    figures = []
+    pictures = [picture for trial in [*trials, *over] for picture in trial.pictures]
+    whole = rule.measured_pictures(pictures, rounding=rounding)
     for trial in trials:
         truths = [picture.truth for picture in trial.pictures]
         measured.append(scheduler_error(f"scheduler {trial.name}", trial.plan, truths))
-        figures += [rule.judge_picture(picture, trial.name) for picture in trial.pictures]
-        checks += rule.judge_repetition(_repetition(engine, trial), whole, trial.name, fp8=fp8)
-    figures += [rule.judge_picture(picture, trial.name) for trial in over for picture in trial.pictures]
-    return [rule.judge_module(one, fp8=fp8) for one in (*measured, *whole)], figures, checks
+        checks += rule.judge_repetition(_repetition(engine, trial), whole, trial.name, rounding=rounding)
+    figures = [
+        rule.judge_picture(picture, trial.name, rounding=rounding)
+        for trial in [*trials, *over]
+        for picture in trial.pictures
+    ]
+    return [rule.judge_module(one, rounding=rounding) for one in (*measured, *whole)], figures, checks
 
 
 def _repetition(engine: Engine, trial: _Trial) -> Repetition:
@@ -426,6 +429,7 @@ def _setting(engine: Engine, reference: Checkpoint, request: Request, start: flo
         backend=", ".join([manifest.backend, *engine.running_as]),
         dtype=manifest.dtype,
         fp8=len(manifest.fp8),
+        int8=len(manifest.int8),
         inpaints=inpaints,
         refines=manifest.model.scored,
         instructed=manifest.model.instructed,

@@ -15,7 +15,7 @@ from sdfast.first_latents import Over
 from sdfast.pipeline import to_uint8
 from sdfast.validation.pictures import Picture
 from sdfast.validation.report import ModuleFigures, PictureFigures, Report, decibels
-from sdfast.validation.rule import FP8_BARS, PICTURE_DB, RELATIVE_L2, STOCK_FACTOR
+from sdfast.validation.rule import BARS, PICTURE_DB, RELATIVE_L2, STOCK_FACTOR
 
 GAINS = tuple(factor * 10**power for power in range(6) for factor in (1, 2, 5))
 
@@ -42,7 +42,12 @@ def page(report: Report, pictures: Sequence[Picture]) -> str:
         controls=_controls(pictures[0].control),
         gauge=Gauge.of(report.modules),
         drift=Drift.of(report.pictures),
-        rule={"module": RELATIVE_L2, "picture": PICTURE_DB, "factor": STOCK_FACTOR, "fp8": FP8_BARS},
+        rule={
+            "module": RELATIVE_L2,
+            "picture": PICTURE_DB,
+            "factor": STOCK_FACTOR,
+            "rounding": BARS.get(report.setting.rounding) if report.setting.rounding else None,
+        },
     )
 
 

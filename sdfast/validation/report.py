@@ -4,6 +4,7 @@ import math
 
 from pydantic import BaseModel, ConfigDict
 
+from sdfast.manifest import Rounding
 from sdfast.validation.metrics import IDENTICAL_DB
 
 
@@ -117,11 +118,11 @@ class Failure(_Part):
 class Setting(_Part):
     """What was compared, how, and where.
 
-    fp8: how many layers of the engine's U-Net are in FP8. inpaints: whether all pictures were drawn over the
-    masked part of one image; refines: over the whole of it; instructed: whether all edit it. controlnet: that
-    all were drawn with, under one control image. loras: that were merged into the engine, and fused into the
-    reference, each with its scale; and those that requests choose, of which all was added. embeddings: that
-    both know.
+    fp8, int8: how many layers of the engine's U-Net are in FP8, or in INT8. inpaints: whether all pictures
+    were drawn over the masked part of one image; refines: over the whole of it; instructed: whether all edit
+    it. controlnet: that all were drawn with, under one control image. loras: that were merged into the
+    engine, and fused into the reference, each with its scale; and those that requests choose, of which all
+    was added. embeddings: that both know.
     """
 
     engine: str
@@ -129,6 +130,7 @@ class Setting(_Part):
     backend: str
     dtype: str
     fp8: int = 0
+    int8: int = 0
     inpaints: bool = False
     refines: bool = False
     instructed: bool = False
@@ -147,6 +149,11 @@ class Setting(_Part):
     versions: dict[str, str]
     created: str
     seconds: float
+
+    @property
+    def rounding(self) -> Rounding | None:
+        """What those layers of the U-Net are in that are approximated."""
+        return "FP8" if self.fp8 else "INT8" if self.int8 else None
 
 
 class Report(_Part):
@@ -176,17 +183,22 @@ class Report(_Part):
     @property
     def prices(self) -> list[str]:
         """What approximations cost that were asked for by name."""
-        fp8 = [self._price_of_fp8()] if self.setting.fp8 else []
-        return fp8 + [str(price) for price in (self.guidance, self.step_cache) if price is not None]
+        rounding = [self._price_of_rounding()] if self.setting.rounding else []
+        return rounding + [str(price) for price in (self.guidance, self.step_cache) if price is not None]
 
-    def _price_of_fp8(self) -> str:
-        """The error beside that of stock in fp16."""
-        unet = next(module for module in self.modules if module.name == "unet")
+    def _price_of_rounding(self) -> str:
+        """The error, and in a reduced precision that of stock in it."""
+        unet, setting = next(module for module in self.modules if module.name == "unet"), self.setting
+        stock = ["", ""]
+        if unet.stock_relative_l2 is not None:
+            stock = [
+                f", that of stock in {setting.dtype} {unet.stock_relative_l2:.2e}",
+                f", stock's {decibels(self._stock_furthest)} dB",
+            ]
         return (
-            f"the price of FP8 in {self.setting.fp8} layers: the U-Net's relative L2 is "
-            f"{unet.relative_l2:.2e}, that of stock in {self.setting.dtype} {unet.stock_relative_l2:.2e}; "
-            f"the furthest picture is {decibels(self._furthest)} dB from the reference, "
-            f"stock's {decibels(self._stock_furthest)} dB"
+            f"the price of {setting.rounding} in {setting.fp8 or setting.int8} layers: the U-Net's relative "
+            f"L2 is {unet.relative_l2:.2e}{stock[0]}; the furthest picture is {decibels(self._furthest)} dB "
+            f"from the reference{stock[1]}"
         )
 
     @property
@@ -226,8 +238,8 @@ class Report(_Part):
         """Everything that matters, as aligned plain text."""
         setting = self.setting
         lines = [
-            f"{setting.engine}: {setting.backend} {setting.dtype}{' with FP8' * bool(setting.fp8)} on "
-            f"{setting.device}, "
+            f"{setting.engine}: {setting.backend} {setting.dtype}"
+            f"{f' with {setting.rounding}' if setting.rounding else ''} on {setting.device}, "
             f"against {setting.reference}",
             *(f"with LoRA {lora}" for lora in setting.loras),
             *([f"with ControlNet {setting.controlnet}"] if setting.controlnet else []),

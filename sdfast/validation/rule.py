@@ -10,15 +10,16 @@ Stock keeps SDXL's VAE in float32, because in float16 it would overflow. An engi
 meet the error of one in float32; its VAE's halves are held to stock's own in bfloat16, the half precision
 that stock's can run in. The bar of the pictures, which decides, is that of stock as it is.
 
-FP8 is an approximation: what it touches has bars of its own, and the report says what it costs. The U-Net's
-relative L2 error is at most 1/8, the step from 1 to the next number of E4M3; that of the pictures taken
-together at most 1/5, near 20 dB, beyond which they show something else. The rest is held to stock.
+FP8 and INT8 are approximations: what they touch has bars of its own, and the report says what it costs. With
+FP8 the U-Net's relative L2 error is at most 1/8, the step from 1 to the next number of E4M3; that of the
+pictures taken together at most 1/5, near 20 dB, beyond which they show something else. With INT8, which is
+finer, both are half of that. The rest is held to stock.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from sdfast.manifest import SHALLOW
+from sdfast.manifest import SHALLOW, Rounding
 from sdfast.validation.metrics import compare, psnr, ssim
 from sdfast.validation.modules import Measured
 from sdfast.validation.pictures import Picture, Repetition
@@ -27,16 +28,23 @@ from sdfast.validation.report import Check, Failure, ModuleFigures, PictureFigur
 RELATIVE_L2 = 1e-4
 PICTURE_DB = 45.0
 STOCK_FACTOR = 1.1
-FP8_BARS = {**dict.fromkeys(("unet", "step", "deep", SHALLOW), 1 / 8), "pictures": 1 / 5}
+_UNET = ("unet", "step", "deep", SHALLOW)
+BARS: Mapping[Rounding, Mapping[str, float]] = {
+    "FP8": {**dict.fromkeys(_UNET, 1 / 8), "pictures": 1 / 5},
+    "INT8": {**dict.fromkeys(_UNET, 1 / 16), "pictures": 1 / 10},
+}
+_WHOSE = {RELATIVE_L2: "float32", **{bar: kind for kind, bars in BARS.items() for bar in bars.values()}}
 
 
-def judge_module(measured: Measured, *, fp8: bool = False) -> ModuleFigures:
-    """A module's figures beside its bar. fp8: whether the engine's U-Net has layers in FP8."""
+def judge_module(measured: Measured, *, rounding: Rounding | None = None) -> ModuleFigures:
+    """A module's figures beside its bar. rounding: what layers of the engine's U-Net are in."""
     error, stock = measured.error, measured.stock
     bar = RELATIVE_L2 if stock is None else max(RELATIVE_L2, STOCK_FACTOR * stock.relative_l2)
-    if fp8:
-        bar = FP8_BARS.get(measured.name, bar)
-    value = error.worst if stock is None else error.relative_l2
+    approximated = rounding is not None and measured.name in BARS[rounding]
+    if rounding is not None:
+        bar = BARS[rounding].get(measured.name, bar)
+    exact = stock is None and not approximated
+    value = error.worst if exact else error.relative_l2
     return ModuleFigures(
         name=measured.name,
         what=measured.what,
@@ -47,18 +55,18 @@ def judge_module(measured: Measured, *, fp8: bool = False) -> ModuleFigures:
         cosine=error.cosine,
         stock_relative_l2=None if stock is None else stock.relative_l2,
         stock_dtype=measured.stock_dtype,
-        measure="relative L2 of the worst input" if stock is None else "relative L2",
+        measure="relative L2 of the worst input" if exact else "relative L2",
         bar=bar,
         passed=value <= bar,
     )
 
 
-def judge_picture(picture: Picture, scheduler: str) -> PictureFigures:
-    """A picture's figures; in float32 it has a bar of its own."""
+def judge_picture(picture: Picture, scheduler: str, *, rounding: Rounding | None = None) -> PictureFigures:
+    """A picture's figures; in float32 without rounding it has a bar of its own."""
     truth, same = picture.truth.image, picture.same.image if picture.same else None
     error = compare([(picture.image, truth)])
     value = psnr(picture.image, truth)
-    bar = PICTURE_DB if same is None else None
+    bar = PICTURE_DB if same is None and rounding is None else None
     return PictureFigures(
         scheduler=scheduler,
         prompt=picture.request.prompts[0],
@@ -77,17 +85,21 @@ def judge_picture(picture: Picture, scheduler: str) -> PictureFigures:
     )
 
 
-def measured_pictures(pictures: Sequence[Picture]) -> list[Measured]:
-    """In a reduced precision: all pictures as one more thing that has to meet stock's error."""
+def measured_pictures(pictures: Sequence[Picture], *, rounding: Rounding | None = None) -> list[Measured]:
+    """In a reduced precision, or with rounding: all pictures as one more thing that has a bar to meet."""
     reduced = [(p.same.image, p.truth.image) for p in pictures if p.same is not None]
-    if not reduced:
+    if not reduced and rounding is None:
         return []
     error = compare((picture.image, picture.truth.image) for picture in pictures)
-    return [Measured("pictures", "all pictures together", error, compare(reduced))]
+    return [Measured("pictures", "all pictures together", error, compare(reduced) if reduced else None)]
 
 
 def judge_repetition(
-    repetition: Repetition, whole: Sequence[Measured], scheduler: str, *, fp8: bool = False
+    repetition: Repetition,
+    whole: Sequence[Measured],
+    scheduler: str,
+    *,
+    rounding: Rounding | None = None,
 ) -> list[Check]:
     """Same seed, same bytes; and a batch changes a picture by no more than rounding may.
 
@@ -96,7 +108,7 @@ def judge_repetition(
     apart = compare(repetition.batched)
     close = all(psnr(batched, alone) >= PICTURE_DB for batched, alone in repetition.batched)
     if whole:
-        close = apart.relative_l2 <= judge_module(whole[0], fp8=fp8).bar
+        close = apart.relative_l2 <= judge_module(whole[0], rounding=rounding).bar
     same = "the same bytes" if repetition.repeated else "other bytes"
     return [
         Check(
@@ -125,13 +137,13 @@ def failures(
 
 
 def _module_reason(module: ModuleFigures) -> str:
-    value = module.worst if module.stock_relative_l2 is None else module.relative_l2
+    value = module.relative_l2 if module.measure == "relative L2" else module.worst
     if math.isnan(value):
         return "its output holds values that are not numbers"
     precision = module.stock_dtype or "this precision"
     of = f"{module.bar:.2e}, which is {STOCK_FACTOR:g} x the error of stock diffusers in {precision}"
-    if module.bar in (RELATIVE_L2, *FP8_BARS.values()):
-        of = f"{module.bar:g}, the bar of {'float32' if module.bar == RELATIVE_L2 else 'FP8'}"
+    if module.bar in _WHOSE:
+        of = f"{module.bar:g}, the bar of {_WHOSE[module.bar]}"
     return f"{module.measure} {value:.2e} is above {of} ({module.what})"
 
 

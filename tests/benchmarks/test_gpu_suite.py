@@ -21,7 +21,7 @@ from benchmarks.gpu.plan import Part, Runner, parts
 from benchmarks.gpu.sides import COMPILED, EAGER, SIDES, WITH_OWN, WITHOUT_OWN, SideSpec, usual
 from benchmarks.gpu.workloads import workload
 from sdfast.manifest import read_manifest
-from sdfast.validation.rule import FP8_BARS
+from sdfast.validation.rule import BARS
 
 ROW = {
     "side",
@@ -282,7 +282,7 @@ def test_an_fp8_side_is_built_beside_the_others_and_held_to_its_own_bar(
     folders = [bench.engine_folder(side, 1) for side in ("sdfast-fp8", "sdfast-eager")]
     assert [bool(read_manifest(folder).fp8) for folder in folders] == [True, False]
     modules = {one["name"]: one for one in accuracy.modules(bench, "sdfast-fp8", 1)["modules"]}
-    assert modules["unet"]["within_bar"] and modules["unet"]["bar"] == FP8_BARS["unet"]
+    assert modules["unet"]["within_bar"] and modules["unet"]["bar"] == BARS["FP8"]["unet"]
     assert modules["unet"]["relative_l2"] > 3 * modules["unet"]["stock_relative_l2"]
     for side, error, met in (("sdfast-fp8", 0.19, True), ("sdfast-fp8", 0.21, False)):
         assert within(side, error, stock=1e-3) is met

@@ -65,7 +65,8 @@ def check(path, module, inputs, tolerance=2e-6):
 
 def test_every_operation_has_a_lowering():
     every = set(ops.NAMES) - {"linear_fp8", "conv3x3_fp8"}  # which a recipe refuses for this backend
-    assert set(CPU) == set(CPU_COMPACT) == set(TENSORRT) == every
+    assert set(CPU) == set(CPU_COMPACT) == every
+    assert set(TENSORRT) == every - {"linear_int8"}  # and this one for a GPU
 
 
 def test_unet_of_fixed_size(tmp_path):

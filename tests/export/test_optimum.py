@@ -176,6 +176,7 @@ def test_validation_needs_the_checkpoint_by_name(
         ),
         ({"controlnet": "org/canny"}, "controlnet: .* U-Net"),
         ({"backend": "eager", "dtype": "fp16", "fp8": True}, "backend: "),
+        ({"int8": True}, "int8: .* networks of sdfast's own"),
         ({"cache_branch": 0}, "cache_branch: .* shallow steps"),
         ({"dtype": "fp16"}, "dtype: .* for fp16"),
         ({"provider": "tensorrt"}, "provider: .* cpu or cuda"),

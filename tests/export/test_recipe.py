@@ -122,6 +122,22 @@ RECIPES = sorted((Path(__file__).parents[2] / "export").glob("*.toml"))
             "fp8: compiled for device cuda alone; on a CPU take backend eager, for checks (got True)",
         ),
         ({"fp8": True, "backend": "eager", "dtype": "int8"}, "dtype: must be 'fp32' or 'fp16'"),
+        ({"int8": 8}, "int8: must be a valid boolean"),
+        (
+            {"int8": True, "backend": "inductor"},
+            "int8: the inductor backend has none; take backend onnx for the CPU; a GPU has FP8 instead: "
+            "backend inductor, dtype fp16 and fp8 (got True)",
+        ),
+        (
+            {"int8": True, "provider": "cuda"},
+            "int8: only graphs for the CPU have it; take provider cpu and dtype fp32; a GPU has FP8 instead",
+        ),
+        ({"int8": True, "dtype": "fp16"}, "int8: only graphs for the CPU have it; take provider cpu"),
+        (
+            {"int8": True, "dtype": "fp16", "provider": "cpu"},
+            "int8: the rest of the networks must be fp32; take dtype fp32 (got True)",
+        ),
+        ({"int8": True, "fp8": True, "backend": "eager", "dtype": "fp16"}, "int8: the rest of the networks"),
         ({"dtype": "fp16", "vae": "fp16"}, "vae: must be 'auto' or 'fp32' (got 'fp16')"),
         ({"revision": 5}, "revision: must be a valid string"),
         ({"checkpoint": ["a"]}, "checkpoint: must be a valid string"),
@@ -247,7 +263,7 @@ def test_a_provider_follows_from_the_dtype_and_is_recorded() -> None:
 def test_what_has_a_use_is_recorded_and_nothing_else() -> None:
     def recorded(**fields: Any) -> dict[str, Any]:
         return Recipe.make(**fields).model_dump(
-            exclude={"batch", "fp8", "dtype", "backend", "loras", "controlnet", "embeddings"},
+            exclude={"batch", "fp8", "int8", "dtype", "backend", "loras", "controlnet", "embeddings"},
             exclude_none=True,
         )
 

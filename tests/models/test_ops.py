@@ -14,6 +14,7 @@ def noise(*shape):
 CALLS = {
     "linear": (noise(2, 5, 8), noise(6, 8), noise(6)),
     "linear_fp8": (noise(2, 5, 8), noise(6, 8).to(ops.FP8), noise(6), noise(6)),
+    "linear_int8": (noise(2, 5, 8), noise(6, 8).mul(40).to(torch.int8), noise(6), noise(6)),
     "conv3x3": (noise(2, 4, 7, 8), noise(6, 4, 3, 3), None, 2, [0, 1]),
     "conv3x3_fp8": (
         *(noise(2, 4, 7, 8), noise(6, 9, 4).to(ops.FP8), noise(6), noise(6)),

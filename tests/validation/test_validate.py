@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from sdfast.engine import Engine
 from sdfast.errors import CheckpointError, EngineError, RequestError
 from sdfast.manifest import read_manifest
-from sdfast.validation import Report, validate
+from sdfast.validation import Report, rule, validate
+from sdfast.validation.metrics import Error
+from sdfast.validation.modules import Measured
 from tests import checkpoints
 from tests.validation import engines
 
@@ -216,6 +218,36 @@ def test_guidance_in_some_steps_is_priced_and_not_judged(sound: Path, tmp_path: 
     assert validate(folder, **call).guidance is None
     with pytest.raises(RequestError, match="is not below guidance_end"):
         validate(folder, **call, guidance_start=0.6, guidance_end=0.6)
+
+
+def test_int8_has_bars_of_its_own_and_its_price_is_told(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside stock in float32, of which nothing else is: the rest is held to it as ever."""
+    monkeypatch.setattr("sdfast.models.int8.PAYS_FROM", 0)
+    folder = engines.build(small, tmp_path / "int8", int8=True)
+    report = validate(folder, prompts=["boat"], steps=2, scheduler="DDIM")
+    modules = {module.name: module for module in report.modules}
+    for name, bar in {"unet": 1 / 16, "step": 1 / 16, "pictures": 1 / 10}.items():
+        module = modules[name]
+        assert (module.bar, module.passed, module.stock_relative_l2) == (bar, True, None), report.table()
+        assert module.relative_l2 > 1e-3
+    assert modules["vae_decoder"].bar == modules["context"].bar == 1e-4
+    assert report.setting.int8 == len(read_manifest(folder).int8) > 0
+    picture = report.pictures[0]
+    assert picture.bar is None and picture.stock_psnr is None
+    assert report.prices == [
+        f"the price of INT8 in {report.setting.int8} layers: the U-Net's relative L2 is "
+        f"{modules['unet'].relative_l2:.2e}; the furthest picture is {picture.psnr:.1f} dB from the reference"
+    ]
+    page = html.unescape((folder / "validation" / "report.html").read_text("utf-8"))
+    assert report.prices[0][1:] in page and "with INT8 the relative L2 error of the pictures" in page
+    assert "and 0.0625 for the U-Net, which INT8 approximates" in page
+    assert "stock.picture.psnr_min" not in report.figures()
+    broken = Measured("unet", "on its inputs", Error(1, 0.1, 0.1, 1.0, 0.99))
+    judged = rule.judge_module(broken, rounding="INT8")
+    [failure] = rule.failures([judged], [], [])
+    assert failure.reason == "relative L2 1.00e-01 is above 0.0625, the bar of INT8 (on its inputs)"
 
 
 def test_fp8_has_bars_of_its_own_and_its_price_is_told(small: Path, tmp_path: Path) -> None:
