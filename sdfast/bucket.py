@@ -52,8 +52,9 @@ class StepNetwork(Protocol):
 class Bucket:
     """The tensors of as many rows of one size as a U-Net call has, and the tick that works on them.
 
-    context: [B, L, KV]. control: [B, C_0, h, w], where there is a ControlNet. deep: [B, C_d, h_d, w_d], what
-    a whole tick leaves for shallow ones, on engines with a step cache. shallow_tick: for rows that have some.
+    context: [B, L, KV]. image_context: [B, I, KV], where there are IP-Adapters. control: [B, C_0, h, w],
+    where there is a ControlNet. deep: [B, C_d, h_d, w_d], what a whole tick leaves for shallow ones, on
+    engines with a step cache. shallow_tick: for rows that have some.
     One set of rows at a time; others of the same capacity may follow.
     """
 
@@ -62,6 +63,7 @@ class Bucket:
     arithmetic: Arithmetic
     tick: Callable[[], None]
     control: torch.Tensor | None = None
+    image_context: torch.Tensor | None = None
     deep: torch.Tensor | None = None
     shallow_tick: Callable[[], None] | None = None
 
@@ -92,18 +94,21 @@ class Bucket:
         control = None if like.control is None else zeros(*like.control.shape)
         if control is not None:
             inputs["control"] = control
+        image = None if told.image is None else zeros(*told.image.shape)
+        if image is not None:
+            inputs["image_context"] = image
         result = {"output": buffers.output}
         worker, cache = arithmetic(buffers, capacity), engine.step_cache
         if cache is None:
             run_unet = engine.bind("unet", inputs, result, height, width)
-            return cls(buffers, context, worker, _tick(engine, run_unet, worker), control)
+            return cls(buffers, context, worker, _tick(engine, run_unet, worker), control, image)
         deep = zeros(*cache.shape(*size))
         run_unet = engine.bind("unet", inputs, {**result, "deep": deep}, height, width)
         tick, shallow_tick = _tick(engine, run_unet, worker), None
         if cached:
             run_shallow = engine.bind(SHALLOW, {**inputs, "deep": deep}, result, height, width)
             shallow_tick = _tick(engine, run_shallow, worker)
-        return cls(buffers, context, worker, tick, control, deep, shallow_tick)
+        return cls(buffers, context, worker, tick, control, image, deep, shallow_tick)
 
     def tick_at(self, place: int) -> Callable[[], None]:
         """The tick of rows at that place in their interval of step caching."""

@@ -16,6 +16,9 @@ from sdfast.engine import Engine
 from sdfast.errors import RequestError
 from sdfast.first_latents import Over
 from sdfast.images import read_controls, read_images, read_masks
+from sdfast.ip_adapter import asked_scale as asked_image_scale
+from sdfast.ip_adapter import check_scale
+from sdfast.ip_adapter import read_images as read_seen
 from sdfast.manifest import Model
 from sdfast.request import Hires, Request
 
@@ -53,7 +56,8 @@ class PipelineOutput:
 @dataclass(frozen=True)
 class Given:
     """Tensors that a caller may give in place of what the pipeline would make; what is drawn over; and the
-    control images of N ControlNets, [m, N 3, H, W] float32, which the pictures take in turn."""
+    control images of N ControlNets, [m, N 3, H, W] float32, which the pictures take in turn; and the images
+    of IP-Adapters, as `sdfast.ip_adapter.read_images` gives them."""
 
     generators: torch.Generator | Sequence[torch.Generator] | None = None
     latents: torch.Tensor | None = None
@@ -63,6 +67,7 @@ class Given:
     negative_pooled_prompt_embeds: torch.Tensor | None = None
     over: Over | None = None
     control: torch.Tensor | None = None
+    ip_adapter_images: torch.Tensor | None = None
 
 
 class DiffusersCall(ABC):
@@ -70,6 +75,7 @@ class DiffusersCall(ABC):
 
     engine: Engine
     _loras: Mapping[str, Any] = MappingProxyType({})  # how much of LoRAs is added where a call does not say
+    _ip_adapter_scale: Any = None
 
     @abstractmethod
     def generate(
@@ -126,6 +132,8 @@ class DiffusersCall(ABC):
         controlnet_conditioning_scale: float | Sequence[float] | None = None,
         control_guidance_start: float | Sequence[float] = 0.0,
         control_guidance_end: float | Sequence[float] = 1.0,
+        ip_adapter_image: Any = None,
+        ip_adapter_scale: Any = None,
         seed: int | None = None,
         scheduler: str | None = None,
         guidance_start: float = 0.0,
@@ -172,6 +180,10 @@ class DiffusersCall(ABC):
             control_guidance_start, control_guidance_end: between which shares of the steps. With several
             ControlNets a list of an image for each, None for one that is to add nothing; and for the rest a
             list of a number for each, or one for all.
+        ip_adapter_image: what an engine with IP-Adapters is told beside the prompt: one image for all
+            pictures, with several adapters a list of one for each; see `sdfast.ip_adapter`. By default
+            pictures are drawn without. ip_adapter_scale: how much it counts, by default 1, or what
+            `set_ip_adapter_scale` said; a number, or numbers by layers as there, or a list of one for each.
 
         Sizes are in pixels; by default the image's, or the control image's, or else the engine's own. Returns
         a `PipelineOutput`, or (images, None) with `return_dict=False`.
@@ -192,6 +204,15 @@ class DiffusersCall(ABC):
         if control_image is not None:
             control = read_controls(control_image, controlnets_of(model))
             scale = asked_scale(model, control_image, scale)
+        seen, counts = None, None
+        if ip_adapter_image is not None:
+            seen = read_seen(model, ip_adapter_image)
+            counts = self._ip_adapter_scale if ip_adapter_scale is None else ip_adapter_scale
+            counts = asked_image_scale(model, ip_adapter_image, counts)
+        elif ip_adapter_scale is not None:
+            raise RequestError(
+                "ip_adapter_scale: is for an image of an IP-Adapter; give ip_adapter_image too"
+            )
         given = Given(
             generator,
             latents,
@@ -208,6 +229,7 @@ class DiffusersCall(ABC):
                 image_guidance_scale=image_guidance_scale,
             ),
             control,
+            seen,
         )
         if timesteps is not None or sigmas is not None:
             num_inference_steps = None  # their length is the number of steps, as in diffusers
@@ -242,6 +264,7 @@ class DiffusersCall(ABC):
             "controlnet_conditioning_scale": scale,
             "control_guidance_start": control_guidance_start,
             "control_guidance_end": control_guidance_end,
+            "ip_adapter_scale": counts,
             "num_images_per_prompt": num_images_per_prompt,
             "clip_skip": clip_skip,
             "long_prompts": long_prompts,
@@ -254,6 +277,15 @@ class DiffusersCall(ABC):
             fields["seed"] = seed
         output = self.generate(Request.make(**fields), given, output_type, callback_on_step_end)
         return output if return_dict else (output.images, None)
+
+    def set_ip_adapter_scale(self, scale: Any) -> None:
+        """How much the image of an IP-Adapter counts in the calls from now on that do not say it.
+
+        As in diffusers: a number; or numbers by the places of layers, `{"up": {"block_0": [0.0, 1.0, 0.0]}}`,
+        0 for those not named; or a list with one of these for each adapter.
+        """
+        check_scale(self.engine.manifest.model, scale)
+        self._ip_adapter_scale = scale
 
     def _over(self, image: Any, mask: Any, latents: Any, **how: float | None) -> Over | None:
         """What a call is to draw over."""

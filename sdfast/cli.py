@@ -138,6 +138,20 @@ def main(debug: bool) -> None:
     "Repeatable, in place of the recipe's. [default token: what the file says, else its name]",
 )
 @click.option(
+    "--ip-adapter",
+    "ip_adapters",
+    multiple=True,
+    metavar="SOURCE[=FILE]",
+    help="Let images be told beside the prompt by an IP-Adapter: a .safetensors file; or FILE in a folder or "
+    "of a Hub id, h94/IP-Adapter=models/ip-adapter_sd15.safetensors. Repeatable, in place of the recipe's.",
+)
+@click.option(
+    "--image-encoder",
+    metavar="FOLDER",
+    help="What IP-Adapters see images with, here or in the first one's repository. [default: the "
+    "checkpoint's own, or image_encoder beside the first one's file]",
+)
+@click.option(
     "--cache-branch",
     type=int,
     help="Make shallow steps too, for --cache-interval: an approximation. 0 is the usual branch.",
@@ -152,14 +166,15 @@ def export(
     on_request: tuple[str, ...],
     controlnet: tuple[str, ...],
     embeddings: tuple[str, ...],
+    ip_adapters: tuple[str, ...],
     **fields: Any,
 ) -> None:
     """Build an engine of SOURCE: a Hub id, a diffusers folder, a .safetensors file, or "landscapes". A folder
     of `optimum-cli export onnx` is one too.
 
     The scale of a LoRA is the number after the last "=". A source that itself ends so, such as a file named
-    "a=2", needs one: "a=2=1". Likewise the token of an embedding, and the name of a LoRA for requests, is
-    what follows the last "=".
+    "a=2", needs one: "a=2=1". Likewise the token of an embedding, the name of a LoRA for requests, and the
+    file of an IP-Adapter, is what follows the last "=".
     """
     from sdfast.export.build import export as build
     from sdfast.export.recipe import Recipe
@@ -171,6 +186,8 @@ def export(
         given["loras"] = [*map(_lora, loras), *map(_lora_on_request, on_request)]
     if embeddings:
         given["embeddings"] = [_embedding(text) for text in embeddings]
+    if ip_adapters:
+        given["ip_adapters"] = [_ip_adapter(text) for text in ip_adapters]
     if (height is None) != (width is None):
         raise click.UsageError("give --height and --width together")
     if height is not None:
@@ -272,6 +289,19 @@ def rebuild(engine: Path, checkpoint: str | None) -> None:
     multiple=True,
     metavar="NAME[=SCALE]",
     help="Add a LoRA that the engine was exported with for requests. Repeatable. [default scale: 1]",
+)
+@click.option(
+    "--ip-adapter-image",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="For an IP-Adapter: the image to be told of. Repeatable, in the order of the engine's IP-Adapters; "
+    '"none" for one that is to add nothing.',
+)
+@click.option(
+    "--ip-adapter-scale",
+    multiple=True,
+    help="How much it counts: a number, or by layers as JSON, as diffusers has it; once for all, or for each."
+    " [default: 1]",
 )
 @click.option("--hires", metavar="SIZE", help="Draw over the picture once more at this WIDTHxHEIGHT.")
 @click.option(
@@ -523,6 +553,14 @@ def _named(text: str, option: str, field: str) -> dict[str, Any]:
     if Path(text).exists():
         raise click.UsageError(f"{option} {text}: is there under this name; say {text}={field.upper()}")
     return {"source": source, field: name}
+
+
+def _ip_adapter(text: str) -> dict[str, Any]:
+    """The source and the file in SOURCE[=FILE]."""
+    source, separator, file = text.rpartition("=")
+    return (
+        {"source": source, "weight_name": file} if separator and not Path(text).exists() else {"source": text}
+    )
 
 
 def _engine_name(source: str | None, recipe: Path | None) -> str:

@@ -99,6 +99,13 @@ class _InOrder(Pipeline):
             "from_pretrained(..., embeddings=[...])"
         )
 
+    def load_ip_adapter(self, *_args: Any, **_options: Any) -> NoReturn:
+        """Raises `RequestError`: an engine has its IP-Adapters from its export."""
+        raise RequestError(
+            "load_ip_adapter: IP-Adapters are put into an engine when it is exported; give them to "
+            "from_pretrained(..., ip_adapters=[...])"
+        )
+
 
 def _scales_of(weight: Any) -> Any:
     """Of what diffusers takes for one adapter, the scales in the text encoders and in the U-Net."""

@@ -26,17 +26,19 @@ class Ensemble:
         over: Over | None = None,
         control: Tensor | None = None,
         output_type: str = "pil",
+        ip_adapter_images: Tensor | None = None,
     ) -> PipelineOutput:
         """Draw what `request` asks for. Each picture has one generator from its first noise to its last.
 
-        over: what it is drawn over; control: the control images of a base with a ControlNet. Raises
+        over: what it is drawn over; control: the control images of a base with a ControlNet;
+        ip_adapter_images: the images of one with IP-Adapters. The refiner is told of neither. Raises
         `RequestError` for what either of the two cannot do.
         """
         begun, finished = halves(request, self.switch_at, self.refiner.engine.manifest.model)
         check_alike(self.base.engine.manifest.model, self.refiner.engine.manifest.model)
         self.refiner.engine.check_size(finished.height, finished.width)
         source = [generator(seed) for seed in request.seeds]
-        given = Given(source, over=over, control=control)
+        given = Given(source, over=over, control=control, ip_adapter_images=ip_adapter_images)
         left = self.base.generate(begun, given, "latent")
         given = Given(source, over=Over(left.images, None if over is None else over.mask))
         images = self.refiner.generate(finished, given, output_type).images

@@ -17,8 +17,8 @@ _NOT_SHARED: Mapping[str, Any] = {"guidance_start": 0.0, "guidance_end": 1.0}
 def halves(request: Request, switch_at: float, refiner: Model) -> tuple[Request, Request]:
     """What is asked of the base and of the refiner, for a whole picture that switches there.
 
-    The refiner reads what the base's first text encoder reads, and has no ControlNet and no shallow steps;
-    of LoRAs those that it has.
+    The refiner reads what the base's first text encoder reads, and has no ControlNet, no IP-Adapter
+    and no shallow steps; of LoRAs those that it has.
     Raises `RequestError` for what is not shared so.
     """
     for name, usual in _NOT_SHARED.items():
@@ -30,6 +30,7 @@ def halves(request: Request, switch_at: float, refiner: Model) -> tuple[Request,
         "controlnet_conditioning_scale": None,
         "control_guidance_start": 0.0,
         "control_guidance_end": 1.0,
+        "ip_adapter_scale": None,
         "cache_interval": 1,
         "loras": {name: scale for name, scale in request.loras.items() if name in refiner.loras},
     }

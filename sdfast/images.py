@@ -125,6 +125,11 @@ def mask_from_bytes(mask: bytes, height: int, width: int) -> Tensor:
     return (_of_uint8(_pixels("mask", mask, (height, width))[..., None]) >= DRAWN_ANEW).float()
 
 
+def pixels_from_bytes(name: str, given: bytes, shape: tuple[int, ...]) -> Tensor:
+    """The bytes of uint8 pixels of that shape, as they are."""
+    return torch.from_numpy(_pixels(name, given, shape).copy())
+
+
 def open_image(path: Path) -> Image.Image:
     """The image in a PNG, JPEG or WebP file, upright. Raises `RequestError`.
 

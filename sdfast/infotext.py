@@ -21,7 +21,7 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from sdfast import __version__
 from sdfast.editing import changes
 from sdfast.errors import RequestError
-from sdfast.request import TOLD_SIZES, UPSCALERS, Hires, Request, each
+from sdfast.request import TOLD_SIZES, UPSCALERS, AdapterScale, Hires, Request, each
 from sdfast.schedulers import Schedule, resolve
 
 PNG_KEY = "parameters"
@@ -164,6 +164,7 @@ def _extra(request: Request, prompt: int) -> dict[str, str]:
         },
         **({} if request.cache_interval == 1 else {"Cache interval": str(request.cache_interval)}),
         **_of_controlnets(request),
+        **_of_ip_adapters(request),
         **({} if clip_skip is None else {"Clip skip": str(clip_skip + 1)}),
         **({} if emphasis is None else {"Emphasis": _label(emphasis)}),
         **({"Prompt editing": "True"} if request.prompt_editing and any(map(changes, texts)) else {}),
@@ -188,6 +189,19 @@ def _of_controlnets(request: Request) -> dict[str, str]:
     told = {"ControlNet scale": "/".join(map(_number, each(request.controlnet_conditioning_scale)))}
     spans = [f"{_number(start)}-{_number(end)}" for start, end in request.control_spans]
     return told if set(spans) == {"0-1"} else {**told, "ControlNet steps": "/".join(spans)}
+
+
+def _of_ip_adapters(request: Request) -> dict[str, str]:
+    """How much the images of IP-Adapters count; of several in their order, with slashes between."""
+    scale = request.ip_adapter_scale
+    if scale is None:
+        return {}
+    several = scale if isinstance(scale, tuple) else (scale,)
+    return {"IP-Adapter scale": "/".join(map(_counted, several))}
+
+
+def _counted(scale: AdapterScale) -> str:
+    return json.dumps(scale) if isinstance(scale, dict) else _number(scale)
 
 
 def told_prompt(request: Request, prompt: int) -> str:

@@ -191,6 +191,8 @@ class Rows:
         for member, own in zip(placed, places, strict=True):
             for place, told in zip(own, member.told, strict=True):
                 bucket.context[place] = told.context_at(member.step)
+                if bucket.image_context is not None and told.image is not None:
+                    bucket.image_context[place] = told.image
                 if told.beside is not None:
                     bucket.buffers.sample[place, -len(told.beside) :] = told.beside
                 if bucket.control is not None and member.row.control is not None:

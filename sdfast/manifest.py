@@ -21,6 +21,7 @@ MODULES = {"context", "time_shift", "unet", "vae_decoder"}  # what no engine can
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")  # nor without the first; SDXL's refiner has the second
 CONTROL = "control_embedding"  # nor one with a ControlNet without this
 SHALLOW = "unet_shallow"  # nor one with a cache branch without this
+IMAGE_ENCODER = "image_encoder"  # nor one with IP-Adapters without this, and a module of each's own
 
 
 def _inside(path: str) -> str:
@@ -162,6 +163,35 @@ class StepCache(_Part):
         return self.channels, -(-height // self.scale), -(-width // self.scale)
 
 
+class ImageProcessor(_Part):
+    """How an image is made ready for an image encoder: its shorter side becomes `resize` pixels, bicubic, of
+    which a square of `crop` in the middle is kept; each channel, in [0, 1], less mean is divided by std."""
+
+    resize: int = Field(ge=1)
+    crop: int = Field(ge=1)
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+
+class IPAdapter(_Part):
+    """One that images are told to the U-Net by. module: that makes their context. tokens: of each image.
+    reads: the output of the image encoder that it takes."""
+
+    module: str
+    tokens: int = Field(ge=1)
+    reads: Literal["image_embeds", "hidden_states"]
+
+
+class Transformer(_Part):
+    """Cross-attention layers of the U-Net that follow one another, in the order in which the context has
+    them. name: their place, as diffusers' scales of IP-Adapters name it. channels: of each's keys, and of
+    its values, which follow those."""
+
+    name: str
+    channels: int = Field(ge=1)
+    layers: int = Field(ge=1)
+
+
 class Model(_Part):
     """What the loop must know of the networks."""
 
@@ -185,6 +215,9 @@ class Model(_Part):
     loras: tuple[str, ...] = ()  # that requests choose: their names, in the order of their scales
     # InstructPix2Pix: what the latents of the image that it edits are multiplied by for the U-Net; else None
     image_latents_scale: float | None = Field(default=None, gt=0)
+    ip_adapters: tuple[IPAdapter, ...] = ()
+    image_processor: ImageProcessor | None = None  # with IP-Adapters
+    transformers: tuple[Transformer, ...] = ()  # with IP-Adapters: of the U-Net, of all its context
 
     @property
     def inpaints(self) -> bool:
@@ -205,6 +238,12 @@ class Model(_Part):
     def time_ids(self) -> int:
         """How many numbers SDXL's U-Net is told of a picture: sizes and crop, or crop and score."""
         return SCORED_TIME_IDS if self.scored else TIME_IDS
+
+    @property
+    def image_context(self) -> tuple[int, int]:
+        """The shape [I, KV] of what a row's images are told to the U-Net by, those of all IP-Adapters."""
+        width = sum(2 * run.channels * run.layers for run in self.transformers)
+        return sum(adapter.tokens for adapter in self.ip_adapters), width
 
     @property
     def controlled(self) -> bool:
@@ -272,6 +311,26 @@ class AddedControlNet(_Part):
         return self.source if self.revision is None else f"{self.source} at {self.revision[:8]}"
 
 
+class AddedIPAdapter(FromFile):
+    """An IP-Adapter beside the checkpoint's U-Net."""
+
+    form: Literal["plain", "plus", "full"]
+
+    def __str__(self) -> str:
+        return f"{self.named}, {self.form}"
+
+
+class UsedImageEncoder(_Part):
+    """What IP-Adapters see images with. weights: as those of a checkpoint."""
+
+    source: str
+    revision: str | None = None
+    weights: dict[str, Digest]
+
+    def __str__(self) -> str:
+        return self.source if self.revision is None else f"{self.source} at {self.revision[:8]}"
+
+
 class Source(_Part):
     """The checkpoint the engine was made from; what was merged into its weights and added to its tokens, in
     this order; and what was put beside its U-Net. chosen: the LoRAs that requests choose, beside its layers.
@@ -287,12 +346,14 @@ class Source(_Part):
     chosen: tuple[ChosenLora, ...] = ()
     controlnets: tuple[AddedControlNet, ...] = ()
     embeddings: tuple[AddedEmbedding, ...] = ()
+    ip_adapters: tuple[AddedIPAdapter, ...] = ()
+    image_encoder: UsedImageEncoder | None = None  # that those read
     graphs: Literal["optimum"] | None = None
 
     @property
     def beside(self) -> tuple[FromFile, ...]:
         """What came from files beside the checkpoint."""
-        return *self.loras, *self.chosen, *self.embeddings
+        return *self.loras, *self.chosen, *self.embeddings, *self.ip_adapters
 
 
 class Target(_Part):
@@ -355,6 +416,15 @@ class Manifest(_Part):
         needed = MODULES | ({CONTROL} if self.model.controlled else set())
         needed |= {SHALLOW} if self.model.step_cache else set()
         needed |= {TEXT_ENCODERS[self.model.scored]}
+        if adapters := self.model.ip_adapters:
+            needed |= {IMAGE_ENCODER, *(adapter.module for adapter in adapters)}
+            if self.model.image_processor is None:
+                raise ValueError("IP-Adapters, but no image_processor")
+            widths = self.model.image_context[1]
+            if not 0 < widths <= self.model.context_width:
+                raise ValueError(
+                    f"transformers of {widths} numbers in a context of {self.model.context_width}"
+                )
         if missing := sorted(needed - set(self.modules)):
             raise ValueError(f"no module {missing[0]!r}")
         listed = {file.path for file in self.files}

@@ -1,5 +1,6 @@
 """Pictures on disk: from a job of the command line to PNG files that tell how they were made."""
 
+import json
 import os
 import re
 import sys
@@ -21,6 +22,9 @@ from sdfast.experts import SWITCH_AT
 from sdfast.first_latents import Over, check_fit
 from sdfast.images import open_image, read_controls, read_images, read_masks
 from sdfast.infotext import Infotext, infotext_of, png, told_of_refiner, unet_digest
+from sdfast.ip_adapter import asked_scale as asked_image_scale
+from sdfast.ip_adapter import check_images
+from sdfast.ip_adapter import read_images as read_seen
 from sdfast.loras import check_loras
 from sdfast.manifest import Model
 from sdfast.pipeline import Pipeline
@@ -51,6 +55,8 @@ class Job:
     image, mask: files of what is drawn over, and of what of it is drawn anew (white).
     control: files of the ControlNets' control images, in their order, "none" for one that is to add nothing;
         the other controls are the request's: one number, or one for each.
+    ip_adapter_image: files of the IP-Adapters' images, likewise; ip_adapter_scale: of each, or of all, as
+        JSON, a number or numbers by layers.
     refiner: the directory of the engine that goes on from the share refiner_switch_at of the denoising.
     loras: how much is added of LoRAs that the engine has for requests, by their names.
     hires: the size of a second pass, "WIDTHxHEIGHT"; what it is told besides is `sdfast.request.Hires`'s.
@@ -91,6 +97,8 @@ class Job:
     control_start: tuple[float, ...] = ()
     control_end: tuple[float, ...] = ()
     loras: Mapping[str, float] = field(default_factory=dict)
+    ip_adapter_image: tuple[Path, ...] = ()
+    ip_adapter_scale: tuple[str, ...] = ()
     hires: str | None = None
     hires_upscaler: str = "latent"
     hires_strength: float = 0.75
@@ -104,12 +112,22 @@ class Job:
             )
         images = [path and open_image(path) for path in self._controls]
         control = read_controls(_one_or_each(images), controlnets_of(model)) if images else None
-        return Given(over=self._over(model), control=control)
+        seen = self._adapter_images
+        if not seen and self.ip_adapter_scale:
+            raise RequestError("ip-adapter-scale is for an IP-Adapter's image; give --ip-adapter-image too")
+        opened = [path and open_image(path) for path in seen]
+        told = read_seen(model, opened) if opened else None
+        return Given(over=self._over(model), control=control, ip_adapter_images=told)
 
     @property
     def _controls(self) -> list[Path | None]:
         """Of each ControlNet the file of its control image."""
         return [None if str(path) == _OFF else path for path in self.control]
+
+    @property
+    def _adapter_images(self) -> list[Path | None]:
+        """Of each IP-Adapter the file of its image."""
+        return [None if str(path) == _OFF else path for path in self.ip_adapter_image]
 
     def _over(self, model: Model) -> Over | None:
         """What is drawn over. Raises `RequestError` for files that are no images."""
@@ -135,6 +153,10 @@ class Job:
         if over is not None:
             height, width = over.image.shape[2:]
         width, height = size or (width, height)
+        counts = None
+        if given.ip_adapter_images is not None:
+            counts = _one_or_each([_counted(text) for text in self.ip_adapter_scale])
+            counts = asked_image_scale(model, self._adapter_images, counts)
         seed = {} if self.seed is None else {"seed": self.seed}
         return Request.make(
             prompts=(self.prompt,),
@@ -159,6 +181,7 @@ class Job:
             control_guidance_start=_one_or_each(self.control_start) or 0.0,
             control_guidance_end=1.0 if not self.control_end else _one_or_each(self.control_end),
             loras=dict(self.loras),
+            ip_adapter_scale=counts,
             hires=self._second_pass(),
             **seed,
         )
@@ -183,6 +206,17 @@ class Job:
 def _one_or_each(said: Sequence[T]) -> T | tuple[T, ...] | None:
     """What was said of ControlNets: once, or for each."""
     return tuple(said) if len(said) > 1 else next(iter(said), None)
+
+
+def _counted(text: str) -> Any:
+    """How much an IP-Adapter's image counts. Raises `RequestError` for what is no JSON."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise RequestError(
+            f"ip-adapter-scale: {text!r:.60} is not a number, nor numbers by layers such as "
+            '{"up": {"block_1": [0.0, 1.0, 0.0]}}'
+        ) from None
 
 
 def parse_size(name: str, text: str | None) -> tuple[int, int] | None:
@@ -225,6 +259,7 @@ def draw(job: Job, output: Path | None, overwrite: bool) -> list[tuple[Path, int
     if given.over is not None:
         check_fit(request, given.over, painter.model)
     check_control(painter.model, request, given.control)
+    check_images(painter.model, request, given.ip_adapter_images)
     check_cached(painter.model, request)
     check_loras(painter.model, request)
     plan = schedule(
@@ -294,7 +329,12 @@ class Stock:
         )
         pipe.set_progress_bar_config(disable=None)
         images: list[Image.Image] = generate(
-            pipe, request, over=given.over, control=given.control, cache_branch=cache_branch
+            pipe,
+            request,
+            over=given.over,
+            control=given.control,
+            cache_branch=cache_branch,
+            ip_adapter_images=given.ip_adapter_images,
         )
         if request.long_prompts == "truncate":
             tokenizer = tokenizers_of(pipe)[0]
@@ -326,7 +366,7 @@ def _painter_of_two(job: Job, base: Engine, refiner: Engine) -> Painter:
     both = Ensemble(Pipeline(base), Pipeline(refiner), switch_at)
 
     def paint(request: Request, given: Given) -> list[Image.Image]:
-        output = both.generate(request, given.over, given.control)
+        output = both.generate(request, given.over, given.control, ip_adapter_images=given.ip_adapter_images)
         _tell_cut(output.truncated[0])
         images: list[Image.Image] = output.images
         return images

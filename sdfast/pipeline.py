@@ -16,6 +16,7 @@ from sdfast.engine import Engine
 from sdfast.errors import NumericalError
 from sdfast.first_latents import Over
 from sdfast.hires import enlarged_images, enlarged_latents
+from sdfast.ip_adapter import ImagePrompts
 from sdfast.loop import Rows
 from sdfast.preparation import Preparation, Prepared
 from sdfast.prompts import Prompts, check_tensor
@@ -63,6 +64,8 @@ class Pipeline(Preparation, DiffusersCall):
         loras: Sequence[str | Path | Mapping[str, Any]] = (),
         controlnet: str | Path | Mapping[str, Any] | Sequence[str | Path | Mapping[str, Any]] | None = None,
         embeddings: Sequence[str | Path | Mapping[str, Any]] = (),
+        ip_adapters: Sequence[str | Path | Mapping[str, Any]] = (),
+        image_encoder: str | Path | None = None,
         cache_branch: int | None = None,
         compile: bool = False,
         **refused: Any,
@@ -78,7 +81,10 @@ class Pipeline(Preparation, DiffusersCall):
         a `name`, what calls choose by their `loras`. `embeddings`: what tokens in prompts stand for
         (textual inversion), likewise, with `token` in place of `scale`. `controlnet`: what is put beside the
         U-Net, a folder, a file or a Hub id, or a mapping of `source`, `revision` and `variant`; or a list of
-        several. `cache_branch`: for calls with a `cache_interval`, see `sdfast.models.step_cache`.
+        several. `ip_adapters`: by what images can be told, each a file, a folder or a Hub id, or a mapping of
+        `source`, `subfolder`, `weight_name` and `revision`, as diffusers' load_ip_adapter has them;
+        `image_encoder`: the folder of what they see with, by default that beside the first one's file.
+        `cache_branch`: for calls with a `cache_interval`, see `sdfast.models.step_cache`.
         `compile`, for `backend="eager"`: see `Engine.open`.
         """
         from sdfast.export.first_use import cached_engine
@@ -96,6 +102,8 @@ class Pipeline(Preparation, DiffusersCall):
             loras=loras,
             controlnet=controlnet,
             embeddings=embeddings,
+            ip_adapters=ip_adapters,
+            image_encoder=image_encoder,
             cache_branch=cache_branch,
         )
         return cls.from_engine(folder, compile=compile)
@@ -105,7 +113,8 @@ class Pipeline(Preparation, DiffusersCall):
         target = parse_device(device)
         if target != self.engine.device:
             self.engine = self.engine.moved(target)
-            self.prompts, self._buckets = Prompts(self.engine), Buckets()
+            self.prompts, self.images = Prompts(self.engine), ImagePrompts(self.engine)
+            self._buckets = Buckets()
         return self
 
     def set_progress_bar_config(self, **options: Any) -> None:

@@ -20,6 +20,7 @@ from sdfast.first_latents import (
     edited_latents,
     start_over,
 )
+from sdfast.ip_adapter import ImagePrompts, check_images
 from sdfast.loras import LoraScales, check_loras
 from sdfast.manifest import Model
 from sdfast.noise import BrownianNoise, NoiseSource, OwnNoise, SharedNoise, generator
@@ -81,7 +82,7 @@ class Preparation:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.prompts = Prompts(engine)
+        self.prompts, self.images = Prompts(engine), ImagePrompts(engine)
         name = str(engine.scheduler_config.get("_class_name", "DDIMScheduler"))
         self._scheduler = Scheduler(name, engine.scheduler_config)
 
@@ -124,6 +125,7 @@ class Preparation:
         self.prompts.check_fields(request)  # what is too long is refused when it is encoded
         check_control(self.engine.manifest.model, request, given.control)
         check_loras(self.engine.manifest.model, request)
+        check_images(self.engine.manifest.model, request, given.ip_adapter_images)
         check_cached(self.engine.manifest.model, request)
         if request.hires is not None:
             self.check_hires(request, request.hires)
@@ -243,6 +245,8 @@ class Preparation:
         sizes, away = self.told_sizes(request, over=given.over is not None)
         told = self._told(positive, plan, request, sizes)
         told_negative = self._told(negative, plan, request, away) if negative else []
+        if self.engine.manifest.model.ip_adapters:
+            told, told_negative = self.images.tell(request, given.ip_adapter_images, told, told_negative)
         control = None if given.control is None else embedded(self.engine, given.control)
         if control is not None:
             # diffusers takes the shares of all steps, those after denoising_end among them

@@ -20,6 +20,8 @@ MAX_SIDE = 8_192  # pixels
 MAX_TOLD = 65_536  # pixels of a size that is only told
 MAX_GUIDANCE = 100.0
 MAX_CONTROL = 10.0
+MAX_IP_ADAPTERS = 8
+MAX_IMAGE_SCALE = 10.0
 MAX_SCORE = 100.0
 MAX_LORA = 100.0
 SEED_LIMIT = 2**64
@@ -48,6 +50,12 @@ ControlScales = ControlScale | Annotated[tuple[ControlScale, ...], Field(min_len
 """Of all ControlNets, or of each."""
 Shares = Share | Annotated[tuple[Share, ...], Field(min_length=1)]
 """The same of the steps."""
+
+ImageScale = Annotated[float, Field(ge=0.0, le=MAX_IMAGE_SCALE)]
+ImageScales = ImageScale | Annotated[tuple[ImageScale, ...], Field(min_length=1)]
+AdapterScale = ImageScale | dict[Literal["down", "mid", "up"], ImageScales | dict[str, ImageScales]]
+"""How much of an IP-Adapter's image each cross-attention layer of the U-Net is told: a number for all, or
+numbers by their places, as diffusers' `set_ip_adapter_scale` has them."""
 
 Upscaler = Literal[
     "latent",
@@ -149,6 +157,9 @@ class Request(_Checked):
     `control_guidance_start` and `control_guidance_end`, which are shares of all steps, as in diffusers. With
     several ControlNets each of these is a list of a number for each, or one for all.
 
+    `ip_adapter_scale`, with an image for an IP-Adapter: how much it counts, a number or numbers by layers;
+    with several adapters a list of one of these for each, or one for all.
+
     `guidance_start` and `guidance_end`: the shares of the steps between which there is guidance (Kynkäänniemi
     et al. 2024). The others cost half as much; the picture is another one than with guidance in all.
 
@@ -197,6 +208,7 @@ class Request(_Checked):
     controlnet_conditioning_scale: ControlScales | None = None
     control_guidance_start: Shares = 0.0
     control_guidance_end: Shares = 1.0
+    ip_adapter_scale: AdapterScale | Annotated[tuple[AdapterScale, ...], Field(min_length=1)] | None = None
     num_images_per_prompt: int = Field(default=1, ge=1, le=MAX_IMAGES)
     clip_skip: int | None = Field(default=None, ge=0, le=64)
     long_prompts: Literal["truncate", "chunk"] = "truncate"
@@ -480,10 +492,10 @@ def _plain(value: Any) -> Any:
     """Numpy scalars and lists as the strict schema wants them; everything else as it is."""
     if isinstance(value, np.generic):
         return value.item()
-    if isinstance(value, (list, np.ndarray)):
+    if isinstance(value, (list, tuple, np.ndarray)):
         return tuple(_plain(item) for item in value)
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
     return value
 
 

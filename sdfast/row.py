@@ -21,12 +21,14 @@ class Conditioning:
     time_shift: packed time projections of every ResNet, one for each step, [K, T].
     later: contexts of the same shape that take its place, each from its step on, in the order of the steps.
     beside: what is told beside the latents, [E, h, w]: to an inpainting U-Net, or one that edits an image.
+    image: on engines with IP-Adapters, those of the images' tokens, [I, KV], zeros where there are none.
     """
 
     context: torch.Tensor
     time_shift: torch.Tensor
     later: Mapping[int, torch.Tensor] = field(default_factory=dict)
     beside: torch.Tensor | None = None
+    image: torch.Tensor | None = None
 
     def context_at(self, step: int) -> torch.Tensor:
         """The context of a step."""

@@ -41,13 +41,15 @@ def _graphs(manifest: Manifest) -> dict[str, str]:
 
 
 def _beside(manifest: Manifest) -> dict[str, str]:
-    """The LoRAs, the embeddings and the ControlNets, where there are any."""
+    """The LoRAs, the embeddings, the ControlNets and the IP-Adapters, where there are any."""
     made_of = manifest.checkpoint
     several = "s" * (len(made_of.controlnets) > 1)
     told = {
         "LoRAs": (*made_of.loras, *made_of.chosen),
         "embeddings": made_of.embeddings,
         f"ControlNet{several}": made_of.controlnets,
+        "IP-Adapters": made_of.ip_adapters,
+        "sees with": [made_of.image_encoder] if made_of.image_encoder else [],
     }
     return {name: "; ".join(map(str, found)) for name, found in told.items() if found}
 

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
 
 _PAIRS = (
@@ -239,6 +240,81 @@ def build_controlnet(folder: Path, checkpoint: Path, *, seed: int = 0, **overrid
                 tensor.copy_(torch.randn(tensor.shape) * (1.8 if embeds else 1.0) / tensor[0].numel() ** 0.5)
     _stir(made, seed + 4).save_pretrained(folder)
     return folder
+
+
+def build_image_encoder(folder: Path, *, seed: int = 0, width: int = 32, projection: int = 24) -> Path:
+    """Write a tiny CLIP image encoder, of images of 30x30 in 9 patches, into `folder` and return it."""
+    import transformers
+
+    torch.manual_seed(seed + 6)
+    config = transformers.CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=30,
+        patch_size=10,
+        projection_dim=projection,
+        hidden_act="gelu",
+    )
+    _stir(transformers.CLIPVisionModelWithProjection(config), seed + 6).save_pretrained(folder)
+    return folder
+
+
+def build_ip_adapter(
+    path: Path, checkpoint: Path, form: str = "plain", *, seed: int = 0, encoder: Path | None = None
+) -> Path:
+    """Write an IP-Adapter of a form for the U-Net of a checkpoint to a .safetensors file, and return that.
+
+    An image encoder is written beside it, or is that in the folder `encoder`. Its tensors have the names and
+    shapes of the released ones, and numbers that make an image matter.
+    """
+    from diffusers import UNet2DConditionModel
+
+    generator = torch.Generator().manual_seed(seed + 7)
+    encoder = encoder or build_image_encoder(path.parent / "image_encoder")
+    seen = json.loads((encoder / "config.json").read_text("utf-8"))
+    unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(checkpoint / "unet"))
+    width, hidden, inner = unet.config.cross_attention_dim, 40, 128
+    shapes: dict[str, tuple[int, ...]] = {}
+    if form == "plain":
+        shapes |= {"proj.weight": (4 * width, seen["projection_dim"]), "proj.bias": (4 * width,)}
+        shapes |= {"norm.weight": (width,), "norm.bias": (width,)}
+    elif form == "full":
+        side = seen["hidden_size"]
+        shapes |= {"proj.0.weight": (side, side), "proj.0.bias": (side,)}
+        shapes |= {"proj.2.weight": (width, side), "proj.2.bias": (width,)}
+        shapes |= {"proj.3.weight": (width,), "proj.3.bias": (width,)}
+    else:
+        shapes |= {"latents": (1, 5, hidden), "proj_in.weight": (hidden, seen["hidden_size"])}
+        shapes |= {"proj_in.bias": (hidden,), "proj_out.weight": (width, hidden), "proj_out.bias": (width,)}
+        shapes |= {"norm_out.weight": (width,), "norm_out.bias": (width,)}
+        for layer in (f"layers.{number}" for number in range(4)):
+            norms = (f"{layer}.0.norm1", f"{layer}.0.norm2", f"{layer}.1.0")
+            shapes |= {f"{norm}.{leaf}": (hidden,) for norm in norms for leaf in ("weight", "bias")}
+            shapes |= {
+                f"{layer}.0.to_q.weight": (inner, hidden),
+                f"{layer}.0.to_kv.weight": (2 * inner, hidden),
+            }
+            shapes |= {f"{layer}.0.to_out.weight": (hidden, inner)}
+            shapes |= {
+                f"{layer}.1.1.weight": (4 * hidden, hidden),
+                f"{layer}.1.3.weight": (hidden, 4 * hidden),
+            }
+    shapes = {f"image_proj.{name}": shape for name, shape in shapes.items()}
+    for number, name in enumerate(unet.attn_processors):
+        if "attn2" in name:
+            rows = unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
+            shapes |= {f"ip_adapter.{number}.to_{one}_ip.weight": (rows, width) for one in "kv"}
+    tensors = {}
+    for name, shape in shapes.items():
+        tensor = torch.randn(shape, generator=generator)
+        if len(shape) == 1:
+            tensor = 0.1 * tensor + (1.0 if name.endswith("weight") else 0.0)
+        tensors[name] = tensor / shape[-1] ** 0.5 if len(shape) == 2 else tensor
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path)
+    return path
 
 
 def _text_encoder(

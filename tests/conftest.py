@@ -202,6 +202,7 @@ LONGEST = (
     "hub/test_download.py",
     "test_controlnet.py",
     "test_controlnets.py",
+    "test_ip_adapter.py",
     "validation/test_inpainting.py",
     "schedulers/test_tables.py",
     "export/test_optimum.py",

@@ -430,8 +430,8 @@ def test_a_tuple_is_given_when_asked_for(sd: tuple[Any, Pipeline]) -> None:
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "ip adapter": ({"ip_adapter_image": np.zeros((2, 2))}, "ip_adapter_image: not supported"),
-    "ip adapter tensor": ({"ip_adapter_image": torch.zeros(2, 2)}, "ip_adapter_image: not supported"),
+    "ip adapter": ({"ip_adapter_image": np.zeros((2, 2))}, "ip_adapter_image: this engine has no IP-Adapter"),
+    "ip adapter embeds": ({"ip_adapter_image_embeds": [torch.zeros(2, 2)]}, "image_embeds: not supported"),
     "attention kwargs": ({"cross_attention_kwargs": {"scale": 0.5}}, "cross_attention_kwargs"),
     "a typing error": ({"num_inference_step": 5}, "num_inference_step: not supported"),
     "SDXL's second prompt": ({"prompt_2": "a"}, "prompts_2: only engines of SDXL"),

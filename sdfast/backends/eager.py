@@ -1,6 +1,7 @@
 """Plain PyTorch: the networks as they are written, on an engine's weights. For development and checks."""
 
 import json
+import re
 import sys
 import threading
 import time
@@ -16,11 +17,12 @@ from torch import nn
 from sdfast import kernels
 from sdfast.backends.fp8 import gathering, scaled_mm
 from sdfast.errors import BackendError, DependencyError, EngineError, first_line
-from sdfast.manifest import SHALLOW
+from sdfast.manifest import IMAGE_ENCODER, SHALLOW
 from sdfast.models import ops
 from sdfast.models.controlnet import Controlled, ControlNetConfig, control_embedding
 from sdfast.models.fp8 import use_convolution, use_product
 from sdfast.models.half_range import set_eps
+from sdfast.models.ip_adapter import ImageContext, ImageEncoder, IPAdapterConfig
 from sdfast.models.lora import Choosing, attach, attach_to_step, attach_to_text_model, empty_of
 from sdfast.models.rounded import rounded
 from sdfast.models.step_cache import ShallowUNet
@@ -35,6 +37,7 @@ from sdfast.models.unet import (
 )
 from sdfast.models.vae import VAEConfig, VAEDecoder, VAEEncoder
 
+_NUMBERED = re.compile(r"(?<=^image_context)_\d+$")  # of several IP-Adapters' all but the first
 HEADER = "sdfast"  # the key in a file's metadata that says in JSON which network it holds
 _OUTPUTS = {
     "unet": ("output",),
@@ -46,6 +49,8 @@ _OUTPUTS = {
     "vae_encoder": ("mean", "std"),
     "text_encoder": ("hidden_states", "text_embeds"),
     "text_encoder_2": ("hidden_states", "text_embeds"),
+    IMAGE_ENCODER: ("image_embeds", "hidden_states"),
+    "image_context": ("image_context",),
 }
 # What torch.compile is for. The rest runs once a prompt or an image, or for any number of timesteps at once:
 # compiling it takes longer than it ever saves.
@@ -157,7 +162,7 @@ def load_eager(
         raise EngineError(
             f"{path.name}: not a safetensors file ({error}); export the engine again"
         ) from error
-    name = header.get("module", "")
+    name = _NUMBERED.sub("", header.get("module", ""))
     if name not in _OUTPUTS:
         raise EngineError(f"{path.name}: holds no module of sdfast ({name!r}); export the engine again")
     network = _network(name, header)
@@ -193,8 +198,8 @@ def _say(message: str) -> None:
 
 def _network(name: str, header: Mapping[str, Any]) -> nn.Module:
     config = header["config"]
-    if name.startswith("text_encoder"):
-        return _text_encoder(config, header)
+    if name.startswith("text_encoder") or name == IMAGE_ENCODER:
+        return _encoder(name, config, header)
     with torch.device("meta"):
         if name == "vae_decoder":
             return VAEDecoder(VAEConfig.from_diffusers(config))
@@ -202,19 +207,21 @@ def _network(name: str, header: Mapping[str, Any]) -> nn.Module:
             return VAEEncoder(VAEConfig.from_diffusers(config))
         if name == "control_embedding":
             return control_embedding(_controlnets(header) or [ControlNetConfig.from_diffusers(config)])
+        if name == "image_context":
+            return ImageContext(IPAdapterConfig(**config), UNetConfig.from_diffusers(header["unet"]))
         return _unet_part(name, header)
 
 
 def _unet_part(name: str, header: Mapping[str, Any]) -> nn.Module:
     """One of the modules that the weights of a U-Net, and of its ControlNets, are dealt out to."""
-    config = UNetConfig.from_diffusers(header["config"])
+    config, tokens = UNetConfig.from_diffusers(header["config"]), header.get("image_tokens", ())
     loras, layers = header.get("loras", {}), (header.get("fp8", ()), header.get("int8", ()))
     count, ranks = loras.get("count", 0), loras.get("ranks", {})
     if name == SHALLOW:
-        shallow = ShallowUNet(config, header["cache_branch"])
+        shallow = ShallowUNet(config, header["cache_branch"], tokens)
         attach_to_step(shallow, count, empty_of(shallow, ranks))
         return rounded(shallow, *layers)
-    unet = UNet(config, header.get("cache_branch"))
+    unet = UNet(config, header.get("cache_branch"), tokens)
     own = unet, TimeShift(config, shift_parts(unet)), Context(config, context_parts(unet))
     attach_to_step(unet, count, empty_of(unet, ranks))
     for network in own[1:]:
@@ -231,13 +238,17 @@ def _controlnets(header: Mapping[str, Any]) -> list[ControlNetConfig]:
     return [ControlNetConfig.from_diffusers(config) for config in configs]
 
 
-def _text_encoder(config: dict[str, Any], header: Mapping[str, Any]) -> nn.Module:
+def _encoder(name: str, config: dict[str, Any], header: Mapping[str, Any]) -> nn.Module:
+    """transformers' network of a text encoder, or of the image encoder."""
     try:
         import transformers
     except ImportError as error:
         raise DependencyError('an eager text encoder needs: pip install "sdfast[export]"') from error
     from sdfast.models.text import TextEncoder
 
+    if name == IMAGE_ENCODER:
+        seeing = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**config))
+        return ImageEncoder(seeing)
     model = getattr(transformers, header["class"])(transformers.CLIPTextConfig(**config))
     loras = header.get("loras", {})
     scales = attach_to_text_model(model, loras.get("count", 0), empty_of(model, loras.get("ranks", {})))

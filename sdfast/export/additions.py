@@ -1,16 +1,18 @@
 """What an engine has beside its checkpoint: LoRAs, merged into its weights or chosen by requests, embeddings,
-ControlNets."""
+ControlNets, and IP-Adapters."""
 
 from sdfast.export.checkpoint import Checkpoint, Progress
 from sdfast.export.controlnet import settings_of, with_controlnets
 from sdfast.export.embedding import with_embeddings
+from sdfast.export.ip_adapter import with_ip_adapters
 from sdfast.export.lora import with_loras
-from sdfast.export.recipe import EmbeddingSetting, LoraSetting
+from sdfast.export.recipe import EmbeddingSetting, IPAdapterSetting, LoraSetting
 from sdfast.manifest import Manifest
 
 
 def as_made(checkpoint: Checkpoint, engine: Manifest, progress: Progress | None = None) -> Checkpoint:
-    """The checkpoint with the LoRAs, embeddings and ControlNets that its engine was made with, found again.
+    """The checkpoint with the LoRAs, embeddings, ControlNets and IP-Adapters that its engine was made with,
+    found again.
 
     Raises `CheckpointError` for one that is not there any more, or does not fit the checkpoint.
     """
@@ -34,4 +36,9 @@ def as_made(checkpoint: Checkpoint, engine: Manifest, progress: Progress | None 
         for one in made_from.embeddings
     ]
     checkpoint = with_embeddings(with_loras(checkpoint, loras, progress), embeddings, progress)
-    return with_controlnets(checkpoint, settings_of(engine), progress)
+    checkpoint = with_controlnets(checkpoint, settings_of(engine), progress)
+    adapters = [
+        IPAdapterSetting(source=one.source, weight_name=one.file, revision=one.revision)
+        for one in made_from.ip_adapters
+    ]
+    return with_ip_adapters(checkpoint, adapters, engine.recipe.get("image_encoder"), progress)

@@ -23,6 +23,7 @@ from sdfast.errors import DependencyError, EngineError, ExportError
 from sdfast.export.checkpoint import Checkpoint, resolve
 from sdfast.export.controlnet import with_controlnets
 from sdfast.export.embedding import with_embeddings
+from sdfast.export.ip_adapter import with_ip_adapters
 from sdfast.export.lora import with_loras
 from sdfast.export.modules import Compiled, Form, module_specs
 from sdfast.export.networks import Networks
@@ -145,6 +146,7 @@ def export(
     checkpoint = with_loras(checkpoint, recipe.loras, progress.say)
     checkpoint = with_embeddings(checkpoint, recipe.embeddings, progress.say)
     checkpoint = with_controlnets(checkpoint, recipe.controlnet, progress.say)
+    checkpoint = with_ip_adapters(checkpoint, recipe.ip_adapters, recipe.image_encoder, progress.say)
     digests, size = checkpoint.digests(), checkpoint.nbytes
     progress.end(Stage("checkpoint", time.perf_counter() - start, 0, f"{size / 1e6:,.1f} MB of weights"))
     try:
@@ -330,6 +332,8 @@ class _Build:
             chosen=tuple(lora.record() for lora in made_of.chosen),
             controlnets=tuple(controlnet.record() for controlnet in made_of.controlnets),
             embeddings=tuple(embedding.record() for embedding in made_of.embeddings),
+            ip_adapters=tuple(adapter.record() for adapter in made_of.ip_adapters),
+            image_encoder=made_of.image_encoder.record() if made_of.image_encoder else None,
             graphs="optimum" if made_of.graphs else None,
         )
 
@@ -367,6 +371,9 @@ class _Build:
         embeddings = [x.digest for x in self.checkpoint.embeddings if x.first.keys() & set(spec.components)]
         if embeddings:
             depends["embeddings"] = embeddings
+        tokens = [adapter.config.tokens for adapter in self.checkpoint.ip_adapters]
+        if tokens and spec.name in ("unet", SHALLOW):
+            depends["image tokens"] = tokens
         if self.recipe.cache_branch is not None and spec.name in ("unet", SHALLOW):
             depends["cache branch"] = self.recipe.cache_branch
         if self.code_target is not None and self.code_target.device == "cuda":

@@ -18,13 +18,14 @@ from sdfast.errors import CheckpointError
 from sdfast.export import layout
 from sdfast.export.files import Files, load_tensors, sha256, tensor_names
 from sdfast.export.sources import kind_of
-from sdfast.models.config import controlnet_names
+from sdfast.models.config import adapter_names, controlnet_names
 
 if TYPE_CHECKING:
     import torch
 
     from sdfast.export.controlnet import ControlNetSource
     from sdfast.export.embedding import Embedding
+    from sdfast.export.ip_adapter import ImageEncoderSource, IPAdapterSource
     from sdfast.export.lora import Lora, LoraBeside
     from sdfast.models.lora import LowRank, Ranks
 
@@ -52,8 +53,10 @@ class Checkpoint:
     what is merged into its weights, in this order, and `chosen`: what requests add to what its layers make
     (see `lora.with_loras`). `embeddings`: the vectors behind
     its text encoders' own, in this order, which their configs count (see `embedding.with_embeddings`).
-    `controlnet`: what is put beside its U-Net (see `controlnet.with_controlnet`). `graphs`: whether its
-    networks are graphs that optimum exported, with no weights by name (see `optimum.read_graphs`).
+    `controlnet`: what is put beside its U-Net (see `controlnet.with_controlnet`). `ip_adapters`: by what
+    images are told to it, and `image_encoder`, what they read (see `ip_adapter.with_ip_adapters`). `graphs`:
+    whether its networks are graphs that optimum exported, with no weights by name (see
+    `optimum.read_graphs`).
     """
 
     source: str
@@ -68,6 +71,8 @@ class Checkpoint:
     chosen: "tuple[LoraBeside, ...]" = ()
     controlnets: "tuple[ControlNetSource, ...]" = ()
     embeddings: "tuple[Embedding, ...]" = ()
+    ip_adapters: "tuple[IPAdapterSource, ...]" = ()
+    image_encoder: "ImageEncoderSource | None" = None
     graphs: bool = False
 
     def state_dict(self, component: str) -> "dict[str, torch.Tensor]":
@@ -137,9 +142,8 @@ class Checkpoint:
         return bool(self.index.get("force_zeros_for_empty_prompt", sdxl))
 
     def component(self, name: str) -> Component:
-        """A network of it, or a ControlNet. Raises `CheckpointError` for one that is not there."""
-        beside = dict(zip(controlnet_names(len(self.controlnets)), self.controlnets, strict=True))
-        if name in beside:
+        """A network of it, or one that was put beside. Raises `CheckpointError` for one that is not there."""
+        if name in (beside := self._beside):
             return beside[name].component
         if name not in self.components:
             raise CheckpointError(
@@ -152,17 +156,27 @@ class Checkpoint:
         return dict(self._digests)
 
     def digest_of(self, path: Path) -> str:
-        """The SHA-256 of one of its weights files, or of a ControlNet's."""
-        for controlnet in self.controlnets:
-            if path in controlnet.component.weights:
-                return controlnet.digests[path.name]
+        """The SHA-256 of one of its weights files, or of what was put beside."""
+        for added in self._beside.values():
+            if path in added.component.weights:
+                return added.digests[path.name]
         return self._digests[path.relative_to(self.folder).as_posix()]
 
     @property
     def nbytes(self) -> int:
         """Of all weights files."""
-        parts = [*self.components.values(), *(added.component for added in self.controlnets)]
+        parts = [*self.components.values(), *(added.component for added in self._beside.values())]
         return sum(path.stat().st_size for part in parts for path in part.weights)
+
+    @property
+    def _beside(self) -> "dict[str, ControlNetSource | IPAdapterSource | ImageEncoderSource]":
+        """What was put beside its networks, by the names that those have as components."""
+        encoder = {} if self.image_encoder is None else {layout.IMAGE_ENCODER: self.image_encoder}
+        return {
+            **dict(zip(controlnet_names(len(self.controlnets)), self.controlnets, strict=True)),
+            **dict(zip(adapter_names(len(self.ip_adapters)), self.ip_adapters, strict=True)),
+            **encoder,
+        }
 
     @cached_property
     def _digests(self) -> dict[str, str]:

@@ -11,6 +11,7 @@ from sdfast.export.weights import save_weights
 from sdfast.manifest import Span, Variant
 from sdfast.models.config import controlnet_names
 from sdfast.models.half_range import changed_eps
+from sdfast.models.ip_adapter import ImageContext
 from sdfast.models.step_cache import ShallowUNet
 from sdfast.models.unet import UNet
 from sdfast.models.vae import VAEDecoder, VAEEncoder
@@ -35,6 +36,10 @@ def compile_eager(spec: ModuleSpec, place: Path, checkpoint: Checkpoint) -> list
         header["cache_branch"] = network.branch
     if checkpoint.chosen and component.name in ("unet", *checkpoint.text_encoders):
         header["loras"] = {"count": len(checkpoint.chosen), "ranks": checkpoint.ranks(component.name)}
+    if checkpoint.ip_adapters and "unet" in spec.components:
+        header["image_tokens"] = [adapter.config.tokens for adapter in checkpoint.ip_adapters]
+    if isinstance(network, ImageContext):
+        header["unet"] = dict(checkpoint.component("unet").config)
     if isinstance(network, VAEDecoder | VAEEncoder) and (eps := changed_eps(network)):
         header["eps"] = eps
     state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}

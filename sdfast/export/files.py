@@ -20,10 +20,14 @@ _HASH_BLOCK = 2**22
 
 @dataclass(frozen=True)
 class Files:
-    """The files of a checkpoint folder: which there are, and safe ways to reach them."""
+    """The files of a checkpoint folder: which there are, and safe ways to reach them.
+
+    home: the checkpoint's or snapshot's folder, of one that is a part of it.
+    """
 
     folder: Path
     source: str
+    home: Path | None = None
 
     @cached_property
     def names(self) -> frozenset[str]:
@@ -38,9 +42,10 @@ class Files:
     @cached_property
     def roots(self) -> tuple[Path, ...]:
         """Where a file may really lie: in the folder; for a snapshot in the Hub's cache, in its blobs too."""
-        if self.folder.parent.name != "snapshots":
+        home = self.home or self.folder
+        if home.parent.name != "snapshots":
             return (self.folder,)
-        repository = self.folder.parent.parent
+        repository = home.parent.parent
         return (self.folder, repository / "blobs", repository.parent / "blobs")
 
     def path(self, name: str) -> Path:

@@ -57,6 +57,22 @@ def download_controlnet(
     return _snapshot(repo, configs, choose, revision=revision, progress=progress)
 
 
+def download_image_encoder(
+    repo: str, folder: str, *, revision: str | None = None, progress: Callable[[str], None]
+) -> tuple[Path, str]:
+    """The same of an image encoder that has a folder in a repository: the whole repository's snapshot."""
+
+    def choose(files: Files, names: Collection[str]) -> list[str]:
+        own = {name.removeprefix(f"{folder}/") for name in names if name.startswith(f"{folder}/")}
+        layout.check_image_encoder(own, f"{repo}/{folder}")
+        part = Files(files.folder / folder, f"{repo}/{folder}", files.folder)
+        weights = _component_weights(part, own, layout.IMAGE_ENCODER, None)
+        return [f"{folder}/{name}" for name in weights]
+
+    configs = [f"{folder}/{name}" for name in layout.image_encoder_config_files()]
+    return _snapshot(repo, configs, choose, revision=revision, progress=progress)
+
+
 def _snapshot(
     repo: str,
     configs: Sequence[str],

@@ -53,7 +53,8 @@ _STEMS = {
     "vae": "vae/diffusion_pytorch_model",
 }
 CONTROLNET = "controlnet"
-_ALONE = {CONTROLNET: "diffusion_pytorch_model"}
+IMAGE_ENCODER = "image_encoder"
+_ALONE = {CONTROLNET: "diffusion_pytorch_model", IMAGE_ENCODER: "model"}
 """Components that are no part of a pipeline's folder, but have one of their own."""
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _TOKENIZER_FILES = (
@@ -93,6 +94,20 @@ def check_controlnet(names: Collection[str], source: str) -> None:
         files = sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
         instead = f"the file itself: {files[0]}" if files else "the folder that save_pretrained() wrote"
         raise CheckpointError(f"{source}: no config.json, so not a ControlNet's folder; give {instead}")
+
+
+def image_encoder_config_files() -> list[str]:
+    """The same of the image encoder that IP-Adapters read."""
+    return ["config.json", "preprocessor_config.json", _index_name(IMAGE_ENCODER, None)]
+
+
+def check_image_encoder(names: Collection[str], source: str) -> None:
+    """Refuse a folder that is not an image encoder's."""
+    if "config.json" not in names:
+        raise CheckpointError(
+            f"{source}: no config.json, so not an image encoder's folder; give one with config.json and "
+            "model.safetensors: --image-encoder FOLDER"
+        )
 
 
 def check_index(index: Mapping[str, Any], source: str) -> Family:

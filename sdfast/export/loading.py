@@ -4,14 +4,16 @@ The weights of a U-Net are those of several modules, and so are a VAE's: each ti
 has of them is made, so that no more than one network is in memory.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from sdfast.errors import CheckpointError
 from sdfast.export.checkpoint import Checkpoint
+from sdfast.export.ip_adapter import ImageEncoderSource
 from sdfast.export.magnitudes import DoesNotFit, extents, scales_for
 from sdfast.export.networks import Networks
 from sdfast.manifest import HalfRange
@@ -56,12 +58,14 @@ class UNetParts:
 
     def _load(self) -> tuple[UNet, TimeShift, Context] | Controlled:
         unet, added = self._networks.unet, self._networks.controlnets
+        tokens = self._networks.image_tokens
         weights = self._networks.checkpoint.state_dict("unet")
         if not added:
             cache = self._networks.step_cache
-            return self._with_loras(load_unet(unet, weights, self._dtype, cache.branch if cache else None))
+            own = load_unet(unet, weights, self._dtype, cache.branch if cache else None, tokens)
+            return self._with_loras(own)
         theirs = [one.state_dict() for one in self._networks.checkpoint.controlnets]
-        controlled = load_controlled(unet, weights, added, theirs, self._dtype)
+        controlled = load_controlled(unet, weights, added, theirs, self._dtype, tokens)
         self._with_loras((controlled.unet.unet, controlled.time_shift.unet, controlled.context.unet))
         return controlled
 
@@ -79,9 +83,10 @@ class UNetParts:
 
     def shallow(self, branch: int) -> ShallowUNet:
         weights = self._networks.checkpoint.state_dict("unet")
-        unet = self._with_loras(load_unet(self._networks.unet, weights, self._dtype))[0]
+        tokens = self._networks.image_tokens
+        own = load_unet(self._networks.unet, weights, self._dtype, image_tokens=tokens)
         layers = (self.of_shallow(branch, names) for names in (self.fp8, self.int8))
-        return rounded(ShallowUNet.of(unet, branch), *layers)
+        return rounded(ShallowUNet.of(self._with_loras(own)[0], branch), *layers)
 
     def of_shallow(self, branch: int, layers: tuple[str, ...]) -> tuple[str, ...]:
         """Of these layers those that shallow steps have."""
@@ -150,19 +155,30 @@ def load_text_model(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> An
             "CLIPTextModel and CLIPTextModelWithProjection are supported"
         )
     config = transformers.CLIPTextConfig(**component.config)
+    return _load_clip(cls, config, checkpoint.state_dict(name), dtype, f"{checkpoint.source}: {name}")
+
+
+def load_image_model(encoder: ImageEncoderSource, dtype: torch.dtype) -> Any:
+    """transformers' own CLIP image model on its weights."""
+    import transformers
+
+    config = transformers.CLIPVisionConfig(**encoder.component.config)
+    cls = transformers.CLIPVisionModelWithProjection
+    return _load_clip(cls, config, encoder.state_dict(), dtype, encoder.source)
+
+
+def _load_clip(cls: Any, config: Any, weights: Mapping[str, Tensor], dtype: torch.dtype, source: str) -> Any:
     try:
         with _no_progress_bar():
             model = cls.from_pretrained(
                 None,
                 config=config,
-                state_dict=checkpoint.state_dict(name),
+                state_dict=dict(weights),
                 dtype=dtype,
                 attn_implementation="eager",
             )
     except (RuntimeError, ValueError) as error:
-        raise CheckpointError(
-            f"{checkpoint.source}: {name}: its weights do not fit its config: {error}"
-        ) from error
+        raise CheckpointError(f"{source}: its weights do not fit its config: {error}") from error
     return model.eval()
 
 

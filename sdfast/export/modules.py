@@ -9,16 +9,28 @@ from torch import Tensor, nn
 
 from sdfast.engine import DTYPES
 from sdfast.errors import CheckpointError, ExportError
-from sdfast.export.loading import UNetParts, VAEHalves, load_text_encoder
+from sdfast.export.ip_adapter import IPAdapterSource
+from sdfast.export.loading import UNetParts, VAEHalves, load_image_model, load_text_encoder
 from sdfast.export.networks import Networks
 from sdfast.export.recipe import Recipe
-from sdfast.manifest import CHUNK, CONTROL, ONE_CHUNK, SHALLOW, HalfRange, Model, Span, Variant
-from sdfast.models.config import controlnet_names
+from sdfast.manifest import (
+    CHUNK,
+    CONTROL,
+    IMAGE_ENCODER,
+    ONE_CHUNK,
+    SHALLOW,
+    HalfRange,
+    Model,
+    Span,
+    Variant,
+)
+from sdfast.models.config import adapter_names, controlnet_names
 from sdfast.models.controlnet import (
     ControlEmbedding,
     ControlEmbeddings,
     load_embedding,
 )
+from sdfast.models.ip_adapter import ImageContext, ImageEncoder, load_image_context
 from sdfast.models.text import TextEncoder
 from sdfast.models.vae import VAEDecoder, VAEEncoder, has_encoder
 from sdfast.request import MAX_STEPS
@@ -86,6 +98,8 @@ def module_specs(networks: Networks, recipe: Recipe) -> list[ModuleSpec]:
         _context(networks, model, load, dtype),
         _time_shift(networks, model, load, dtype),
         *_control_embedding(networks, dtype, sizes),
+        *_image_contexts(networks, dtype),
+        *_image_encoder(networks, dtype),
         _vae_decoder(vae, model, sizes),
         *_vae_encoder(vae, networks, sizes),
         *(_text_encoder(networks, name, dtype) for name in networks.text),
@@ -119,11 +133,15 @@ def _unet(
         }
         if model.control_channels is not None:
             given["control"] = torch.randn(batch, model.control_channels, *size, dtype=dtype)
+        if model.ip_adapters:
+            given["image_context"] = torch.randn(batch, *model.image_context, dtype=dtype)
         return given
 
     free = {"sample": _IMAGE, "time_shift": {0: "batch"}, "context": {0: "batch", 1: "tokens"}}
     if model.controlled:
         free["control"] = _IMAGE
+    if model.ip_adapters:
+        free["image_context"] = {0: "batch"}
     forms = tuple(
         Form(batch, height, width, tokens)
         for height, width in sizes
@@ -238,6 +256,47 @@ def _control_embedding(
     forms = tuple(Form(ONE, height, width) for height, width in sizes)
     names = tuple(controlnet_names(len(configs)))
     yield ModuleSpec(CONTROL, load, inputs, free, ("control",), names, forms)
+
+
+def _image_contexts(networks: Networks, dtype: torch.dtype) -> Iterator[ModuleSpec]:
+    """One for each IP-Adapter."""
+    encoder, adapters = networks.checkpoint.image_encoder, networks.checkpoint.ip_adapters
+    if encoder is not None:
+        for name, adapter in zip(adapter_names(len(adapters)), adapters, strict=True):
+            yield _image_context(networks, name, adapter, encoder.parts, dtype)
+
+
+def _image_context(
+    networks: Networks, name: str, adapter: IPAdapterSource, parts: int, dtype: torch.dtype
+) -> ModuleSpec:
+    """parts: that the image encoder sees in an image."""
+    config = adapter.config
+
+    def load() -> ImageContext:
+        return load_image_context(config, networks.unet, adapter.state_dict(), dtype)
+
+    def inputs(batch: int, height: int, width: int, tokens: int) -> dict[str, Tensor]:
+        seen = (parts,) if config.reads == "hidden_states" else ()
+        return {"image": torch.randn(batch, *seen, config.inputs, dtype=dtype)}
+
+    return ModuleSpec(name, load, inputs, {}, ("image_context",), (name, "unet"), (Form(ONE),))
+
+
+def _image_encoder(networks: Networks, dtype: torch.dtype) -> Iterator[ModuleSpec]:
+    """One, or none where there are no IP-Adapters."""
+    encoder = networks.checkpoint.image_encoder
+    if encoder is None:
+        return
+    side = encoder.processor.crop
+
+    def inputs(batch: int, height: int, width: int, tokens: int) -> dict[str, Tensor]:
+        return {"pixel_values": torch.randn(batch, 3, side, side, dtype=dtype)}
+
+    def load() -> ImageEncoder:
+        return ImageEncoder(load_image_model(encoder, dtype))
+
+    outputs = ("image_embeds", "hidden_states")
+    yield ModuleSpec(IMAGE_ENCODER, load, inputs, {}, outputs, (IMAGE_ENCODER,), (Form(ONE),))
 
 
 def _vae_decoder(vae: VAEHalves, model: Model, sizes: list[tuple[Span, Span]]) -> ModuleSpec:

@@ -1,16 +1,27 @@
 """The networks of a checkpoint: their configs, and what the manifest says of them."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from sdfast.errors import CheckpointError, ExportError
 from sdfast.export.checkpoint import Checkpoint
 from sdfast.export.controlnet import ControlNetSource
-from sdfast.manifest import SCORED_TIME_IDS, TIME_IDS, Model, StepCache
+from sdfast.manifest import (
+    SCORED_TIME_IDS,
+    TIME_IDS,
+    ImageProcessor,
+    IPAdapter,
+    Model,
+    StepCache,
+    Transformer,
+)
+from sdfast.models.config import adapter_names
 from sdfast.models.controlnet import ControlledUNet, ControlNet, ControlNetConfig
 from sdfast.models.fp8 import MULTIPLE, fp8_convolutions, fp8_layers
 from sdfast.models.int8 import int8_layers
+from sdfast.models.ip_adapter import IPAdapterConfig, transformers
 from sdfast.models.lora import attach_to_step, empty_of
 from sdfast.models.unet import (
     Context,
@@ -60,6 +71,9 @@ class Configs:
         controlnets: int = 0,
         step_cache: StepCache | None = None,
         loras: tuple[str, ...] = (),
+        ip_adapters: tuple[IPAdapter, ...] = (),
+        image_processor: ImageProcessor | None = None,
+        transformers: tuple[Transformer, ...] = (),
     ) -> Model:
         """What the manifest says of the networks."""
         return Model(
@@ -82,6 +96,9 @@ class Configs:
             scored=self.checkpoint.scored,
             image_latents_scale=self._image_latents_scale(),
             loras=loras,
+            ip_adapters=ip_adapters,
+            image_processor=image_processor,
+            transformers=transformers,
         )
 
     def _image_latents_scale(self) -> float | None:
@@ -96,6 +113,7 @@ class Networks(Configs):
     """The configs of the networks that are built on a checkpoint's weights."""
 
     controlnets: tuple[ControlNetConfig, ...] = ()
+    ip_adapters: tuple[IPAdapterConfig, ...] = ()
     step_cache: StepCache | None = None
 
     @classmethod
@@ -113,7 +131,18 @@ class Networks(Configs):
         )
         networks._check_pooled()
         networks._check_alone()
-        return replace(networks, controlnets=tuple(map(networks._fitting, checkpoint.controlnets)))
+        for adapter in checkpoint.ip_adapters:
+            adapter.check_fits(unet)
+        return replace(
+            networks,
+            controlnets=tuple(map(networks._fitting, checkpoint.controlnets)),
+            ip_adapters=tuple(adapter.config for adapter in checkpoint.ip_adapters),
+        )
+
+    @property
+    def image_tokens(self) -> tuple[int, ...]:
+        """Of an image, by each IP-Adapter."""
+        return tuple(config.tokens for config in self.ip_adapters)
 
     def _check_pooled(self) -> None:
         """Raises `CheckpointError` for a U-Net that is told more or fewer numbers than its pipeline tells."""
@@ -169,7 +198,8 @@ class Networks(Configs):
     def step(self) -> UNet | ControlledUNet:
         """The network of a step, without weights."""
         with torch.device("meta"):
-            unet = UNet(self.unet, self.step_cache.branch if self.step_cache else None)
+            branch = self.step_cache.branch if self.step_cache else None
+            unet = UNet(self.unet, branch, self.image_tokens)
             attach_to_step(unet, len(self.checkpoint.chosen), empty_of(unet, self.checkpoint.ranks("unet")))
             beside = [ControlNet(config.way_down) for config in self.controlnets]
             return ControlledUNet(unet, beside) if beside else unet
@@ -198,7 +228,22 @@ class Networks(Configs):
             controlnets=len(self.controlnets),
             step_cache=self.step_cache,
             loras=loras,
+            **self._of_images(),
         )
+
+    def _of_images(self) -> dict[str, Any]:
+        """What the manifest says of IP-Adapters; nothing where there are none."""
+        encoder = self.checkpoint.image_encoder
+        if encoder is None:
+            return {}
+        named = zip(adapter_names(len(self.ip_adapters)), self.ip_adapters, strict=True)
+        return {
+            "ip_adapters": tuple(
+                IPAdapter(module=name, tokens=config.tokens, reads=config.reads) for name, config in named
+            ),
+            "image_processor": encoder.processor,
+            "transformers": tuple(Transformer(**run._asdict()) for run in transformers(self.unet)),
+        }
 
 
 def _step_cache(unet: UNetConfig, branch: int) -> StepCache:

@@ -21,7 +21,7 @@ from pydantic import (
 
 from sdfast.errors import ExportError
 from sdfast.manifest import LONG_PROMPTS, ONE_CHUNK, LoraName, Span
-from sdfast.request import MAX_IMAGES, MAX_SIDE
+from sdfast.request import MAX_IMAGES, MAX_IP_ADAPTERS, MAX_SIDE
 
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 _RECORDED = "recorded"  # the context in which an engine's own recipe is read
@@ -124,6 +124,26 @@ class EmbeddingSetting(FileSetting):
     token: Annotated[str, Field(min_length=1)] | None = None
 
 
+class IPAdapterSetting(FileSetting):
+    """An IP-Adapter that pictures may be drawn with.
+
+    weight_name: as above, and subfolder: where it lies there, as with diffusers' load_ip_adapter.
+    """
+
+    subfolder: str | None = None
+
+    @model_validator(mode="after")
+    def _named_in_a_folder(self) -> Self:
+        if self.subfolder is not None and self.weight_name is None:
+            raise ValueError("subfolder: give weight_name too, the name of the file there")
+        return self
+
+    def as_file(self) -> FileSetting:
+        """The file that is meant, by its whole name in the folder or repository."""
+        name = self.weight_name if not self.subfolder else f"{self.subfolder.strip('/')}/{self.weight_name}"
+        return FileSetting(source=self.source, weight_name=name, revision=self.revision)
+
+
 class ControlNetSetting(_Part):
     """A ControlNet to be put beside the U-Net. A text in its place is its source.
 
@@ -184,6 +204,9 @@ class Recipe(_Part):
     controlnet: under whose guidance every picture is drawn, by a control image; one, or a list of several, of
         which each has a control image.
     embeddings: what tokens in prompts stand for.
+    ip_adapters: what images can be told to the U-Net by, beside the prompt.
+    image_encoder: the folder of what they see images with, on this disk or within the first one's
+        repository. Default: the checkpoint's own, or else image_encoder beside the first one's file.
     cache_branch: make shallow steps of the U-Net too, for requests with a `cache_interval`: an approximation,
         see `sdfast.models.step_cache`. The skip up to which they go: 0 is the usual one, the fastest; later
         ones change the picture less. Not together with a ControlNet.
@@ -210,6 +233,8 @@ class Recipe(_Part):
     loras: tuple[LoraSetting, ...] = ()
     controlnet: Annotated[tuple[ControlNetSetting, ...], BeforeValidator(_one_or_several)] = ()
     embeddings: tuple[EmbeddingSetting, ...] = ()
+    ip_adapters: Annotated[tuple[IPAdapterSetting, ...], Field(max_length=MAX_IP_ADAPTERS)] = ()
+    image_encoder: Annotated[str | None, BeforeValidator(_path_as_text)] = None
     cache_branch: Annotated[int | None, Field(strict=True, ge=0)] = None
 
     @field_validator("batch")
@@ -430,6 +455,7 @@ def _explain(error: ValidationError) -> str:
             "loras": LoraSetting,
             "controlnet": ControlNetSetting,
             "embeddings": EmbeddingSetting,
+            "ip_adapters": IPAdapterSetting,
         }
         known = ", ".join(parts.get(field, Recipe).model_fields)
         return f"{field}: unknown field {deepest['loc'][-1]!r}; there are: {known}"

@@ -181,3 +181,8 @@ def _levels(fields: Fields) -> tuple[tuple[Level, ...], Level | None, tuple[Leve
 def controlnet_names(count: int) -> list[str]:
     """What the ControlNets beside a U-Net are called: "controlnet", "controlnet_2" and so on."""
     return ["controlnet", *(f"controlnet_{number}" for number in range(2, count + 1))][:count]
+
+
+def adapter_names(count: int) -> list[str]:
+    """What IP-Adapters are called, and their modules: "image_context", "image_context_2" and so on."""
+    return ["image_context", *(f"image_context_{number}" for number in range(2, count + 1))][:count]

@@ -30,6 +30,7 @@ from sdfast.models.unet import (
     load_unet,
     shift_parts,
     skip_channels,
+    told_layers,
 )
 from sdfast.models.weights import load_weights
 
@@ -133,7 +134,7 @@ class ControlNet(WayDown):
         control comes from `ControlEmbedding`. The last of the result is the middle's.
         """
         shifts = iter(time_shift.split_with_sizes(self.shift_widths, dim=-1))
-        kv = iter(context.split_with_sizes(self.context_widths, dim=-1))
+        kv = iter(told_layers(self.context_widths, context))
         skips, middle = self.descend(ops.add(control, self.conv_in(sample)), shifts, kv)
         last: Tensor = self.controlnet_mid_block(middle)
         return [conv(skip) for conv, skip in zip(self.controlnet_down_blocks, skips, strict=True)] + [last]
@@ -168,9 +169,17 @@ class ControlledUNet(Attending, _Beside[ControlNet]):
         ]
         self.context_widths = [sum(unet.context_widths), *(sum(one.context_widths) for one in controlnets)]
 
-    def forward(self, sample: Tensor, time_shift: Tensor, context: Tensor, control: Tensor) -> Tensor:
+    def forward(
+        self,
+        sample: Tensor,
+        time_shift: Tensor,
+        context: Tensor,
+        control: Tensor,
+        image_context: Tensor | None = None,
+    ) -> Tensor:
         """sample [B, C, h, w], time_shift [B, T + N], context [B, L, KV], control [B, N C_0, h, w]
-        -> [B, C_out, h, w], all of one dtype, with N ControlNets.
+        -> [B, C_out, h, w], all of one dtype, with N ControlNets. image_context: as for the U-Net, which
+        alone is told it.
 
         time_shift is that of `ControlledTimeShift`, and after it a column for each ControlNet with the scale
         of each row: how much of it is added. It goes with the rows and the steps, as the time shifts do. The
@@ -181,7 +190,7 @@ class ControlledUNet(Attending, _Beside[ControlNet]):
         own_shift, *told = time_shift.split_with_sizes(self.shift_widths, dim=-1)
         own_context, *contexts = context.split_with_sizes(self.context_widths, dim=-1)
         shifts = iter(own_shift.split_with_sizes(unet.shift_widths, dim=-1))
-        kv = iter(own_context.split_with_sizes(unet.context_widths, dim=-1))
+        kv = iter(told_layers(unet.context_widths, own_context, image_context, unet.image_tokens))
         skips, x = unet.descend(unet.conv_in(sample), shifts, kv)
         images = [control] if count == 1 else control.chunk(count, dim=1)
         every = zip(self.controlnets, told[:count], told[count:], contexts, images, strict=True)
@@ -303,12 +312,13 @@ def load_controlled(
     configs: Sequence[ControlNetConfig],
     weights: Sequence[Mapping[str, Tensor]],
     dtype: torch.dtype | None = None,
+    image_tokens: Sequence[int] = (),
 ) -> Controlled:
     """What `load_unet` builds, with ControlNets beside it.
 
     weights: of diffusers' ControlNetModel, for each; those of its embedding are left to `load_embedding`.
     """
-    own = load_unet(unet, unet_weights, dtype)
+    own = load_unet(unet, unet_weights, dtype, image_tokens=image_tokens)
     with torch.device("meta"):
         made = Controlled.of(*own, configs)
     for number, (name, tensors) in enumerate(zip(controlnet_names(len(configs)), weights, strict=True)):

@@ -10,6 +10,7 @@ that is the `cache_branch_id` of the authors' library.
 An approximation: the picture is another one.
 """
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -24,6 +25,7 @@ from sdfast.models.unet import (
     UpBlock,
     context_parts,
     shift_parts,
+    told_layers,
 )
 
 
@@ -33,21 +35,21 @@ class ShallowUNet(BothWays):
     It is told what the whole U-Net is told, and takes its own of it.
     """
 
-    def __init__(self, config: UNetConfig, branch: int) -> None:
+    def __init__(self, config: UNetConfig, branch: int, image_tokens: Sequence[int] = ()) -> None:
         super().__init__(config)
         shifts, kv = shift_parts(self), context_parts(self)
         self._cut_down(branch)
         self._cut_up(branch)
         own_shifts, own_kv = set(shift_parts(self)), set(context_parts(self))
-        self.branch = branch
+        self.branch, self.image_tokens = branch, list(image_tokens)
         self.own_shifts = [i for i, part in enumerate(shifts) if part in own_shifts]
-        self.own_kv = [i for i, part in enumerate(kv) if part in own_kv]
+        self.own_layers = [i // 2 for i, part in enumerate(kv) if part in own_kv][::2]
 
     @classmethod
     def of(cls, unet: UNet, branch: int) -> "ShallowUNet":
         """That of `unet`, on the same weights."""
         with torch.device("meta"):
-            shallow = cls(unet.config, branch)
+            shallow = cls(unet.config, branch, unet.image_tokens)
         for name, layer in list(shallow.named_modules()):
             if isinstance(layer, Layer):
                 layer.branch = cast(Layer, unet.get_submodule(name)).branch
@@ -56,12 +58,19 @@ class ShallowUNet(BothWays):
         shallow.load_state_dict({name: weights[name] for name in own}, assign=True)
         return shallow.eval().requires_grad_(False)
 
-    def forward(self, sample: Tensor, time_shift: Tensor, context: Tensor, deep: Tensor) -> Tensor:
+    def forward(
+        self,
+        sample: Tensor,
+        time_shift: Tensor,
+        context: Tensor,
+        deep: Tensor,
+        image_context: Tensor | None = None,
+    ) -> Tensor:
         """As `UNet.forward`; deep: the second result of an earlier one."""
         time_shift = self.told_last(time_shift)
         shifts = time_shift.split_with_sizes(self.shift_widths, dim=-1)
-        kv = context.split_with_sizes(self.context_widths, dim=-1)
-        own = iter([shifts[i] for i in self.own_shifts]), iter([kv[i] for i in self.own_kv])
+        kv = told_layers(self.context_widths, context, image_context, self.image_tokens)
+        own = iter([shifts[i] for i in self.own_shifts]), iter([kv[i] for i in self.own_layers])
         skips, _ = self.descend(self.conv_in(sample), *own)
         return self.finish(self.climb(deep, skips, *own))
 

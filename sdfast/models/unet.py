@@ -5,7 +5,7 @@ computed once, outside the loop, by `Context` and `TimeShift`, and enters `UNet`
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,6 +29,9 @@ from sdfast.models.weights import load_weights
 
 __all__ = ["Context", "TimeShift", "UNet", "UNetConfig", "load_unet"]
 
+Told = Sequence[tuple[Tensor, Tensor]]
+"""What a cross-attention layer is told: keys and values [B, L, C] of the prompt, then those of each image."""
+
 
 class SelfAttention(nn.Module):
     def __init__(self, channels: int, heads: int, upcast: bool) -> None:
@@ -50,7 +53,11 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention to the prompt, whose keys and values `Context` has computed."""
+    """Attention to the prompt, whose keys and values `Context` has computed; and to images, by themselves.
+
+    The answers are added up (Ye et al., "IP-Adapter", 2023, equation 5). How much an image counts is in its
+    values, see `ip_adapter`.
+    """
 
     def __init__(self, channels: int, heads: int, upcast: bool) -> None:
         super().__init__()
@@ -59,8 +66,12 @@ class CrossAttention(nn.Module):
         self.to_q = Linear(channels, channels, bias=False)
         self.to_out = nn.ModuleList([Linear(channels, channels)])
 
-    def forward(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:  # x [B, N, C], k and v [B, L, C]
-        y: Tensor = self.to_out[0](self.attend(self.to_q(x), k, v, self.heads, self.upcast))
+    def forward(self, x: Tensor, told: Told) -> Tensor:  # x [B, N, C]
+        q, ((k, v), *images) = self.to_q(x), told
+        h = self.attend(q, k, v, self.heads, self.upcast)
+        for k, v in images:
+            h = ops.add(h, self.attend(q, k, v, self.heads, self.upcast))
+        y: Tensor = self.to_out[0](h)
         return y
 
 
@@ -102,9 +113,9 @@ class TransformerBlock(nn.Module):
         self.norm3 = LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, context: Iterator[Tensor]) -> Tensor:  # x [B, N, C]
+    def forward(self, x: Tensor, context: Iterator[Told]) -> Tensor:  # x [B, N, C]
         x = ops.add(x, self.attn1(self.norm1(x)))
-        x = ops.add(x, self.attn2(self.norm2(x), next(context), next(context)))
+        x = ops.add(x, self.attn2(self.norm2(x), next(context)))
         return ops.add(x, self.ff(self.norm3(x)))
 
 
@@ -122,7 +133,7 @@ class Transformer(nn.Module):
         )
         self.proj_out = Linear(channels, channels)
 
-    def forward(self, x: Tensor, context: Iterator[Tensor]) -> Tensor:  # x [B, C, H, W]
+    def forward(self, x: Tensor, context: Iterator[Told]) -> Tensor:  # x [B, C, H, W]
         h = self.proj_in(ops.tokens_from_image(self.norm(x)))
         for block in self.transformer_blocks:
             h = block(h, context)
@@ -144,7 +155,7 @@ class DownBlock(Block):
         super().__init__(config, level, [inputs] + [level.channels] * (level.resnets - 1))
         self.downsamplers = nn.ModuleList([] if last else [Downsample(level.channels)])
 
-    def forward(self, x: Tensor, shifts: Iterator[Tensor], context: Iterator[Tensor]) -> list[Tensor]:
+    def forward(self, x: Tensor, shifts: Iterator[Tensor], context: Iterator[Told]) -> list[Tensor]:
         """Every intermediate image: the skips that the way up consumes, the last one also the result."""
         skips = []
         for i, resnet in enumerate(self.resnets):
@@ -159,7 +170,7 @@ class MidBlock(Block):
     def __init__(self, config: UNetConfig, level: Level) -> None:
         super().__init__(config, level, [level.channels] * level.resnets)
 
-    def forward(self, x: Tensor, shifts: Iterator[Tensor], context: Iterator[Tensor]) -> Tensor:
+    def forward(self, x: Tensor, shifts: Iterator[Tensor], context: Iterator[Told]) -> Tensor:
         x = self.resnets[0](x, next(shifts))
         for attention, resnet in zip(self.attentions, list(self.resnets)[1:], strict=True):
             x = resnet(attention(x, context), next(shifts))
@@ -172,7 +183,7 @@ class UpBlock(Block):
         self.upsamplers = nn.ModuleList([] if last else [Upsample(level.channels)])
 
     def consume(
-        self, i: int, x: Tensor, skips: list[Tensor], shifts: Iterator[Tensor], context: Iterator[Tensor]
+        self, i: int, x: Tensor, skips: list[Tensor], shifts: Iterator[Tensor], context: Iterator[Told]
     ) -> Tensor:
         """ResNet block `i` consumes the last of `skips`; the last block ends in the size of the next one."""
         x = self.resnets[i](ops.concat_channels(x, skips.pop()), next(shifts))
@@ -215,7 +226,7 @@ class WayDown(Attending):
         self.mid_block = MidBlock(config, config.mid) if config.mid else None
 
     def descend(
-        self, x: Tensor, shifts: Iterator[Tensor], context: Iterator[Tensor]
+        self, x: Tensor, shifts: Iterator[Tensor], context: Iterator[Told]
     ) -> tuple[list[Tensor], Tensor]:
         """x: what `conv_in` gave -> every skip in order, x itself the first, and what leaves the middle."""
         skips = [x]
@@ -246,7 +257,7 @@ class BothWays(WayDown):
         x: Tensor,
         skips: list[Tensor],
         shifts: Iterator[Tensor],
-        context: Iterator[Tensor],
+        context: Iterator[Told],
         left: int = 0,
     ) -> Tensor:
         """The way up from where x enters, beside the last of `skips`, to where `left` are left of them."""
@@ -263,27 +274,48 @@ class BothWays(WayDown):
 
 
 class UNet(BothWays):
-    """branch: the skip up to which a later step may be shallow, see `step_cache`; None where none may be."""
+    """branch: the skip up to which a later step may be shallow, see `step_cache`; None where none may be.
+    image_tokens: of the image of each IP-Adapter; none where there are none."""
 
-    def __init__(self, config: UNetConfig, branch: int | None = None) -> None:
+    def __init__(
+        self, config: UNetConfig, branch: int | None = None, image_tokens: Sequence[int] = ()
+    ) -> None:
         super().__init__(config)
         self.branch = branch
+        self.image_tokens = list(image_tokens)
 
-    def forward(self, sample: Tensor, time_shift: Tensor, context: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, sample: Tensor, time_shift: Tensor, context: Tensor, image_context: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """sample [B, C, H, W], time_shift [B, T], context [B, L, KV] -> [B, C_out, H, W], all of one dtype.
 
         time_shift comes from `TimeShift` and context from `Context` of the same checkpoint. With LoRAs that
-        requests choose, more columns follow it, see `lora`. With a branch there is a second result, its deep
-        feature, [B, C_d, H / s, W / s] rounded up; see `step_cache`.
+        requests choose, more columns follow it, see `lora`. image_context, with IP-Adapters: the images'
+        tokens [B, I, KV], those of one adapter after those of the other, from `ip_adapter.ImageContext`. With
+        a branch there is a second result, its deep feature, [B, C_d, H / s, W / s] rounded up; see
+        `step_cache`.
         """
         time_shift = self.told_last(time_shift)
         shifts = iter(time_shift.split_with_sizes(self.shift_widths, dim=-1))
-        kv = iter(context.split_with_sizes(self.context_widths, dim=-1))
+        kv = iter(told_layers(self.context_widths, context, image_context, self.image_tokens))
         skips, x = self.descend(self.conv_in(sample), shifts, kv)
         if self.branch is None:
             return self.finish(self.climb(x, skips, shifts, kv))
         deep = self.climb(x, skips, shifts, kv, left=self.branch + 1)
         return self.finish(self.climb(deep, skips, shifts, kv)), deep
+
+
+def told_layers(
+    widths: list[int], context: Tensor, image_context: Tensor | None = None, image_tokens: Sequence[int] = ()
+) -> list[Told]:
+    """What each cross-attention layer is told. widths: of its keys and of its values, for all in turn."""
+    parts = [context]
+    if image_context is not None:
+        parts += (
+            image_context.split_with_sizes(list(image_tokens), dim=1) if image_tokens[1:] else [image_context]
+        )
+    split = [part.split_with_sizes(widths, dim=-1) for part in parts]
+    return [[(kv[i], kv[i + 1]) for kv in split] for i in range(0, len(widths), 2)]
 
 
 class Rung(NamedTuple):
@@ -436,16 +468,17 @@ def load_unet(
     state_dict: Mapping[str, Tensor],
     dtype: torch.dtype | None = None,
     branch: int | None = None,
+    image_tokens: Sequence[int] = (),
 ) -> tuple[UNet, TimeShift, Context]:
     """Build the three modules on the weights of diffusers' UNet2DConditionModel, cast to `dtype` if given.
 
-    branch: see `UNet`.
+    branch, image_tokens: see `UNet`.
 
     Weights that need neither packing nor casting are used as they are, not copied: tensors of a memory-mapped
     safetensors file stay in the file. Missing, unexpected or wrongly shaped ones raise CheckpointError.
     """
     with torch.device("meta"):
-        unet = UNet(config, branch)
+        unet = UNet(config, branch, image_tokens)
         time_shift = TimeShift(config, shift_parts(unet))
         context = Context(config, context_parts(unet))
     load_weights("unet", [unet, time_shift, context], state_dict, dtype)

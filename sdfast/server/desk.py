@@ -40,11 +40,14 @@ class Desk:
         image: bytes | None = None,
         mask: bytes | None = None,
         control: bytes | None = None,
+        ip_adapter: bytes | None = None,
         refiner: Refiner | None = None,
     ) -> Job:
         """A job of now, with an id of its own and the settings' deadline."""
         deadline = time.monotonic() + self.settings.timeout
-        job = Job(secrets.token_hex(12), engine, request, deadline, previews, image, mask, control)
+        job = Job(
+            secrets.token_hex(12), engine, request, deadline, previews, image, mask, control, ip_adapter
+        )
         return job if refiner is None else replace(job, refiner=refiner)
 
     def submit(self, job: Job) -> AsyncIterator[Event]:

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, get_args, get_origin
 from urllib.parse import urlsplit
@@ -142,8 +143,9 @@ def _value(text: str, annotation: Any) -> Any:
         return int(text)
     if float in kinds and _NUMBER.fullmatch(text):
         return float(text)
-    if _is_object(annotation):
-        return _object(text)
+    if _is_object(annotation) and text[:1] in ("[", "{"):
+        with suppress(ValueError, RecursionError):
+            return json.loads(text)
     if list[float] in kinds and text[:1] + text[-1:] == "[]":
         numbers = [number.strip() for number in text[1:-1].split(",")]
         if all(map(_NUMBER.fullmatch, numbers)):
@@ -153,13 +155,6 @@ def _value(text: str, annotation: Any) -> Any:
 
 def _is_object(annotation: Any) -> bool:
     return any(get_origin(kind) is dict for kind in get_args(annotation))
-
-
-def _object(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
 
 
 def _damaged(why: str) -> Problem:

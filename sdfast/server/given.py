@@ -1,11 +1,20 @@
 """The pictures that a job is given, on the engine's side: bytes checked, and as tensors."""
 
+from torch import Tensor
+
 from sdfast.call import Given
 from sdfast.control import check_controlled
 from sdfast.engine import Engine
 from sdfast.errors import RequestError
 from sdfast.first_latents import Over, check_edits, check_strength
-from sdfast.images import check_bytes, controls_from_bytes, from_bytes, mask_from_bytes
+from sdfast.images import (
+    check_bytes,
+    controls_from_bytes,
+    from_bytes,
+    mask_from_bytes,
+    pixels_from_bytes,
+)
+from sdfast.ip_adapter import check_images, check_taken, processor_of
 from sdfast.loras import check_loras
 from sdfast.noise import generator
 from sdfast.preparation import check_cached, check_channels, check_instructed, check_refined
@@ -37,6 +46,7 @@ def check_given(engine: Engine, job: Job) -> None:
     if job.control is not None:
         several = (count,) if (count := engine.manifest.model.controlnets) > 1 else ()
         check_bytes("control_image", job.control, (*several, height, width, 3))
+    check_images(engine.manifest.model, job.request, _seen(engine, job))
 
 
 def given_of(engine: Engine, job: Job) -> Given:
@@ -45,13 +55,24 @@ def given_of(engine: Engine, job: Job) -> Given:
     request = job.request
     height, width = request.height, request.width
     control = None if job.control is None else controls_from_bytes(job.control, height, width)
+    seen = _seen(engine, job)
     mask = None if job.mask is None else mask_from_bytes(job.mask, height, width)
     if job.handed is not None:
         latents, sources = unpacked(job.handed, request.images, _latents(engine, request))
-        return Given(sources, over=Over(latents, mask), control=control)
+        return Given(sources, over=Over(latents, mask), control=control, ip_adapter_images=seen)
     over = None if job.image is None else Over(from_bytes(job.image, height, width), mask)
     generators = [generator(seed) for seed in request.seeds] if job.hands_over else None
-    return Given(generators, over=over, control=control)
+    return Given(generators, over=over, control=control, ip_adapter_images=seen)
+
+
+def _seen(engine: Engine, job: Job) -> Tensor | None:
+    """The images of IP-Adapters. Raises `RequestError` where they are more or fewer bytes than there are."""
+    if job.ip_adapter is None:
+        return None
+    model = engine.manifest.model
+    check_taken(model)
+    side = processor_of(model).crop
+    return pixels_from_bytes("ip_adapter_image", job.ip_adapter, (len(model.ip_adapters), side, side, 3))
 
 
 def _latents(engine: Engine, request: Request) -> tuple[int, int, int]:

@@ -24,7 +24,15 @@ def parts_of(job: Job, base: EngineInfo, refiner: Model) -> tuple[Job, Job]:
     switch_at, request = job.refiner.switch_at, job.request
     begun, finished = halves(request, switch_at, refiner)
     origin = Origin(base.name, base.unet_digest, switch_at, request.strength)
-    second = replace(job, engine=job.refiner.engine, request=finished, previews=0, image=None, control=None)
+    second = replace(
+        job,
+        engine=job.refiner.engine,
+        request=finished,
+        previews=0,
+        image=None,
+        control=None,
+        ip_adapter=None,
+    )
     return (
         replace(job, request=begun, refiner=None, hands_over=True),
         replace(second, refiner=None, origin=origin),

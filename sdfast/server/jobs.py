@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from sdfast.manifest import ImageProcessor
 from sdfast.request import Request
 
 
@@ -40,8 +41,9 @@ class Job:
     image: what is drawn over, as `request.strength` says: bytes of RGB pixels [height, width, 3] uint8, of
     the request's size. mask: what of it is drawn anew: bytes [height, width] uint8, 255 there, 0 where the
     image stays; with an image only. control: the control images of an engine with ControlNets, each as
-    `image`, one after the other; beside the others or alone. Of files, and of what is inside them, the engine
-    side knows nothing.
+    `image`, one after the other; beside the others or alone. ip_adapter: the images of an engine with
+    IP-Adapters, made ready for its image encoder: bytes [S, S, 3] uint8 of each, one after the other. Of
+    files, and of what is inside them, the engine side knows nothing.
 
     refiner: who goes on with its pictures; the studio makes a job of each engine's part. The first one's
     hands_over, so that it ends with what the second's is handed (see `handover`) in place of PNGs; origin:
@@ -56,6 +58,7 @@ class Job:
     image: bytes | None = None
     mask: bytes | None = None
     control: bytes | None = None
+    ip_adapter: bytes | None = None
     handed: bytes | None = None
     refiner: Refiner | None = None
     hands_over: bool = False
@@ -148,7 +151,8 @@ class EngineInfo:
     by which a picture's parameters name the model. edits: whether it takes a job's image. embeddings: by
     their tokens, of how many vectors they are; text_width: of one, for all text encoders together.
     controlnets: names of its ControlNets, in their order, by which AUTOMATIC1111's clients know them. loras:
-    names of the LoRAs that requests choose.
+    names of the LoRAs that requests choose. ip_adapters: those of its IP-Adapters, as of ControlNets;
+    image_processor: how images are made ready for them.
     step_cache: whether it takes a `cache_interval`. refines: whether it is SDXL's refiner, whose jobs all
     have an image. instructed: whether its jobs all have one to edit, and `image_guidance_scale`.
     """
@@ -167,6 +171,8 @@ class EngineInfo:
     text_width: int = 0
     controlnets: tuple[str, ...] = ()
     loras: tuple[str, ...] = ()
+    ip_adapters: tuple[str, ...] = ()
+    image_processor: ImageProcessor | None = None
     step_cache: bool = False
     refines: bool = False
     instructed: bool = False

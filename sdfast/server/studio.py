@@ -12,7 +12,7 @@ from pathlib import Path, PurePath
 from sdfast.errors import EngineError, RequestError
 from sdfast.experts import check_alike
 from sdfast.infotext import unet_digest
-from sdfast.manifest import AddedControlNet, Manifest, read_manifest
+from sdfast.manifest import AddedControlNet, AddedIPAdapter, Manifest, read_manifest
 from sdfast.request import Request
 from sdfast.server.in_turn import in_turn, parts_of
 from sdfast.server.jobs import EngineInfo, Event, Job, Statistics
@@ -126,6 +126,8 @@ def info_of(manifest: Manifest) -> EngineInfo:
         edits=manifest.edits,
         controlnets=tuple(map(controlnet_name, manifest.checkpoint.controlnets)),
         loras=manifest.model.loras,
+        ip_adapters=tuple(map(ip_adapter_name, manifest.checkpoint.ip_adapters)),
+        image_processor=manifest.model.image_processor,
         embeddings={one.token: one.vectors for one in manifest.checkpoint.embeddings},
         text_width=manifest.model.text_width,
         step_cache=manifest.model.step_cache is not None,
@@ -138,3 +140,8 @@ def controlnet_name(controlnet: AddedControlNet) -> str:
     """As sd-webui-controlnet lists ControlNets: the file's or folder's name, and how its digest begins."""
     digest, source = min(controlnet.weights.items())[1], PurePath(controlnet.source)
     return f"{source.stem if source.suffix == '.safetensors' else source.name} [{digest[:8]}]"
+
+
+def ip_adapter_name(adapter: AddedIPAdapter) -> str:
+    """As it lists IP-Adapters."""
+    return f"{PurePath(adapter.file or adapter.source).stem} [{adapter.digest[:8]}]"

@@ -16,6 +16,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from sdfast.errors import RequestError
+from sdfast.image_processor import prepared
+from sdfast.manifest import ImageProcessor
 from sdfast.request import shown
 from sdfast.server.problems import Problem
 
@@ -80,6 +83,14 @@ def pixels(image: Image.Image, height: int, width: int) -> bytes:
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.LANCZOS)
     return image.tobytes()
+
+
+def seen(image: Image.Image, processor: ImageProcessor, field: str) -> bytes:
+    """Pixels for `Job.ip_adapter` of one image, on white where it is transparent. Raises `Problem`."""
+    try:
+        return prepared(on_white(image), processor).tobytes()
+    except RequestError as error:
+        raise _refused(field, str(error).partition(": ")[2]) from None
 
 
 def on_white(image: Image.Image) -> Image.Image:

@@ -26,6 +26,7 @@ from sdfast.validation import rule
 from sdfast.validation.control import control_images, control_settings, measure_control
 from sdfast.validation.counterpart import counterpart
 from sdfast.validation.inpainting import Scene, measure_edited, measure_told
+from sdfast.validation.ip_adapter import adapter_images, image_settings, measure_images
 from sdfast.validation.metrics import psnr, ssim
 from sdfast.validation.modules import Stock, measure, scheduler_error, token_ids
 from sdfast.validation.pictures import Picture, Repetition, compare_picture, draw, repeat
@@ -92,7 +93,8 @@ def validate(
 
     What an engine whose U-Net is for inpainting draws, it draws over the masked part of an image (`Scene`),
     and SDXL's refiner over the whole of it; what one with ControlNets draws, under the guidance of
-    `control_images`. LoRAs that requests choose are all added, each with a scale of 1, and once none of them.
+    `control_images`; what one with IP-Adapters draws, like `adapter_images`. LoRAs that requests choose are
+    all added, each with a scale of 1, and once none of them.
 
     Writes `validation/report.json` and `validation/report.html` into the engine, and the figures into its
     manifest. An engine that differs makes a report whose `passed` is False, not an error.
@@ -124,7 +126,8 @@ def validate(
     scene = Scene.make(first.height, first.width, masked=model.inpaints) if model.draws_over else None
     count = engine.manifest.model.controlnets
     control = control_images(count, first.height, first.width) if count else None
-    trials = [_trial(engine, sides, own, scene, control, tell) for own in requests]
+    seen = adapter_images(model)
+    trials = [_trial(engine, sides, own, scene, control, seen, tell) for own in requests]
     over = []
     if engine.manifest.edits and not model.instructed:  # all that such a one draws is of one kind
         over = _over_trial(engine, sides, trials[0], scene, tell)
@@ -184,6 +187,7 @@ def _requests(
     strength = 1.0 if model.inpaints or model.scored else None
     controlnets = model.controlnets
     control = control_settings(controlnets) if controlnets else {}
+    control |= image_settings(len(engine.manifest.model.ip_adapters))
     requests = [
         [
             Request.make(
@@ -250,6 +254,7 @@ def _trial(
     requests: Sequence[Request],
     scene: Scene | None,
     control: Tensor | None,
+    seen: Tensor | None,
     tell: Progress,
 ) -> _Trial:
     pipe = Pipeline(engine)
@@ -265,7 +270,7 @@ def _trial(
     pictures = []
     for i, request in enumerate(requests):
         tell(f"{name}: picture {i + 1} of {len(requests)}")
-        pictures.append(compare_picture(pipe, sides.exact, sides.same, request, wanted, over, control))
+        pictures.append(compare_picture(pipe, sides.exact, sides.same, request, wanted, over, control, seen))
     return _Trial(name, plan, pictures)
 
 
@@ -285,8 +290,8 @@ def _over_trial(
     pipe.set_progress_bar_config(disable=True)
     request = trial.pictures[0].request.model_copy(update={"strength": STRENGTH})
     drawn_over = scene.over if scene else Over(trial.pictures[-1].truth.image[None])
-    control = trial.pictures[0].control
-    picture = compare_picture(pipe, sides.exact, sides.same, request, over=drawn_over, control=control)
+    _, control, seen = trial.pictures[0].told
+    picture = compare_picture(pipe, sides.exact, sides.same, request, (), drawn_over, control, seen)
     return [_Trial(name, trial.plan, [picture])]
 
 
@@ -320,7 +325,7 @@ def _price(
             fewer, steps = _guided_in(picture.request, start, end), len(trial.plan)
             guided = pipe.prompts.guided(fewer)
             rows, all_rows = rows + steps + guided * len(fewer.guided(steps)), all_rows + steps * (1 + guided)
-            image = draw(pipe, fewer, picture.over, picture.control).images[0]
+            image = draw(pipe, fewer, *picture.told).images[0]
             drawn.append((image, picture.truth.image))
     return Price(
         guidance_start=start,
@@ -357,6 +362,7 @@ def _judge(
         measured.append(measure_edited(engine, sides, scene, trials[0].pictures))
     if engine.manifest.model.controlled:
         measured += measure_control(engine, sides, trials[0].pictures)
+    measured += measure_images(engine, sides, trials[0].pictures)
     if engine.step_cache is not None:
         measured += measure_step_cache(engine, engine.step_cache, sides, trials[0].pictures)
     checks = [_same_tokens(engine, sides.exact, texts), _same_scheduler(engine, reference)]
@@ -434,6 +440,7 @@ def _setting(engine: Engine, reference: Checkpoint, request: Request, start: flo
         refines=manifest.model.scored,
         instructed=manifest.model.instructed,
         controlnet=", ".join(str(added.record()) for added in reference.controlnets) or None,
+        ip_adapters=tuple(str(adapter.record()) for adapter in reference.ip_adapters),
         device=str(engine.device),
         checkpoint=reference.source
         if reference.revision is None

@@ -80,7 +80,7 @@ def _embedded(pipe: Any, picture: Picture) -> Tensor:
 def _told(engine: Engine, picture: Picture, control: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """The embedded images and the scales, like those given; NaN where the engine's numbers are none."""
     try:
-        given = Given(over=picture.over, control=picture.control)
+        given = Given(over=picture.over, control=picture.control, ip_adapter_images=picture.seen)
         [row] = Pipeline(engine).prepare(picture.request, given).rows
     except NumericalError:
         return torch.full_like(control, math.nan), torch.full_like(scales, math.nan)

@@ -8,7 +8,7 @@ from sdfast.errors import CheckpointError, EngineError
 from sdfast.export.additions import as_made
 from sdfast.export.checkpoint import Checkpoint, resolve
 from sdfast.export.one_file import Found
-from sdfast.manifest import AddedControlNet, FromFile
+from sdfast.manifest import AddedControlNet, FromFile, UsedImageEncoder
 
 
 def counterpart(engine: Engine, given: str | Path | None) -> tuple[Checkpoint, list[str]]:
@@ -30,11 +30,12 @@ def counterpart(engine: Engine, given: str | Path | None) -> tuple[Checkpoint, l
     else:
         found = as_made(resolve(given), engine.manifest)
     changed = _changed(
-        _all_digests(made_from.weights, made_from.beside, made_from.controlnets),
+        _all_digests(made_from.weights, made_from.beside, made_from.controlnets, made_from.image_encoder),
         _all_digests(
             found.digests(),
-            (*found.loras, *found.chosen, *found.embeddings),
+            (*found.loras, *found.chosen, *found.embeddings, *found.ip_adapters),
             [controlnet.record() for controlnet in found.controlnets],
+            None if found.image_encoder is None else found.image_encoder.record(),
         ),
     )
     if not changed:
@@ -62,7 +63,10 @@ def _beside_graphs(engine: Engine, given: str | Path | None) -> tuple[Checkpoint
 
 
 def _all_digests(
-    weights: Mapping[str, str], beside: Iterable[Found | FromFile], controlnets: Sequence[AddedControlNet]
+    weights: Mapping[str, str],
+    beside: Iterable[Found | FromFile],
+    controlnets: Sequence[AddedControlNet],
+    image_encoder: UsedImageEncoder | None,
 ) -> dict[str, str]:
     """What a network is made of: digests by name."""
     return {
@@ -73,6 +77,7 @@ def _all_digests(
             for beside_as, one in zip(_controlnets(len(controlnets)), controlnets, strict=True)
             for name, digest in one.weights.items()
         },
+        **{f"image encoder {n}": d for n, d in (image_encoder.weights if image_encoder else {}).items()},
     }
 
 

@@ -1,10 +1,12 @@
 """Drawing with the stock pipeline: a request of sdfast's, in diffusers' own arguments and pipelines."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from sdfast.errors import BackendError, RequestError
 from sdfast.first_latents import Over
@@ -36,6 +38,7 @@ def generate(
     over: Over | None = None,
     control: torch.Tensor | None = None,
     cache_branch: int | None = None,
+    ip_adapter_images: torch.Tensor | None = None,
 ) -> Any:
     """The pictures of `request` by the stock pipeline, the way sdfast's `Pipeline.generate` draws them.
 
@@ -43,6 +46,8 @@ def generate(
     request names. over: what a request with an image is drawn over, by the stock pipeline for that, on the
     networks of `pipe`. control: the control images of a pipeline with N ControlNets, [m, N 3, H, W], which
     the pictures take in turn. cache_branch: of a request with a `cache_interval`, see `cached_steps`.
+    ip_adapter_images: of a pipeline with IP-Adapters, as `sdfast.ip_adapter.read_images` gives them; without,
+    it is told of black ones that count for nothing.
     Returns a list of PIL images; or for `output_type="pt"` a tensor [n, 3, H, W] float32 in [0, 1], for
     "latent" the latents [n, C, h, w] float32.
 
@@ -56,7 +61,9 @@ def generate(
             "otherwise, or draw with an engine"
         )
     if request.hires is not None:
-        return _generate_twice(pipe, request, request.hires, scheduler, output_type, cache_branch)
+        return _generate_twice(
+            pipe, request, request.hires, scheduler, output_type, cache_branch, ip_adapter_images
+        )
     set_loras(pipe, {name: request.lora_scales(name) for name in request.loras})
     drawing = pipe if over is None or is_instructed(pipe) else _pipeline_over(pipe, request, over)
     own = drawing.scheduler
@@ -64,7 +71,9 @@ def generate(
     try:
         with quiet():
             parts = [
-                _generate_one(drawing, request, i, output_type, over, control, cache_branch)
+                _generate_one(
+                    drawing, request, i, output_type, over, control, cache_branch, ip_adapter_images
+                )
                 for i in range(len(request.prompts))
             ]
     finally:
@@ -75,21 +84,37 @@ def generate(
 
 
 def _generate_twice(
-    pipe: Any, request: Request, hires: Hires, scheduler: Any, output_type: str, cache_branch: int | None
+    pipe: Any,
+    request: Request,
+    hires: Hires,
+    scheduler: Any,
+    output_type: str,
+    cache_branch: int | None,
+    ip_adapter_images: torch.Tensor | None,
 ) -> Any:
     """Text to image, what that gives enlarged, and image to image over it."""
+
+    def draw(asked: Request, scheduler: Any, output_type: str, over: Over | None = None) -> Any:
+        return generate(
+            pipe,
+            asked,
+            scheduler=scheduler,
+            output_type=output_type,
+            over=over,
+            cache_branch=cache_branch,
+            ip_adapter_images=ip_adapter_images,
+        )
+
     first, second = request.model_copy(update={"hires": None}), request.passes[-1]
     factor = pipe.vae_scale_factor
     if hires.latent:
-        latents = generate(pipe, first, scheduler=scheduler, output_type="latent", cache_branch=cache_branch)
+        latents = draw(first, scheduler, "latent")
         over = Over(enlarged_latents(latents, request, hires, factor))
     else:
-        images = generate(pipe, first, scheduler=scheduler, cache_branch=cache_branch)
+        images = draw(first, scheduler, "pil")
         over = Over(enlarged_images(np.stack(images), request, hires, factor))
     own = None if hires.scheduler is not None else scheduler
-    return generate(
-        pipe, second, scheduler=own, output_type=output_type, over=over, cache_branch=cache_branch
-    )
+    return draw(second, own, output_type, over)
 
 
 def _pipeline_over(pipe: Any, request: Request, over: Over) -> Any:
@@ -151,6 +176,27 @@ def _control_arguments(
     return {"image" if over is None else "control_image": list(images) if count > 1 else images[0], **told}
 
 
+def _adapter_arguments(pipe: Any, request: Request, images: torch.Tensor | None) -> dict[str, Any]:
+    """What a stock pipeline with IP-Adapters is told of their images, once it knows how much they count."""
+    if getattr(pipe, "image_encoder", None) is None:
+        return {}
+    count = pipe.unet.encoder_hid_proj.num_ip_adapters
+    scale = request.ip_adapter_scale
+    if images is None or scale is None:
+        side = pipe.feature_extractor.crop_size["height"]
+        images, scale = torch.zeros(count, side, side, 3, dtype=torch.uint8), 0.0
+    several = scale if isinstance(scale, tuple) else (scale,) * count
+    pipe.set_ip_adapter_scale([_as_lists(one) for one in several])
+    return {"ip_adapter_image": [Image.fromarray(image.numpy()) for image in images]}
+
+
+def _as_lists(scale: Any) -> Any:
+    """A scale as diffusers takes it, which knows lists alone."""
+    if isinstance(scale, Mapping):
+        return {name: _as_lists(part) for name, part in scale.items()}
+    return list(scale) if isinstance(scale, tuple) else scale
+
+
 def _generate_one(
     pipe: Any,
     request: Request,
@@ -159,6 +205,7 @@ def _generate_one(
     over: Over | None = None,
     control: torch.Tensor | None = None,
     cache_branch: int | None = None,
+    ip_adapter_images: torch.Tensor | None = None,
 ) -> Any:
     """The pictures of one prompt: diffusers takes a missing negative prompt for all prompts or for none."""
     count = request.num_images_per_prompt
@@ -178,6 +225,7 @@ def _generate_one(
         run |= _over_arguments(request, rows, over)
     if control is not None:
         run |= _control_arguments(request, rows, control, over)
+    run |= _adapter_arguments(pipe, request, ip_adapter_images)
     run |= _text_arguments(pipe, request, index) if is_plain(request) else embeddings(pipe, request, index)
     run |= _model_arguments(pipe, request)
     run |= _ends(pipe, request)

@@ -98,7 +98,7 @@ def measure_edited(engine: Engine, stock: Stock, scene: Scene, pictures: Sequenc
 def _told(engine: Engine, scene: Scene, picture: Picture, truth: Tensor) -> Tensor:
     """[1 + C, h, w] float32, like `truth`; NaN where the encoder gives no numbers."""
     try:
-        given = Given(over=scene.over, control=picture.control)
+        given = Given(over=scene.over, control=picture.control, ip_adapter_images=picture.seen)
         [row] = Pipeline(engine).prepare(picture.request, given).rows
     except NumericalError:
         return torch.full_like(truth, math.nan)

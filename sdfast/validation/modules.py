@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -17,11 +17,12 @@ from torch import Tensor
 from sdfast.control import embedded
 from sdfast.engine import Engine
 from sdfast.errors import EngineError
+from sdfast.ip_adapter import by_transformer, scaled
 from sdfast.manifest import CONTROL
 from sdfast.noise import BrownianNoise, NoiseSource, OwnNoise, generator
 from sdfast.schedulers import Schedule
 from sdfast.validation.metrics import Error, compare
-from sdfast.validation.observe import Run, StepInputs, StepOutputs, observed_step
+from sdfast.validation.observe import Images, Run, StepInputs, StepOutputs, observed_step
 from sdfast.validation.reading import written_out
 from sdfast.validation.reference import as_reference, set_loras, tokenizers_of
 
@@ -166,24 +167,28 @@ def _unet(
     contexts = [_context(engine, step) for step in steps]
     shifts = [_time_shift(engine, step) for step in steps]
     controls = [_control(engine, step) for step in steps]
-    whole = [
-        _output(engine, step, shift, context, control, height, width)
-        for step, shift, context, control in zip(steps, shifts, contexts, controls, strict=True)
-    ]
+    images = [image_contexts(engine, step) for step in steps]
+    told = [Told(*parts) for parts in zip(shifts, contexts, controls, images, strict=True)]
+    whole = [_output(engine, step, one, height, width) for step, one in zip(steps, told, strict=True)]
     in_one = measured("step", "context + time_shift + unet", whole, lambda outputs: outputs.output)
     if engine.manifest.checkpoint.graphs is not None:  # their U-Net has the conditioning inside
         yield in_one
         return
-    alone = [
-        _output(engine, step, truth.time_shift, truth.context, truth.control, height, width)
-        for step, truth in zip(steps, truths, strict=True)
-    ]
+    stocks = [Told(one.time_shift, one.context, one.control, one.image_contexts) for one in truths]
+    alone = [_output(engine, step, one, height, width) for step, one in zip(steps, stocks, strict=True)]
     own_controls = [control for control in controls if control is not None]
     yield measured("context", "keys and values of the prompt", contexts, lambda outputs: outputs.context)
     yield measured("time_shift", "time projections", shifts, lambda outputs: outputs.time_shift)
     if own_controls:
         what = "the embedded control image"
         yield measured(CONTROL, what, own_controls, lambda outputs: cast(Tensor, outputs.control))
+    for number, adapter in enumerate(engine.manifest.model.ip_adapters):
+        yield measured(
+            adapter.module,
+            "keys and values of an image",
+            [one[number] for one in images],
+            lambda outputs, number=number: outputs.image_contexts[number],  # type: ignore[misc]
+        )
     yield measured("unet", "on the reference's context and shifts", alone, lambda outputs: outputs.output)
     yield in_one
 
@@ -207,19 +212,34 @@ def _control(engine: Engine, step: StepInputs) -> Tensor | None:
     return None if step.control is None else embedded(engine, step.control.image)
 
 
-def _output(
-    engine: Engine,
-    step: StepInputs,
-    time_shift: Tensor,
-    context: Tensor,
-    control: Tensor | None,
-    height: int,
-    width: int,
-) -> Tensor:
-    tensors = {"sample": step.sample, "time_shift": time_shift, "context": context}
-    if step.control is not None and control is not None:
-        scales = time_shift.new_tensor(step.control.scales).expand(len(time_shift), -1)
-        tensors |= {"time_shift": torch.cat([time_shift, scales], dim=1), "control": control}
+def image_contexts(engine: Engine, step: StepInputs) -> tuple[Tensor, ...]:
+    """Of the image of each IP-Adapter, of what stock's own encoder saw in it."""
+    if step.images is None:
+        return ()
+    named = zip(engine.manifest.model.ip_adapters, step.images.embeds, strict=True)
+    return tuple(
+        engine.call(adapter.module, as_inputs(engine, {"image": embeds.squeeze(1)}))["image_context"]
+        for adapter, embeds in named
+    )
+
+
+class Told(NamedTuple):
+    """What a U-Net is told of a step: see `StepOutputs`."""
+
+    time_shift: Tensor
+    context: Tensor
+    control: Tensor | None
+    images: Sequence[Tensor]
+
+
+def _output(engine: Engine, step: StepInputs, told: Told, height: int, width: int) -> Tensor:
+    shift = told.time_shift
+    tensors = {"sample": step.sample, "time_shift": shift, "context": told.context}
+    if step.control is not None and told.control is not None:
+        scales = shift.new_tensor(step.control.scales).expand(len(shift), -1)
+        tensors |= {"time_shift": torch.cat([shift, scales], dim=1), "control": told.control}
+    if step.images is not None:
+        tensors["image_context"] = scaled_contexts(engine, step, told.images)
     tensors["time_shift"] = with_lora_scales(engine, step, tensors["time_shift"])
     return engine.call("unet", as_inputs(engine, tensors), height, width)["output"]
 
@@ -228,6 +248,13 @@ def with_lora_scales(engine: Engine, step: StepInputs, time_shift: Tensor) -> Te
     """The time shifts, and behind them how much of each LoRA is added."""
     scales = time_shift.new_tensor([step.loras[name][1] for name in engine.manifest.model.loras])
     return torch.cat([time_shift, scales.expand(len(time_shift), -1)], dim=1)
+
+
+def scaled_contexts(engine: Engine, step: StepInputs, images: Sequence[Tensor]) -> Tensor:
+    """[B, I, KV], as the U-Net is told them. step: with images."""
+    model, scales = engine.manifest.model, cast(Images, step.images).scales
+    each = zip(images, scales, strict=True)
+    return torch.cat([scaled(one, model, by_transformer(model, scale)) for one, scale in each], dim=1)
 
 
 def as_inputs(engine: Engine, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Watching the stock pipeline at work: what it computes on the way to a picture, as it computes it."""
 
 import functools
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,15 @@ class Control:
 
 
 @dataclass(frozen=True)
+class Images:
+    """What a stock U-Net is given of the images of IP-Adapters: of each what its projection reads, [B, 1, D]
+    or [B, 1, N, D], and how much it counts."""
+
+    embeds: tuple[Tensor, ...]
+    scales: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class StepInputs:
     """What the stock U-Net is given in step `index`. B is 2 with guidance: negative prompt, then prompt; and
     3 where an image is edited: prompt and image, image, neither.
@@ -31,8 +41,8 @@ class StepInputs:
     sample: [B, C, h, w], scaled for the network. hidden_states: [B, L, D].
     conditions: text_embeds [B, P] and time_ids [B, 6] (SDXL; [B, 5] its refiner), timestep_cond [B, W]
         (LCM), where it has them.
-    control: what its ControlNets are given, if it has some. loras: how much is added of the LoRAs that
-        requests choose, in the text encoders and in the U-Net.
+    control: what its ControlNets are given, if it has some. images: what it is told by IP-Adapters, likewise.
+    loras: how much is added of the LoRAs that requests choose, in the text encoders and in the U-Net.
     """
 
     index: int
@@ -41,6 +51,7 @@ class StepInputs:
     hidden_states: Tensor
     conditions: Mapping[str, Tensor]
     control: Control | None = None
+    images: Images | None = None
     loras: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
@@ -49,13 +60,14 @@ class StepOutputs:
     """What it computes: the packed context [B, L, KV] and time shifts [B, T], and the output [B, C, h, w].
 
     Of N ControlNets, context and time shifts follow the U-Net's; control: the embedded images
-    [B, N C_0, h, w].
+    [B, N C_0, h, w]. image_contexts: of the image of each IP-Adapter, [B, T, KV], whatever it counts.
     """
 
     context: Tensor
     time_shift: Tensor
     output: Tensor
     control: Tensor | None = None
+    image_contexts: tuple[Tensor, ...] = ()
 
 
 @dataclass
@@ -86,15 +98,18 @@ def observed_run(
     wanted: Collection[int] = (),
     over: Over | None = None,
     control: Tensor | None = None,
+    seen: Tensor | None = None,
 ) -> Run:
     """The first picture of `request` by the stock pipeline, with the U-Net's inputs at the `wanted` steps.
 
     over: what it is drawn over. control: the control images of a pipeline with N ControlNets, [1, N 3, H, W].
+    seen: the images of one with IP-Adapters, see `generate`.
     """
     drawn_over = over is not None and request.image_guidance_scale is None
     run = Run(request.seed, drawn_over, masked=over is not None and over.mask is not None)
     scheduler = _watched_scheduler(stock_scheduler(pipe, request.scheduler), run)
     asked = {"scheduler": scheduler, "output_type": "pt", "over": over, "control": control}
+    asked["ip_adapter_images"] = seen
     scales = {name: request.lora_scales(name) for name in request.loras}
     with _watched(step_networks(pipe), run, wanted, scales):
         run.image = generate(pipe, request, **asked)[0].cpu()
@@ -109,7 +124,7 @@ def _watched(
     count = 0
     given_to: list[tuple[Tensor, float]] = []
 
-    def before_unet(_module: Any, args: tuple[Any, ...], given: dict[str, Any]) -> None:
+    def before_unet(unet: Any, args: tuple[Any, ...], given: dict[str, Any]) -> None:
         nonlocal count
         control = None
         if given_to:
@@ -118,7 +133,8 @@ def _watched(
             run.scales.append(scales)
             given_to.clear()
         if count in wanted:
-            run.steps.append(replace(_step_inputs(count, args[0], args[1], given, control), loras=loras))
+            inputs = _step_inputs(unet, count, args[0], args[1], given, control)
+            run.steps.append(replace(inputs, loras=loras))
         count += 1
 
     def before_controlnet(_module: Any, _args: tuple[Any, ...], given: dict[str, Any]) -> None:
@@ -137,9 +153,18 @@ def _watched(
 
 
 def _step_inputs(
-    index: int, sample: Tensor, timestep: Tensor, given: Mapping[str, Any], control: Control | None
+    unet: Any,
+    index: int,
+    sample: Tensor,
+    timestep: Tensor,
+    given: Mapping[str, Any],
+    control: Control | None,
 ) -> StepInputs:
     conditions = {**(given.get("added_cond_kwargs") or {}), "timestep_cond": given.get("timestep_cond")}
+    images = None
+    if (embeds := conditions.pop("image_embeds", None)) is not None:
+        scales = next(one.scale for one in unet.attn_processors.values() if hasattr(one, "to_k_ip"))
+        images = Images(tuple(one.clone() for one in embeds), tuple(scales))
     return StepInputs(
         index,
         float(timestep),
@@ -147,6 +172,7 @@ def _step_inputs(
         given["encoder_hidden_states"].clone(),
         {name: value.clone() for name, value in conditions.items() if value is not None},
         control,
+        images,
     )
 
 
@@ -180,7 +206,11 @@ def observed_step(pipe: Any, given: StepInputs) -> StepOutputs:
     context = torch.cat([part for one in seen for part in one.context], dim=-1)
     shifts = torch.cat([part for one in seen for part in one.shifts], dim=-1)
     controls = [one.control for one in seen if one.control is not None]
-    return StepOutputs(context, shifts, output, torch.cat(controls, dim=1) if controls else None)
+    images = tuple(torch.cat(parts, dim=-1).squeeze(1) for parts in seen[0].images.values())
+    return StepOutputs(context, shifts, output, torch.cat(controls, dim=1) if controls else None, images)
+
+
+_OF_IMAGES = re.compile(r"attn2\.processor\.to_[kv]_ip\.(\d+)$")
 
 
 class _Seen:
@@ -190,10 +220,14 @@ class _Seen:
         self.context: list[Tensor] = []
         self.shifts: list[Tensor] = []
         self.control: Tensor | None = None
+        self.images: dict[str, list[Tensor]] = {}  # of each IP-Adapter, by its number
         self._handles = []
         for name, module in network.named_modules():
             if name.endswith(("attn2.to_k", "attn2.to_v")):
                 self._handles.append(module.register_forward_hook(self._see_context))
+            if match := _OF_IMAGES.search(name):
+                hook = _kept_in(self.images.setdefault(match[1], []))
+                self._handles.append(module.register_forward_hook(hook))
             if hasattr(module, "time_emb_proj"):
                 hook = _shift_of(module, self.shifts)
                 self._handles.append(module.time_emb_proj.register_forward_hook(hook))
@@ -209,6 +243,10 @@ class _Seen:
 
     def _see_control(self, _module: Any, _args: Any, output: Tensor) -> None:
         self.control = output
+
+
+def _kept_in(parts: list[Tensor]) -> Callable[[Any, Any, Tensor], None]:
+    return lambda _module, _args, output: parts.append(output)
 
 
 def _shift_of(block: Any, shifts: list[Tensor]) -> Callable[[Any, Any, Tensor], None]:
@@ -229,7 +267,7 @@ def evaluate(pipe: Any, given: StepInputs) -> Tensor:
     def cast(tensor: Tensor) -> Tensor:
         return tensor.to(unet.device, unet.dtype)
 
-    conditions = {name: cast(value) for name, value in given.conditions.items()}
+    conditions: dict[str, Any] = {name: cast(value) for name, value in given.conditions.items()}
     timestep_cond = conditions.pop("timestep_cond", None)
     timestep = torch.tensor(given.timestep, device=unet.device)
     shared: dict[str, Any] = {
@@ -251,5 +289,8 @@ def evaluate(pipe: Any, given: StepInputs) -> Tensor:
             **shared,
         )
         added = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+    if given.images is not None:  # of which ControlNets are told nothing
+        embeds = [cast(one) for one in given.images.embeds]
+        shared["added_cond_kwargs"] = {**conditions, "image_embeds": embeds}
     output: Tensor = unet(cast(given.sample), timestep, timestep_cond=timestep_cond, **shared, **added)[0]
     return output

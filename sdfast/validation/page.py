@@ -40,6 +40,7 @@ def page(report: Report, pictures: Sequence[Picture]) -> str:
         shown=[_shown(p, figures) for p, figures in zip(pictures, report.pictures, strict=True)],
         scene=_scene(pictures[0].over) if report.setting.inpaints else None,
         controls=_controls(pictures[0].control),
+        seen=_seen(pictures[0].seen),
         gauge=Gauge.of(report.modules),
         drift=Drift.of(report.pictures),
         rule={
@@ -57,6 +58,11 @@ def page(report: Report, pictures: Sequence[Picture]) -> str:
 def _controls(control: Tensor | None) -> list[str]:
     """The control images [1, N 3, H, W] as data URIs."""
     return [] if control is None else [png(one) for one in control.reshape(-1, 3, *control.shape[2:])]
+
+
+def _seen(images: Tensor | None) -> list[str]:
+    """IP-Adapters' images [A, S, S, 3] uint8 as data URIs."""
+    return [] if images is None else [png(one.permute(2, 0, 1) / 255) for one in images]
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ class Picture:
     """One picture by the engine, by the float32 stock pipeline, and by that in the engine's own dtype.
 
     over: what it was drawn over. control: of an engine with N ControlNets, their images, [1, N 3, H, W].
+    seen: of one with IP-Adapters theirs, see `sdfast.ip_adapter.read_images`.
     """
 
     request: Request
@@ -38,6 +39,12 @@ class Picture:
     engine: Drawn
     over: Over | None = None
     control: Tensor | None = None
+    seen: Tensor | None = None
+
+    @property
+    def told(self) -> tuple[Over | None, Tensor | None, Tensor | None]:
+        """What it was drawn with, as `draw` takes it."""
+        return self.over, self.control, self.seen
 
     @property
     def image(self) -> Tensor:
@@ -67,7 +74,13 @@ class Repetition:
     batched: list[tuple[Tensor, Tensor]]
 
 
-def draw(pipe: Pipeline, request: Request, over: Over | None = None, control: Tensor | None = None) -> Drawn:
+def draw(
+    pipe: Pipeline,
+    request: Request,
+    over: Over | None = None,
+    control: Tensor | None = None,
+    seen: Tensor | None = None,
+) -> Drawn:
     """Run the engine. A picture that it refuses to make, being no number, is a picture of NaN."""
     latents: list[Tensor] = []
 
@@ -75,7 +88,8 @@ def draw(pipe: Pipeline, request: Request, over: Over | None = None, control: Te
         latents.append(tensors["latents"].float().cpu().clone())
 
     try:
-        images = pipe.generate(request, Given(over=over, control=control), "pt", keep).images.cpu()
+        given = Given(over=over, control=control, ip_adapter_images=seen)
+        images = pipe.generate(request, given, "pt", keep).images.cpu()
     except NumericalError:
         images = torch.full((request.images, 3, request.height, request.width), torch.nan)
     return Drawn(images, latents)
@@ -89,22 +103,31 @@ def compare_picture(
     wanted: Sequence[int] = (),
     over: Over | None = None,
     control: Tensor | None = None,
+    seen: Tensor | None = None,
 ) -> Picture:
-    """One picture on all sides, if `over` is given over that, and if `control` is given under its guidance.
+    """One picture on all sides, if `over` is given over that, if `control` is given under its guidance, and
+    if `seen` is given like that.
 
     wanted: steps whose U-Net inputs the float32 run keeps.
     """
-    truth = observed_run(exact, request, wanted, over, control)
-    reduced = _reduced_run(same, request, over, control)
-    return Picture(request, truth, reduced, draw(pipe, request, over, control), over, control)
+    told = over, control, seen
+    truth = observed_run(exact, request, wanted, *told)
+    reduced = _reduced_run(same, request, *told)
+    return Picture(request, truth, reduced, draw(pipe, request, *told), *told)
 
 
-def _reduced_run(same: Any | None, request: Request, over: Over | None, control: Tensor | None) -> Run | None:
+def _reduced_run(
+    same: Any | None,
+    request: Request,
+    over: Over | None,
+    control: Tensor | None,
+    seen: Tensor | None,
+) -> Run | None:
     if same is None:
         return None
     try:
         with DrawnInFloat32():
-            return observed_run(same, request, over=over, control=control)
+            return observed_run(same, request, over=over, control=control, seen=seen)
     except RuntimeError as error:  # torch has no type for an operation that a device lacks in float16
         raise BackendError(
             f"stock diffusers does not run in float16 on {same.device} ({str(error).splitlines()[0]}), so an "
@@ -117,7 +140,7 @@ def repeat(pipe: Pipeline, pictures: Sequence[Picture]) -> Repetition:
 
     All of one scheduler and seed, and over the same image and under the same control image, if any.
     """
-    first, images = pictures[0].request, (pictures[0].over, pictures[0].control)
+    first, images = pictures[0].request, pictures[0].told
     prompts = tuple(picture.request.prompts[0] for picture in pictures)
     negatives = tuple(picture.request.negative_prompts[0] for picture in pictures)
     whole = first.model_copy(update={"prompts": prompts, "negative_prompts": negatives})

@@ -7,7 +7,7 @@ is what makes it a reference.
 import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ContextDecorator, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sdfast.backends.attention import Attention
     from sdfast.export.controlnet import ControlNetSource
     from sdfast.export.embedding import Embedding
+    from sdfast.export.ip_adapter import ImageEncoderSource, IPAdapterSource
     from sdfast.export.lora import Lora, LoraBeside
 
 TASKS = {None: "", False: "Img2Img", True: "Inpaint"}  # of nothing, over an image, and with a mask
@@ -112,6 +113,8 @@ def reference_pipeline(
             _load(pipe, chosen, _adapter(chosen.called))
         for embedding in checkpoint.embeddings:
             _add(pipe, embedding)
+        if checkpoint.image_encoder is not None:
+            _adapt(pipe, checkpoint.ip_adapters, checkpoint.image_encoder)
         pipe = pipe.to(device, dtype)
     _restore_text_model(pipe)
     set_loras(pipe, {})
@@ -260,6 +263,34 @@ def _add(pipe: Any, embedding: "Embedding") -> None:
                 f"embedding {embedding.name}: diffusers does not load it ({first_line(error)}), so there is "
                 "no reference"
             ) from error
+
+
+def _adapt(pipe: Any, adapters: "Sequence[IPAdapterSource]", encoder: "ImageEncoderSource") -> None:
+    """Load IP-Adapters as diffusers' users do: from their files, beside an image encoder and a processor."""
+    import transformers
+
+    processor, cls = encoder.processor, transformers.CLIPVisionModelWithProjection
+    pipe.register_modules(
+        image_encoder=cls.from_pretrained(encoder.folder, use_safetensors=True, local_files_only=True),
+        feature_extractor=transformers.CLIPImageProcessor(
+            size={"shortest_edge": processor.resize},
+            crop_size=processor.crop,
+            image_mean=list(processor.mean),
+            image_std=list(processor.std),
+        ),
+    )
+    try:
+        pipe.load_ip_adapter(
+            [str(adapter.path.parent) for adapter in adapters],
+            subfolder=[""] * len(adapters),
+            weight_name=[adapter.path.name for adapter in adapters],
+            local_files_only=True,
+        )
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        names = " and ".join(adapter.name for adapter in adapters)
+        raise CheckpointError(
+            f"IP-Adapter {names}: diffusers does not load it ({first_line(error)}), so there is no reference"
+        ) from error
 
 
 class _Attending:

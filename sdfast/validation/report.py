@@ -122,7 +122,7 @@ class Setting(_Part):
     were drawn over the masked part of one image; refines: over the whole of it; instructed: whether all edit
     it. controlnet: that all were drawn with, under one control image. loras: that were merged into the
     engine, and fused into the reference, each with its scale; and those that requests choose, of which all
-    was added. embeddings: that both know.
+    was added. embeddings: that both know. ip_adapters: that all were drawn with, each with an image.
     """
 
     engine: str
@@ -135,6 +135,7 @@ class Setting(_Part):
     refines: bool = False
     instructed: bool = False
     controlnet: str | None = None
+    ip_adapters: tuple[str, ...] = ()
     device: str
     checkpoint: str
     loras: tuple[str, ...] = ()
@@ -243,6 +244,7 @@ class Report(_Part):
             f"against {setting.reference}",
             *(f"with LoRA {lora}" for lora in setting.loras),
             *([f"with ControlNet {setting.controlnet}"] if setting.controlnet else []),
+            *(f"with IP-Adapter {adapter}" for adapter in setting.ip_adapters),
             *(f"with embedding {embedding}" for embedding in setting.embeddings),
             f"{setting.width}x{setting.height}, {setting.steps} steps, guidance {setting.guidance_scale:g}, "
             f"seed {setting.seed}{', over the masked part of one image' * setting.inpaints}"

@@ -12,7 +12,14 @@ from sdfast.pipeline import Pipeline
 from sdfast.request import Request
 from sdfast.validation.hooks import cached_steps
 from sdfast.validation.metrics import compare, psnr, ssim
-from sdfast.validation.modules import Measured, Stock, as_inputs, shaped, with_lora_scales
+from sdfast.validation.modules import (
+    Measured,
+    Stock,
+    as_inputs,
+    scaled_contexts,
+    shaped,
+    with_lora_scales,
+)
 from sdfast.validation.observe import StepInputs, evaluate, observed_step
 from sdfast.validation.pictures import Drawn, Picture, draw
 from sdfast.validation.report import CachePrice
@@ -67,10 +74,13 @@ def _own_pair(
 
 
 def _told(engine: Engine, pipe: Any, step: StepInputs) -> dict[str, Tensor]:
-    """What the U-Net is told of a step: stock's own context and shifts."""
+    """What the U-Net is told of a step: stock's own contexts and shifts."""
     outputs = observed_step(pipe, step)
     shift = with_lora_scales(engine, step, outputs.time_shift)
-    return {"sample": step.sample, "time_shift": shift, "context": outputs.context}
+    told = {"sample": step.sample, "time_shift": shift, "context": outputs.context}
+    if step.images is not None:
+        told["image_context"] = scaled_contexts(engine, step, outputs.image_contexts)
+    return told
 
 
 def _stock_pair(
@@ -115,5 +125,5 @@ def price_of_caching(
 
 def _timed(pipe: Pipeline, request: Request, picture: Picture) -> tuple[float, Drawn]:
     start = time.perf_counter()
-    drawn = draw(pipe, request, picture.over)
+    drawn = draw(pipe, request, *picture.told)
     return time.perf_counter() - start, drawn

@@ -275,7 +275,7 @@ class TransformerAfterLinear(nn.Module):
         self.proj_in, self.block = Linear(channels, channels), TransformerBlock(channels, 2, False)
 
     def forward(self, x, k, v):
-        return self.block(self.proj_in(x), iter([k, v]))
+        return self.block(self.proj_in(x), iter([[(k, v)]]))
 
 
 @pytest.mark.parametrize("free", [False, True])

@@ -25,7 +25,7 @@ from sdfast.export.recipe import Recipe
 from sdfast.manifest import read_manifest
 from sdfast.models import layers, ops, unet, vae
 from sdfast.models.text import TextEncoder
-from sdfast.models.unet import UNet, UNetConfig
+from sdfast.models.unet import UNet, UNetConfig, load_unet
 from sdfast.models.vae import VAEConfig, load_vae
 from sdfast.summary import summary
 from tests.checkpoints import build_flat_sd
@@ -444,3 +444,19 @@ def test_the_listing_is_what_the_installed_build_has():
         built = [k.version_range for k in kernels if k.op_name == name and k.domain in (domain, "ai.onnx")]
         for first, _, _ in spans:
             assert any(low <= first <= high for low, high in built), (domain, name, first)
+
+
+def test_attention_to_images_is_the_fused_one(tmp_path):
+    """One more for each image of an IP-Adapter, of as many keys as that has tokens."""
+    from diffusers import UNet2DConditionModel
+
+    weights = randomise(UNet2DConditionModel(**SHALLOW)).state_dict()
+    config, tokens = UNetConfig.from_diffusers(SHALLOW), (4, 16)
+    network, _, _ = load_unet(config, weights, HALF, image_tokens=tokens)
+    inputs = unet_inputs(network, 2, 8, 12, HALF)
+    inputs["image_context"] = torch.randn(2, sum(tokens), sum(network.context_widths)).to(HALF)
+    path = tmp_path / "unet.onnx"
+    export_module(network, inputs, {}, ["output"], path, CUDA)
+    layers_of = count(network, unet.CrossAttention)
+    assert kinds(path)["MultiHeadAttention"] == count(network, unet.SelfAttention) + 3 * layers_of
+    check(path, network, inputs, 5e-3)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from sdfast.export.checkpoint import resolve
-from tests.checkpoints import build_sd
+from tests.checkpoints import build_ip_adapter, build_sd
 from tests.hub.server import TOKEN, Hub, Repo, commit_of, serve
 
 # Answers each line of input, a resolve() call in JSON, with a line of output: what it got, or the error.
@@ -345,3 +345,50 @@ def test_a_controlnet_comes_whole_and_nothing_else(hub: Hub, tiny_controlnet: Pa
     assert half["files"] == ["config.json", "diffusion_pytorch_model.fp16.safetensors", weights]
     assert "a pickle only (diffusion_pytorch_model.bin)" in errors[0]
     assert errors[1].startswith("org/tiny: no config.json, so not a ControlNet")
+
+
+IP_ADAPTERS = """
+import json, sys
+from sdfast.errors import CheckpointError
+from sdfast.export.checkpoint import resolve
+from sdfast.export.ip_adapter import with_ip_adapters
+from sdfast.export.recipe import Recipe
+for line in sys.stdin:
+    asked = json.loads(line)
+    del asked["cache_dir"]
+    checkpoint, encoder = resolve(asked.pop("checkpoint")), asked.pop("encoder", None)
+    try:
+        settings = Recipe.make(ip_adapters=[asked]).ip_adapters
+        made = with_ip_adapters(checkpoint, settings, encoder, len)
+        [adapter] = made.ip_adapters
+        answer = {"adapter": str(adapter.record()), "encoder": str(made.image_encoder.record())}
+        answer["tensors"] = len(adapter.state_dict()), len(made.image_encoder.state_dict())
+    except CheckpointError as error:
+        answer = {"error": str(error)}
+    print(json.dumps(answer), flush=True)
+"""
+
+
+def test_an_ip_adapter_comes_with_its_image_encoder(hub: Hub, tiny_sd: Path, tmp_path: Path) -> None:
+    """That beside it, or that in a folder which is named; nothing else of the repository."""
+    folder, home = tmp_path / "repo", tmp_path / "home"
+    build_ip_adapter(folder / "models" / "plain.safetensors", tiny_sd)
+    shutil.copytree(folder / "models", folder / "others")
+    (folder / "others" / "image_encoder").rename(folder / "seen_with")
+    for name in ("models/plain.bin", "models/image_encoder/pytorch_model.bin", "models/image_encoder/a.py"):
+        (folder / name).write_bytes(b"x")
+    hub.repos |= {"org/ip": Repo({"main": folder})}
+    call = {"checkpoint": str(tiny_sd), "subfolder": "models", "weight_name": "plain.safetensors"}
+    with start(hub, IMPATIENT + IP_ADAPTERS, HF_HOME=str(home)) as process:
+        found = ask(process, "org/ip", home, **call)
+        files = ("plain.safetensors", "image_encoder/config.json", "image_encoder/model.safetensors")
+        assert hub.fetched() == {f"models/{name}" for name in files}
+        other = ask(process, "org/ip", home, **{**call, "subfolder": "others"}, encoder="seen_with")
+        none = ask(process, "org/ip", home, **{**call, "subfolder": "others"})
+        process.terminate()
+    commit = commit_of(folder)[:8]
+    assert found["adapter"] == f"org/ip/models/plain.safetensors at {commit}, plain"
+    assert found["encoder"] == f"org/ip/models/image_encoder at {commit}"
+    assert min(found["tensors"]) > 4
+    assert other["encoder"] == f"org/ip/seen_with at {commit}" and other["tensors"] == found["tensors"]
+    assert "org/ip/others/image_encoder: no config.json, so not an image encoder's folder" in none["error"]

@@ -14,6 +14,7 @@ import httpx
 import pytest
 from PIL import Image
 
+from sdfast.manifest import ImageProcessor
 from sdfast.schedulers import SAMPLERS
 from sdfast.server.jobs import Failed, Job
 from sdfast.server.page import samplers
@@ -260,7 +261,12 @@ def test_what_looks_like_markup_is_text(page: Page, studio: FakeStudio) -> None:
     assert page.all("img[src=x], body script") == [] and page.browser.title == "sdfast"
 
 
-COLOURS = {"control-1.png": "teal", "control-2.png": "navy"}
+COLOURS = {
+    "control-1.png": "teal",
+    "control-2.png": "navy",
+    "like-1.png": "olive",
+    "like-2.png": "purple",
+}
 
 
 def pixels(name: str) -> bytes:
@@ -354,6 +360,44 @@ def test_each_of_several_controlnets_has_a_control_image_and_a_scale(
     assert {job.image for job in studio.jobs} == {pixels("white")}
     assert studio.jobs[0].request.controlnet_conditioning_scale == (1.0, 0.5)
     assert len({asked_for(job) for job in (*alone, *studio.jobs)}) == 2
+
+
+def test_pictures_to_be_like_are_chosen_where_the_engine_has_ip_adapters(
+    page: Page, studio: FakeStudio, folder: Path
+) -> None:
+    """Alone; beside a control image; and beside an image that is drawn over. Without one nothing is said."""
+    assert not page.seen("adapters")
+    ready = ImageProcessor(resize=8, crop=8)
+    adapted = replace(engine(), ip_adapters=("style [01234567]", "face [89abcdef]"), image_processor=ready)
+    studio.engines["tiny"] = adapted
+    page.load()
+    page.draw(prompt="a", seed=3)
+    [without], studio.jobs = studio.jobs, []
+    assert (without.ip_adapter, without.request.ip_adapter_scale) == (None, None)
+    page["ip_adapter_image-2"].send_keys(str(folder / "like-2.png"))
+    page.run("document.querySelector('input[value=fixed]').click()")
+    page.draw(seed=3, **{"ip_adapter_scale-2": 0.5})
+    subprocess.run(["sh", "-c", page.text("curl")], check=True, timeout=20, capture_output=True)
+    exec(page.text("python"), {})
+    small = [Image.new("RGB", (8, 8), name).tobytes() for name in ("black", "olive", "purple")]
+    assert {job.ip_adapter for job in studio.jobs} == {small[0] + small[2]} and len(studio.jobs) == 3
+    assert {job.request.ip_adapter_scale for job in studio.jobs} == {(0.0, 0.5)}
+    studio.jobs, studio.engines["tiny"] = [], replace(adapted, controlnets=("canny [01234567]",))
+    page.load()
+    for field, file in (
+        ("ip_adapter_image", "like-1.png"),
+        ("ip_adapter_image-2", "like-2.png"),
+        ("control_image", "control-1.png"),
+        ("image", "image.png"),
+    ):
+        page[field].send_keys(str(folder / file))
+    wait_until(lambda: page.seen("image-shown"))
+    page.draw(seed=3)
+    subprocess.run(["sh", "-c", page.text("curl")], check=True, timeout=20, capture_output=True)
+    exec(page.text("python"), {})
+    assert {job.ip_adapter for job in studio.jobs} == {small[1] + small[2]} and len(studio.jobs) == 3
+    assert {job.control for job in studio.jobs} == {pixels("teal")}
+    assert {job.image for job in studio.jobs} == {pixels("white")}
 
 
 def test_a_full_queue_is_tried_again_after_its_seconds(page: Page, studio: FakeStudio) -> None:

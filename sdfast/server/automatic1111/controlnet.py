@@ -1,10 +1,13 @@
-"""ControlNets as sd-webui-controlnet, an extension of AUTOMATIC1111, has them: its units, and its routes.
+"""ControlNets and IP-Adapters as sd-webui-controlnet, an extension of AUTOMATIC1111, has them: its units, and
+its routes.
 
 A call has a unit for each ControlNet of the engine at most, and at least one where there are some: a
-ControlNet without a unit adds nothing. Where this differs from the extension:
+ControlNet without a unit adds nothing. A unit whose `model` names an IP-Adapter has its image and its weight;
+there may be none. Where this differs from the extension:
 
 - There are no detectors: what a unit sends is the control image itself, and `module` is "none". So what is
   said to detectors means nothing, and the control image is not given back among the pictures.
+- An IP-Adapter's image counts in all steps. `module` is "none", or the extension's name for what sees it.
 - A unit that does not say whether it is enabled is enabled, as it was in the extension before 2024.
 - "Resize and Fill" is taken for images of the picture's proportions, which leave nothing to fill.
 """
@@ -59,7 +62,7 @@ _NEUTRAL: Mapping[str, Neutral] = {
     "mask": (("",), _NO_MASKS),
     "effective_region_mask": (("",), _NO_MASKS),
     "advanced_weighting": (([],), "all layers have one weight; give weight"),
-    "ipadapter_input": ((), "there are no IP-Adapters here; leave it out"),
+    "ipadapter_input": ((), "an IP-Adapter's image is image; leave it out"),
     "union_control_type": (("Unknown",), "ControlNet unions are not supported; leave it out"),
     "input_mode": (("simple",), _ONE_IMAGE),
     "batch_images": (("", []), _ONE_IMAGE),
@@ -72,6 +75,11 @@ _NEUTRAL: Mapping[str, Neutral] = {
     "rgbbgr_mode": ((False,), "channels are in the order that the ControlNet reads; leave it out"),
 }
 """Fields that mean nothing here."""
+
+
+_SEES = ("", "none", "ip-adapter-auto", "CLIP-ViT-H (IPAdapter)", "CLIP-ViT-bigG (IPAdapter)")
+_SEES_CLIP = "ip-adapter_clip_"
+"""What the extension calls the image encoders of IP-Adapters; here each engine has its own."""
 
 
 class Unit(BaseModel):
@@ -186,7 +194,7 @@ def units_of(
     over_image: whether the call has an image to draw over, which is a unit's that has none of its own. Raises
     `Problem` for units that are missing, and for those that the engine cannot take.
     """
-    enabled = [unit for unit in _units(scripts or {}) if unit.get("enabled") is not False]
+    enabled = [unit for unit in _enabled(scripts) if not _adapts(unit, engine)]
     if not enabled:
         if engine.controlled:
             raise refused(
@@ -194,6 +202,9 @@ def units_of(
                 "image; send an enabled unit with an image"
             )
         return ()
+    if not engine.controlled and engine.ip_adapters:
+        named = shown(enabled[0].get("model"))
+        raise refused(f"model: {engine.name} has {', '.join(engine.ip_adapters)}, and no other (got {named})")
     if not engine.controlled:
         raise refused(f"{engine.name} has no ControlNet; send no unit, or take a checkpoint that has one")
     if len(enabled) > len(engine.controlnets):
@@ -206,6 +217,43 @@ def units_of(
         unit = _checked(given, over_image=over_image)
         found[_place(unit.model, engine, [taken is not None for taken in found])] = unit
     return tuple(found)
+
+
+def adapter_units_of(scripts: Mapping[str, Any] | None, engine: EngineInfo) -> tuple[Unit | None, ...]:
+    """For each of the engine's IP-Adapters its unit likewise; none where no unit is for one.
+
+    Raises `Problem`.
+    """
+    found: list[Unit | None] = [None] * len(engine.ip_adapters)
+    for given in _enabled(scripts):
+        if not _adapts(given, engine):
+            continue
+        module = given.get("module")
+        if not (module in (None, "None", *_SEES) or str(module).startswith(_SEES_CLIP)):
+            raise refused(f"module: an IP-Adapter sees the image itself; take none (got {shown(module)})")
+        unit = _checked({**given, "module": None}, over_image=False)
+        if unit.numbers[1:] != (0.0, 1.0):
+            raise refused("guidance_start: an IP-Adapter's image counts in all steps; leave the two out")
+        place = next(i for i, name in enumerate(engine.ip_adapters) if unit.model in (name, _bare(name)))
+        if found[place] is not None:
+            raise refused(f"model: {shown(unit.model)} has several units; an IP-Adapter has one image")
+        found[place] = unit
+    return tuple(found) if any(found) else ()
+
+
+def adapter_fields_of(units: Sequence[Unit | None]) -> dict[str, float | tuple[float, ...]]:
+    """Those of a `sdfast.request.Request`, for units in the order of their IP-Adapters."""
+    scales = tuple(0.0 if unit is None else unit.numbers[0] for unit in units)
+    return {"ip_adapter_scale": scales if len(scales) > 1 else scales[0]} if scales else {}
+
+
+def _enabled(scripts: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    return [unit for unit in _units(scripts or {}) if unit.get("enabled") is not False]
+
+
+def _adapts(unit: Mapping[str, Any], engine: EngineInfo) -> bool:
+    """Whether a unit's model is one of the engine's IP-Adapters."""
+    return any(unit.get("model") in (name, _bare(name)) for name in engine.ip_adapters)
 
 
 def _checked(given: Mapping[str, Any], *, over_image: bool) -> Unit:
@@ -241,8 +289,9 @@ def add(router: APIRouter, studio: Studio) -> None:
     """The extension's routes, and AUTOMATIC1111's list of scripts, where clients look whether it is there."""
 
     def there() -> list[str]:
-        """Each ControlNet once, as `Unit.model` names it."""
-        every = [name for engine in studio.engines.values() for name in engine.controlnets]
+        """Each ControlNet and IP-Adapter once, as `Unit.model` names it."""
+        engines = studio.engines.values()
+        every = [name for engine in engines for name in (*engine.controlnets, *engine.ip_adapters)]
         return list(dict.fromkeys(every))
 
     @router.get("/controlnet/version", include_in_schema=False)
@@ -251,7 +300,7 @@ def add(router: APIRouter, studio: Studio) -> None:
 
     @router.get("/controlnet/model_list")
     async def model_list(update: bool = True) -> dict[str, Any]:
-        """The engines' ControlNets. `update` finds nothing new."""
+        """The engines' ControlNets and IP-Adapters. `update` finds nothing new."""
         return {"model_list": there()}
 
     @router.get("/controlnet/module_list", include_in_schema=False)
@@ -260,7 +309,8 @@ def add(router: APIRouter, studio: Studio) -> None:
 
     @router.get("/controlnet/settings", include_in_schema=False)
     async def unit_count() -> dict[str, Any]:
-        most = max((len(engine.controlnets) for engine in studio.engines.values()), default=0)
+        engines = studio.engines.values()
+        most = max((len(engine.controlnets) + len(engine.ip_adapters) for engine in engines), default=0)
         return {"control_net_unit_count": max(1, most)}
 
     @router.post("/controlnet/detect", include_in_schema=False)

@@ -165,20 +165,22 @@ class Generation(BaseModel):
     def images(self) -> int:
         return (self.batch_size or 1) * (self.n_iter or 1)
 
-    def request(self, engine: EngineInfo, units: Sequence[Unit | None] = ()) -> tuple[Request, Sampler]:
-        """What `engine` is to draw, its ControlNets as `units` say, and the sampler that does.
+    def request(
+        self, engine: EngineInfo, units: Sequence[Unit | None] = (), adapters: Sequence[Unit | None] = ()
+    ) -> tuple[Request, Sampler]:
+        """What `engine` is to draw, its ControlNets as `units` say and its IP-Adapters as `adapters` do, and
+        the sampler that does.
 
         Raises `Problem` naming the API's field.
         """
         scheduler, sampler = sampler_of(self.sampler_name or self.sampler_index or SAMPLER, self.scheduler)
         try:
-            return self._request(engine, units, scheduler, eta_of(self.eta, sampler)), sampler
+            told = {**controlnet.fields_of(units), **controlnet.adapter_fields_of(adapters)}
+            return self._request(engine, told, scheduler, eta_of(self.eta, sampler)), sampler
         except RequestError as error:
             raise of_request_error(error, type(self).model_fields) from None
 
-    def _request(
-        self, engine: EngineInfo, units: Sequence[Unit | None], scheduler: str, eta: float
-    ) -> Request:
+    def _request(self, engine: EngineInfo, told: Mapping[str, Any], scheduler: str, eta: float) -> Request:
         prompt, loras = self._parsed(self.prompt or "", engine, "prompt")
         return Request.make(
             prompts=(prompt,),
@@ -197,7 +199,7 @@ class Generation(BaseModel):
             prompt_editing=True,
             loras=loras,
             hires=self.second_pass(engine, scheduler),
-            **controlnet.fields_of(units),
+            **told,
             **({} if self.seed in (None, -1) else {"seed": self.seed}),
         )
 

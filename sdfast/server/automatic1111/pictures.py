@@ -1,4 +1,4 @@
-"""What img2img draws over, and what stays of it; and control images.
+"""What img2img draws over, and what stays of it; control images, and IP-Adapters'.
 
 All of it takes processor time: call it in a thread.
 """
@@ -10,10 +10,12 @@ from io import BytesIO
 from PIL import Image, ImageFilter, ImageOps, PngImagePlugin
 
 from sdfast.infotext import COMPRESS_LEVEL, PNG_KEY
+from sdfast.manifest import ImageProcessor
 from sdfast.server.automatic1111.controlnet import Unit, refused
 from sdfast.server.automatic1111.fields import ImageToImage
+from sdfast.server.jobs import EngineInfo
 from sdfast.server.problems import Problem
-from sdfast.server.uploads import halved, of_base64, on_white
+from sdfast.server.uploads import halved, of_base64, on_white, seen
 
 _HALF = 128
 
@@ -66,6 +68,22 @@ def controls_of(units: Sequence[Unit | None], canvas: Canvas | None, height: int
         return None
     black = bytes(height * width * 3)
     return b"".join(_control(unit, canvas, height, width) if unit else black for unit in units)
+
+
+def seen_of(units: Sequence[Unit | None], engine: EngineInfo) -> bytes | None:
+    """`Job.ip_adapter`: the units' images, black for an IP-Adapter without a unit. Raises `Problem`."""
+    processor = engine.image_processor
+    if not units or processor is None:
+        return None
+    black = bytes(processor.crop**2 * 3)
+    return b"".join(_seen(unit.image or "", processor) if unit else black for unit in units)
+
+
+def _seen(image: str, processor: ImageProcessor) -> bytes:
+    try:
+        return seen(of_base64(image, "image"), processor, "image")
+    except Problem as problem:
+        raise refused(problem.message) from None
 
 
 def _control(unit: Unit, canvas: Canvas | None, height: int, width: int) -> bytes:

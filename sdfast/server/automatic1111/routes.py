@@ -14,7 +14,7 @@ from sdfast.server.automatic1111.answers import Order, whole
 from sdfast.server.automatic1111.calls import Call, Calls
 from sdfast.server.automatic1111.fields import Generation, ImageToImage, TextToImage
 from sdfast.server.automatic1111.options import Options, list_models
-from sdfast.server.automatic1111.pictures import canvas_of, controls_of
+from sdfast.server.automatic1111.pictures import canvas_of, controls_of, seen_of
 from sdfast.server.automatic1111.samplers import list_samplers, list_schedulers
 from sdfast.server.body import read_json
 from sdfast.server.desk import Desk, unless_gone
@@ -169,7 +169,8 @@ async def _ordered(asked: Generation, engine: EngineInfo, options: Options, desk
 def _order(asked: Generation, engine: EngineInfo, refiner: EngineInfo | None, desk: Desk) -> Order:
     """Raises `Problem`."""
     units = controlnet.units_of(asked.alwayson_scripts, engine, over_image=isinstance(asked, ImageToImage))
-    request, sampler = asked.request(engine, units)
+    adapters = controlnet.adapter_units_of(asked.alwayson_scripts, engine)
+    request, sampler = asked.request(engine, units, adapters)
     # The engine knows its sizes, but an image is opened before that.
     if any(one.height * one.width > MAX_PIXELS for one in request.passes):
         raise Problem(422, f"width: times height is more than {MAX_PIXELS}, the most taken", param="width")
@@ -180,6 +181,7 @@ def _order(asked: Generation, engine: EngineInfo, refiner: EngineInfo | None, de
         image=canvas.job_image if canvas else None,
         mask=canvas.job_mask if canvas else None,
         control=controls_of(units, canvas, request.height, request.width),
+        ip_adapter=seen_of(adapters, engine),
         refiner=None if refiner is None else Refiner(refiner.name, asked.switch_at),
     )
     call = Call("img2img" if canvas else "txt2img", job, asked.force_task_id)

@@ -1,4 +1,4 @@
-"""The control images of a request: whether they suit the engine, and opened."""
+"""The control images of a request, and those of IP-Adapters: whether they suit the engine, and opened."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
@@ -6,9 +6,9 @@ from typing import TypeVar
 from PIL import Image
 
 from sdfast.server.jobs import EngineInfo
-from sdfast.server.openai.fields import CONTROL_IMAGE
+from sdfast.server.openai.fields import CONTROL_IMAGE, IP_ADAPTER_IMAGE
 from sdfast.server.problems import Problem
-from sdfast.server.uploads import pixels
+from sdfast.server.uploads import pixels, seen
 
 T = TypeVar("T")
 
@@ -57,3 +57,43 @@ def controls_of(
         return None
     black = bytes(height * width * 3)
     return b"".join(pixels(decoded(one), height, width) if one else black for one in images)
+
+
+def check_ip_adapter(
+    engine: EngineInfo, engines: Mapping[str, EngineInfo], images: Sequence[object | None]
+) -> None:
+    """The same of IP-Adapters' images, without which an engine that has some draws, too."""
+    count = len(engine.ip_adapters)
+    if not images:
+        return
+    if not count:
+        able = ", ".join(name for name, info in engines.items() if info.ip_adapters) or "none"
+        raise Problem(
+            422,
+            f"{IP_ADAPTER_IMAGE}: {engine.name} has no IP-Adapter; leave it out, or ask an engine that has "
+            f"one; here have: {able}",
+            param=IP_ADAPTER_IMAGE,
+            code="unsupported_model",
+        )
+    if len(images) != count or not any(images):
+        has = "one IP-Adapter" if count == 1 else f"{count} IP-Adapters, and takes an image for each"
+        raise Problem(
+            422,
+            f"{IP_ADAPTER_IMAGE}: {sum(map(bool, images))} were sent, but {engine.name} has {has}: "
+            f"{', '.join(engine.ip_adapters)}",
+            param=IP_ADAPTER_IMAGE,
+        )
+
+
+def seen_of(
+    images: Sequence[T | None], decoded: Callable[[T], Image.Image], engine: EngineInfo
+) -> bytes | None:
+    """`Job.ip_adapter`: the images, made ready for the engine's image encoder, black where there is none.
+
+    Takes processor time. Raises `Problem` for what is no image.
+    """
+    processor = engine.image_processor
+    if not images or processor is None:
+        return None
+    black = bytes(processor.crop**2 * 3)
+    return b"".join(seen(decoded(one), processor, IP_ADAPTER_IMAGE) if one else black for one in images)

@@ -1,6 +1,7 @@
 """The route `POST /v1/images/edits`: an image is drawn over, or the part of it that a mask leaves open."""
 
 import asyncio
+from collections.abc import Iterable
 
 from fastapi import APIRouter, Request
 from PIL import Image
@@ -14,13 +15,14 @@ from sdfast.server.health import check_open
 from sdfast.server.jobs import EngineInfo
 from sdfast.server.openai import schema
 from sdfast.server.openai.answers import Order, answer
-from sdfast.server.openai.control import check_control, controls_of
-from sdfast.server.openai.fields import CONTROL_IMAGE, Edit, check_area, engine_of
+from sdfast.server.openai.control import check_control, check_ip_adapter, controls_of, seen_of
+from sdfast.server.openai.fields import CONTROL_IMAGE, IP_ADAPTER_IMAGE, Edit, check_area, engine_of
 from sdfast.server.problems import Problem
 from sdfast.server.uploads import decode, mask_of_alpha, pixels
 
 _IMAGE, _MASK, _CONTROL = ("image", "image[]"), "mask", (CONTROL_IMAGE, f"{CONTROL_IMAGE}[]")
-_FILES = (*_IMAGE, _MASK, *_CONTROL)
+_ADAPTED = (IP_ADAPTER_IMAGE, f"{IP_ADAPTER_IMAGE}[]")
+_FILES = (*_IMAGE, _MASK, *_CONTROL, *_ADAPTED)
 
 
 def routes(desk: Desk) -> APIRouter:
@@ -37,7 +39,8 @@ def routes(desk: Desk) -> APIRouter:
         form = await _form(request)
         asked = checked(typed(form.texts, Edit), Edit)
         engine = _engine_of(asked, desk)
-        check_control(engine, desk.studio.engines, _controls(form))
+        check_control(engine, desk.studio.engines, _each(form, _CONTROL))
+        check_ip_adapter(engine, desk.studio.engines, _each(form, _ADAPTED))
         try:
             order = await asyncio.to_thread(_order, asked, form, engine, desk)
             return await answer(request.receive, order, desk)
@@ -82,8 +85,9 @@ def _order(asked: Edit, form: Form, engine: EngineInfo, desk: Desk) -> Order:
     """Takes processor time. Raises `Problem`."""
     image, mask = _opened(form)
     asked = asked.over(masked=mask is not None, instructed=engine.instructed)
-    controls = _controls(form)
+    controls, adapted = _each(form, _CONTROL), _each(form, _ADAPTED)
     asked = asked.under_control([not one for one in controls]) if controls else asked
+    asked = asked.seeing([not one for one in adapted]) if adapted else asked
     request = asked.request(image.height, image.width)
     side = request.height, request.width
     check_area(request)
@@ -97,6 +101,7 @@ def _order(asked: Edit, form: Form, engine: EngineInfo, desk: Desk) -> Order:
         image=pixels(image, *side),
         mask=open_parts,
         control=controls_of(controls, lambda data: decode(data, CONTROL_IMAGE), *side),
+        ip_adapter=seen_of(adapted, lambda data: decode(data, IP_ADAPTER_IMAGE), engine),
     )
     return Order.make("image_edit", asked, job)
 
@@ -105,7 +110,7 @@ def _opened(form: Form) -> tuple[Image.Image, Image.Image | None]:
     """The image and its mask, of one size. Raises `Problem`."""
     unknown = [name for name in form.files if name not in _FILES]
     if unknown:
-        message = f"no such file is taken; the files are: image, {_MASK}, {CONTROL_IMAGE}"
+        message = f"no such file is taken; the files are: image, {_MASK}, {CONTROL_IMAGE}, {IP_ADAPTER_IMAGE}"
         raise _refused(unknown[0][:60], message, "unknown_field")
     images = [data for name in _IMAGE for data in form.files.get(name, [])]
     masks = form.files.get(_MASK, [])
@@ -124,9 +129,9 @@ def _opened(form: Form) -> tuple[Image.Image, Image.Image | None]:
     return image, mask
 
 
-def _controls(form: Form) -> list[bytes | None]:
-    """The files that are control images, for each ControlNet; None for an empty one."""
-    return [data or None for name in _CONTROL for data in form.files.get(name, [])]
+def _each(form: Form, names: Iterable[str]) -> list[bytes | None]:
+    """The files of these names, for each ControlNet or IP-Adapter; None for an empty one."""
+    return [data or None for name in names for data in form.files.get(name, [])]
 
 
 def _refused(field: str, message: str, code: str = "invalid_image") -> Problem:

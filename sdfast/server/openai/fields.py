@@ -21,6 +21,8 @@ STEPS, GUIDANCE, SCHEDULER = 20, 7.0, "dpmpp_2m_karras"  # as `sdfast generate`'
 STRENGTH, MASKED_STRENGTH = 0.8, 1.0  # as diffusers' pipelines for images, and for images with masks
 CONTROL_SCALE = 1.0  # as diffusers' pipelines with ControlNets
 CONTROL_IMAGE = "control_image"
+IMAGE_SCALE = 1.0  # as diffusers' pipelines with IP-Adapters
+IP_ADAPTER_IMAGE = "ip_adapter_image"
 _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 _ONE_PICTURE = "pictures do not move here; leave it out"
 _NO_SVG = "pictures have pixels; leave it out"
@@ -48,6 +50,7 @@ class Generation(BaseModel):
     user, safety_identifier: who asks, for a service that watches its users; checked and forgotten. progress:
     of a stream, whether it tells the job's place in the queue and its steps. control_image: a file as base64,
     or of several ControlNets a list of one for each; of a form they are files, and not among its texts.
+    ip_adapter_image: likewise, of IP-Adapters.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -90,12 +93,14 @@ class Generation(BaseModel):
     control_guidance_start: float | list[float] | None = None
     control_guidance_end: float | list[float] | None = None
     loras: dict[str, float | list[float]] | None = None
+    ip_adapter_image: str | list[str | None] | None = None
+    ip_adapter_scale: float | dict[str, Any] | list[float | dict[str, Any]] | None = None
     progress: bool | None = None
 
     @field_validator("*")
     @classmethod
     def _text(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, str) and info.field_name != CONTROL_IMAGE:
+        if isinstance(value, str) and info.field_name not in (CONTROL_IMAGE, IP_ADAPTER_IMAGE):
             check_text(value)
         return value
 
@@ -140,13 +145,13 @@ class Generation(BaseModel):
 
         off: of each ControlNet, whether it has no image and is to add nothing.
         """
-        scale = self.controlnet_conditioning_scale
-        scale = CONTROL_SCALE if scale is None else scale
-        if any(off):
-            each = scale if isinstance(scale, list) else [scale] * len(off)
-            if len(each) == len(off):  # or else that is refused by name
-                scale = [0.0 if it else one for one, it in zip(each, off, strict=True)]
+        scale = _scale_of(self.controlnet_conditioning_scale, CONTROL_SCALE, off)
         return self.model_copy(update={"controlnet_conditioning_scale": scale})
+
+    def seeing(self, off: Sequence[bool]) -> Self:
+        """The same of the images of IP-Adapters."""
+        scale = _scale_of(self.ip_adapter_scale, IMAGE_SCALE, off)
+        return self.model_copy(update={"ip_adapter_scale": scale})
 
     def request(self, height: int, width: int) -> Request:
         """What is to be drawn, of this size in pixels where none is asked for. Raises `Problem` naming the
@@ -199,6 +204,15 @@ class Edit(Generation):
         return self.model_copy(update={"strength": self.strength or default})
 
 
+def _scale_of(given: Any, usual: float, off: Sequence[bool]) -> Any:
+    """What is given, or else the usual scale; 0 of those that are off."""
+    scale = usual if given is None else given
+    each = scale if isinstance(scale, list) else [scale] * len(off)
+    if not any(off) or len(each) != len(off):  # which is refused by name
+        return scale
+    return [0.0 if it else one for one, it in zip(each, off, strict=True)]
+
+
 FIELDS = frozenset(Edit.model_fields)
 _SAME = {
     "seed",
@@ -219,6 +233,7 @@ _SAME = {
     "control_guidance_start",
     "control_guidance_end",
     "loras",
+    "ip_adapter_scale",
 }
 _DEFAULTS: Mapping[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
 

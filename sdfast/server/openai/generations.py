@@ -13,8 +13,15 @@ from sdfast.server.health import check_open
 from sdfast.server.jobs import EngineInfo
 from sdfast.server.openai import schema
 from sdfast.server.openai.answers import Order, answer
-from sdfast.server.openai.control import check_control, controls_of
-from sdfast.server.openai.fields import CONTROL_IMAGE, Generation, check_area, check_begins, engine_of
+from sdfast.server.openai.control import check_control, check_ip_adapter, controls_of, seen_of
+from sdfast.server.openai.fields import (
+    CONTROL_IMAGE,
+    IP_ADAPTER_IMAGE,
+    Generation,
+    check_area,
+    check_begins,
+    engine_of,
+)
 from sdfast.server.uploads import of_base64
 
 
@@ -30,7 +37,7 @@ def routes(desk: Desk) -> APIRouter:
         """Draw pictures of a prompt."""
         check_open(request, desk.studio)
         asked = await read_json(request, Generation)
-        if asked.control_image is None:
+        if asked.control_image is None and asked.ip_adapter_image is None:
             order = _order(asked, desk)
         else:  # to open it takes time
             order = await asyncio.to_thread(_order, asked, desk)
@@ -56,6 +63,7 @@ def _abilities(engine: EngineInfo) -> dict[str, Any]:
         "controlled": engine.controlled,
         "controlnets": engine.controlnets,
         "loras": engine.loras,
+        "ip_adapters": engine.ip_adapters,
         "step_cache": engine.step_cache,
         "refines": engine.refines,
         "instructed": engine.instructed,
@@ -63,15 +71,23 @@ def _abilities(engine: EngineInfo) -> dict[str, Any]:
 
 
 def _order(asked: Generation, desk: Desk) -> Order:
-    """Takes processor time where there is a control image. Raises `Problem`."""
-    engine, given = engine_of(asked.model, desk.studio.engines), asked.control_image
-    images = given if isinstance(given, list) else [] if given is None else [given]
+    """Takes processor time where there is an image. Raises `Problem`."""
+    engine = engine_of(asked.model, desk.studio.engines)
+    images, adapted = _images(asked.control_image), _images(asked.ip_adapter_image)
     check_begins(engine, desk.studio.engines)
     check_control(engine, desk.studio.engines, images)
+    check_ip_adapter(engine, desk.studio.engines, adapted)
     asked = asked.under_control([one is None for one in images]) if images else asked
+    asked = asked.seeing([one is None for one in adapted]) if adapted else asked
     request = asked.request(engine.default_height, engine.default_width)
     if images:
         check_area(request)
     control = controls_of(images, lambda text: of_base64(text, CONTROL_IMAGE), request.height, request.width)
-    job = desk.job(engine.name, request, previews=asked.partial_images or 0, control=control)
+    seen = seen_of(adapted, lambda text: of_base64(text, IP_ADAPTER_IMAGE), engine)
+    job = desk.job(engine.name, request, previews=asked.partial_images or 0, control=control, ip_adapter=seen)
     return Order.make("image_generation", asked, job)
+
+
+def _images(given: str | list[str | None] | None) -> list[str | None]:
+    """One for each ControlNet or IP-Adapter."""
+    return given if isinstance(given, list) else [] if given is None else [given]

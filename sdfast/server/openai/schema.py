@@ -6,11 +6,13 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from sdfast.call import DEFAULT_IMAGE_GUIDANCE
-from sdfast.request import MAX_CONTROL, MAX_GUIDANCE, MAX_PROMPT, MAX_STEPS, SEED_LIMIT
+from sdfast.request import MAX_CONTROL, MAX_GUIDANCE, MAX_IMAGE_SCALE, MAX_PROMPT, MAX_STEPS, SEED_LIMIT
 from sdfast.server.openai.fields import (
     CONTROL_IMAGE,
     CONTROL_SCALE,
     GUIDANCE,
+    IMAGE_SCALE,
+    IP_ADAPTER_IMAGE,
     MASKED_STRENGTH,
     NEUTRAL,
     SCHEDULER,
@@ -104,6 +106,16 @@ _SAID: Mapping[str, dict[str, Any]] = {
         'added, by their names: {"oil": 0.8}; or two numbers, how much in the text encoders and how much in '
         "the U-Net. In a form, as JSON."
     },
+    "ip_adapter_image": {
+        "description": "Of an engine with an IP-Adapter: a PNG, JPEG or WebP file as base64, or a data: URL, "
+        "that the picture is to be like. With several IP-Adapters a list of one for each, in the order of "
+        "/v1/models, and null for one that is to add nothing."
+    },
+    "ip_adapter_scale": {
+        "description": f"How much it counts, from 0 to {MAX_IMAGE_SCALE:g}; {IMAGE_SCALE:g} when left out. A "
+        "number, or numbers by layers as diffusers has them, or with several IP-Adapters a list of one for "
+        "each."
+    },
     "scheduler": {"description": "As `sdfast schedulers` lists them.", "default": SCHEDULER},
     "strength": {
         "description": "How much of the image is drawn over, 1 all of it; "
@@ -125,6 +137,9 @@ _SIZE = {
 _FILES = {
     "image": "One PNG, JPEG or WebP; image[] is taken too. Transparency is white here; it is no mask.",
     "mask": "A picture of the image's size: what is transparent there is drawn anew, the rest stays.",
+    IP_ADAPTER_IMAGE: "Of an engine with an IP-Adapter: a PNG, JPEG or WebP that the picture is to be like; "
+    "with several IP-Adapters sent once for each, in the order of /v1/models, and empty for one that is "
+    "to add nothing.",
     CONTROL_IMAGE: "Of an engine with a ControlNet, which needs one: a PNG, JPEG or WebP; resampled to the "
     "picture's size. With several ControlNets it is sent once for each, in the order of /v1/models; an empty "
     "file is for one that is to add nothing.",
@@ -180,6 +195,7 @@ class Model(_Shape):
     controlled: bool
     controlnets: list[str]
     loras: list[str]
+    ip_adapters: list[str]
     step_cache: bool
     refines: bool
     instructed: bool
@@ -232,9 +248,9 @@ def _said(name: str, model: type[Generation]) -> dict[str, Any]:
 
 
 def _in_form(kind: dict[str, Any]) -> dict[str, Any]:
-    """A field's type in a form, which has texts alone: a list of numbers is written as in JSON."""
-    listed = {"type": "string", "pattern": r"^\[.*\]$"}
-    return listed if kind.get("type") == "array" else kind
+    """A field's type in a form, which has texts alone: a list and an object are written as in JSON."""
+    written = {"array": r"^\[.*\]$", "object": r"^\{.*\}$"}.get(kind.get("type", ""))
+    return kind if written is None else {"type": "string", "pattern": written}
 
 
 def _take_null_out(field: dict[str, Any]) -> None:

@@ -40,7 +40,7 @@ class Broken:
     message: str
 
 
-PictureOfJob = Literal["image", "mask", "control", "handed"]
+PictureOfJob = Literal["image", "mask", "control", "ip_adapter", "handed"]
 """The pictures that a job may have, and the latents that it may be handed, by their names in `Job`."""
 
 

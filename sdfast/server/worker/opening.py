@@ -9,6 +9,7 @@ from sdfast.call import Given, asked_over
 from sdfast.engine import Engine
 from sdfast.errors import SdfastError
 from sdfast.first_latents import Over, encoded
+from sdfast.ip_adapter import black_images
 from sdfast.pipeline import Pipeline
 from sdfast.request import Request
 
@@ -42,20 +43,22 @@ def warm_up(engine: Engine) -> None:
             num_inference_steps=WARM_UP_STEPS * interval,
             cache_interval=interval,
             controlnet_conditioning_scale=1.0 if model.controlled else None,
+            ip_adapter_scale=1.0 if model.ip_adapters else None,
             seed=0,
         )
         nothing = _nothing(request)
         control = nothing.image.repeat(1, model.controlnets, 1, 1) if model.controlled else None
+        seen = black_images(model) if model.ip_adapters else None
         try:
             if model.draws_over:
                 asked = asked_over(model, nothing, 1.0 if not model.instructed else None, None, None)
                 request = request.model_copy(update=asked)
                 over = nothing if model.inpaints else Over(nothing.image)
-                pipe.generate(request, Given(over=over, control=control))
+                pipe.generate(request, Given(over=over, control=control, ip_adapter_images=seen))
                 continue
             if engine.manifest.edits:
                 encoded(engine, nothing.image)
-            pipe.generate(request, Given(control=control))
+            pipe.generate(request, Given(control=control, ip_adapter_images=seen))
         except SdfastError as error:
             raise type(error)(f"engine {engine.manifest.name!r} cannot draw: {error}") from error
 

@@ -18,11 +18,11 @@ export async function getJson(path) {
 
 /**
  * Draw. Yields the events of the answer, each an object with its `type`.
- * image: a file to draw over, or null. controls: of each ControlNet the file of its control image, or null.
+ * image: a file to draw over, or null. files: of each field, such as control_image, the files, or null.
  */
-export async function* draw(body, { image, controls }, signal) {
+export async function* draw(body, { image, files }, signal) {
   const asked = { ...body, stream: true, partial_images: 3, progress: true };
-  const request = image ? multipart(asked, image, controls) : json(await withControls(asked, controls));
+  const request = image ? multipart(asked, image, files) : json(await withFiles(asked, files));
   const answer = await ask(image ? "v1/images/edits" : "v1/images/generations", { method: "POST", signal, ...request });
   for await (const data of messages(answer)) {
     if (data === "[DONE]") return;
@@ -37,26 +37,32 @@ function json(body) {
   return { headers: { "content-type": "application/json" }, body: JSON.stringify(body) };
 }
 
-/** A control image that is not there is an empty file, where others are. */
-function multipart(body, image, controls) {
+/** An image that is not there is an empty file, where others of its field are. */
+function multipart(body, image, files) {
   const form = new FormData();
   form.set("image", image, image.name);
-  if (controls.some(Boolean)) for (const file of controls) form.append("control_image", file ?? new Blob([]), "control");
+  for (const [field, several] of Object.entries(files)) {
+    if (several.some(Boolean)) for (const file of several) form.append(field, file ?? new Blob([]), "image");
+  }
   for (const [name, value] of Object.entries(body)) form.set(name, Object(value) === value ? JSON.stringify(value) : String(value));
   return { body: form };
 }
 
-async function withControls(body, controls) {
-  if (!controls.some(Boolean)) return body;
-  const images = await Promise.all(controls.map((file) => file && base64(file)));
-  return { ...body, control_image: images.length > 1 ? images : images[0] };
+async function withFiles(body, files) {
+  const given = { ...body };
+  for (const [field, several] of Object.entries(files)) {
+    if (!several.some(Boolean)) continue;
+    const images = await Promise.all(several.map((file) => file && base64(file, field)));
+    given[field] = images.length > 1 ? images : images[0];
+  }
+  return given;
 }
 
-function base64(file) {
+function base64(file, field) {
   return new Promise((resolve, reject) => {
     const reader = new FileReader();
     reader.onload = () => resolve(reader.result.slice(reader.result.indexOf(",") + 1));
-    reader.onerror = () => reject(new ApiError("The control image cannot be read.", { param: "control_image" }));
+    reader.onerror = () => reject(new ApiError("The image cannot be read.", { param: field }));
     reader.readAsDataURL(file);
   });
 }

@@ -1,7 +1,7 @@
 // The form. What it holds is read as a body of the API, and a body can be put back into it.
 
 import { ApiError } from "./api.js";
-import * as control from "./control.js";
+import * as beside from "./beside.js";
 import * as image from "./image.js";
 import * as loras from "./loras.js";
 import { recall, remember } from "./memory.js";
@@ -38,13 +38,14 @@ export function setUp(engines, known) {
     const engine = engines.find(({ id }) => id === element("model").value);
     offerSizes(engine);
     image.offer(engine);
-    control.offer(engine.controlnets);
+    beside.controlnets.offer(engine.controlnets);
+    beside.adapters.offer(engine.ip_adapters);
     loras.offer(engine.loras);
     element("cache_interval-field").hidden = !engine.step_cache;
   };
   element("model").addEventListener("change", fit);
   image.setUp(() => element("form").dispatchEvent(new Event("input")));
-  control.setUp(() => element("form").dispatchEvent(new Event("input")));
+  for (const one of beside.every) one.setUp(() => element("form").dispatchEvent(new Event("input")));
   element("form").addEventListener("input", () => {
     update();
     remember("settings", snapshot());
@@ -73,8 +74,10 @@ export function read() {
   for (const name of ["num_inference_steps", "guidance_scale"]) body[name] = number(name);
   body.scheduler = element("scheduler").value;
   if (image.chosen()) body[image.measure()] = number(image.measure());
-  const scale = control.scale();
-  if (scale !== null) body.controlnet_conditioning_scale = scale;
+  for (const one of beside.every) {
+    const scales = one.scales();
+    if (scales !== null) body[one.scale] = scales;
+  }
   const scales = loras.scales();
   if (Object.keys(scales).length) body.loras = scales;
   if (seeding() === "fixed") body.seed = seed();
@@ -91,7 +94,7 @@ export function putBack(body) {
     const choice = element(name) instanceof HTMLSelectElement;
     if (name in body && (!choice || has(name, body[name]))) element(name).value = body[name];
   }
-  if ("controlnet_conditioning_scale" in body) control.putScale(body.controlnet_conditioning_scale);
+  for (const { scale, putScales } of beside.every) if (scale in body) putScales(body[scale]);
   if ("loras" in body) loras.put(body.loras);
   if (body.size) putSize(String(body.size));
   if ("seed" in body) element("seed").value = body.seed;

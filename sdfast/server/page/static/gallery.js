@@ -18,6 +18,7 @@ const NAMES = {
   image_guidance_scale: "Image guidance",
   controlnet_conditioning_scale: "ControlNet scale",
   loras: "LoRAs",
+  ip_adapter_scale: "IP-Adapter scale",
   seed: "Seed",
   model: "Engine",
 };

@@ -1,7 +1,7 @@
 // The page: `fields.js` is its form, `api.js` the server, `gallery.js` what was drawn, `snippets.js` the same in code.
 
 import * as api from "./api.js";
-import * as control from "./control.js";
+import * as beside from "./beside.js";
 import * as fields from "./fields.js";
 import * as gallery from "./gallery.js";
 import * as image from "./image.js";
@@ -52,7 +52,7 @@ async function follow(body, signal) {
   const begun = performance.now();
   let count = 0;
   say("Waiting for the server.");
-  for await (const event of api.draw(body, { image: image.chosen(), controls: control.chosen() }, signal)) {
+  for await (const event of api.draw(body, { image: image.chosen(), files: beside.files() }, signal)) {
     if (event.type.endsWith(".progress")) showProgress(event);
     else if (event.type.endsWith(".partial_image")) showPicture(address(decoded(event.b64_json)), "A preview of the picture");
     else if (event.type.endsWith(".completed")) finish(event, body, count++);
@@ -166,8 +166,7 @@ function showCode() {
     element("curl").textContent = element("python").textContent = error.message;
     return;
   }
-  const given = { image: Boolean(image.chosen()), controls: control.chosen().map(Boolean) };
-  const call = { server: api.server, key: known.key, ...given };
+  const call = { server: api.server, key: known.key, image: Boolean(image.chosen()), files: beside.files() };
   element("curl").textContent = curl(body, call);
   element("python").textContent = python(body, call);
 }

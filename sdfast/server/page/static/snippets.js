@@ -12,12 +12,19 @@ const pythons = (value) => (typeof value === "boolean" ? (value ? "True" : "Fals
 
 const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
-/** The files of control images: of each ControlNet its name, or null; none where none is chosen. */
-function filesOf(controls) {
-  return controls.some(Boolean) ? controls.map((there, i) => (there ? `control-${i + 1}.png` : null)) : [];
+const STEMS = { control_image: "control", ip_adapter_image: "like" }; // of the files' names
+
+/** Of each field of which some file is chosen, the files' names, null for one that is not: [field, names]. */
+function filesOf(files) {
+  const named = (field, several) => several.map((file, i) => (file ? `${STEMS[field]}-${i + 1}.png` : null));
+  const chosen = Object.entries(files).filter(([, several]) => several.some(Boolean));
+  return chosen.map(([field, several]) => [field, named(field, several)]);
 }
 
-/** A list of one for each ControlNet, or what there is for the only one. */
+/** Each of them by itself: [field, name]. */
+const apart = (files) => files.flatMap(([field, names]) => names.map((name) => [field, name]));
+
+/** A list of one for each, or what there is for the only one. */
 const oneOrEach = (images) => (images.length > 1 ? `[${images.join(", ")}]` : images[0]);
 
 /** A value as a form has it. */
@@ -25,14 +32,14 @@ const text = (value) => (Object(value) === value ? JSON.stringify(value) : Strin
 
 /**
  * server: its address, with a slash at its end. key: whether it asks for one. image: whether one is drawn over.
- * controls: of each ControlNet, whether it has a control image.
+ * files: of each field, such as control_image, the files, or null.
  */
-export function curl(body, { server, key, image, controls }) {
-  const files = filesOf(controls);
+export function curl(body, { server, key, image, files: chosen }) {
+  const files = filesOf(chosen);
   const lines = [`curl ${quoted(`${server}v1/images/${image ? "edits" : "generations"}`)}`];
   if (key) lines.push('-H "Authorization: Bearer $SDFAST_API_KEY"');
   if (image) {
-    lines.push("-F 'image=@image.png'", ...files.map((file) => `-F 'control_image=@${file ?? "/dev/null"}'`));
+    lines.push("-F 'image=@image.png'", ...apart(files).map(([field, file]) => `-F '${field}=@${file ?? "/dev/null"}'`));
     for (const [name, value] of Object.entries(body)) lines.push(`--form-string ${quoted(`${name}=${text(value)}`)}`);
   } else {
     const fields = Object.entries(body).map(([name, value]) => `  "${name}": ${literal(value)}`);
@@ -45,20 +52,22 @@ export function curl(body, { server, key, image, controls }) {
 
 /** What prints the JSON of fields and of files as base64: too much for an argument. NUL, which no JSON holds, parts them. */
 function printed(fields, files) {
-  const images = files.map((file) => (file ? `"\0${file}\0"` : "null"));
-  const pieces = `{\n${[...fields, `  "control_image": ${oneOrEach(images)}`].join(",\n")}\n}`.split("\0");
+  const images = files.map(([field, names]) => {
+    return `  "${field}": ${oneOrEach(names.map((name) => (name ? `"\0${name}\0"` : "null")))}`;
+  });
+  const pieces = `{\n${[...fields, ...images].join(",\n")}\n}`.split("\0");
   const commands = pieces.map((piece, i) => (i % 2 ? `base64 < ${piece} | tr -d '\\n'` : `printf %s ${quoted(piece)}`));
   return `{ ${commands.join("\n")}\n}`;
 }
 
-export function python(body, { server, key, image, controls }) {
-  const files = filesOf(controls);
+export function python(body, { server, key, image, files: chosen }) {
+  const files = filesOf(chosen);
   const address = `${server}v1`;
   if (image && files.length) return pythonForm(body, { address, key, files });
   const [own, extra] = [true, false].map((wanted) =>
     Object.entries(body).filter(([name]) => OPENAI.includes(name) === wanted),
   );
-  const images = files.map((file) => (file ? `base64.b64encode(Path("${file}").read_bytes()).decode()` : "None"));
+  const read = (name) => (name ? `base64.b64encode(Path("${name}").read_bytes()).decode()` : "None");
   return [
     "import base64",
     ...(key ? ["import os"] : []),
@@ -72,7 +81,7 @@ export function python(body, { server, key, image, controls }) {
     ...own.map(([name, value]) => `    ${name}=${pythons(value)},`),
     "    extra_body={",
     ...extra.map(([name, value]) => `        "${name}": ${pythons(value)},`),
-    ...(files.length ? [`        "control_image": ${oneOrEach(images)},`] : []),
+    ...files.map(([field, names]) => `        "${field}": ${oneOrEach(names.map(read))},`),
     "    },",
     ")",
     "for i, picture in enumerate(answer.data):",
@@ -82,7 +91,7 @@ export function python(body, { server, key, image, controls }) {
 
 /** By httpx, on which the SDK is built: that sends no other files than those of its own arguments. */
 function pythonForm(body, { address, key, files }) {
-  const parts = files.map((file) => (file ? `open("${file}", "rb")` : '("none", b"")'));
+  const parts = apart(files).map(([field, file]) => `("${field}", ${file ? `open("${file}", "rb")` : '("none", b"")'})`);
   return [
     "import base64",
     ...(key ? ["import os"] : []),
@@ -95,7 +104,7 @@ function pythonForm(body, { address, key, files }) {
     ...(key ? ['    headers={"Authorization": "Bearer " + os.environ["SDFAST_API_KEY"]},'] : []),
     "    files=[",
     '        ("image", open("image.png", "rb")),',
-    ...parts.map((part) => `        ("control_image", ${part}),`),
+    ...parts.map((part) => `        ${part},`),
     "    ],",
     "    data={",
     ...Object.entries(body).map(([name, value]) => `        "${name}": ${literal(text(value))},`),
