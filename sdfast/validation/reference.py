@@ -355,7 +355,7 @@ class as_reference(ContextDecorator):  # noqa: N801 (a decorator)
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without diffusers' and transformers' bars and warnings: of float16 on a processor, asked for here, of
-    their own deprecated calls. The progress bar of the steps is not theirs to lose."""
+    their own deprecated calls; and peft's of a second LoRA. The progress bar of the steps is not theirs to lose."""
     import diffusers
     import transformers
 
@@ -367,6 +367,7 @@ def quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several LoRAs are meant
             yield
     finally:
         for log, level in zip(logs, verbosity, strict=True):
