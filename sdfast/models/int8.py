@@ -1,4 +1,4 @@
-"""The U-Net's linear layers in INT8: a quarter of the weights, and products at two to four times the speed of
+"""The U-Net's linear layers in INT8: a quarter of the weights, and products at up to three times the speed of
 float32 on processors with instructions for them.
 
 An approximation, made only when asked for. A weight is rounded once, when the engine is made, with a scale

@@ -24,6 +24,7 @@ from tests.conftest import FLAT_SIZES
 from tests.export.test_build import MODULES, Log
 from tests.export.test_fp8 import latents
 from tests.export.test_onnx import kinds
+from tests.export.test_onnx_int8 import summed_in_32_bits
 
 INT8 = Recipe.make(backend="eager", int8=True)
 
@@ -76,6 +77,7 @@ def test_layers_are_so_in_shallow_steps(tiny_sdxl: Path) -> None:
     assert found == set(shallow.int8)
 
 
+@summed_in_32_bits
 def test_onnx_draws_what_the_definition_draws(flat_sd: Path, flat_onnx: Path, tmp_path: Path) -> None:
     ours = Path(shutil.copytree(flat_onnx, tmp_path / "onnx"))  # all but the U-Net is kept
     definition = tmp_path / "eager"

@@ -18,7 +18,14 @@ from sdfast.models.layers import Conv1x1, Conv3x3, GroupNorm, Linear
 from sdfast.models.lora import Choosing, attach, empty_of
 from sdfast.models.step_cache import ShallowUNet
 from sdfast.models.text import TextEncoder
-from sdfast.models.unet import SelfAttention, TransformerBlock, UNetConfig, load_unet, skip_levels
+from sdfast.models.unet import (
+    FeedForward,
+    SelfAttention,
+    TransformerBlock,
+    UNetConfig,
+    load_unet,
+    skip_levels,
+)
 from sdfast.models.vae import VAEConfig, load_vae
 from tests.export.microsoft import OPERATORS
 from tests.models.conftest import SHALLOW, SHALLOW_VAE, SHALLOW_XL, UPCAST, randomise
@@ -156,6 +163,14 @@ def test_a_shallow_step(tmp_path, branch):
     for size in ((2, 7, 12), (3, 16, 8)) if dynamic else ((2, 7, 12),):
         check(path, shallow, inputs(*size))
     assert [i.name for i in session(path).get_inputs()] == ["sample", "time_shift", "context", "deep"]
+
+
+def test_a_gated_products_halves_are_products_of_their_own(tmp_path):
+    block, x = randomise(FeedForward(16)), {"x": torch.randn(2, 9, 16)}
+    export_module(block, x, {}, ["y"], tmp_path / "ff.onnx")
+    check(tmp_path / "ff.onnx", block, x)
+    nodes = kinds(tmp_path / "ff.onnx")
+    assert nodes.count("Gemm") == 3 and "Split" not in nodes
 
 
 def test_the_compact_table_leaves_convolutions_as_they_are(tmp_path):

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sdfast.backends.target import check_int8
+from sdfast.errors import BackendError
 from sdfast.export.onnx import export_module
 from sdfast.models import ops
 from sdfast.models.int8 import LinearInt8, convert
@@ -16,6 +18,18 @@ from tests.export.test_onnx import BATCH, kinds, session
 from tests.models.conftest import randomise
 
 LARGEST = int(ops.INT8_MAX)
+
+
+def overflows() -> bool:
+    try:
+        check_int8("")
+    except BackendError:
+        return True
+    return False
+
+
+summed_in_32_bits = pytest.mark.skipif(overflows(), reason="sums of INT8 products overflow on this processor")
+pytestmark = summed_in_32_bits
 
 
 def layer(inputs: int, outputs: int, bias: bool = True) -> LinearInt8:
@@ -36,13 +50,12 @@ class Run:
         return torch.from_numpy(self.session.run(None, {"x": x.numpy()})[0])
 
 
-@pytest.mark.parametrize("shape", [(2, 77, 40), (5, 40), (1, 1, 40)])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("shape", "bias"), [((2, 77, 40), True), ((1, 1, 40), False), ((5, 40), True)])
 def test_it_is_the_definition(shape: tuple[int, ...], bias: bool, tmp_path: Path) -> None:
-    """The same numbers: with rows of any size, of zeros, and of one magnitude alone."""
+    """The same numbers: with rows of any size, smaller than the smallest scale too, and of zeros."""
     module, x = layer(40, 24, bias), torch.randn(shape) * torch.rand(*shape[:-1], 1).mul(12).exp()
     run = exported(module, x, tmp_path / "layer.onnx")
-    for given in (x, x * 0, torch.sign(x), x.abs(), -x.abs(), x * 2.0**-20):
+    for given in (x, x * 0, torch.sign(x), x.abs(), -x.abs(), x * 2.0**-36):
         assert torch.equal(run(given), module(given))
     graph = onnx.load(tmp_path / "layer.onnx").graph
     stored = {tensor.data_type for tensor in graph.initializer if len(tensor.dims) == 2}
