@@ -355,7 +355,7 @@ class as_reference(ContextDecorator):  # noqa: N801 (a decorator)
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without diffusers' and transformers' bars and warnings: of float16 on a processor, asked for here, of
-    their own deprecated calls; and peft's of a second LoRA. The progress bar of the steps is not theirs to lose."""
+    their own deprecated calls; and peft's of a second LoRA. The bar of the steps is not theirs to lose."""
     import diffusers
     import transformers
 
