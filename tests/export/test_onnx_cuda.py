@@ -233,11 +233,11 @@ def test_unet_of_any_size(tmp_path):
 
 def test_images_stay_in_their_form_in_branches(tmp_path):
     """Each row by its own scales."""
-    network, path = Branched(HALF), tmp_path / "network.onnx"
+    network, path = Branched(), tmp_path / "network.onnx"
     dynamic = {name: {0: BATCH} for name in ("x", "time_shift")}
-    export_module(network, rows_with_scales(1, HALF), dynamic, ["output"], path, CUDA)
+    export_module(network, rows_with_scales(1), dynamic, ["output"], path, CUDA)
     assert kinds(path)["Transpose"] == 2
-    check(path, network, rows_with_scales(2, HALF), 5e-3)
+    check(path, network, rows_with_scales(2), 1e-5)
 
 
 class ScaledSum(torch.nn.Module):
