@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from sdfast.call import DEFAULT_IMAGE_GUIDANCE, Given
+from sdfast.call import Given
 from sdfast.columns import columns
 from sdfast.control import DEFAULT_SCALE
 from sdfast.engine import Engine
@@ -22,7 +22,7 @@ from sdfast.errors import RequestError
 from sdfast.pipeline import Pipeline
 from sdfast.proc import bytes_of
 from sdfast.prompts import Prompts, Reading
-from sdfast.request import Request
+from sdfast.request import DEFAULT_IMAGE_GUIDANCE, Request
 from sdfast.timing import Measure, alternate, clocked, shown
 
 PROMPT, NEGATIVE = "a cabin in misty mountains, watercolor style", "blurry"

@@ -20,12 +20,11 @@ from sdfast.ip_adapter import asked_scale as asked_image_scale
 from sdfast.ip_adapter import check_scale
 from sdfast.ip_adapter import read_images as read_seen
 from sdfast.manifest import Model
-from sdfast.request import Hires, Request
+from sdfast.request import DEFAULT_IMAGE_GUIDANCE, Hires, Request
 
 DEFAULT_STEPS = 50  # as in diffusers
 DEFAULT_GUIDANCE = {"sd": 7.5, "sdxl": 5.0}  # as in diffusers
 # As in diffusers: over a whole image, and with a mask.
-DEFAULT_IMAGE_GUIDANCE = 1.5  # as in diffusers
 DEFAULT_STRENGTH = {"sd": (0.8, 1.0), "sdxl": (0.3, 0.9999)}
 
 # Arguments of diffusers' that are not supported, at the values at which they ask for nothing.

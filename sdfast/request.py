@@ -19,6 +19,7 @@ MAX_IMAGES = 128  # of one request
 MAX_SIDE = 8_192  # pixels
 MAX_TOLD = 65_536  # pixels of a size that is only told
 MAX_GUIDANCE = 100.0
+DEFAULT_IMAGE_GUIDANCE = 1.5  # as in diffusers
 MAX_CONTROL = 10.0
 MAX_IP_ADAPTERS = 8
 MAX_IMAGE_SCALE = 10.0

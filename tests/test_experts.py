@@ -166,7 +166,10 @@ def test_drop_ins_take_both_ends(sides: Any) -> None:
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "a start alone": ({"denoising_start": 0.8}, "^mask_image, strength and denoising_start are for an image"),
+    "a start alone": (
+        {"denoising_start": 0.8},
+        "^mask_image, strength, denoising_start, image_guidance_scale are for",
+    ),
     "all of it before": ({"image": image(), "denoising_start": 1.0}, "^denoising_start: must be less than 1"),
     "nothing before": (
         {"image": image(), "denoising_start": 0.0},

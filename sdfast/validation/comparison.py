@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 import sdfast
-from sdfast.call import DEFAULT_IMAGE_GUIDANCE
 from sdfast.engine import Engine
 from sdfast.errors import RequestError
 from sdfast.export.checkpoint import Checkpoint, silent
 from sdfast.first_latents import Over, check_edits
 from sdfast.pipeline import Pipeline
 from sdfast.preparation import check_cached, check_channels
-from sdfast.request import Request
+from sdfast.request import DEFAULT_IMAGE_GUIDANCE, Request
 from sdfast.schedulers import Schedule, resolve, schedule
 from sdfast.validation import rule
 from sdfast.validation.control import control_images, control_settings, measure_control

@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from sdfast.call import DEFAULT_IMAGE_GUIDANCE
 from sdfast.errors import RequestError
 from sdfast.experts import SWITCH_AT
 from sdfast.request import (
+    DEFAULT_IMAGE_GUIDANCE,
     MAX_GUIDANCE,
     MAX_IMAGES,
     MAX_SIDE,

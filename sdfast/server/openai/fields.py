@@ -6,10 +6,9 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from sdfast.call import DEFAULT_IMAGE_GUIDANCE
 from sdfast.emphasis import Emphasis
 from sdfast.errors import RequestError
-from sdfast.request import Request, check_text
+from sdfast.request import DEFAULT_IMAGE_GUIDANCE, Request, check_text
 from sdfast.schedulers import resolve
 from sdfast.server.body import Neutral, check_neutral
 from sdfast.server.encoding import Format

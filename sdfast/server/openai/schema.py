@@ -5,8 +5,15 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from sdfast.call import DEFAULT_IMAGE_GUIDANCE
-from sdfast.request import MAX_CONTROL, MAX_GUIDANCE, MAX_IMAGE_SCALE, MAX_PROMPT, MAX_STEPS, SEED_LIMIT
+from sdfast.request import (
+    DEFAULT_IMAGE_GUIDANCE,
+    MAX_CONTROL,
+    MAX_GUIDANCE,
+    MAX_IMAGE_SCALE,
+    MAX_PROMPT,
+    MAX_STEPS,
+    SEED_LIMIT,
+)
 from sdfast.server.openai.fields import (
     CONTROL_IMAGE,
     CONTROL_SCALE,
