@@ -116,7 +116,7 @@ def build_sd(
     return _save_index(folder, pipeline, entries)
 
 
-def build_shallow_sd(folder: Path, *, seed: int = 0, levels: int = 2) -> Path:
+def build_shallow_sd(folder: Path, *, seed: int = 0, levels: int = 2, in_channels: int = 4) -> Path:
     """An SD 1.x checkpoint with one or two of each kind of layer, for what takes its time over each layer.
 
     Its pictures are 16x16, of which the latents are 8x8. levels: of its U-Net, one or two.
@@ -124,6 +124,7 @@ def build_shallow_sd(folder: Path, *, seed: int = 0, levels: int = 2) -> Path:
     return build_sd(
         folder,
         seed=seed,
+        in_channels=in_channels,
         text_layers=1,
         vae=SMALL_VAE,
         block_out_channels=(32, 64)[-levels:],

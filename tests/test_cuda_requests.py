@@ -17,13 +17,16 @@ from sdfast.engine import Engine
 from sdfast.export.build import export
 from sdfast.export.recipe import Recipe
 from sdfast.graph import Graph
+from sdfast.ip_adapter import read_images
 from sdfast.loop import Rows
+from sdfast.manifest import Model
 from sdfast.pipeline import Pipeline
 from sdfast.request import Hires, Request
 from sdfast.server.batcher import Batcher
 from sdfast.server.jobs import Job
 from tests import checkpoints
 from tests.export.embeddings import automatic1111
+from tests.export.loras import peft, random_changes, write
 from tests.server.test_batcher import Ear
 from tests.test_image_to_image import image
 
@@ -36,17 +39,20 @@ LONG = "a cabin in the misty mountains, the sea and a boat, " * 4  # 96 tokens, 
 CHUNKS = {"long_prompts": "chunk"}
 LARGE = {"height": 32, "width": 32, "strength": 0.6, "num_inference_steps": 4}
 CONTROLS = [image(1, 16, 16), image(2, 16, 16)]
+# Of engines: with all that goes together, with one ControlNet or two, with LoRAs and an IP-Adapter, and one
+# that edits images.
+MOST, CONTROL, CONTROL_2, LIKE, EDITS = "most", "control", "control 2", "like", "edits"
 
 
 @dataclass(frozen=True)
 class Ask:
     """call: of a pipeline. graphs: how many kinds of ticks it has. plain: what it is like without.
-    controlnets: of its engine."""
+    kind: of its engine."""
 
     call: dict[str, Any]
     graphs: int
     plain: dict[str, Any]
-    controlnets: int = 0
+    kind: str = MOST
 
 
 ASKS = {
@@ -73,7 +79,7 @@ ASKS = {
     "shallow steps and guidance that ends": Ask(
         {"cache_interval": 3, "guidance_end": 0.6}, 4, {"cache_interval": 1}
     ),
-    "a control image": Ask({"control_image": CONTROLS[0]}, 1, {"control_image": CONTROLS[1]}, 1),
+    "a control image": Ask({"control_image": CONTROLS[0]}, 1, {"control_image": CONTROLS[1]}, CONTROL),
     "a control image in the middle": Ask(
         {
             "control_image": CONTROLS,
@@ -84,19 +90,34 @@ ASKS = {
         },
         1,
         {"control_guidance_end": 1.0},
-        1,
+        CONTROL,
     ),
     "a control image and guidance that begins late": Ask(
-        {"control_image": CONTROLS[0], "guidance_start": 0.4}, 2, {"guidance_start": 0.0}, 1
+        {"control_image": CONTROLS[0], "guidance_start": 0.4}, 2, {"guidance_start": 0.0}, CONTROL
     ),
     "two control images": Ask(
         {"control_image": CONTROLS, "controlnet_conditioning_scale": (1.5, 0.75)},
         1,
         {"control_image": CONTROLS[::-1]},
-        2,
+        CONTROL_2,
+    ),
+    "prompts that are added up": Ask(
+        {"prompt": "a boat AND zq-style :0.7 AND mist :-0.4", "emphasis": "original"},
+        1,
+        {"prompt": "a boat"},
+    ),
+    "a LoRA": Ask({"loras": {"oil": 0.8}}, 1, {"loras": {}}, LIKE),
+    "an image to be like": Ask(
+        {"ip_adapter_image": CONTROLS[0], "ip_adapter_scale": 0.7}, 1, {"ip_adapter_scale": 0.0}, LIKE
+    ),
+    "both": Ask(
+        {"loras": {"oil": (0.5, -0.6)}, "ip_adapter_image": CONTROLS[1]}, 1, {"ip_adapter_scale": 0.0}, LIKE
+    ),
+    "an image to edit": Ask(
+        {"image": CONTROLS[0], "image_guidance_scale": 2.0}, 1, {"image": CONTROLS[1]}, EDITS
     ),
 }
-KINDS = sorted({ask.controlnets for ask in ASKS.values()})
+KINDS = sorted({ask.kind for ask in ASKS.values()})
 COMMON = {
     "prompt": "the sea",
     "num_inference_steps": 8,
@@ -110,53 +131,68 @@ COMMON = {
 
 @pytest.fixture(scope="module")
 def make(shallow_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Exports an engine, with one ControlNet or two, or with all else that requests ask for.
+    """Exports an engine of a kind.
 
     Prompts matter more to its U-Net than half precision does.
     """
     place = tmp_path_factory.mktemp("cuda")
     checkpoint = Path(shutil.copytree(shallow_sd, place / "checkpoint"))
-    weights = load_file(file := checkpoint / "unet" / "diffusion_pytorch_model.safetensors")
-    for name in weights:
-        if name.endswith((".attn2.to_v.weight", ".attn2.to_out.0.weight")):
-            weights[name] *= 3
-    save_file(weights, file)
+    edits = checkpoints.build_shallow_sd(place / "edits", in_channels=8)
+    for folder in (checkpoint, edits):
+        weights = load_file(file := folder / "unet" / "diffusion_pytorch_model.safetensors")
+        for name in weights:
+            if name.endswith((".attn2.to_v.weight", ".attn2.to_out.0.weight")):
+                weights[name] *= 3
+        save_file(weights, file)
+    lora = write(place / "oil.safetensors", random_changes(checkpoint, seed=1), peft)
+    adapter = checkpoints.build_ip_adapter(place / "plain.safetensors", checkpoint)
     widths = {"conditioning_embedding_out_channels": (4, 16)}
     nets = [checkpoints.build_controlnet(place / str(i), checkpoint, seed=i, **widths) for i in range(2)]
     embedding = automatic1111(place / "zq-style.safetensors", 5)
 
-    def made(name: str, *, controlnets: int, **recipe: Any) -> Path:
-        own: dict[str, Any] = {"controlnet": nets[:controlnets], "sizes": ["16x16"], "batch": [1]}
-        if not controlnets:
-            own = {"embeddings": [{"source": embedding}], "cache_branch": 0}
+    beside: dict[str, dict[str, Any]] = {
+        CONTROL: {"controlnet": nets[:1]},
+        CONTROL_2: {"controlnet": nets},
+        LIKE: {
+            "loras": [{"source": lora, "on_request": True, "name": "oil"}],
+            "ip_adapters": [{"source": adapter}],
+        },
+        EDITS: {},
+        MOST: {"embeddings": [{"source": embedding}], "cache_branch": 0},
+    }
+
+    def made(name: str, *, kind: str, **recipe: Any) -> Path:
+        own: dict[str, Any] = {**beside[kind], "sizes": ["16x16"], "batch": [1]}
+        if kind == MOST:
             if recipe["backend"] == "onnx":  # which captures what is of one size
-                own |= {"sizes": ["16x16", "32x32"], "batch": [1]}
+                own |= {"sizes": ["16x16", "32x32"]}
             else:
                 own |= {"sizes": {"min": "16x16", "max": "32x32"}, "batch": 2}
             own |= {"long_prompts": True} if recipe["backend"] == "inductor" else {}
-        return export(checkpoint, place / f"{name}-{controlnets}", Recipe.make(**own, **recipe))
+        source = edits if kind == EDITS else checkpoint
+        return export(source, place / f"{name}-{kind.replace(' ', '-')}", Recipe.make(**own, **recipe))
 
     return made
 
 
 @pytest.fixture(scope="module", params=["eager", "inductor", "onnx"])
-def engines(request: pytest.FixtureRequest, make: Any) -> dict[int, Path]:
-    """In half precision, by how many ControlNets they have."""
+def engines(request: pytest.FixtureRequest, make: Any) -> dict[str, Path]:
+    """In half precision, by their kinds."""
     if request.param == "onnx":
         providers = pytest.importorskip("onnxruntime").get_available_providers()
         if "CUDAExecutionProvider" not in providers:
             pytest.skip("this ONNX Runtime is not the one for CUDA")
     compiled = {"device": "cuda", "autotune": False} if request.param == "inductor" else {}
     return {
-        kind: make(request.param, controlnets=kind, backend=request.param, dtype="fp16", **compiled)
+        kind: make(request.param, kind=kind, backend=request.param, dtype="fp16", **compiled)
         for kind in KINDS
     }
 
 
 @pytest.fixture(scope="module")
-def exact(make: Any) -> dict[int, Pipeline]:
+def exact(make: Any) -> dict[str, Pipeline]:
     """The same on the processor, in single precision; what these draw is compared with stock diffusers."""
-    return {kind: Pipeline.from_engine(make("exact", controlnets=kind, backend="eager")) for kind in KINDS}
+    return {kind: Pipeline.from_engine(make("exact", kind=kind, backend="eager")) for kind in KINDS}
 
 
 def draw(pipe: Pipeline, **call: Any) -> torch.Tensor:
@@ -207,38 +243,42 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
     return found
 
 
-def job(name: str, ask: Ask) -> Job:
+def job(name: str, ask: Ask, model: Model) -> Job:
     """The same of a server."""
     given = {**COMMON, "negative_prompt": None, **ask.call}
-    control = given.pop("control_image", None)
+    control, seen, over = (given.pop(key, None) for key in ("control_image", "ip_adapter_image", "image"))
     texts = {f"{name}s": (given.pop(name),) for name in ("prompt", "negative_prompt")}
     del given["output_type"]
     if control is not None:
         given.setdefault("controlnet_conditioning_scale", 1.0)
         several = [control] if isinstance(control, Image.Image) else control
-        control = b"".join(one.tobytes() for one in several[: ask.controlnets])
+        control = b"".join(one.tobytes() for one in several[: model.controlnets])
+    if seen is not None:
+        given.setdefault("ip_adapter_scale", 1.0)
+        seen = read_images(model, seen).numpy().tobytes()
     if "hires" in given:
         given["hires"] = Hires.make(**given["hires"])
-    return Job(name, "engine", Request.make(**texts, **given), control=control)
+    request = Request.make(**texts, **given)
+    return Job(name, "engine", request, image=over and over.tobytes(), control=control, ip_adapter=seen)
 
 
 @pytest.mark.parametrize("name", ASKS)
 def test_no_step_waits_and_each_kind_of_tick_is_one_graph(
-    engines: dict[int, Path], name: str, strict: None, captures: list[Graph]
+    engines: dict[str, Path], name: str, strict: None, captures: list[Graph]
 ) -> None:
     ask = ASKS[name]
-    pipe = Pipeline.from_engine(engines[ask.controlnets], "cuda")
+    pipe = Pipeline.from_engine(engines[ask.kind], "cuda")
     for _ in range(4):  # a tick that comes once in a picture is captured in the second one
         draw(pipe, **ask.call)
     assert len(captures) == len(set(captures)) == ask.graphs
 
 
 @pytest.mark.parametrize("name", ASKS)
-def test_memory_is_given_back(engines: dict[int, Path], name: str) -> None:
+def test_memory_is_given_back(engines: dict[str, Path], name: str) -> None:
     ask = ASKS[name]
 
     def drawn() -> int:
-        pipe = Pipeline.from_engine(engines[ask.controlnets], "cuda")
+        pipe = Pipeline.from_engine(engines[ask.kind], "cuda")
         for _ in range(2):
             draw(pipe, **ask.call)
         del pipe
@@ -250,13 +290,13 @@ def test_memory_is_given_back(engines: dict[int, Path], name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_server_draws_all_of_them_side_by_side(engines: dict[int, Path], kind: int) -> None:
+def test_a_server_draws_all_of_them_side_by_side(engines: dict[str, Path], kind: str) -> None:
     engine = Engine.open(engines[kind], "cuda")
-    asks = [ask for ask in ASKS.values() if ask.controlnets == kind]
+    asks = [ask for ask in ASKS.values() if ask.kind == kind]
     batcher, ears = Batcher(engine, max_rows=3), [Ear() for _ in asks]
     try:
         for i, (ask, ear) in enumerate(zip(asks, ears, strict=True)):
-            batcher.submit(job(str(i), ask), ear)
+            batcher.submit(job(str(i), ask, engine.manifest.model), ear)
         for ear in ears:
             assert ear.done().pngs
     finally:
@@ -266,12 +306,12 @@ def test_a_server_draws_all_of_them_side_by_side(engines: dict[int, Path], kind:
 @pytest.mark.numbers
 @pytest.mark.parametrize("name", ASKS)
 def test_pictures_are_those_of_the_processor(
-    engines: dict[int, Path], exact: dict[int, Pipeline], name: str
+    engines: dict[str, Path], exact: dict[str, Pipeline], name: str
 ) -> None:
     ask = ASKS[name]
-    expected = draw(exact[ask.controlnets], **ask.call)
-    plain = draw(exact[ask.controlnets], **{**ask.call, **ask.plain})
-    pipe = Pipeline.from_engine(engines[ask.controlnets], "cuda")
+    expected = draw(exact[ask.kind], **ask.call)
+    plain = draw(exact[ask.kind], **{**ask.call, **ask.plain})
+    pipe = Pipeline.from_engine(engines[ask.kind], "cuda")
     for _ in range(3):  # by eager ticks, some graphs, and all of them
         error = (draw(pipe, **ask.call) - expected).norm()
         assert error < 0.01 * expected.norm() and error < 0.4 * (plain - expected).norm()

@@ -95,7 +95,7 @@ class IPAdapterSource(Found):
 
     @property
     def digests(self) -> dict[str, str]:
-        """The SHA-256 of its file, by that's name."""
+        """The SHA-256 of its file, by the file's name."""
         return {self.path.name: self.digest}
 
     def state_dict(self) -> dict[str, Tensor]:
