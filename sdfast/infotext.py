@@ -212,7 +212,7 @@ def told_prompt(request: Request, prompt: int) -> str:
 def _networks(loras: Mapping[str, float | tuple[float, float]]) -> str:
     """LoRAs as AUTOMATIC1111 has them in prompts."""
     told = {
-        name: ":".join(map(_number, scale if isinstance(scale, tuple) else (scale,)))
+        name: ":".join(map(_number, dict.fromkeys(scale if isinstance(scale, tuple) else (scale,))))
         for name, scale in loras.items()
         if scale not in (0, (0, 0))
     }

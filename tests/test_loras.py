@@ -305,6 +305,7 @@ class Stages:
         ({}, PROMPT),
         ({"oil": 0.0}, PROMPT),
         ({"oil": 0.8, "ink": (1.0, -0.5)}, f"{PROMPT} <lora:oil:0.8> <lora:ink:1:-0.5>"),
+        ({"oil": (0.5, 0.5), "ink": (0.0, 0.5)}, f"{PROMPT} <lora:oil:0.5> <lora:ink:0:0.5>"),
     ],
 )
 def test_parameters_tell_them_as_automatic1111_does(pipe: Pipeline, given: Any, told: str) -> None:
