@@ -11,13 +11,14 @@ from sdfast.loop import Rows
 from sdfast.manifest import Span
 from sdfast.row import Row
 from tests.fakes import Failpoint, FakeEngine
-from tests.test_loop import KEEPING, MIXED, SIDE, Arithmetics, alone, arithmetic, row
+from tests.test_loop import FURTHER, KEEPING, MIXED, SIDE, Arithmetics, alone, arithmetic, row
 
 __all__ = ["arithmetic"]  # the fixture
 
 EXACT = {"rtol": 1e-5, "atol": 1e-5}
 KINDS = [
     *MIXED,
+    *FURTHER,
     *KEEPING,
     {"name": "euler_a", "steps": 9, "seed": 11, "rescale": 0.4},
     {"name": "unipc", "steps": 8, "seed": 12, "negative": None},

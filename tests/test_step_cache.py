@@ -46,7 +46,7 @@ from tests.fakes import FakeEngine
 from tests.sealing import reseal
 from tests.test_image_to_image import image
 from tests.test_joining import EXACT
-from tests.test_loop import KEEPING, MIXED, SIDE, Arithmetics, alone, arithmetic, by_hand, row
+from tests.test_loop import FURTHER, KEEPING, MIXED, SIDE, Arithmetics, alone, arithmetic, by_hand, row
 from tests.test_pipeline import assert_same, ours
 
 __all__ = ["arithmetic"]  # the fixture
@@ -236,6 +236,7 @@ KINDS: list[dict[str, Any]] = [
     {"name": "ddim", "steps": 9, "seed": 3, "guided": range(4), "interval": 3},
     {"name": "heun", "steps": 4, "seed": 7, "interval": 3, "rescale": 0.4, "guided": range(2)},
     {**KEEPING[1], "interval": 3},
+    {**FURTHER[1], "interval": 3},
     {"name": "euler", "steps": 1, "seed": 9, "interval": 3},
 ]
 
