@@ -1,6 +1,7 @@
 """InstructPix2Pix: an image edited as the prompt says, guided by both, beside stock diffusers."""
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,23 @@ CALLS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("call", CALLS)
 def test_a_drop_in_draws_what_diffusers_class_draws(pair: tuple[Any, Any], call: str) -> None:
     expected, actual = both(pair, **CALLS[call])
+    assert float((actual - expected).norm() / expected.norm()) < 1e-5
+
+
+def test_cosxl_is_told_scaled_latents(tmp_path: Path) -> None:
+    """Its edit model, of which model_index.json says so."""
+    kind = "StableDiffusionXLInstructPix2PixPipeline"
+    checkpoint = checkpoints.build_sdxl(tmp_path / "cosxl", in_channels=8, pipeline=kind)
+    index = json.loads((file := checkpoint / "model_index.json").read_text("utf-8"))
+    file.write_text(json.dumps({**index, "is_cosxl_edit": True}), "utf-8")
+    stock = getattr(diffusers, kind).from_pretrained(checkpoint)
+    own = Pipeline.from_engine(
+        export(checkpoint, tmp_path / "engine", Recipe.make(backend="eager")), threads=1
+    )
+    for pipe in (stock, own):
+        pipe.set_progress_bar_config(disable=True)
+    assert stock.is_cosxl_edit and own.engine.manifest.model.image_latents_scale == 1
+    expected, actual = both((stock, own), **{**CALLS["defaults"], "guidance_scale": 5.0})
     assert float((actual - expected).norm() / expected.norm()) < 1e-5
 
 
