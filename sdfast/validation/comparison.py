@@ -301,7 +301,7 @@ def _plain_trial(engine: Engine, sides: Stock, trial: _Trial, tell: Progress) ->
     pipe = Pipeline(engine)
     pipe.set_progress_bar_config(disable=True)
     request = first.request.model_copy(update={"loras": {}})
-    picture = compare_picture(pipe, sides.exact, sides.same, request, over=first.over, control=first.control)
+    picture = compare_picture(pipe, sides.exact, sides.same, request, (), *first.told)
     return [_Trial(name, trial.plan, [picture])]
 
 

@@ -12,6 +12,7 @@ from sdfast.export.build import export
 from sdfast.export.recipe import Recipe
 from sdfast.validation import validate
 from tests import checkpoints
+from tests.export.loras import ATTENTION, kohya, random_changes, write
 from tests.sealing import reseal
 
 
@@ -40,6 +41,20 @@ def test_an_engine_equals_stock_with_the_same_adapters(engine: Path) -> None:
     assert any("plus.safetensors, plus" in line for line in report.table().splitlines())
     page = (engine / "validation" / "report.html").read_text("utf-8")
     assert page.count('alt="an image"') == 2 and "The images of the IP-Adapters" in page
+
+
+def test_with_a_lora_of_requests_the_picture_without_it_is_like_the_same_images(
+    tiny_sd: Path, engine: Path, tmp_path: Path
+) -> None:
+    lora = write(tmp_path / "style.safetensors", random_changes(tiny_sd, ATTENTION), kohya)
+    recipe = Recipe.make(
+        backend="eager",
+        ip_adapters=[engine.parent / "plain.safetensors"],
+        loras=[{"source": lora, "on_request": True}],
+    )
+    report = validate(export(tiny_sd, tmp_path / "engine", recipe), **RUN)
+    assert report.passed, report.table()
+    assert any(picture.scheduler.endswith(", without LoRAs") for picture in report.pictures)
 
 
 @pytest.mark.slow
