@@ -140,12 +140,14 @@ class StableDiffusionXLPipeline(_InOrder):
     defaults: ClassVar[Mapping[str, Any]] = {"guidance_scale": 5.0}
 
 
-class _Inpainting(_InOrder):
-    needs = ("image", "mask_image")
-
+class _AtOwnSize(_InOrder):
     def _size_of(self, given: Given) -> tuple[int, int]:
         """The engine's own, as in diffusers: there the size of the image says nothing."""
         return super()._size_of(Given())
+
+
+class _Inpainting(_AtOwnSize):
+    needs = ("image", "mask_image")
 
 
 class StableDiffusionImg2ImgPipeline(_InOrder):
@@ -288,26 +290,15 @@ class StableDiffusionXLImg2ImgPipeline(_InOrder):
     defaults: ClassVar[Mapping[str, Any]] = {"strength": 0.3, "guidance_scale": 5.0}
 
 
-class StableDiffusionXLInstructPix2PixPipeline(_InOrder):
+class StableDiffusionXLInstructPix2PixPipeline(_AtOwnSize):
     """The drop-in for diffusers' class of this name."""
 
     needs = ("image",)
     needed_for = "edits an image"
-
-    def _size_of(self, given: Given) -> tuple[int, int]:
-        """The engine's own, as in diffusers: there the size of the image says nothing."""
-        return super()._size_of(Given())
-
     order = (
         *("prompt", "prompt_2", "image", "height", "width", "num_inference_steps", "denoising_end"),
-        *(
-            "guidance_scale",
-            "image_guidance_scale",
-            "negative_prompt",
-            "negative_prompt_2",
-            *_DRAWN,
-            "latents",
-        ),
+        *("guidance_scale", "image_guidance_scale", "negative_prompt", "negative_prompt_2"),
+        *(*_DRAWN, "latents"),
         *(*_EMBEDS_XL, "output_type", "return_dict", "callback", "callback_steps", "cross_attention_kwargs"),
         *("guidance_rescale", "original_size", "crops_coords_top_left", "target_size"),
     )

@@ -191,7 +191,7 @@ class Preparation:
             positive = self._given("prompt_embeds", given.prompt_embeds, given.pooled_prompt_embeds, request)
             truncated: tuple[str, ...] = ("",) * len(request.prompts)
         else:
-            texts = [edited(pair, editing) for parts in request.composed for pair, _ in parts]
+            texts = [edited(pair, editing) for pair in request.composed_pairs]
             states, cut = prompts.encode(
                 [text for one in texts for _, text in one], request.clip_skip, reading, loras
             )

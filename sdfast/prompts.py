@@ -125,8 +125,7 @@ class Prompts:
         prompts, and what is SDXL's. editing: see `edited`."""
         self.check_fields(request)
         reading, length = Reading.of(request), self._engine.tokenizers[0].max_length
-        own = [pair for parts in request.composed for pair, _ in parts]
-        pairs = [*own, *(request.negative_pairs if self.guided(request) else ())]
+        pairs = [*request.composed_pairs, *(request.negative_pairs if self.guided(request) else ())]
         texts = [text for pair in pairs for _, text in edited(pair, editing)]
         check_lengths([length * len(self._read(text, reading)[0].input_ids) for text in texts], self._most)
 
@@ -157,7 +156,7 @@ class Prompts:
 
     def count(self, request: Request, editing: Editing | None = None) -> int:
         """How many tokens of a request's prompts are read, without start and end; each text once."""
-        pairs = (*(pair for parts in request.composed for pair, _ in parts), *request.negative_pairs)
+        pairs = (*request.composed_pairs, *request.negative_pairs)
         texts = [text for pair in pairs for text in {text for _, text in edited(pair, editing)}]
         return sum(self._read(text, Reading.of(request))[0].read for text in texts)
 

@@ -171,9 +171,8 @@ class Request(_Checked):
     `long_prompts`: what becomes of prompts longer than the text encoder reads (75 tokens): "truncate" cuts
     them, as diffusers does, "chunk" reads them 75 tokens at a time, as AUTOMATIC1111 does. `emphasis`: how
     `(words:1.3)` count, see `sdfast.emphasis`; by default brackets are text. With it AND adds prompts up, see
-    `sdfast.composition`. `prompt_editing`:
-    whether `[from:to:when]` and `[this|that]` change prompts between steps, see `sdfast.editing`; what else
-    there is in brackets is read as `emphasis` says.
+    `sdfast.composition`. `prompt_editing`: whether `[from:to:when]` and `[this|that]` change prompts between
+    steps, see `sdfast.editing`; what else there is in brackets is read as `emphasis` says.
 
     For SDXL alone: `prompts_2` and `negative_prompts_2`, what its second text encoder reads in place of the
     prompts, `None` for the same; and the sizes (height, width) and crops (top, left) in pixels that
@@ -269,6 +268,11 @@ class Request(_Checked):
         return [
             [((text, second), weight) for text, weight in composed(prompt)] for prompt, second in self.pairs
         ]
+
+    @property
+    def composed_pairs(self) -> list[tuple[str, str | None]]:
+        """The pairs of `composed` alone, one prompt's behind the other's."""
+        return [pair for parts in self.composed for pair, _ in parts]
 
     @property
     def negative_pairs(self) -> list[tuple[str | None, str | None]]:

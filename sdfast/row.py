@@ -54,9 +54,9 @@ class Row:
     further: what else guides it, in all steps; such a row has a negative and does not rescale.
     noise: unit noise for the steps that draw some. keep: what it keeps of an image that it is drawn over.
     control: the embedded control image of a ControlNet, [C_0, h, w]; every row of an engine has one, or none
-    has. cache_interval: N, where
-    the steps 0, N, 2N, … run the whole U-Net and the others are shallow; above 1 on engines with a step cache
-    alone, and only if guidance, where there is some, begins with the first step.
+    has. cache_interval: N, where the steps 0, N, 2N, … run the whole U-Net and the others are shallow; above
+    1 on engines with a step cache alone, and only if guidance, where there is some, begins with the first
+    step.
     """
 
     schedule: Schedule

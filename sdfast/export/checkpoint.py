@@ -44,6 +44,13 @@ class Component:
     config: Mapping[str, Any]
     weights: tuple[Path, ...]
 
+    def tensors(self, source: str) -> "dict[str, torch.Tensor]":
+        """All of its weights files hold, as `load_tensors` has them. source: what errors call it."""
+        tensors: dict[str, torch.Tensor] = {}
+        for path in self.weights:
+            tensors.update(load_tensors(path, source))
+        return tensors
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -51,12 +58,11 @@ class Checkpoint:
 
     `source` is what the user gave; `revision` the commit it stands for on the Hub, None elsewhere. `loras`:
     what is merged into its weights, in this order, and `chosen`: what requests add to what its layers make
-    (see `lora.with_loras`). `embeddings`: the vectors behind
-    its text encoders' own, in this order, which their configs count (see `embedding.with_embeddings`).
-    `controlnet`: what is put beside its U-Net (see `controlnet.with_controlnet`). `ip_adapters`: by what
-    images are told to it, and `image_encoder`, what they read (see `ip_adapter.with_ip_adapters`). `graphs`:
-    whether its networks are graphs that optimum exported, with no weights by name (see
-    `optimum.read_graphs`).
+    (see `lora.with_loras`). `embeddings`: the vectors behind its text encoders' own, in this order, which
+    their configs count (see `embedding.with_embeddings`). `controlnets`: what is put beside its U-Net (see
+    `controlnet.with_controlnets`). `ip_adapters`: by what images are told to it, and `image_encoder`, what
+    they read (see `ip_adapter.with_ip_adapters`). `graphs`: whether its networks are graphs that optimum
+    exported, with no weights by name (see `optimum.read_graphs`).
     """
 
     source: str
@@ -82,9 +88,7 @@ class Checkpoint:
         Those that a LoRA or an embedding changes are copies, in float32: what is merged is rounded once, by
         who stores it.
         """
-        tensors: dict[str, torch.Tensor] = {}
-        for path in self.component(component).weights:
-            tensors.update(load_tensors(path, self.source))
+        tensors = self.component(component).tensors(self.source)
         for lora in self.loras:
             lora.merge_into(component, tensors)
         for embedding in self.embeddings:

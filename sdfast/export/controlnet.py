@@ -9,7 +9,7 @@ from torch import Tensor
 from sdfast.errors import CheckpointError
 from sdfast.export import controlnet_file, layout
 from sdfast.export.checkpoint import Checkpoint, Component, Progress, component_of, silent
-from sdfast.export.files import Files, load_tensors, sha256
+from sdfast.export.files import Files, sha256
 from sdfast.export.recipe import ControlNetSetting, Recipe
 from sdfast.export.sources import kind_of
 from sdfast.manifest import AddedControlNet, Manifest
@@ -38,9 +38,7 @@ class ControlNetSource:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Its tensors by diffusers' names, as `Checkpoint.state_dict` has those of a component."""
-        tensors: dict[str, Tensor] = {}
-        for path in self.component.weights:
-            tensors.update(load_tensors(path, self.source))
+        tensors = self.component.tensors(self.source)
         if self.names is None:
             return tensors
         return {theirs: tensors[name] for name, theirs in self.names.items()}

@@ -24,7 +24,6 @@ from sdfast.models.config import UNetConfig
 from sdfast.models.ip_adapter import HEAD, IPAdapterConfig, layer_keys
 
 WANTED = Wanted("an", "IP-Adapter", "ip_adapter.safetensors", "ip_adapters")
-ENCODER = "image_encoder"
 ENCODER_CLASS = "CLIPVisionModelWithProjection"
 _PROJECTION, _LAYERS = "image_proj.", "ip_adapter."
 _PREPROCESSOR = "preprocessor_config.json"
@@ -61,10 +60,7 @@ class ImageEncoderSource:
         return self.component.weights[0].parent
 
     def state_dict(self) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = {}
-        for path in self.component.weights:
-            tensors.update(load_tensors(path, self.source))
-        return tensors
+        return self.component.tensors(self.source)
 
     def record(self) -> UsedImageEncoder:
         """What an engine's manifest tells of it."""
@@ -246,11 +242,11 @@ def _encoder(
 ) -> ImageEncoderSource:
     if given is not None and Path(given).expanduser().is_dir():
         return _read_encoder(Files(Path(given).expanduser().resolve(), given), None)
-    own = checkpoint.folder / ENCODER
+    own = checkpoint.folder / layout.IMAGE_ENCODER
     if given is None and (own / "config.json").is_file():
-        files = Files(own, f"{checkpoint.source}/{ENCODER}", checkpoint.folder)
+        files = Files(own, f"{checkpoint.source}/{layout.IMAGE_ENCODER}", checkpoint.folder)
         return _read_encoder(files, checkpoint.revision)
-    beside = PurePosixPath(first.file or "").parent / ENCODER
+    beside = PurePosixPath(first.file or "").parent / layout.IMAGE_ENCODER
     folder = (beside if given is None else PurePosixPath(given)).as_posix()
     source = f"{first.source}/{folder}"
     if first.revision is not None:  # it is of the Hub
@@ -260,7 +256,7 @@ def _encoder(
             first.source, folder, revision=first.revision, progress=progress
         )
         return _read_encoder(Files(snapshot / folder, source, snapshot), commit)
-    here = first.path.parent / ENCODER
+    here = first.path.parent / layout.IMAGE_ENCODER
     if given is None and here.is_dir():
         return _read_encoder(Files(here.resolve(), str(here)), None)
     what = f"{given}: no such folder" if given is not None else f"{here}: no such folder"
@@ -284,7 +280,7 @@ def _read_encoder(files: Files, revision: str | None) -> ImageEncoderSource:
             raise CheckpointError(
                 f"{files.source}: config.json gives {name} as {config.get(name)!r}; download it again"
             )
-    component = component_of(files, ENCODER, ENCODER_CLASS, config, None)
+    component = component_of(files, layout.IMAGE_ENCODER, ENCODER_CLASS, config, None)
     digests = {path.name: sha256(path, files.source) for path in component.weights}
     given = files.json(_PREPROCESSOR) if _PREPROCESSOR in files.names else {}
     return ImageEncoderSource(

@@ -105,8 +105,8 @@ def validate(
     start, tell = time.perf_counter(), progress or silent
     stock()
     engine = _opened(engine, device)
-    check_channels(engine.manifest.model, masked=True)
     model = engine.manifest.model
+    check_channels(model, masked=True)
     if model.draws_over:
         check_edits(engine)
     tell("checkpoint")
@@ -121,9 +121,9 @@ def validate(
     requests, more = _requests(engine, reference, prompts, steps, guidance_scale, scheduler, seed)
     first = requests[0][0]
     _guided_in(first, guidance_start, guidance_end)  # or else it would be refused at the end of a long run
-    check_cached(engine.manifest.model, cached_in(first, cache_interval))
+    check_cached(model, cached_in(first, cache_interval))
     scene = Scene.make(first.height, first.width, masked=model.inpaints) if model.draws_over else None
-    count = engine.manifest.model.controlnets
+    count = model.controlnets
     control = control_images(count, first.height, first.width) if count else None
     seen = adapter_images(model)
     trials = [_trial(engine, sides, own, scene, control, seen, tell) for own in requests]
@@ -184,9 +184,8 @@ def _requests(
         raise RequestError("prompts: none given; give at least one")
     model = engine.manifest.model
     strength = 1.0 if model.inpaints or model.scored else None
-    controlnets = model.controlnets
-    control = control_settings(controlnets) if controlnets else {}
-    control |= image_settings(len(engine.manifest.model.ip_adapters))
+    images = control_settings(model.controlnets) if model.controlnets else {}
+    images |= image_settings(len(model.ip_adapters))
     requests = [
         [
             Request.make(
@@ -200,8 +199,8 @@ def _requests(
                 strength=strength,
                 image_guidance_scale=DEFAULT_IMAGE_GUIDANCE if model.instructed else None,
                 seed=seed + i,
-                loras=dict.fromkeys(engine.manifest.model.loras, 1.0),
-                **control,
+                loras=dict.fromkeys(model.loras, 1.0),
+                **images,
             )
             for i, prompt in enumerate(prompts)
         ]
