@@ -101,8 +101,13 @@ def main(debug: bool) -> None:
     help="Inductor: compile for prompts over 75 tokens too; other backends take them anyway.",
 )
 @click.option(
+    "--vae",
+    metavar="SOURCE",
+    help="Take this VAE in the place of the checkpoint's own, a tiny one (TAESD) too: a folder, a "
+    ".safetensors file, or a Hub id.",
+)
+@click.option(
     "--vae-dtype",
-    "vae",
     type=click.Choice(["auto", "fp32"]),
     help="Of fp16 engines. [default: auto, fp16 where its numbers can be made to fit]",
 )

@@ -82,7 +82,8 @@ def start_over(
     if model.inpaints:
         hidden = _in_turn(_image_latents(engine, noise, masked, count), n)
         return Start(latents, [None] * n, torch.cat([anew.float(), hidden], dim=1))
-    noise.initial(count)  # diffusers draws for the masked image, too, of which this U-Net is not told
+    if engine.manifest.draws_latents:  # diffusers', of the masked image too, of which this U-Net is not told
+        noise.initial(count)
     return Start(latents, keeps)
 
 
@@ -151,17 +152,17 @@ def check_edits(engine: Engine) -> None:
         )
 
 
-def encoded(engine: Engine, image: Tensor) -> tuple[Tensor, Tensor]:
-    """image [m, 3, H, W] in [0, 1] -> mean and standard deviation of its latents, [m, C, h, w] float32.
+def encoded(engine: Engine, image: Tensor) -> tuple[Tensor, Tensor | None]:
+    """image [m, 3, H, W] in [0, 1] -> mean and standard deviation of its latents, [m, C, h, w] float32; a
+    tiny VAE has no deviation, and its latents are the mean.
 
     Raises `NumericalError` when they are not finite.
     """
     inputs = {"image": (image * 2 - 1).to(engine.device)}
     moments = engine.call("vae_encoder", inputs, *image.shape[2:])
-    mean, std = moments["mean"], moments["std"]
-    if not bool(torch.isfinite(mean).all() and torch.isfinite(std).all()):
+    if not all(bool(torch.isfinite(part).all()) for part in moments.values()):
         raise NumericalError(f"the image's latents are not finite; {engine.manifest.remedy('vae_encoder')}")
-    return mean, std
+    return moments["mean"], moments.get("std")
 
 
 def _image_latents(engine: Engine, noise: NoiseSource, image: Tensor, count: int) -> Tensor:
@@ -169,6 +170,8 @@ def _image_latents(engine: Engine, noise: NoiseSource, image: Tensor, count: int
     if image.shape[1] != 3:
         return image.to(engine.device)
     mean, std = encoded(engine, image)
+    if std is None:
+        return _in_turn(mean, count)
     drawn = noise.initial(count).to(engine.device)
     return _in_turn(mean, count) + _in_turn(std, count) * drawn
 

@@ -21,6 +21,7 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from sdfast import __version__
 from sdfast.editing import changes
 from sdfast.errors import RequestError
+from sdfast.manifest import UsedVAE
 from sdfast.request import TOLD_SIZES, UPSCALERS, AdapterScale, Hires, Request, each
 from sdfast.schedulers import Schedule, resolve
 
@@ -140,6 +141,11 @@ def told_of_refiner(name: str, digest: str | None, switch_at: float) -> dict[str
     """The settings that tell of a second engine, as AUTOMATIC1111 names them. digest: its U-Net's."""
     hashed = "" if digest is None else f" [{digest[:10]}]"
     return {"Refiner": f"{name}{hashed}", "Refiner switch at": _number(switch_at)}
+
+
+def told_of_vae(vae: UsedVAE | None) -> dict[str, str]:
+    """The settings that tell of a VAE in the place of the checkpoint's own, as AUTOMATIC1111 names them."""
+    return {} if vae is None else {"VAE hash": vae.digest[:10], "VAE": vae.name}
 
 
 def unet_digest(weights: Mapping[str, str]) -> str | None:

@@ -300,8 +300,8 @@ class AddedEmbedding(FromFile):
         return f"{self.token} ({self.vectors} vector{'s' * (self.vectors != 1)}) of {self.named}"
 
 
-class AddedControlNet(_Part):
-    """A ControlNet beside the checkpoint's U-Net. weights: as those of a checkpoint."""
+class OfComponent(_Part):
+    """A network with a source of its own. weights: as those of a checkpoint."""
 
     source: str
     revision: str | None = None
@@ -309,6 +309,28 @@ class AddedControlNet(_Part):
 
     def __str__(self) -> str:
         return self.source if self.revision is None else f"{self.source} at {self.revision[:8]}"
+
+
+class AddedControlNet(OfComponent):
+    """A ControlNet beside the checkpoint's U-Net."""
+
+
+class UsedVAE(OfComponent):
+    """A VAE in the place of the checkpoint's own."""
+
+    @property
+    def name(self) -> str:
+        """The last part of its source."""
+        return PurePosixPath(self.source.replace("\\", "/")).name
+
+    @property
+    def digest(self) -> str:
+        """Of its weights, by which pictures name it."""
+        return min(self.weights.items())[1]
+
+
+class UsedImageEncoder(OfComponent):
+    """What IP-Adapters see images with."""
 
 
 class AddedIPAdapter(FromFile):
@@ -318,17 +340,6 @@ class AddedIPAdapter(FromFile):
 
     def __str__(self) -> str:
         return f"{self.named}, {self.form}"
-
-
-class UsedImageEncoder(_Part):
-    """What IP-Adapters see images with. weights: as those of a checkpoint."""
-
-    source: str
-    revision: str | None = None
-    weights: dict[str, Digest]
-
-    def __str__(self) -> str:
-        return self.source if self.revision is None else f"{self.source} at {self.revision[:8]}"
 
 
 class Source(_Part):
@@ -348,6 +359,7 @@ class Source(_Part):
     embeddings: tuple[AddedEmbedding, ...] = ()
     ip_adapters: tuple[AddedIPAdapter, ...] = ()
     image_encoder: UsedImageEncoder | None = None  # that those read
+    vae: UsedVAE | None = None  # None: its own
     graphs: Literal["optimum"] | None = None
 
     @property
@@ -472,6 +484,11 @@ class Manifest(_Part):
         return "vae_encoder" in self.modules
 
     @property
+    def draws_latents(self) -> bool:
+        """Whether an image's latents are drawn from around a mean; those of a tiny VAE are what they are."""
+        return self.edits and "std" in self.modules["vae_encoder"].outputs
+
+    @property
     def fp8(self) -> tuple[str, ...]:
         """The layers of the U-Net that are in FP8; none where that was not asked for."""
         return self.modules["unet"].fp8
@@ -486,11 +503,17 @@ class Manifest(_Part):
         """What those layers of the U-Net are in that are approximated."""
         return "FP8" if self.fp8 else "INT8" if self.int8 else None
 
+    @property
+    def vae_dtype(self) -> str | None:
+        """What the recipe asks for of the VAE's precision; older ones called it otherwise."""
+        asked = self.recipe.get("vae_dtype", self.recipe.get("vae"))
+        return asked if isinstance(asked, str) else None
+
     def remedy(self, name: str) -> str:
         """What to do when the half `name` of the VAE gives numbers that are not finite."""
         half = self.modules[name].half_range
         dtype = self.dtype if half is None else half.dtype
-        if dtype == "fp32" or self.recipe.get("vae") == "fp32":
+        if dtype == "fp32" or self.vae_dtype == "fp32":
             return "the VAE is float32 already: check the checkpoint's VAE weights"
         return "the VAE is float16: export the engine with --vae-dtype fp32"
 

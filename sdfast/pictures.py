@@ -21,7 +21,7 @@ from sdfast.errors import BackendError, RequestError
 from sdfast.experts import SWITCH_AT
 from sdfast.first_latents import Over, check_fit
 from sdfast.images import open_image, read_controls, read_images, read_masks
-from sdfast.infotext import Infotext, infotext_of, png, told_of_refiner, unet_digest
+from sdfast.infotext import Infotext, infotext_of, png, told_of_refiner, told_of_vae, unet_digest
 from sdfast.ip_adapter import asked_scale as asked_image_scale
 from sdfast.ip_adapter import check_images
 from sdfast.ip_adapter import read_images as read_seen
@@ -377,6 +377,7 @@ def _painter_of_two(job: Job, base: Engine, refiner: Engine) -> Painter:
 
     digest = unet_digest(refiner.manifest.checkpoint.weights)
     told = told_of_refiner(refiner.manifest.name, digest, switch_at)
+    told |= told_of_vae(refiner.manifest.checkpoint.vae)  # which makes the pictures
     return replace(_painter_of(base, paint), check_size=check_size, told=told)
 
 
@@ -415,8 +416,9 @@ def _checkpoint_painter(job: Job, source: str) -> Painter:
 
 def _painter_of(engine: Engine, paint: Callable[[Request, Given], list[Image.Image]]) -> Painter:
     manifest, config = engine.manifest, engine.scheduler_config
-    weights = manifest.checkpoint.weights
-    return Painter(manifest.name, manifest.model, config, weights, engine.check_size, paint)
+    made_of = manifest.checkpoint
+    told = told_of_vae(made_of.vae)
+    return Painter(manifest.name, manifest.model, config, made_of.weights, engine.check_size, paint, told)
 
 
 def _images(engine: Engine, request: Request, given: Given) -> list[Image.Image]:

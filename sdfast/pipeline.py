@@ -66,6 +66,7 @@ class Pipeline(Preparation, DiffusersCall):
         embeddings: Sequence[str | Path | Mapping[str, Any]] = (),
         ip_adapters: Sequence[str | Path | Mapping[str, Any]] = (),
         image_encoder: str | Path | None = None,
+        vae: str | Path | Mapping[str, Any] | None = None,
         cache_branch: int | None = None,
         compile: bool = False,
         **refused: Any,
@@ -84,6 +85,8 @@ class Pipeline(Preparation, DiffusersCall):
         several. `ip_adapters`: by what images can be told, each a file, a folder or a Hub id, or a mapping of
         `source`, `subfolder`, `weight_name` and `revision`, as diffusers' load_ip_adapter has them;
         `image_encoder`: the folder of what they see with, by default that beside the first one's file.
+        `vae`: what takes the place of the checkpoint's own VAE, a tiny one too: a folder, a file or a Hub id,
+        or a mapping of `source`, `revision` and `variant`.
         `cache_branch`: for calls with a `cache_interval`, see `sdfast.models.step_cache`.
         `compile`, for `backend="eager"`: see `Engine.open`.
         """
@@ -104,6 +107,7 @@ class Pipeline(Preparation, DiffusersCall):
             embeddings=embeddings,
             ip_adapters=ip_adapters,
             image_encoder=image_encoder,
+            vae=vae,
             cache_branch=cache_branch,
         )
         return cls.from_engine(folder, compile=compile)

@@ -50,6 +50,7 @@ def _beside(manifest: Manifest) -> dict[str, str]:
         f"ControlNet{several}": made_of.controlnets,
         "IP-Adapters": made_of.ip_adapters,
         "sees with": [made_of.image_encoder] if made_of.image_encoder else [],
+        "VAE of": [made_of.vae] if made_of.vae else [],
     }
     return {name: "; ".join(map(str, found)) for name, found in told.items() if found}
 
@@ -91,7 +92,7 @@ def _vae(manifest: Manifest) -> dict[str, str]:
     names = ("vae_decoder", "vae_encoder")
     found = {name: manifest.modules[name].half_range for name in names if name in manifest.modules}
     told = {name: str(half) for name, half in found.items() if half is not None}
-    if not told and manifest.dtype == "fp16" and manifest.recipe.get("vae") == "fp32":
+    if not told and manifest.dtype == "fp16" and manifest.vae_dtype == "fp32":
         return {"VAE": "fp32, as the recipe asks"}
     return told
 

@@ -408,3 +408,32 @@ def _save_index(folder: Path, pipeline: str, entries: dict[str, Any]) -> Path:
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
     return folder
+
+
+def build_vae(folder: Path, *, seed: int = 3, **overrides: Any) -> Path:
+    """Write another VAE for the tiny checkpoints, of SD's latents, into `folder` and return it."""
+    torch.manual_seed(seed)
+    _vae(seed, **overrides).save_pretrained(folder)
+    return folder
+
+
+def build_tiny_vae(folder: Path, *, levels: int = 4, channels: int = 8, seed: int = 4, **config: Any) -> Path:
+    """Write a tiny VAE (TAESD's network, narrower) of so many levels into `folder` and return it."""
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(seed)
+    widths = (channels,) * levels
+    blocks = {
+        "num_encoder_blocks": (1, *(2,) * (levels - 1)),
+        "num_decoder_blocks": (*(2,) * (levels - 1), 1),
+    }
+    sides = {f"{side}_block_out_channels": widths for side in ("encoder", "decoder")}
+    made = AutoencoderTiny(**{**blocks, **sides, **config})
+    with torch.no_grad():
+        for name, tensor in made.named_parameters():  # neither fading nor growing from layer to layer
+            fan = tensor[0].numel() if tensor.ndim == 4 else 1
+            gain = 0.5 if ".conv." in name else 1.2
+            tensor.copy_(torch.randn(tensor.shape) * (gain / fan**0.5 if tensor.ndim == 4 else 0.05))
+        made.decoder.layers[-1].bias.fill_(0.5)
+    made.save_pretrained(folder)
+    return folder

@@ -212,7 +212,7 @@ def _manifest(
     modules = {
         name: Module(
             inputs=(),
-            outputs=(),
+            outputs=("mean", "std") if name == "vae_encoder" else (),
             variants=tuple(variants),
             files=(name,),
             fingerprint=NO_DIGEST,

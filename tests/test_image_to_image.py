@@ -16,6 +16,8 @@ from sdfast import drop_in
 from sdfast.arithmetic import DeviceArithmetic
 from sdfast.call import Given
 from sdfast.errors import NumericalError, RequestError
+from sdfast.export.build import export
+from sdfast.export.recipe import Recipe
 from sdfast.first_latents import Over, encoded
 from sdfast.images import read_images, read_masks
 from sdfast.loop import Rows
@@ -24,6 +26,7 @@ from sdfast.request import Request
 from sdfast.server.batcher import Batcher
 from sdfast.server.jobs import Job
 from sdfast.server.worker.opening import warm_up
+from tests import checkpoints
 from tests.fakes import Failpoint, FakeEngine
 from tests.test_pipeline import PROMPT, assert_same, ours, seeded
 
@@ -197,6 +200,7 @@ def test_the_first_latents_are_drawn_from_the_images_own_spread(pairs: dict[Any,
     truth = pairs["sd", False][0].vae.encode(read_images(image(), 4) * 2 - 1).latent_dist
     scale = pairs["sd", False][0].vae.config.scaling_factor
     assert_same(truth.mean * scale, mean)
+    assert std is not None
     assert_same(truth.std * scale, std)
     assert (std / mean.abs().mean()).min() > 0.01
 
@@ -392,3 +396,38 @@ def test_a_u_net_for_inpainting_needs_a_mask(inpainting: tuple[Any, Pipeline]) -
     for given in ({}, {"image": image()}):
         with pytest.raises(RequestError, match=r"9 channels \(inpainting\): give it an image and a mask"):
             inpainting[1](PROMPT, **given)
+
+
+# ---------------------------------------------------------------- tiny VAEs
+
+
+@pytest.fixture(scope="module")
+def tiny_pairs(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+    """With a tiny VAE in the place of the checkpoint's, on both sides."""
+    place = tmp_path_factory.mktemp("tiny-vae")
+    vae = checkpoints.build_tiny_vae(place / "vae")
+    sizes = {"min": "64x64", "max": "96x96"}
+    engine = export(tiny_sd, place / "engine", Recipe.make(backend="eager", sizes=sizes, vae=vae))
+    pairs = {key: (stock(tiny_sd, kind), ours(engine)) for key, kind in KINDS.items() if key[0] == "sd"}
+    for reference, _ in pairs.values():
+        reference.register_modules(vae=diffusers.AutoencoderTiny.from_pretrained(vae))
+    return pairs
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    "call", ["all steps", "one step", "several pictures of one generator", "a generator each"]
+)
+def test_with_a_tiny_vae_equals_stock_diffusers(tiny_pairs: dict[Any, Any], call: str, masked: bool) -> None:
+    """Which draws nothing for the latents of an image: the noise that is added is the generator's first."""
+    given = {"mask_image": mask()} if masked else {}
+    fields = {"scheduler": "EulerAncestralDiscreteScheduler", "strength": 0.6, **given, **CALLS[call]}
+    assert_same(*both(tiny_pairs["sd", masked], **fields))
+
+
+def test_the_pictures_of_a_tiny_vae_equal_stock_diffusers(tiny_pairs: dict[Any, Any]) -> None:
+    assert_same(*both(tiny_pairs["sd", False], output_type="pt"))
+    mean, std = encoded(tiny_pairs["sd", False][1].engine, read_images(image(), 4))
+    assert std is None
+    truth = tiny_pairs["sd", False][0].vae.encode(read_images(image(), 4) * 2 - 1).latents
+    assert_same(truth, mean)

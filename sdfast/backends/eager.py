@@ -26,6 +26,7 @@ from sdfast.models.ip_adapter import ImageContext, ImageEncoder, IPAdapterConfig
 from sdfast.models.lora import Choosing, attach, attach_to_step, attach_to_text_model, empty_of
 from sdfast.models.rounded import rounded
 from sdfast.models.step_cache import ShallowUNet
+from sdfast.models.tiny_vae import TinyEncoder
 from sdfast.models.unet import (
     Attending,
     Context,
@@ -35,7 +36,7 @@ from sdfast.models.unet import (
     context_parts,
     shift_parts,
 )
-from sdfast.models.vae import VAEConfig, VAEDecoder, VAEEncoder
+from sdfast.models.vae import vae_config, vae_decoder, vae_encoder
 
 _NUMBERED = re.compile(r"(?<=^image_context)_\d+$")  # of several IP-Adapters' all but the first
 HEADER = "sdfast"  # the key in a file's metadata that says in JSON which network it holds
@@ -181,6 +182,8 @@ def load_eager(
     outputs = _OUTPUTS[name]
     if isinstance(network, UNet) and network.branch is not None:
         outputs = (*outputs, "deep")
+    if isinstance(network, TinyEncoder):
+        outputs = ("mean",)  # about which nothing spreads
     if compile and name in _WORTH_COMPILING:
         return TorchCompiledModule(name, network, outputs)
     return EagerModule(network, outputs)
@@ -202,9 +205,9 @@ def _network(name: str, header: Mapping[str, Any]) -> nn.Module:
         return _encoder(name, config, header)
     with torch.device("meta"):
         if name == "vae_decoder":
-            return VAEDecoder(VAEConfig.from_diffusers(config))
+            return vae_decoder(vae_config(header["class"], config))
         if name == "vae_encoder":
-            return VAEEncoder(VAEConfig.from_diffusers(config))
+            return vae_encoder(vae_config(header["class"], config))
         if name == "control_embedding":
             return control_embedding(_controlnets(header) or [ControlNetConfig.from_diffusers(config)])
         if name == "image_context":

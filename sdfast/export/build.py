@@ -31,6 +31,7 @@ from sdfast.export.publish import check_space, clear_leftovers, locked, publish,
 from sdfast.export.recipe import Recipe
 from sdfast.export.sharing import link_or_copy, share_with
 from sdfast.export.tokenizer import save_runtime_tokenizer
+from sdfast.export.vae import with_vae
 from sdfast.manifest import (
     CHUNK,
     MANIFEST_NAME,
@@ -143,6 +144,7 @@ def export(
         from sdfast.export.graphs import recipe_for_graphs
 
         recipe = recipe_for_graphs(recipe, checkpoint.source)
+    checkpoint = with_vae(checkpoint, recipe.vae, progress.say)
     checkpoint = with_loras(checkpoint, recipe.loras, progress.say)
     checkpoint = with_embeddings(checkpoint, recipe.embeddings, progress.say)
     checkpoint = with_controlnets(checkpoint, recipe.controlnet, progress.say)
@@ -334,6 +336,7 @@ class _Build:
             embeddings=tuple(embedding.record() for embedding in made_of.embeddings),
             ip_adapters=tuple(adapter.record() for adapter in made_of.ip_adapters),
             image_encoder=made_of.image_encoder.record() if made_of.image_encoder else None,
+            vae=made_of.vae.record() if made_of.vae else None,
             graphs="optimum" if made_of.graphs else None,
         )
 
@@ -360,7 +363,7 @@ class _Build:
             "code": code_digest(*BUILD_CODE),
         }
         if "vae" in spec.components and self.recipe.dtype == "fp16":
-            depends["vae"] = self.recipe.vae
+            depends["vae"] = self.recipe.vae_dtype
         loras = [[x.digest, x.scale] for x in self.checkpoint.loras if x.parts.keys() & set(spec.components)]
         if loras:
             depends["loras"] = loras

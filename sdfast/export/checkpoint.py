@@ -23,10 +23,12 @@ from sdfast.models.config import adapter_names, controlnet_names
 if TYPE_CHECKING:
     import torch
 
+    from sdfast.export.added import Added
     from sdfast.export.controlnet import ControlNetSource
     from sdfast.export.embedding import Embedding
     from sdfast.export.ip_adapter import ImageEncoderSource, IPAdapterSource
     from sdfast.export.lora import Lora, LoraBeside
+    from sdfast.export.vae import VAESource
     from sdfast.models.lora import LowRank, Ranks
 
 Progress = Callable[[str], None]
@@ -61,7 +63,8 @@ class Checkpoint:
     (see `lora.with_loras`). `embeddings`: the vectors behind its text encoders' own, in this order, which
     their configs count (see `embedding.with_embeddings`). `controlnets`: what is put beside its U-Net (see
     `controlnet.with_controlnets`). `ip_adapters`: by what images are told to it, and `image_encoder`, what
-    they read (see `ip_adapter.with_ip_adapters`). `graphs`: whether its networks are graphs that optimum
+    they read (see `ip_adapter.with_ip_adapters`). `vae`: what is in the place of its own, among the
+    components too (see `vae.with_vae`). `graphs`: whether its networks are graphs that optimum
     exported, with no weights by name (see `optimum.read_graphs`).
     """
 
@@ -79,6 +82,7 @@ class Checkpoint:
     embeddings: "tuple[Embedding, ...]" = ()
     ip_adapters: "tuple[IPAdapterSource, ...]" = ()
     image_encoder: "ImageEncoderSource | None" = None
+    vae: "VAESource | None" = None
     graphs: bool = False
 
     def state_dict(self, component: str) -> "dict[str, torch.Tensor]":
@@ -88,12 +92,16 @@ class Checkpoint:
         Those that a LoRA or an embedding changes are copies, in float32: what is merged is rounded once, by
         who stores it.
         """
-        tensors = self.component(component).tensors(self.source)
+        tensors = self._tensors(component)
         for lora in self.loras:
             lora.merge_into(component, tensors)
         for embedding in self.embeddings:
             embedding.add_to(component, tensors)
         return tensors
+
+    def _tensors(self, component: str) -> "dict[str, torch.Tensor]":
+        beside = self._beside.get(component)
+        return self.component(component).tensors(self.source) if beside is None else beside.state_dict()
 
     def low_rank(self, component: str) -> "dict[str, list[LowRank]]":
         """What the LoRAs that requests choose add to a component, by layer, as `bare` names it."""
@@ -169,14 +177,17 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         """Of all weights files."""
-        parts = [*self.components.values(), *(added.component for added in self._beside.values())]
-        return sum(path.stat().st_size for part in parts for path in part.weights)
+        parts = {**self.components, **{name: added.component for name, added in self._beside.items()}}
+        return sum(path.stat().st_size for part in parts.values() for path in part.weights)
 
     @property
-    def _beside(self) -> "dict[str, ControlNetSource | IPAdapterSource | ImageEncoderSource]":
-        """What was put beside its networks, by the names that those have as components."""
+    def _beside(self) -> "dict[str, Added | IPAdapterSource]":
+        """What was put beside its networks or in the place of one, by the names that those have as
+        components."""
         encoder = {} if self.image_encoder is None else {layout.IMAGE_ENCODER: self.image_encoder}
+        vae = {} if self.vae is None else {"vae": self.vae}
         return {
+            **vae,
             **dict(zip(controlnet_names(len(self.controlnets)), self.controlnets, strict=True)),
             **dict(zip(adapter_names(len(self.ip_adapters)), self.ip_adapters, strict=True)),
             **encoder,
@@ -184,7 +195,8 @@ class Checkpoint:
 
     @cached_property
     def _digests(self) -> dict[str, str]:
-        paths = sorted({path for component in self.components.values() for path in component.weights})
+        own = [part for name, part in self.components.items() if name not in self._beside]
+        paths = sorted({path for component in own for path in component.weights})
         with ThreadPoolExecutor(2) as pool:
             digests = pool.map(lambda path: sha256(path, self.source), paths)
             return {

@@ -1,13 +1,12 @@
 """ControlNets that are put beside a checkpoint's U-Net when an engine is exported: where they lie."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import Tensor
-
 from sdfast.errors import CheckpointError
 from sdfast.export import controlnet_file, layout
+from sdfast.export.added import Added, refuse_unused
 from sdfast.export.checkpoint import Checkpoint, Component, Progress, component_of, silent
 from sdfast.export.files import Files, sha256
 from sdfast.export.recipe import ControlNetSetting, Recipe
@@ -19,29 +18,8 @@ _WANTED = "a ControlNet is a diffusers folder, a .safetensors file or a Hub id"
 
 
 @dataclass(frozen=True)
-class ControlNetSource:
-    """A ControlNet on this disk, verified as far as its headers go.
-
-    source: what the user gave. revision: the commit on the Hub. digests: the SHA-256 of each of its weights
-    files, by name. names: of a single file: diffusers' names of its tensors, by its own.
-    """
-
-    source: str
-    revision: str | None
-    component: Component
-    digests: Mapping[str, str]
-    names: Mapping[str, str] | None = None
-
-    @property
-    def folder(self) -> Path:
-        return self.component.weights[0].parent
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Its tensors by diffusers' names, as `Checkpoint.state_dict` has those of a component."""
-        tensors = self.component.tensors(self.source)
-        if self.names is None:
-            return tensors
-        return {theirs: tensors[name] for name, theirs in self.names.items()}
+class ControlNetSource(Added):
+    """A ControlNet on this disk, verified as far as its headers go."""
 
     def record(self) -> AddedControlNet:
         """What an engine's manifest tells of it."""
@@ -75,12 +53,7 @@ def settings_of(manifest: Manifest) -> list[ControlNetSetting]:
 def _resolve(setting: ControlNetSetting, checkpoint: Checkpoint, progress: Progress) -> ControlNetSource:
     source, revision = setting.source, setting.revision
     kind = kind_of(source, _WANTED)
-    unused = {"folder": ("revision",), "file": ("revision", "variant")}.get(kind, ())
-    for name in unused:
-        if getattr(setting, name) is not None:
-            raise CheckpointError(
-                f"{source}: is a ControlNet's {kind}, for which {name} has no meaning; leave it out"
-            )
+    refuse_unused(source, kind, "ControlNet", revision=revision, variant=setting.variant)
     if kind == "file":
         return _of_file(source, checkpoint)
     if kind == "folder":

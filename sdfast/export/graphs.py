@@ -38,6 +38,7 @@ _REFUSED = {
     "loras": "LoRAs are merged into weights",
     "embeddings": "embeddings are added to the weights of text encoders",
     "ip_adapters": "IP-Adapters are told to the U-Net's own cross-attention",
+    "vae": "a VAE's weights take the place of other weights",
     "controlnet": "a ControlNet is put beside the weights of a U-Net",
     "fp8": "FP8 is for networks of sdfast's own",
     "int8": "INT8 is for networks of sdfast's own",

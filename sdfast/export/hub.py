@@ -57,6 +57,21 @@ def download_controlnet(
     return _snapshot(repo, configs, choose, revision=revision, progress=progress)
 
 
+def download_vae(
+    repo: str, *, revision: str | None = None, variant: str | None = None, progress: Callable[[str], None]
+) -> tuple[Path, str]:
+    """The same of a VAE, in a repository of its own or as a part of a checkpoint's."""
+
+    def choose(files: Files, names: Collection[str]) -> list[str]:
+        folder = layout.vae_folder(names, repo)
+        before = f"{folder}/" if folder else ""
+        own = {name.removeprefix(before) for name in names if name.startswith(before)}
+        part = Files(files.folder / folder, repo, files.folder)
+        return [before + name for name in _component_weights(part, own, layout.VAE_ALONE, variant)]
+
+    return _snapshot(repo, layout.vae_config_files(variant), choose, revision=revision, progress=progress)
+
+
 def download_image_encoder(
     repo: str, folder: str, *, revision: str | None = None, progress: Callable[[str], None]
 ) -> tuple[Path, str]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sdfast.errors import CheckpointError
 from sdfast.export import layout
+from sdfast.export.added import Added
 from sdfast.export.checkpoint import Checkpoint, Component, Progress, component_of, silent
 from sdfast.export.files import Files, load_tensors, sha256, tensor_shapes
 from sdfast.export.lora_keys import family_of
@@ -41,26 +42,14 @@ _RENAMED = (
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-@dataclass(frozen=True)
-class ImageEncoderSource:
+@dataclass(frozen=True, kw_only=True)
+class ImageEncoderSource(Added):
     """The image encoder on this disk, verified as far as its headers go.
 
-    source: the folder, or a folder within a Hub repository. digests: of each of its weights files, by name.
-    processor: how images are made ready for it.
+    source: the folder, or a folder within a Hub repository. processor: how images are made ready for it.
     """
 
-    source: str
-    revision: str | None
-    component: Component
-    digests: Mapping[str, str]
     processor: ImageProcessor
-
-    @property
-    def folder(self) -> Path:
-        return self.component.weights[0].parent
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.component.tensors(self.source)
 
     def record(self) -> UsedImageEncoder:
         """What an engine's manifest tells of it."""
@@ -283,9 +272,8 @@ def _read_encoder(files: Files, revision: str | None) -> ImageEncoderSource:
     component = component_of(files, layout.IMAGE_ENCODER, ENCODER_CLASS, config, None)
     digests = {path.name: sha256(path, files.source) for path in component.weights}
     given = files.json(_PREPROCESSOR) if _PREPROCESSOR in files.names else {}
-    return ImageEncoderSource(
-        files.source, revision, component, digests, _processor(given, config["image_size"], files.source)
-    )
+    processor = _processor(given, config["image_size"], files.source)
+    return ImageEncoderSource(files.source, revision, component, digests, processor=processor)
 
 
 def _processor(given: Mapping[str, Any], side: int, source: str) -> ImageProcessor:

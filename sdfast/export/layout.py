@@ -39,7 +39,7 @@ CLASSES: Mapping[str, tuple[str, ...]] = {
     "text_encoder": ("CLIPTextModel",),
     "text_encoder_2": ("CLIPTextModelWithProjection",),
     "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL",),
+    "vae": ("AutoencoderKL", "AutoencoderTiny"),
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
     "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
 }
@@ -54,7 +54,12 @@ _STEMS = {
 }
 CONTROLNET = "controlnet"
 IMAGE_ENCODER = "image_encoder"
-_ALONE = {CONTROLNET: "diffusion_pytorch_model", IMAGE_ENCODER: "model"}
+VAE_ALONE = "a VAE of its own"
+_ALONE = {
+    CONTROLNET: "diffusion_pytorch_model",
+    IMAGE_ENCODER: "model",
+    VAE_ALONE: "diffusion_pytorch_model",
+}
 """Components that are no part of a pipeline's folder, but have one of their own."""
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _TOKENIZER_FILES = (
@@ -108,6 +113,23 @@ def check_image_encoder(names: Collection[str], source: str) -> None:
             f"{source}: no config.json, so not an image encoder's folder; give one with config.json and "
             "model.safetensors: --image-encoder FOLDER"
         )
+
+
+def vae_config_files(variant: str | None) -> list[str]:
+    """The same of a VAE, which may be a part of a checkpoint."""
+    own = ["config.json", _index_name(VAE_ALONE, variant)]
+    return ["model_index.json", *own, *(f"vae/{name}" for name in own)]
+
+
+def vae_folder(names: Collection[str], source: str) -> str:
+    """Where in a folder a VAE lies: "" of its own, "vae" of a checkpoint. Refuses what holds none."""
+    if "model_index.json" not in names and "config.json" in names:
+        return ""
+    if "vae/config.json" in names:
+        return "vae"
+    files = sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
+    instead = f"the file itself: {files[0]}" if files else "the folder that save_pretrained() wrote"
+    raise CheckpointError(f"{source}: no config.json, so not a VAE's folder; give {instead}")
 
 
 def check_index(index: Mapping[str, Any], source: str) -> Family:

@@ -14,7 +14,7 @@ from torch import Tensor
 from sdfast.errors import CheckpointError
 from sdfast.export.checkpoint import Checkpoint
 from sdfast.export.ip_adapter import ImageEncoderSource
-from sdfast.export.magnitudes import DoesNotFit, extents, scales_for
+from sdfast.export.magnitudes import DoesNotFit, check_tiny, extents, largest_of, scales_for
 from sdfast.export.networks import Networks
 from sdfast.manifest import HalfRange
 from sdfast.models.config import controlnet_names
@@ -25,15 +25,16 @@ from sdfast.models.controlnet import (
     ControlledUNet,
     load_controlled,
 )
-from sdfast.models.half_range import VAE, rescale
+from sdfast.models.half_range import rescale
 from sdfast.models.lora import attach, attach_to_step, attach_to_text_model
 from sdfast.models.rounded import rounded
 from sdfast.models.step_cache import ShallowUNet
 from sdfast.models.text import TextEncoder
+from sdfast.models.tiny_vae import TinyDecoder, TinyEncoder
 from sdfast.models.unet import Context, TimeShift, UNet, load_unet
-from sdfast.models.vae import VAEDecoder, VAEEncoder, load_vae
+from sdfast.models.vae import AnyDecoder, AnyEncoder, VAEDecoder, VAEEncoder, load_vae
 
-V = TypeVar("V", VAEDecoder, VAEEncoder)
+V = TypeVar("V", bound=VAEDecoder | VAEEncoder | TinyDecoder | TinyEncoder)
 
 
 class UNetParts:
@@ -104,43 +105,63 @@ class UNetParts:
 class VAEHalves:
     """The two modules that a VAE's weights are dealt out to, loaded one at a time.
 
-    half: in float16, where that can hold their numbers.
+    half: in float16, where that can hold their numbers. decoder_range, encoder_range: how each came to fit
+    it, or why not; known once it was loaded.
     """
 
     def __init__(self, networks: Networks, half: bool) -> None:
         self._networks = networks
         self._half = half
-        self._found: dict[type[VAE], HalfRange] = {}
+        self.decoder_range: HalfRange | None = None
+        self.encoder_range: HalfRange | None = None
 
-    def decoder(self) -> VAEDecoder:
-        return self._fitted(self._load()[0])
+    def decoder(self) -> AnyDecoder:
+        decoder, self.decoder_range = self._fitted(self._load()[0])
+        return decoder
 
-    def encoder(self) -> VAEEncoder:
+    def encoder(self) -> AnyEncoder:
         encoder = self._load()[1]
         if encoder is None:
             source = self._networks.checkpoint.source
             raise CheckpointError(f"{source}: its VAE's encoder is not there any more")
-        return self._fitted(encoder)
+        encoder, self.encoder_range = self._fitted(encoder)
+        return encoder
 
-    def range_of(self, kind: type[VAE]) -> HalfRange | None:
-        return self._found.get(kind)
+    def _load(self) -> tuple[AnyDecoder, AnyEncoder | None]:
+        checkpoint = self._networks.checkpoint
+        try:
+            return load_vae(self._networks.vae, checkpoint.state_dict("vae"), torch.float32)
+        except CheckpointError as error:
+            if checkpoint.vae is None:
+                raise
+            raise CheckpointError(f"{checkpoint.vae.source}: {error}") from error
 
-    def _load(self) -> tuple[VAEDecoder, VAEEncoder | None]:
-        return load_vae(self._networks.vae, self._networks.checkpoint.state_dict("vae"), torch.float32)
-
-    def _fitted(self, vae: V) -> V:
+    def _fitted(self, vae: V) -> tuple[V, HalfRange | None]:
         """The network in float16 if that holds it, else as it is."""
         if not self._half:
-            return vae
-        found = extents(vae)
+            return vae, None
+        found = _in_half(vae)
+        if found.dtype == "fp16":
+            vae.half()
+        return vae, found
+
+
+def _in_half(vae: VAEDecoder | VAEEncoder | TinyDecoder | TinyEncoder) -> HalfRange:
+    """How a half of a VAE fits float16, or why it does not. One that can be written so that it does, is."""
+    if isinstance(vae, TinyDecoder | TinyEncoder):
+        largest = largest_of(vae)
         try:
-            scales = scales_for(vae, found)
+            check_tiny(vae, largest)
         except DoesNotFit as reason:
-            self._found[type(vae)] = HalfRange(dtype="fp32", largest=found.largest, reason=str(reason))
-            return vae
-        rescale(vae, scales)
-        self._found[type(vae)] = HalfRange(dtype="fp16", largest=found.largest, scale=scales.smallest)
-        return vae.half()
+            return HalfRange(dtype="fp32", largest=largest, reason=str(reason))
+        return HalfRange(dtype="fp16", largest=largest)
+    found = extents(vae)
+    try:
+        scales = scales_for(vae, found)
+    except DoesNotFit as reason:
+        return HalfRange(dtype="fp32", largest=found.largest, reason=str(reason))
+    rescale(vae, scales)
+    return HalfRange(dtype="fp16", largest=found.largest, scale=scales.smallest)
 
 
 def load_text_model(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Any:

@@ -25,7 +25,8 @@ from sdfast.models.half_range import (
     readers,
     resnets,
 )
-from sdfast.models.layers import Conv1x1, GroupNorm
+from sdfast.models.layers import Conv1x1, Conv3x3, GroupNorm
+from sdfast.models.tiny_vae import TinyBlock, TinyDecoder, TinyEncoder
 from sdfast.models.vae import Attention, VAEDecoder
 
 LARGEST = 65504.0  # of float16
@@ -90,13 +91,13 @@ class DoesNotFit(Exception):
 # ---------------------------------------------------------------- looking
 
 
-def probes(vae: VAE) -> list[Tensor]:
+def probes(vae: VAE | TinyDecoder | TinyEncoder) -> list[Tensor]:
     """Inputs [1, C, H, W] float32 that are the same each time: noise, a smooth field, one colour.
 
     Latents as the loop leaves them, of its unit variance and of the threefold that strong guidance brings; or
     pictures in [-1, 1].
     """
-    decodes = isinstance(vae, VAEDecoder)
+    decodes = isinstance(vae, VAEDecoder | TinyDecoder)
     channels = vae.config.latent_channels if decodes else vae.config.in_channels
     side = PROBE_SIDE if decodes else PROBE_SIDE * vae.config.scale
     generator = torch.Generator().manual_seed(0)
@@ -124,6 +125,20 @@ def extents(vae: VAE) -> Extents:
     for extent in (found.stream, *found.firsts.values()):
         extent.probes = len(given)
     return found
+
+
+@torch.no_grad()
+def largest_of(vae: TinyDecoder | TinyEncoder) -> float:
+    """The largest magnitude in a float32 tiny VAE. Raises `CheckpointError` when it is not finite."""
+    found = Extent()
+    with ExitStack() as hooks:
+        for layer in vae.modules():
+            if isinstance(layer, Conv3x3 | TinyBlock):
+                hook = layer.register_forward_hook(lambda _layer, _given, x: found.meet(x))
+                hooks.callback(hook.remove)
+        for probe in probes(vae):
+            vae(probe)
+    return found.largest
 
 
 def _watch(vae: VAE, found: Extents) -> Iterator[Any]:
@@ -186,6 +201,17 @@ def scales_for(vae: VAE, found: Extents) -> Scales:
     for name, resnet in resnets(vae):
         _check_small(scales.firsts[name], found.firsts[name], [(f"{name}.conv1", resnet.conv1)])
     return scales
+
+
+def check_tiny(vae: TinyDecoder | TinyEncoder, largest: float) -> None:
+    """Raises `DoesNotFit` for a tiny VAE that float16 does not hold: no norm reads what its layers make, so
+    that no scale helps."""
+    largest = max(largest, *(float(tensor.abs().max()) for tensor in vae.parameters()))
+    if largest * HEADROOM > LARGEST:
+        raise DoesNotFit(
+            f"numbers up to {largest:.2g}, of which no norm makes smaller ones (float16 ends at 65504, and "
+            f"{HEADROOM} times as much must fit)"
+        )
 
 
 def _scale(extent: Extent) -> float:

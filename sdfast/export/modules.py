@@ -32,7 +32,7 @@ from sdfast.models.controlnet import (
 )
 from sdfast.models.ip_adapter import ImageContext, ImageEncoder, load_image_context
 from sdfast.models.text import TextEncoder
-from sdfast.models.vae import VAEDecoder, VAEEncoder, has_encoder
+from sdfast.models.vae import TINY, has_encoder
 from sdfast.request import MAX_STEPS
 
 ONE = Span.exactly(1)
@@ -91,7 +91,7 @@ def module_specs(networks: Networks, recipe: Recipe) -> list[ModuleSpec]:
     load = UNetParts(networks, dtype, *_in_fp8(networks, recipe), int8)
     batches = recipe.unet_batches(guided=3 if model.instructed else 2)
     steps = model, load, dtype, batches, sizes, recipe.prompt_lengths()
-    vae = VAEHalves(networks, half=dtype == torch.float16 and recipe.vae == "auto")
+    vae = VAEHalves(networks, half=dtype == torch.float16 and recipe.vae_dtype == "auto")
     return [
         _unet(*steps),
         *_shallow(recipe.backend, *steps),
@@ -316,7 +316,7 @@ def _vae_decoder(vae: VAEHalves, model: Model, sizes: list[tuple[Span, Span]]) -
         ("image",),
         ("vae",),
         forms,
-        half_range=lambda: vae.range_of(VAEDecoder),
+        half_range=lambda: vae.decoder_range,
     )
 
 
@@ -330,15 +330,16 @@ def _vae_encoder(vae: VAEHalves, networks: Networks, sizes: list[tuple[Span, Spa
 
     free = {"image": {2: "height", 3: "width"}}
     forms = tuple(Form(ONE, height, width) for height, width in sizes)
+    tiny = networks.checkpoint.component("vae").class_name == TINY
     yield ModuleSpec(
         "vae_encoder",
         vae.encoder,
         inputs,
         free,
-        ("mean", "std"),
+        ("mean",) if tiny else ("mean", "std"),
         ("vae",),
         forms,
-        half_range=lambda: vae.range_of(VAEEncoder),
+        half_range=lambda: vae.encoder_range,
     )
 
 

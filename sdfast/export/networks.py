@@ -33,7 +33,7 @@ from sdfast.models.unet import (
     shift_parts,
     skip_levels,
 )
-from sdfast.models.vae import VAEConfig
+from sdfast.models.vae import AnyVAEConfig, vae_config
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Configs:
 
     checkpoint: Checkpoint
     unet: UNetConfig
-    vae: VAEConfig
+    vae: AnyVAEConfig
     text: tuple[str, ...]  # names of the text encoders
 
     @property
@@ -125,7 +125,7 @@ class Networks(Configs):
         networks = cls(
             checkpoint,
             unet,
-            VAEConfig.from_diffusers(parts["vae"].config),
+            vae_config(parts["vae"].class_name, parts["vae"].config),
             checkpoint.text_encoders,
             step_cache=None if cache_branch is None else _step_cache(unet, cache_branch),
         )

@@ -208,6 +208,10 @@ def layer_norm(g: Graph, x: Value, weight: Value, bias: Value, eps: float) -> Va
     )
 
 
+def relu(g: Graph, x: Value) -> Value:
+    return g.Relu(x)
+
+
 def add(g: Graph, x: Value, branch: Value) -> Value:
     return row_wise(g, g.Add, x, branch, width=x.shape[-1])
 
@@ -300,6 +304,7 @@ PLAIN: Lowerings = {
         group_norm_silu,
         shifted_group_norm_silu,
         layer_norm,
+        relu,
         add,
         add_scaled,
         scale_channels,

@@ -148,6 +148,10 @@ def _attributes(groups: int, eps: float, silu: bool) -> dict[str, int | float]:
     return {"groups": groups, "epsilon": eps, "activation": int(silu), "channels_last": 1}
 
 
+def relu(g: Graph, x: Value) -> Value:
+    return image(g, g.Relu(form(g, x)))
+
+
 def add(g: Graph, x: Value, branch: Value) -> Value:
     """The sum, for a later operator with the branch's bias as a summand of its own."""
     product, bias = g.memory.get((PRODUCT, branch)) or (form(g, branch), None)
@@ -272,6 +276,7 @@ CUDA: Lowerings = {
         group_norm_silu,
         shifted_group_norm_silu,
         onnx_cpu.layer_norm,
+        relu,
         add,
         add_scaled,
         scale_channels,

@@ -144,10 +144,10 @@ class IPAdapterSetting(FileSetting):
         return FileSetting(source=self.source, weight_name=name, revision=self.revision)
 
 
-class ControlNetSetting(_Part):
-    """A ControlNet to be put beside the U-Net. A text in its place is its source.
+class ComponentSetting(_Part):
+    """A network with a source of its own. A text in its place is its source.
 
-    source: a diffusers folder of a ControlNet, a .safetensors file, or a Hub id.
+    source: a diffusers folder of it, a .safetensors file, or a Hub id.
     revision, variant: as those of the checkpoint.
     """
 
@@ -164,6 +164,24 @@ class ControlNetSetting(_Part):
             raise ValueError(
                 "must be a folder, a file or a Hub id, or a table of source, revision and variant"
             )
+        return given
+
+
+class ControlNetSetting(ComponentSetting):
+    """A ControlNet to be put beside the U-Net."""
+
+
+_PRECISIONS = ("auto", "fp32")
+
+
+class VAESetting(ComponentSetting):
+    """A VAE to take the place of the checkpoint's own. Its folder may be a whole checkpoint's."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_precision(cls, given: Any) -> Any:
+        if given in _PRECISIONS:
+            raise ValueError(f"is the source of another VAE; the precision is vae_dtype = {given!r}")
         return given
 
 
@@ -199,7 +217,9 @@ class Recipe(_Part):
         for processors with VNNI; eager engines of it run anywhere, slowly, for checks.
     long_prompts: "inductor": a further form of the U-Net, for prompts of more than 75 tokens; the one for
         shorter ones stays as it is. Default: false. Engines of other backends take long prompts anyway.
-    vae: of fp16 engines: "auto" (default), float16 wherever its numbers can be made to fit, or "fp32".
+    vae: what takes the place of the checkpoint's own VAE.
+    vae_dtype: of fp16 engines: "auto" (default), float16 wherever the VAE's numbers can be made to fit, or
+        "fp32".
     loras: what is merged into the weights, and what requests choose; several add up.
     controlnet: under whose guidance every picture is drawn, by a control image; one, or a list of several, of
         which each has a control image.
@@ -229,7 +249,8 @@ class Recipe(_Part):
     fp8: bool = False
     int8: bool = False
     long_prompts: bool | None = None
-    vae: Annotated[Literal["auto", "fp32"] | None, Field(validate_default=True)] = None
+    vae: VAESetting | None = None
+    vae_dtype: Annotated[Literal["auto", "fp32"] | None, Field(validate_default=True)] = None
     loras: tuple[LoraSetting, ...] = ()
     controlnet: Annotated[tuple[ControlNetSetting, ...], BeforeValidator(_one_or_several)] = ()
     embeddings: tuple[EmbeddingSetting, ...] = ()
@@ -354,14 +375,14 @@ class Recipe(_Part):
             return None
         return long_prompts
 
-    @field_validator("vae")
+    @field_validator("vae_dtype")
     @classmethod
-    def _where_vae_may_differ(cls, vae: str | None, info: ValidationInfo) -> str | None:
+    def _where_vae_may_differ(cls, vae_dtype: str | None, info: ValidationInfo) -> str | None:
         if not {"backend", "dtype"} <= info.data.keys():
-            return vae
+            return vae_dtype
         if info.data["dtype"] == "fp16":
-            return vae or "auto"
-        if vae is not None:
+            return vae_dtype or "auto"
+        if vae_dtype is not None:
             _idle(info, "only fp16 engines choose it, and this one is fp32 as a whole; leave it out")
         return None
 
@@ -399,10 +420,14 @@ class Recipe(_Part):
     def recorded(cls, fields: Mapping[str, Any]) -> Self:
         """The recipe that an engine's manifest holds. Raises `ExportError`.
 
-        Those of older engines may hold fields that had no use there, which are left out.
+        Those of older engines may hold fields that had no use there, which are left out, and call the VAE's
+        precision `vae`.
         """
+        told = dict(fields)
+        if told.get("vae") in _PRECISIONS:
+            told["vae_dtype"] = told.pop("vae")
         try:
-            return cls.model_validate(dict(fields), context=_RECORDED)
+            return cls.model_validate(told, context=_RECORDED)
         except ValidationError as error:
             raise ExportError(f"recipe: {_explain(error)}") from None
 
@@ -454,6 +479,7 @@ def _explain(error: ValidationError) -> str:
             "sizes": SizeRange,
             "loras": LoraSetting,
             "controlnet": ControlNetSetting,
+            "vae": VAESetting,
             "embeddings": EmbeddingSetting,
             "ip_adapters": IPAdapterSetting,
         }

@@ -236,6 +236,12 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 @_named(_same)
+def relu(x: Tensor) -> Tensor:
+    """x [B, C, H, W], what is below zero as zero."""
+    return F.relu(x)
+
+
+@_named(_same)
 def add(x: Tensor, branch: Tensor) -> Tensor:
     """x and the branch that left it, of one shape: the addition that ends a residual block."""
     return x + branch

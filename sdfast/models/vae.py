@@ -20,6 +20,7 @@ from sdfast.models.layers import (
     ResBlock,
     Upsample,
 )
+from sdfast.models.tiny_vae import TinyDecoder, TinyEncoder, TinyVAEConfig
 from sdfast.models.weights import load_weights
 
 EPS = 1e-6
@@ -243,17 +244,41 @@ class VAEEncoder(nn.Module):
         return (mean - shift) * scale, std * scale
 
 
+AnyVAEConfig = VAEConfig | TinyVAEConfig
+AnyDecoder = VAEDecoder | TinyDecoder
+AnyEncoder = VAEEncoder | TinyEncoder
+TINY = "AutoencoderTiny"
+CLASSES: Mapping[str, type[VAEConfig] | type[TinyVAEConfig]] = {
+    "AutoencoderKL": VAEConfig,
+    TINY: TinyVAEConfig,
+}
+"""diffusers' classes of autoencoders, and what is read of their configs."""
+
+
+def vae_config(class_name: str, config: Mapping[str, Any]) -> AnyVAEConfig:
+    """What a VAE of one of the `CLASSES` is built from; CheckpointError names what is not supported."""
+    return CLASSES[class_name].from_diffusers(config)
+
+
+def vae_decoder(config: AnyVAEConfig) -> AnyDecoder:
+    return TinyDecoder(config) if isinstance(config, TinyVAEConfig) else VAEDecoder(config)
+
+
+def vae_encoder(config: AnyVAEConfig) -> AnyEncoder:
+    return TinyEncoder(config) if isinstance(config, TinyVAEConfig) else VAEEncoder(config)
+
+
 def load_vae(
-    config: VAEConfig, state_dict: Mapping[str, Tensor], dtype: torch.dtype | None = None
-) -> tuple[VAEDecoder, VAEEncoder | None]:
-    """Build both halves on the weights of diffusers' AutoencoderKL, cast to `dtype` if given.
+    config: AnyVAEConfig, state_dict: Mapping[str, Tensor], dtype: torch.dtype | None = None
+) -> tuple[AnyDecoder, AnyEncoder | None]:
+    """Build both halves on the weights of diffusers' network, cast to `dtype` if given.
 
     As with `load_unet`, what needs no change is not copied, and CheckpointError names what does not fit. Of
     weights without an encoder's there is none.
     """
     with torch.device("meta"):
-        decoder = VAEDecoder(config)
-        encoder = VAEEncoder(config) if has_encoder(state_dict) else None
+        decoder = vae_decoder(config)
+        encoder = vae_encoder(config) if has_encoder(state_dict) else None
     halves = [half for half in (decoder, encoder) if half is not None]
     load_weights("vae", halves, {_current_name(n): t for n, t in state_dict.items()}, dtype)
     for half in halves:

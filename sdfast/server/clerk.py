@@ -12,7 +12,7 @@ from PIL import Image
 
 from sdfast.engine import Engine
 from sdfast.errors import SdfastError, first_line
-from sdfast.infotext import infotext_of, png, told_of_refiner, unet_digest
+from sdfast.infotext import infotext_of, png, told_of_refiner, told_of_vae, unet_digest
 from sdfast.prompts import Prompts
 from sdfast.server.jobs import Failed, Preview
 from sdfast.server.work import Work
@@ -63,14 +63,15 @@ class Clerk:
         request, manifest = work.job.request, self._engine.manifest
         seed, weights = request.seeds[index], manifest.checkpoint.weights
         name, origin = manifest.name, work.job.origin
+        vae = told_of_vae(manifest.checkpoint.vae)
         if origin is None:
             told = infotext_of(request, work.ready.schedule, seed, model=name, weights=weights)
-            return png(pixels, told)
+            return png(pixels, replace(told, extra={**told.extra, **vae}))
         whole = request.model_copy(update={"denoising_start": None, "strength": origin.strength})
         begun = {"unet/": origin.unet_digest}
         told = infotext_of(whole, work.ready.schedule, seed, model=origin.engine, weights=begun)
         refined = told_of_refiner(name, unet_digest(weights), origin.switch_at)
-        return png(pixels, replace(told, extra={**told.extra, **refined}))
+        return png(pixels, replace(told, extra={**told.extra, **refined, **vae}))
 
     def _tell_preview(self, work: Work, index: int, pixels: Image.Image) -> None:
         file = BytesIO()

@@ -148,7 +148,8 @@ class EngineInfo:
     """What the API must know of an engine. sizes: "WIDTHxHEIGHT" or ranges, for people and messages.
 
     checkpoint_digest: hex SHA-256 over the digests of its weights. unet_digest: hex SHA-256 of its U-Net's,
-    by which a picture's parameters name the model. edits: whether it takes a job's image. embeddings: by
+    by which a picture's parameters name the model. vae: name and hex SHA-256 of the VAE that is in the place
+    of the checkpoint's own. edits: whether it takes a job's image. embeddings: by
     their tokens, of how many vectors they are; text_width: of one, for all text encoders together.
     controlnets: names of its ControlNets, in their order, by which AUTOMATIC1111's clients know them. loras:
     names of the LoRAs that requests choose. ip_adapters: those of its IP-Adapters, as of ControlNets;
@@ -167,6 +168,7 @@ class EngineInfo:
     checkpoint_digest: str
     edits: bool = False
     unet_digest: str = ""
+    vae: tuple[str, str] | None = None
     embeddings: Mapping[str, int] = field(default_factory=dict)
     text_width: int = 0
     controlnets: tuple[str, ...] = ()

@@ -110,7 +110,8 @@ class WorkerStudio:
 
 
 def info_of(manifest: Manifest) -> EngineInfo:
-    weights = sorted(manifest.checkpoint.weights.items())
+    vae = manifest.checkpoint.vae
+    weights = sorted({**manifest.checkpoint.weights, **(vae.weights if vae else {})}.items())
     digest = hashlib.sha256(repr(weights).encode()).hexdigest()
     forms = manifest.modules["unet"].variants
     return EngineInfo(
@@ -123,6 +124,7 @@ def info_of(manifest: Manifest) -> EngineInfo:
         checkpoint=manifest.checkpoint.source,
         checkpoint_digest=digest,
         unet_digest=unet_digest(manifest.checkpoint.weights) or digest,
+        vae=(vae.name, vae.digest) if vae else None,
         edits=manifest.edits,
         controlnets=tuple(map(controlnet_name, manifest.checkpoint.controlnets)),
         loras=manifest.model.loras,

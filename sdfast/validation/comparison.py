@@ -438,6 +438,7 @@ def _setting(engine: Engine, reference: Checkpoint, request: Request, start: flo
         refines=manifest.model.scored,
         instructed=manifest.model.instructed,
         controlnet=", ".join(str(added.record()) for added in reference.controlnets) or None,
+        vae=str(reference.vae.record()) if reference.vae else None,
         ip_adapters=tuple(str(adapter.record()) for adapter in reference.ip_adapters),
         device=str(engine.device),
         checkpoint=reference.source

@@ -5,10 +5,11 @@ from pathlib import Path
 
 from sdfast.engine import Engine
 from sdfast.errors import CheckpointError, EngineError
+from sdfast.export.added import Added
 from sdfast.export.additions import as_made
 from sdfast.export.checkpoint import Checkpoint, resolve
 from sdfast.export.one_file import Found
-from sdfast.manifest import AddedControlNet, FromFile, UsedImageEncoder
+from sdfast.manifest import FromFile, OfComponent, Source
 
 
 def counterpart(engine: Engine, given: str | Path | None) -> tuple[Checkpoint, list[str]]:
@@ -30,12 +31,11 @@ def counterpart(engine: Engine, given: str | Path | None) -> tuple[Checkpoint, l
     else:
         found = as_made(resolve(given), engine.manifest)
     changed = _changed(
-        _all_digests(made_from.weights, made_from.beside, made_from.controlnets, made_from.image_encoder),
+        _all_digests(made_from.weights, made_from.beside, _components(made_from)),
         _all_digests(
             found.digests(),
             (*found.loras, *found.chosen, *found.embeddings, *found.ip_adapters),
-            [controlnet.record() for controlnet in found.controlnets],
-            None if found.image_encoder is None else found.image_encoder.record(),
+            _components(found),
         ),
     )
     if not changed:
@@ -62,11 +62,23 @@ def _beside_graphs(engine: Engine, given: str | Path | None) -> tuple[Checkpoint
     ]
 
 
+def _components(made_of: Source | Checkpoint) -> dict[str, Mapping[str, str]]:
+    """The digests of each network that has a source of its own, by what to call it: ControlNets by their
+    places, where there are several."""
+    controlnets: Sequence[Added | OfComponent] = made_of.controlnets
+    found: dict[str, Added | OfComponent | None] = {
+        f"ControlNet {place}" if controlnets[1:] else "ControlNet": one
+        for place, one in enumerate(controlnets, 1)
+    }
+    found |= {"VAE": made_of.vae, "image encoder": made_of.image_encoder}
+    there = {name: one for name, one in found.items() if one is not None}
+    return {name: one.digests if isinstance(one, Added) else one.weights for name, one in there.items()}
+
+
 def _all_digests(
     weights: Mapping[str, str],
     beside: Iterable[Found | FromFile],
-    controlnets: Sequence[AddedControlNet],
-    image_encoder: UsedImageEncoder | None,
+    components: Mapping[str, Mapping[str, str]],
 ) -> dict[str, str]:
     """What a network is made of: digests by name."""
     return {
@@ -74,16 +86,10 @@ def _all_digests(
         **{one.name: one.digest for one in beside},
         **{
             f"{beside_as} {name}": digest
-            for beside_as, one in zip(_controlnets(len(controlnets)), controlnets, strict=True)
-            for name, digest in one.weights.items()
+            for beside_as, files in components.items()
+            for name, digest in files.items()
         },
-        **{f"image encoder {n}": d for n, d in (image_encoder.weights if image_encoder else {}).items()},
     }
-
-
-def _controlnets(count: int) -> list[str]:
-    """What to call ControlNets: by their places, where there are several."""
-    return ["ControlNet"] if count == 1 else [f"ControlNet {place}" for place in range(1, count + 1)]
 
 
 def _changed(exported: Mapping[str, str], found: Mapping[str, str]) -> str:

@@ -131,7 +131,9 @@ def _pipeline_over(pipe: Any, request: Request, over: Over) -> Any:
     without = {"add_watermarker": False} if sdxl else {"requires_safety_checker": False}
     kind = pipeline_class("sdxl" if sdxl else "sd", controlnet=controlnet, masked=over.mask is not None)
     with quiet():
-        made = getattr(stock(), kind).from_pipe(pipe, torch_dtype=pipe.unet.dtype, **without)
+        # Of the VAE it would take the class alone that its signature names.
+        taken = {"vae": pipe.vae, "torch_dtype": pipe.unet.dtype}
+        made = getattr(stock(), kind).from_pipe(pipe, **taken, **without)
     made.set_progress_bar_config(**pipe._progress_bar_config)
     return made
 

@@ -107,8 +107,10 @@ def _told(engine: Engine, scene: Scene, picture: Picture, truth: Tensor) -> Tens
 
 def _stock_latents(pipe: Any, scene: Scene, picture: Picture) -> Tensor:
     """The masked image's latents [C, h, w] by a stock VAE, with the noise that is theirs."""
-    mean, std = stock_moments(pipe, scene.kept)[:, 0].cpu()
+    mean, *std = stock_moments(pipe, scene.kept)[:, 0].cpu()
+    if not std:  # of a tiny VAE, which has no noise
+        return cast(Tensor, mean)
     noise = OwnNoise([generator(picture.request.seed)], mean.shape)
     noise.initial()  # the latents' own
-    latents: Tensor = mean + std * noise.initial()[0]
+    latents: Tensor = mean + std[0] * noise.initial()[0]
     return latents

@@ -312,18 +312,21 @@ def _vae_encoder(engine: Engine, stock: Stock, runs: Sequence[Run]) -> Measured:
 
 
 def _moments(engine: Engine, image: Tensor) -> Tensor:
-    """Picture [3, H, W] in [0, 1] → mean and deviation of its latents [2, 1, C, h, w], the engine's."""
+    """Picture [3, H, W] in [0, 1] → mean and deviation of its latents [2, 1, C, h, w], the engine's; or of a
+    tiny VAE, which has no deviation, [1, 1, C, h, w]."""
     inputs = {"image": (2 * image[None] - 1).to(engine.device)}
     moments = engine.call("vae_encoder", inputs, *image.shape[1:])
-    return torch.stack([moments["mean"], moments["std"]])
+    return torch.stack([moments[name] for name in ("mean", "std") if name in moments])
 
 
 @as_reference()
 def stock_moments(pipe: Any, image: Tensor) -> Tensor:
     """The same by the stock VAE of `pipe`, float32."""
     with _stock_vae(pipe) as vae:
-        moments = vae.encode((2 * image[None] - 1).to(vae.device, vae.dtype)).latent_dist
-        stacked = torch.stack([moments.mean, moments.std]).float()
+        encoded = vae.encode((2 * image[None] - 1).to(vae.device, vae.dtype))
+        spread = getattr(encoded, "latent_dist", None)
+        parts = [encoded.latents] if spread is None else [spread.mean, spread.std]
+        stacked = torch.stack(parts).float()
     return stacked * float(vae.config.scaling_factor)
 
 
@@ -398,7 +401,7 @@ def replay(plan: Schedule, run: Run) -> Pairs:
     samples = {
         step.index: step.sample[-1, : shape[0]] for step in run.steps
     }  # the latents, of all it is told
-    if run.over:
+    if run.over and run.drawn_around:
         noise.initial()  # of the masked image's latents; or the image's own came first, and then the noise
     if run.over and not run.masked:
         registers[0] = samples[0].double().flatten() / plan.input_scale[0]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sdfast.first_latents import Over
+from sdfast.models.vae import TINY
 from sdfast.request import Request
 from sdfast.validation.drawing import generate, stock_scheduler
 from sdfast.validation.reference import as_reference, set_loras, step_networks
@@ -73,6 +74,7 @@ class StepOutputs:
 @dataclass
 class Run:
     """One picture by the stock pipeline. over: whether it began with an image; masked: over a part of it.
+    drawn_around: whether an image's latents are drawn from around a mean, and not just its VAE's output.
 
     latents, outputs: after each evaluation of the network, [1, C, h, w] float32: the latents, and the guided
     model output that led to them. steps: the inputs of the steps that were asked for. scales: of what each
@@ -83,6 +85,7 @@ class Run:
     seed: int
     over: bool = False
     masked: bool = False
+    drawn_around: bool = True
     timesteps: list[float] = field(default_factory=list)
     latents: list[Tensor] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
@@ -106,7 +109,8 @@ def observed_run(
     seen: the images of one with IP-Adapters, see `generate`.
     """
     drawn_over = over is not None and request.image_guidance_scale is None
-    run = Run(request.seed, drawn_over, masked=over is not None and over.mask is not None)
+    masked = over is not None and over.mask is not None
+    run = Run(request.seed, drawn_over, masked, drawn_around=type(pipe.vae).__name__ != TINY)
     scheduler = _watched_scheduler(stock_scheduler(pipe, request.scheduler), run)
     asked = {"scheduler": scheduler, "output_type": "pt", "over": over, "control": control}
     asked["ip_adapter_images"] = seen

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from sdfast.export.embedding import Embedding
     from sdfast.export.ip_adapter import ImageEncoderSource, IPAdapterSource
     from sdfast.export.lora import Lora, LoraBeside
+    from sdfast.export.vae import VAESource
 
 TASKS = {None: "", False: "Img2Img", True: "Inpaint"}  # of nothing, over an image, and with a mask
 _INSTRUCTED = "InstructPix2Pix"
@@ -68,7 +69,7 @@ def reference_pipeline(
     attention: "Attention | None" = None,
 ) -> Any:
     """diffusers' own text-to-image pipeline of `checkpoint`, or for SDXL's refiner that over images, with its
-    ControlNets if it has some, in `dtype`, without its safety checker.
+    ControlNets and another VAE if it has some, in `dtype`, without its safety checker.
 
     LoRAs are loaded and fused in float32, by diffusers' own code and peft's; those that requests choose are
     loaded and left to run beside its layers, and `set_loras` says how much of each is added, at first none.
@@ -99,6 +100,8 @@ def reference_pipeline(
         if checkpoint.controlnets:
             networks = [_controlnet(added) for added in checkpoint.controlnets]
             options["controlnet"] = networks if len(networks) > 1 else networks[0]
+        if checkpoint.vae is not None:
+            options["vae"] = _vae(checkpoint.vae)
         pipe = getattr(diffusers, kind).from_pretrained(
             checkpoint.folder,
             use_safetensors=True,
@@ -126,6 +129,32 @@ def reference_pipeline(
     return pipe
 
 
+def _vae(given: "VAESource") -> Any:
+    """diffusers' own network of a VAE that is in the place of the checkpoint's; of a file in the original
+    layout by diffusers' own conversion of its names."""
+    component = given.component
+    network = getattr(stock(), component.class_name)
+    if given.names is None:
+        return network.from_pretrained(
+            given.folder, use_safetensors=True, local_files_only=True, variant=_variant(component)
+        )
+    if all(name.endswith(theirs) for name, theirs in given.names.items()):  # in diffusers' layout
+        loaded = network.from_config(dict(component.config))
+        loaded.load_state_dict(given.state_dict())
+        return loaded
+    with _config_folder(component) as folder:
+        return network.from_single_file(str(component.weights[0]), config=folder, local_files_only=True)
+
+
+@contextmanager
+def _config_folder(component: Component) -> Iterator[str]:
+    """A folder with its `config.json` alone."""
+    with TemporaryDirectory() as folder:
+        config = {"_class_name": component.class_name, **component.config}
+        (Path(folder) / "config.json").write_text(json.dumps(config), "utf-8")
+        yield folder
+
+
 def _controlnet(added: "ControlNetSource") -> Any:
     """diffusers' own network of a ControlNet; of a single file by diffusers' own conversion of its names.
 
@@ -139,9 +168,7 @@ def _controlnet(added: "ControlNetSource") -> Any:
             local_files_only=True,
             variant=_variant(added.component),
         )
-    with TemporaryDirectory() as folder:
-        config = {"_class_name": added.component.class_name, **added.component.config}
-        (Path(folder) / "config.json").write_text(json.dumps(config), "utf-8")
+    with _config_folder(added.component) as folder:
         sdxl = any("label_emb." in name for name in added.names)
         given = added.state_dict() if sdxl else str(added.component.weights[0])
         return network.from_single_file(given, config=folder, local_files_only=True)

@@ -120,9 +120,10 @@ class Setting(_Part):
 
     fp8, int8: how many layers of the engine's U-Net are in FP8, or in INT8. inpaints: whether all pictures
     were drawn over the masked part of one image; refines: over the whole of it; instructed: whether all edit
-    it. controlnet: that all were drawn with, under one control image. loras: that were merged into the
-    engine, and fused into the reference, each with its scale; and those that requests choose, of which all
-    was added. embeddings: that both know. ip_adapters: that all were drawn with, each with an image.
+    it. controlnet: that all were drawn with, under one control image. vae: in the place of the checkpoint's
+    own, in both. loras: that were merged into the engine, and fused into the reference, each with its scale;
+    and those that requests choose, of which all was added. embeddings: that both know. ip_adapters: that all
+    were drawn with, each with an image.
     """
 
     engine: str
@@ -135,6 +136,7 @@ class Setting(_Part):
     refines: bool = False
     instructed: bool = False
     controlnet: str | None = None
+    vae: str | None = None
     ip_adapters: tuple[str, ...] = ()
     device: str
     checkpoint: str
@@ -244,6 +246,7 @@ class Report(_Part):
             f"against {setting.reference}",
             *(f"with LoRA {lora}" for lora in setting.loras),
             *([f"with ControlNet {setting.controlnet}"] if setting.controlnet else []),
+            *([f"with the VAE of {setting.vae}"] if setting.vae else []),
             *(f"with IP-Adapter {adapter}" for adapter in setting.ip_adapters),
             *(f"with embedding {embedding}" for embedding in setting.embeddings),
             f"{setting.width}x{setting.height}, {setting.steps} steps, guidance {setting.guidance_scale:g}, "

@@ -28,7 +28,7 @@ from sdfast.models.unet import (
 )
 from sdfast.models.vae import VAEConfig, load_vae
 from tests.export.microsoft import OPERATORS
-from tests.models.conftest import SHALLOW, SHALLOW_VAE, SHALLOW_XL, UPCAST, randomise
+from tests.models.conftest import SHALLOW, SHALLOW_VAE, SHALLOW_XL, UPCAST, randomise, tiny_vae_halves
 
 BATCH = ("batch", 1, 8)
 HEIGHT, WIDTH = ("height", 4, 64), ("width", 4, 64)
@@ -82,6 +82,17 @@ def test_unet_of_fixed_size(tmp_path):
     export_module(unet, inputs, {}, ["model_output"], tmp_path / "unet.onnx")
     check(tmp_path / "unet.onnx", unet, inputs)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["unet.onnx", "unet.onnx.data"]
+
+
+def test_tiny_vae(tmp_path):
+    """Both halves; each convolution of an enlarged image is four of the small one."""
+    decoder, encoder = tiny_vae_halves()
+    latents, image = {"latents": torch.randn(1, 4, 6, 8)}, {"image": torch.rand(1, 3, 24, 32) * 2 - 1}
+    export_module(decoder, latents, {}, ["image"], tmp_path / "decoder.onnx")
+    export_module(encoder, image, {}, ["mean"], tmp_path / "encoder.onnx")
+    check(tmp_path / "decoder.onnx", decoder, latents)
+    check(tmp_path / "encoder.onnx", encoder, image)
+    assert "Resize" not in kinds(tmp_path / "decoder.onnx")
 
 
 class Branched(Choosing):

@@ -41,7 +41,7 @@ from tests.export.test_onnx import (
     unet_inputs,
     unet_modules,
 )
-from tests.models.conftest import SHALLOW, SHALLOW_VAE, SHALLOW_XL, UPCAST, VAES, randomise
+from tests.models.conftest import SHALLOW, SHALLOW_VAE, SHALLOW_XL, UPCAST, VAES, randomise, tiny_vae_halves
 
 HALF, SINGLE = torch.float16, torch.float32
 # As wide as SD 1.5's first level, so that every fused operator has its size, and as shallow as can be.
@@ -316,6 +316,22 @@ def test_vae_encoder(tmp_path, dtype, tolerance):
     assert kinds(path)["Pad"] == count(encoder, layers.Downsample) == 2
     assert kinds(path)["Transpose"] == 2
     check(path, encoder, picture, tolerance)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(HALF, 5e-3), pytest.param(SINGLE, 1e-5, marks=pytest.mark.slow)]
+)
+def test_tiny_vae(tmp_path, dtype, tolerance):
+    """Images channels last from end to end."""
+    decoder, encoder = (half.to(dtype) for half in tiny_vae_halves())
+    latents, picture = {"latents": torch.randn(1, 4, 6, 8)}, {"image": torch.rand(1, 3, 24, 32) * 2 - 1}
+    for half, given, output in ((decoder, latents, "image"), (encoder, picture, "mean")):
+        path = tmp_path / f"{output}.onnx"
+        export_module(half, given, {}, [output], path, CUDA)
+        found = kinds(path)
+        assert found["NhwcConv"] == count(half, layers.Conv3x3)
+        assert found["Transpose"] == 2
+        check(path, half, given, tolerance)
 
 
 def test_conditioning(tmp_path):

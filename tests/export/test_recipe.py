@@ -99,12 +99,12 @@ RECIPES = sorted((Path(__file__).parents[2] / "export").glob("*.toml"))
         ({"long_prompts": False}, "long_prompts: onnx engines take long prompts anyway; leave it out"),
         ({"long_prompts": True, "backend": "eager"}, "long_prompts: eager engines take long prompts"),
         (
-            {"vae": "auto"},
-            "vae: only fp16 engines choose it, and this one is fp32 as a whole; leave it out (got 'auto')",
+            {"vae_dtype": "auto"},
+            "vae_dtype: only fp16 engines choose it, and this one is fp32 as a whole; leave it out",
         ),
-        ({"vae": "fp32", "backend": "eager"}, "vae: only fp16 engines choose it"),
+        ({"vae_dtype": "fp32", "backend": "eager"}, "vae_dtype: only fp16 engines choose it"),
         (
-            {"backend": "jax", "autotune": True, "kernels": "auto", "winograd": True, "vae": "auto"},
+            {"backend": "jax", "autotune": True, "kernels": "auto", "winograd": True, "vae_dtype": "auto"},
             "backend: must be 'onnx', 'inductor' or 'eager' (got 'jax')",
         ),
         ({"provider": "rocm", "winograd": True}, "provider: must be 'cpu', 'cuda' or 'tensorrt'"),
@@ -138,7 +138,7 @@ RECIPES = sorted((Path(__file__).parents[2] / "export").glob("*.toml"))
             "int8: the rest of the networks must be fp32; take dtype fp32 (got True)",
         ),
         ({"int8": True, "fp8": True, "backend": "eager", "dtype": "fp16"}, "int8: the rest of the networks"),
-        ({"dtype": "fp16", "vae": "fp16"}, "vae: must be 'auto' or 'fp32' (got 'fp16')"),
+        ({"dtype": "fp16", "vae_dtype": "fp16"}, "vae_dtype: must be 'auto' or 'fp32' (got 'fp16')"),
         ({"revision": 5}, "revision: must be a valid string"),
         ({"checkpoint": ["a"]}, "checkpoint: must be a valid string"),
         ({"loras": "a"}, "loras: must be a list (got 'a')"),
@@ -272,16 +272,16 @@ def test_what_has_a_use_is_recorded_and_nothing_else() -> None:
 
     assert recorded() == {"provider": "cpu", "winograd": True}
     assert recorded(winograd=False) == {"provider": "cpu", "winograd": False}
-    assert recorded(dtype="fp16") == {"provider": "cuda", "vae": "auto"}
-    half_on_cpu = {"provider": "cpu", "winograd": True, "vae": "fp32"}
-    assert recorded(dtype="fp16", provider="cpu", vae="fp32") == half_on_cpu
+    assert recorded(dtype="fp16") == {"provider": "cuda", "vae_dtype": "auto"}
+    half_on_cpu = {"provider": "cpu", "winograd": True, "vae_dtype": "fp32"}
+    assert recorded(dtype="fp16", provider="cpu", vae_dtype="fp32") == half_on_cpu
     assert recorded(backend="eager") == recorded(backend="inductor") == {}
     assert recorded(backend="inductor", autotune=False) == {"autotune": False}
     assert recorded(backend="inductor", long_prompts=True) == {"long_prompts": True}
     fixed = {"backend": "inductor", "batch": [1], "autotune": True}
     assert recorded(**fixed) == {"autotune": True}
     on_cuda = {"kernels": "auto", "autotune": True}
-    assert recorded(backend="inductor", dtype="fp16", **on_cuda) == {**on_cuda, "vae": "auto"}
+    assert recorded(backend="inductor", dtype="fp16", **on_cuda) == {**on_cuda, "vae_dtype": "auto"}
     never = {"kernels": "compiler", "autotune": False}
     assert recorded(backend="inductor", device="cuda", sizes=["8x8"], **never).items() >= never.items()
 
@@ -292,7 +292,7 @@ def test_a_recorded_recipe_may_name_what_meant_nothing_to_its_backend() -> None:
         "autotune": True,
         "kernels": "auto",
         "winograd": True,
-        "vae": "auto",
+        "vae_dtype": "auto",
         "long_prompts": False,
     }
     for backend, meant in (

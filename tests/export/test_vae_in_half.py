@@ -186,7 +186,7 @@ def test_engines_from_before_open(engine: Path, tmp_path: Path) -> None:
     def forget(document: dict[str, Any]) -> None:
         for module in document["modules"].values():
             del module["half_range"]
-        del document["recipe"]["vae"]
+        del document["recipe"]["vae_dtype"]
 
     reseal(folder, forget)
     manifest = read_manifest(folder)
@@ -230,7 +230,7 @@ def test_the_cuda_graph_is_float16_and_right(loud: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("vae", ["auto", "fp32"])
 def test_a_picture_that_is_not_finite_names_the_way_out(loud: Path, tmp_path: Path, vae: str) -> None:
     """A decoder that overflows in spite of all, at its end, where infinity would be a white pixel."""
-    folder = export(loud, tmp_path / "engine", Recipe.make(**HALF, vae=vae))
+    folder = export(loud, tmp_path / "engine", Recipe.make(**HALF, vae_dtype=vae))
     path = folder / "vae_decoder.safetensors"
     with safe_open(path, framework="pt") as file:
         header = file.metadata()

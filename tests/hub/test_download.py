@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from sdfast.export.checkpoint import resolve
-from tests.checkpoints import build_ip_adapter, build_sd
+from tests.checkpoints import build_ip_adapter, build_sd, build_tiny_vae
 from tests.hub.server import TOKEN, Hub, Repo, commit_of, serve
 
 # Answers each line of input, a resolve() call in JSON, with a line of output: what it got, or the error.
@@ -345,6 +345,50 @@ def test_a_controlnet_comes_whole_and_nothing_else(hub: Hub, tiny_controlnet: Pa
     assert half["files"] == ["config.json", "diffusion_pytorch_model.fp16.safetensors", weights]
     assert "a pickle only (diffusion_pytorch_model.bin)" in errors[0]
     assert errors[1].startswith("org/tiny: no config.json, so not a ControlNet")
+
+
+VAES = """
+import json, sys
+from sdfast.errors import CheckpointError
+from sdfast.export.checkpoint import resolve
+from sdfast.export.recipe import VAESetting
+from sdfast.export.vae import with_vae
+for line in sys.stdin:
+    asked = json.loads(line)
+    del asked["cache_dir"]
+    checkpoint = resolve(asked.pop("checkpoint"))
+    try:
+        vae = with_vae(checkpoint, VAESetting(**asked), len).vae
+        answer = {"record": str(vae.record()), "class": vae.component.class_name}
+        answer["tensors"] = len(vae.state_dict())
+    except CheckpointError as error:
+        answer = {"error": str(error)}
+    print(json.dumps(answer), flush=True)
+"""
+
+
+def test_a_vae_comes_from_its_own_repository_or_out_of_a_checkpoints(
+    hub: Hub, tiny_sd: Path, tmp_path: Path
+) -> None:
+    """Its config and weights, and nothing else that lies there."""
+    home, weights = tmp_path / "home", "diffusion_pytorch_model.safetensors"
+    tiny, whole = build_tiny_vae(tmp_path / "tiny"), copied(tiny_sd, tmp_path / "whole")
+    for name in ("diffusion_pytorch_model.bin", "taesd_decoder.safetensors", "taesd.py"):
+        shutil.copy(tiny / weights, tiny / name)
+    hub.repos |= {"org/taesd": Repo({"main": tiny}), "org/whole": Repo({"main": whole})}
+    call = {"checkpoint": str(tiny_sd)}
+    with start(hub, IMPATIENT + VAES, HF_HOME=str(home)) as process:
+        own = ask(process, "org/taesd", home, **call)
+        assert hub.fetched() == {"config.json", weights}
+        hub.requests.clear()
+        part = ask(process, "org/whole", home, **call)
+        assert hub.fetched() == {"model_index.json", "vae/config.json", f"vae/{weights}"}
+        none = ask(process, "org/whole", home, **call, variant="fp16")
+        process.terminate()
+    assert own["record"] == f"org/taesd at {commit_of(tiny)[:8]}" and own["class"] == "AutoencoderTiny"
+    assert part["record"] == f"org/whole at {commit_of(whole)[:8]}" and part["class"] == "AutoencoderKL"
+    assert min(own["tensors"], part["tensors"]) > 10
+    assert "no weights of the variant 'fp16'" in none["error"]
 
 
 IP_ADAPTERS = """

@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 import torch
 
+from sdfast.models.tiny_vae import TinyDecoder, TinyEncoder, TinyVAEConfig
+
 SD15: dict[str, Any] = {
     "block_out_channels": [32, 64, 96, 96],
     "cross_attention_dim": 48,
@@ -139,3 +141,19 @@ def unet_inputs(config: dict[str, Any], height: int, width: int) -> dict[str, An
 def _no_grad():
     with torch.no_grad():
         yield
+
+
+def tiny_vae_halves() -> tuple[TinyDecoder, TinyEncoder]:
+    """Of two levels, 16 channels wide."""
+    config = TinyVAEConfig.from_diffusers(
+        {
+            "encoder_block_out_channels": (16, 16),
+            "decoder_block_out_channels": (16, 16),
+            "num_encoder_blocks": (1, 1),
+            "num_decoder_blocks": (1, 1),
+        }
+    )
+    halves = randomise(TinyDecoder(config)), randomise(TinyEncoder(config))
+    for half in halves:
+        half.eval().requires_grad_(False)
+    return halves

@@ -35,6 +35,7 @@ def engine(
     step_cache: bool = False,
     refines: bool = False,
     instructed: bool = False,
+    vae: tuple[str, str] | None = None,
 ) -> EngineInfo:
     digest = name.encode().hex().ljust(64, "0")
     return EngineInfo(
@@ -46,6 +47,7 @@ def engine(
         step_cache=step_cache,
         refines=refines,
         instructed=instructed,
+        vae=vae,
     )
 
 

@@ -786,6 +786,19 @@ async def test_loras_may_be_switched_off_and_are_listed(api: Client, studio: Fak
     assert [(one["name"], one["alias"]) for one in await api.get("loras")] == [("oil", "oil")]
 
 
+async def test_another_vae_is_listed_told_and_may_be_asked_for(api: Client, studio: FakeStudio) -> None:
+    studio.engines["tiny"] = engine(vae=("taesd", "ab" * 32))
+    listed = await api.get("sd-vae")
+    assert [one["model_name"] for one in listed] == ["taesd"]
+    for name in ("taesd", "Automatic"):
+        answer = await api.post("txt2img", prompt="a", override_settings={"sd_vae": name})
+        info = json.loads(answer["info"])
+        assert (info["sd_vae_name"], info["sd_vae_hash"]) == ("taesd", "ababababab")
+    assert "sd_vae: 'other' is not supported: an engine has its VAE inside" in await api.refused(
+        "txt2img", 422, prompt="a", override_settings={"sd_vae": "other"}
+    )
+
+
 @pytest.mark.parametrize("name", ["loras", "sd-vae", "hypernetworks", "face-restorers"])
 async def test_what_is_not_here_is_an_empty_list(api: Client, name: str) -> None:
     assert await api.get(name) == []

@@ -155,7 +155,7 @@ def test_a_vae_that_stock_keeps_in_float32_is_held_to_stock_in_bfloat16(tmp_path
     """Only where the engine's is float16; the pictures' bar is that of stock as it is."""
     quiet = checkpoints.build_sdxl(tmp_path / "quiet", vae=checkpoints.SMALL_VAE)
     checkpoint = engines.use_own_scheduler(loud_vae(quiet, tmp_path / "sdxl"))
-    folder = engines.build(checkpoint, tmp_path / "half", dtype="fp16", vae=vae)
+    folder = engines.build(checkpoint, tmp_path / "half", dtype="fp16", vae_dtype=vae)
     report = validate(folder, prompts=["boat"], steps=2, scheduler="DDIM")
     modules = {module.name: module for module in report.modules}
     for name in ("vae_decoder", "vae_encoder"):

@@ -18,7 +18,6 @@ _NONE: Mapping[str, Any] = {
     "latent-upscale-modes": [
         {"name": name} for name, known in UPSCALERS_HERE.items() if known.startswith("latent")
     ],
-    "sd-vae": [],
     "sd-modules": [],
     "hypernetworks": [],
     "face-restorers": [],
@@ -71,6 +70,11 @@ def embeddings_of(engine: EngineInfo) -> dict[str, Any]:
         for token, vectors in engine.embeddings.items()
     }
     return {"loaded": loaded, "skipped": {}}
+
+
+def vaes_of(engine: EngineInfo) -> list[dict[str, Any]]:
+    """The VAE that the engine has in the place of its checkpoint's own, if it has one."""
+    return [] if engine.vae is None else [{"model_name": engine.vae[0], "filename": engine.vae[0]}]
 
 
 def loras_of(engine: EngineInfo) -> list[dict[str, Any]]:

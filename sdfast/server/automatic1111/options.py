@@ -8,6 +8,7 @@ from sdfast.server.jobs import EngineInfo, Studio
 from sdfast.server.problems import Problem
 
 CHECKPOINT, DIGEST, CLIP_SKIP = "sd_model_checkpoint", "sd_checkpoint_hash", "CLIP_stop_at_last_layers"
+VAE = "sd_vae"
 EMPHASIS = "emphasis"
 EMPHASES: Mapping[str, Emphasis | None] = {
     "Original": "original",
@@ -19,7 +20,7 @@ EMPHASES: Mapping[str, Emphasis | None] = {
 MAX_CLIP_SKIP = 12  # AUTOMATIC1111's
 
 _FIXED: Mapping[str, tuple[tuple[Any, ...], str]] = {
-    "sd_vae": (("Automatic", "None"), "an engine has its VAE inside"),
+    VAE: (("Automatic", "None"), "an engine has its VAE inside"),
     "samples_format": (("png",), "pictures are PNG here"),
     "enable_pnginfo": ((True,), "PNGs have their parameters inside"),
     "comma_padding_backtrack": ((20,), "long prompts are parted at commas as with AUTOMATIC1111's default"),
@@ -106,12 +107,18 @@ class Options:
                 raise Problem(
                     422, f"{where}{name:.60}: is not supported; leave it out. Known are: {known}", param=name
                 )
-            if name in _FIXED and value is not None and not _among(value, _FIXED[name][0]):
+            fixed = name in _FIXED and name != VAE and value is not None
+            if fixed and not _among(value, _FIXED[name][0]):
                 raise _refused(where + name, value, _FIXED[name][1])
         if given.get(DIGEST) not in (None, self.engine.unet_digest):
             raise _refused(where + DIGEST, given[DIGEST], f"it is told, not set; name the {CHECKPOINT}")
         checkpoint = given.get(CHECKPOINT)
-        return self.engine if checkpoint is None else self._find(checkpoint, where + CHECKPOINT)
+        engine = self.engine if checkpoint is None else self._find(checkpoint, where + CHECKPOINT)
+        usual, reason = _FIXED[VAE]
+        own = usual if engine.vae is None else (*usual, engine.vae[0])
+        if given.get(VAE) not in (None, *own):
+            raise _refused(where + VAE, given[VAE], reason)
+        return engine
 
     def refiner(self, checkpoint: str) -> EngineInfo:
         """The engine that goes on with pictures. Raises `Problem` for one that cannot be had."""

@@ -196,6 +196,11 @@ def _add_beside(router: APIRouter, options: Options) -> None:
         """The embeddings of the engine that is drawn with."""
         return lists.embeddings_of(options.engine)
 
+    @router.get("/sdapi/v1/sd-vae")
+    async def vaes() -> list[dict[str, Any]]:
+        """The VAE of the engine that is drawn with, where it is not its checkpoint's own."""
+        return lists.vaes_of(options.engine)
+
     @router.get("/sdapi/v1/loras")
     async def loras() -> list[dict[str, Any]]:
         """The LoRAs that prompts may name for the engine that is drawn with."""
