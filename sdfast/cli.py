@@ -353,6 +353,12 @@ def generate(
     "--api-key-file", type=click.Path(path_type=Path), help="A file with the key clients must show."
 )
 @click.option("--max-rows", type=int, help="The most pictures denoised together. [default: 4; on CUDA 16]")
+@click.option(
+    "--previews",
+    type=click.Choice(["auto", "full", "fast"]),
+    help="Of pictures under way: decoded, or coarse ones that cost nothing. [default: auto: fast where "
+    "decoding takes more than 0.25 s]",
+)
 @click.option("--queue", type=int, help="The most jobs that wait. [default: 64]")
 @click.option("--timeout", type=float, help="Seconds that a job may wait. [default: 60]")
 @click.option("--step-timeout", type=float, help="Seconds that a network's call may take. [default: 120]")

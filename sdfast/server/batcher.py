@@ -28,6 +28,7 @@ from sdfast.loop import Rows, check_finite
 from sdfast.pipeline import Pipeline, to_uint8
 from sdfast.row import Row
 from sdfast.server.clerk import Clerk
+from sdfast.server.colours import Approximately, Previews
 from sdfast.server.given import check_given, given_of
 from sdfast.server.handover import packed
 from sdfast.server.jobs import TICK_SECONDS, Failed, FailureKind, Job, Load, QueueFull
@@ -77,12 +78,15 @@ class Batcher:
         max_rows: int | None = None,
         max_queue: int = 64,
         buckets: int | None = None,
+        previews: Previews = "auto",
         own_thread: bool = True,
     ) -> None:
         """max_rows: in the loop at a time, of all sizes; default: see `ROWS`.
         max_queue: jobs that wait, none of whose rows is in.
         buckets: how many row counts' tensors and CUDA graphs are kept for their return (default: max_rows).
+        previews: how they are made; "auto" is in full where the engine takes no images.
 
+        Raises `BackendError` for fast previews of an engine that takes no images.
         own_thread: start one; without, the caller is the batcher's thread, and calls `run`. A process that
         only does this should do it on the thread that opened the engine: OpenMP gives each thread that
         computes a pool, and with more threads in them than there are cores its barriers no longer spin, which
@@ -97,6 +101,7 @@ class Batcher:
         self._estimates: list[Latents] = []  # both wait for the decoder
         self._finished: list[Latents] = []  # who is due the earliest comes first
         self._clerk = Clerk(engine, self.pipeline.prompts, behind=self._max_rows)
+        self._approximately = Approximately(engine, previews)
         self._ahead: deque[torch.cuda.Event] = deque()
         self._pace, self._considered = Pace(), 0  # of the jobs that have arrived, when places were last given
         self._run_seconds = 1.0  # that a row takes from its place to its picture, about
@@ -388,7 +393,8 @@ class Batcher:
 
     def _preview(self, done: Latents) -> None:
         try:
-            self._clerk.preview(done.work, done.index, self._pixels(done))
+            approximately = self._approximately(done.latents)
+            self._clerk.preview(done.work, done.index, approximately or self._pixels(done))
         except NumericalError as error:  # an estimate can be far outside what the decoder knows
             log.info("job %s: no preview %d: %s", done.work.job.id, done.index, error)
 
@@ -397,7 +403,9 @@ class Batcher:
         check_finite(done.latents)
         image = self.pipeline.decode(done.latents[None])
         pixels = Image.fromarray(to_uint8(image)[0].cpu().numpy())
-        done.work.seconds["decoding"] += time.monotonic() - start
+        took = time.monotonic() - start
+        done.work.seconds["decoding"] += took
+        self._approximately.decoded(done.latents, took)
         return pixels
 
     def _complete(self, work: Work) -> None:

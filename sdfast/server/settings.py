@@ -4,7 +4,7 @@ import ipaddress
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -31,7 +31,10 @@ class Settings(BaseModel):
     seconds that one call of a network may take: after that its process counts as hung, and is replaced; a
     processor may need minutes for large pictures. drain: seconds that running work has to finish after
     SIGTERM. max_body: bytes of a request's body. max_bodies: bytes of all together, until they are answered;
-    16 times max_body where nothing is said. allow_public: listen beyond this machine without a key.
+    16 times max_body where nothing is said. previews: of pictures under way: "full", decoded like the
+    pictures, or "fast", coarse ones by the colours of their latents, which cost nothing; "auto" is "fast"
+    where decoding takes more than a quarter of a second, by which each would hold up all others.
+    allow_public: listen beyond this machine without a key.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
@@ -46,6 +49,7 @@ class Settings(BaseModel):
     drain: float = Field(default=120.0, ge=0, le=86_400)
     max_body: int = Field(default=16 * 2**20, ge=1_024, le=2**30)
     max_bodies: int | None = Field(default=None, ge=1_024)
+    previews: Literal["auto", "full", "fast"] = "auto"
     allow_public: bool = False
 
     @classmethod

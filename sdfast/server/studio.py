@@ -49,7 +49,13 @@ class WorkerStudio:
                     f"{folder}: {found[manifest.name]} has the name {manifest.name!r} too; rename one of them"
                 )
             found[manifest.name] = folder
-            start = command(folder, device, max_rows=settings.max_rows, max_queue=settings.queue)
+            start = command(
+                folder,
+                device,
+                max_rows=settings.max_rows,
+                max_queue=settings.queue,
+                previews=settings.previews,
+            )
             patience = Patience(step_timeout=settings.step_timeout)
             supervisor = Supervisor(manifest.name, start, max_queue=settings.queue, patience=patience)
             posts.append(Post(manifest, supervisor))

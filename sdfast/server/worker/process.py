@@ -24,6 +24,7 @@ from sdfast.server.worker.frames import Decoder, Frame, FrameError, encoded
 if TYPE_CHECKING:
     from sdfast.engine import Engine
     from sdfast.server.batcher import Batcher
+    from sdfast.server.colours import Previews
 
 STEP_SECONDS = 0.1
 """A job's steps are told so often at most: each wakes the server, beside the processor's own work."""
@@ -35,11 +36,17 @@ _READ = 2**18  # bytes at a time
 log = logging.getLogger(__name__)
 
 
-def run(open_engine: "Callable[[], Engine]", *, max_rows: int | None, max_queue: int) -> NoReturn:
+def run(
+    open_engine: "Callable[[], Engine]",
+    *,
+    max_rows: int | None,
+    max_queue: int,
+    previews: "Previews" = "auto",
+) -> NoReturn:
     """Be the worker at the other end of standard input, until the server goes or the engine fails."""
     leash.put_on()
     logs.set_up()
-    Process(socket.socket(fileno=leash.take_channel())).run(open_engine, max_rows, max_queue)
+    Process(socket.socket(fileno=leash.take_channel())).run(open_engine, max_rows, max_queue, previews)
 
 
 class Process:
@@ -50,17 +57,21 @@ class Process:
         self._outbox: SimpleQueue[list[bytes]] = SimpleQueue()
         self._batcher: Batcher | None = None
 
-    def run(self, open_engine: "Callable[[], Engine]", max_rows: int | None, max_queue: int) -> NoReturn:
+    def run(
+        self,
+        open_engine: "Callable[[], Engine]",
+        max_rows: int | None,
+        max_queue: int,
+        previews: "Previews",
+    ) -> NoReturn:
         self._start(self._read)
         try:
             engine = open_engine()
+            self._batcher = _batcher(engine, max_rows, max_queue, previews)
         except Exception as error:  # the server is to tell why there is no engine, whatever it is
             log.error("the engine cannot be opened", exc_info=error)
             self._send(encoded(messages.of_broken(error)))
             os._exit(1)
-        from sdfast.server.batcher import Batcher  # imports torch, during which the server may go
-
-        self._batcher = Batcher(engine, max_rows=max_rows, max_queue=max_queue, own_thread=False)
         self._send(encoded(Frame(messages.READY)))
         self._start(self._write)
         try:
@@ -154,6 +165,12 @@ class Process:
         if self._batcher is None:
             raise RuntimeError("the engine is not open yet")
         return self._batcher
+
+
+def _batcher(engine: "Engine", max_rows: int | None, max_queue: int, previews: "Previews") -> "Batcher":
+    from sdfast.server.batcher import Batcher  # imports torch, during which the server may go
+
+    return Batcher(engine, max_rows=max_rows, max_queue=max_queue, previews=previews, own_thread=False)
 
 
 class _Teller:

@@ -47,11 +47,18 @@ class Patience:
     backoff: float = 0.5
 
 
-def command(folder: Path, device: str | None, *, max_rows: int | None, max_queue: int) -> list[str]:
+def command(
+    folder: Path,
+    device: str | None,
+    *,
+    max_rows: int | None,
+    max_queue: int,
+    previews: str = "auto",
+) -> list[str]:
     """What starts a worker of the engine in `folder`."""
     chosen = [] if device is None else ["--device", device]
     rows = [] if max_rows is None else ["--max-rows", str(max_rows)]
-    limits = [*rows, "--max-queue", str(max_queue)]
+    limits = [*rows, "--max-queue", str(max_queue), "--previews", previews]
     return [sys.executable, "-P", "-m", "sdfast.server.worker", str(folder), *chosen, *limits]
 
 
