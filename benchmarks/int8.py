@@ -18,20 +18,13 @@ import click
 import torch
 from torch import Tensor
 
-from benchmarks import machine, random_weights
+from benchmarks import machine
+from benchmarks.engine_side import EngineSide
 from sdfast.columns import columns
-from sdfast.export.build import export
-from sdfast.export.recipe import Recipe, sides
-from sdfast.pipeline import Pipeline
 from sdfast.timing import Comparison, clocked, compare
 from sdfast.validation.metrics import psnr, relative_l2
 
-PROMPT, SEED, GUIDANCE, SCHEDULER = (
-    "a cabin in misty mountains, watercolor style",
-    240,
-    7.0,
-    "dpmpp_2m_karras",
-)
+GUIDANCE, SCHEDULER = 7.0, "dpmpp_2m_karras"
 
 
 @click.command()
@@ -77,23 +70,13 @@ def main(checkpoint: str, size: str | None, steps: int, rounds: int, workdir: Pa
         click.echo(f"kept in {machine.keep(name, command, result)}")
 
 
-class Side:
+class Side(EngineSide):
     """One engine, and what is asked of it. output: what its U-Net gave."""
 
     output: Tensor
 
     def __init__(self, checkpoint: str, size: str | None, steps: int, workdir: Path, int8: bool) -> None:
-        source = checkpoint
-        if checkpoint in random_weights.ARCHITECTURES:
-            source = str(random_weights.build(checkpoint, workdir / checkpoint))
-        recipe = Recipe.make(sizes=(size,) if size else None, batch=1, int8=int8)
-        folder = workdir / "engines" / f"{Path(checkpoint).name}-{size or 'own'}{'-int8' * int8}"
-        self.pipe = Pipeline.from_engine(export(source, folder, recipe))
-        self.pipe.set_progress_bar_config(disable=True)
-        self.manifest = self.pipe.engine.manifest
-        model = self.manifest.model
-        self.height, self.width = sides(size) if size else (model.default_height, model.default_width)
-        self.size, self.steps = f"{self.width}x{self.height}", steps
+        super().__init__(checkpoint, size, steps, workdir, "int8" * int8, int8=int8)
 
     @property
     def weights(self) -> int:
@@ -104,9 +87,8 @@ class Side:
 
     def unet(self) -> Callable[[], None]:
         """One evaluation with guidance, on the same numbers on both sides."""
-        engine, model, noise = self.pipe.engine, self.manifest.model, torch.Generator().manual_seed(SEED)
-        factor = model.vae_scale_factor
-        shape = (2, model.in_channels, self.height // factor, self.width // factor)
+        engine, model, noise = self.pipe.engine, self.manifest.model, self.noise()
+        shape = (2, model.in_channels, *self.latent_sides)
         times = {"timesteps": torch.full((2,), 500.0)}
         if model.pooled_width is not None:
             times["text_embeds"] = torch.randn(2, model.pooled_width, generator=noise)
@@ -129,18 +111,7 @@ class Side:
         return evaluate
 
     def picture(self) -> Tensor:
-        """From prompt to pixels, [1, 3, H, W] in [0, 1]; the prompt is remembered."""
-        drawn: Tensor = self.pipe(
-            PROMPT,
-            height=self.height,
-            width=self.width,
-            num_inference_steps=self.steps,
-            guidance_scale=GUIDANCE,
-            scheduler=SCHEDULER,
-            output_type="pt",
-            seed=SEED,
-        ).images
-        return drawn
+        return self.draw(SCHEDULER, GUIDANCE)
 
 
 def _as_json(row: Comparison) -> dict[str, Any]:

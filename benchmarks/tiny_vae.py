@@ -21,19 +21,21 @@ import torch
 from torch import Tensor
 
 from benchmarks import machine, random_weights
+from benchmarks.engine_side import EngineSide
 from sdfast.columns import columns
-from sdfast.export.build import export
-from sdfast.export.recipe import Recipe, sides
-from sdfast.pipeline import Pipeline
 from sdfast.timing import alternate, clocked, shown
 from sdfast.validation.metrics import relative_l2
 
-PROMPT, SEED, SCHEDULER = "a cabin in misty mountains", 240, "euler"
+SCHEDULER = "euler"
 OWN, STOCK, TINY = "own VAE", "stock, tiny", "tiny VAE"
 
 
 @click.command()
-@click.argument("checkpoint", default="sd15")
+@click.argument(
+    "checkpoint",
+    default="sd15",
+    type=click.Choice([*random_weights.ARCHITECTURES, *random_weights.SMALL]),
+)
 @click.option("--size", help="WIDTHxHEIGHT. [default: the checkpoint's own]")
 @click.option("--steps", type=int, default=1, show_default=True, help="Of the picture, without guidance.")
 @click.option("--rounds", type=int, default=9, show_default=True)
@@ -90,24 +92,15 @@ def _row(name: str, seconds: dict[str, list[float]]) -> tuple[str, ...]:
     return tuple(cells)
 
 
-class Side:
+class Side(EngineSide):
     """One engine, and what is asked of it."""
 
     def __init__(
         self, checkpoint: str, size: str | None, steps: int, workdir: Path, vae: Path | None
     ) -> None:
-        source = checkpoint
-        if checkpoint in random_weights.ARCHITECTURES:
-            source = str(random_weights.build(checkpoint, workdir / checkpoint))
-        recipe = Recipe.make(sizes=(size,) if size else None, batch=1, vae=vae)
-        folder = workdir / "engines" / f"{Path(checkpoint).name}-{size or 'own'}{'-tiny-vae' if vae else ''}"
-        self.pipe = Pipeline.from_engine(export(source, folder, recipe))
-        self.pipe.set_progress_bar_config(disable=True)
-        model = self.pipe.engine.manifest.model
-        self.height, self.width = sides(size) if size else (model.default_height, model.default_width)
-        self.size, self.steps = f"{self.width}x{self.height}", steps
-        noise, factor = torch.Generator().manual_seed(SEED), model.vae_scale_factor
-        shape = (1, model.latent_channels, self.height // factor, self.width // factor)
+        super().__init__(checkpoint, size, steps, workdir, "tiny-vae" if vae else "", vae=vae)
+        noise = self.noise()
+        shape = (1, self.manifest.model.latent_channels, *self.latent_sides)
         self.latents = torch.randn(shape, generator=noise)
         self.image = torch.rand(1, 3, self.height, self.width, generator=noise) * 2 - 1
 
@@ -123,18 +116,7 @@ class Side:
             return dict(engine.call(module, inputs, self.height, self.width))
 
     def picture(self) -> Tensor:
-        """From prompt to pixels, [1, 3, H, W] in [0, 1]; the prompt is remembered."""
-        drawn: Tensor = self.pipe(
-            PROMPT,
-            height=self.height,
-            width=self.width,
-            num_inference_steps=self.steps,
-            guidance_scale=1.0,
-            scheduler=SCHEDULER,
-            output_type="pt",
-            seed=SEED,
-        ).images
-        return drawn
+        return self.draw(SCHEDULER, guidance=1.0)
 
 
 class Stock:
