@@ -23,6 +23,7 @@ from sdfast.masked_area import MaskedArea
 from sdfast.pipeline import Pipeline
 from sdfast.request import Request
 from sdfast.server.batcher import Batcher
+from sdfast.server.given import check_given
 from sdfast.server.jobs import Job
 from sdfast.server.worker.opening import warm_up
 from tests.fakes import Failpoint, FakeEngine
@@ -399,6 +400,20 @@ def test_a_bad_call_is_refused_by_name(pairs: dict[Any, Any], case: str) -> None
     call = {"image": image(), "num_inference_steps": 4, "scheduler": "ddim", **fields}
     with pytest.raises(RequestError, match=message):
         pairs["sd", False][1](PROMPT, **call)
+
+
+def test_a_part_of_an_image_without_a_mask_is_refused_by_the_engine(pairs: dict[Any, Any]) -> None:
+    """Whoever asks: a call looks for its mask before."""
+    asked = Request.make(
+        **{"prompts": (PROMPT,), "negative_prompts": (None,), "height": SIDE, "width": SIDE, "strength": 0.6},
+        **{"num_inference_steps": 4, "scheduler": "ddim", "padding_mask_crop": 8},
+    )
+    over = Over(read_images(image(), 4))
+    with pytest.raises(RequestError, match=r"^padding_mask_crop: is for what a mask leaves open"):
+        pairs["sd", False][1].generate(asked, Given(over=over))
+    job = Job("1", "engine", asked, image=image().tobytes())
+    with pytest.raises(RequestError, match=r"^padding_mask_crop: is for what a mask leaves open"):
+        check_given(pairs["sd", False][1].engine, job)
 
 
 def test_an_engine_without_an_encoder_says_so() -> None:

@@ -114,6 +114,9 @@ def test_a_part_may_be_four_times_as_long_as_what_is_drawn() -> None:
     with pytest.raises(RequestError, match=r"^mask_image: the part around it is 256x64, too long"):
         MaskedArea.make(**image, height=128, width=64)
     MaskedArea.make(**image, height=64, width=128)
+    tall = {"image": noise(64, 264), "mask": Image.new("L", (64, 264), 255), "padding_mask_crop": 0}
+    with pytest.raises(RequestError, match=r"^mask_image: the part around it is 64x264, too long"):
+        MaskedArea.make(**tall, height=64, width=64)
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {

@@ -457,8 +457,14 @@ async def test_a_mask_may_be_transparency(api: Client, studio: FakeStudio) -> No
         ({"inpainting_fill": 0}, "inpainting_fill: 1"),
         ({"inpainting_fill": None}, "inpainting_fill: 1"),
         ({"inpaint_full_res": True, "inpaint_full_res_padding": -1}, "inpaint_full_res_padding: must be"),
-        ({"inpaint_full_res": True, "mask": coded(Image.new("L", (64, 64)))}, "mask: nothing of it is white"),
-        ({"inpaint_full_res": None, "mask": coded(LEFT.resize((32, 64)))}, "mask: 32x64, but the image is"),
+        (
+            {"inpaint_full_res": True, "mask": coded(Image.new("L", (64, 64)))},
+            "so that there is no part to inpaint",
+        ),
+        (
+            {"inpaint_full_res": None, "mask": coded(LEFT.resize((32, 64)))},
+            "make them alike, or send inpaint_full_res: false",
+        ),
         (
             {
                 **{"inpaint_full_res": True, "init_images": [coded(RED.resize((200, 2)))]},
