@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from PIL import Image
 
 from sdfast.control import asked_scale, controlnets_of
 from sdfast.engine import Engine
@@ -20,6 +21,7 @@ from sdfast.ip_adapter import asked_scale as asked_image_scale
 from sdfast.ip_adapter import check_scale
 from sdfast.ip_adapter import read_images as read_seen
 from sdfast.manifest import Model
+from sdfast.masked_area import MaskedArea
 from sdfast.request import DEFAULT_IMAGE_GUIDANCE, Hires, Request
 
 DEFAULT_STEPS = 50  # as in diffusers
@@ -123,6 +125,7 @@ class DiffusersCall(ABC):
         negative_aesthetic_score: float = 2.5,
         image: Any = None,
         mask_image: Any = None,
+        padding_mask_crop: int | None = None,
         strength: float | None = None,
         denoising_start: float | None = None,
         denoising_end: float | None = None,
@@ -168,6 +171,10 @@ class DiffusersCall(ABC):
         image: what is drawn over, of the picture's size; mask_image: white where it is drawn anew; see
             `sdfast.images`. strength: the share of the steps that is done, as in diffusers, and by default
             what it is there: 0.8, or 1 with a mask; for SDXL 0.3 and 0.9999.
+        padding_mask_crop: draw only the part of `image` that `mask_image` has white, and so many pixels
+            around it, at height x width, by default the engine's own size; and paste it into the image, as
+            in diffusers. Image, mask and control images are PIL images of one size, whatever it is, which
+            is the size of the pictures.
         denoising_end: the share of the denoising at which the run leaves its latents, for another to go on
             (`output_type="latent"`); denoising_start: the share at which it takes over those in `image`, to
             which no noise is added; `strength` says nothing then. As in diffusers' SDXL pipelines, and for
@@ -199,6 +206,14 @@ class DiffusersCall(ABC):
             raise RequestError("give seed or generator, not both")
         if negative_prompt is not None and negative_prompt_embeds is not None:
             raise RequestError("give negative_prompt or negative_prompt_embeds, not both")
+        area = self._area(image, mask_image, padding_mask_crop, height, width)
+        if area is not None:
+            image, mask_image, control_image = (
+                area.cut(image),
+                area.cut(mask_image),
+                area.cut_controls(control_image),
+            )
+            height, width = area.height, area.width
         model, control, scale = self.engine.manifest.model, None, controlnet_conditioning_scale
         if control_image is not None:
             control = read_controls(control_image, controlnets_of(model))
@@ -222,6 +237,7 @@ class DiffusersCall(ABC):
             self._over(
                 image,
                 mask_image,
+                area,
                 latents,
                 strength=strength,
                 denoising_start=denoising_start,
@@ -258,6 +274,7 @@ class DiffusersCall(ABC):
             "cache_interval": cache_interval,
             "eta": eta,
             **asked_over(model, given.over, strength, denoising_start, image_guidance_scale),
+            "padding_mask_crop": padding_mask_crop,
             "denoising_start": denoising_start,
             "denoising_end": denoising_end,
             "controlnet_conditioning_scale": scale,
@@ -286,8 +303,36 @@ class DiffusersCall(ABC):
         check_scale(self.engine.manifest.model, scale)
         self._ip_adapter_scale = scale
 
-    def _over(self, image: Any, mask: Any, latents: Any, **how: float | None) -> Over | None:
-        """What a call is to draw over."""
+    def _area(
+        self, image: Any, mask: Any, padding: int | None, height: int | None, width: int | None
+    ) -> MaskedArea | None:
+        """The part of a call's image that is drawn; None for all of it. Raises `RequestError`."""
+        if padding is None:
+            return None
+        for name, given in (("image", image), ("mask_image", mask)):
+            if not isinstance(given, Image.Image):
+                what = "is missing" if given is None else f"{type(given).__name__} is not a PIL image"
+                raise RequestError(
+                    f"{name}: {what}; with padding_mask_crop give one image and one mask, as PIL images"
+                )
+        own_height, own_width = self._size_of_part(image)
+        return MaskedArea.make(
+            image,
+            mask,
+            padding_mask_crop=padding,
+            height=own_height if height is None else height,
+            width=own_width if width is None else width,
+        )
+
+    def _size_of_part(self, image: Image.Image) -> tuple[int, int]:
+        """Height and width in pixels at which a part of `image` is drawn where nobody says."""
+        model = self.engine.manifest.model
+        return model.default_height, model.default_width
+
+    def _over(
+        self, image: Any, mask: Any, area: MaskedArea | None, latents: Any, **how: float | None
+    ) -> Over | None:
+        """What a call is to draw over. area: where image and mask were cut out."""
         if image is None:
             if mask is not None or any(value is not None for value in how.values()):
                 raise RequestError(
@@ -297,7 +342,7 @@ class DiffusersCall(ABC):
         if latents is not None and not self.engine.manifest.model.instructed:
             raise RequestError("latents: with an image the first latents come from it; leave them out")
         channels = self.engine.manifest.model.latent_channels
-        return Over(read_images(image, channels), None if mask is None else read_masks(mask))
+        return Over(read_images(image, channels), None if mask is None else read_masks(mask), area)
 
     def _size_of(self, given: Given) -> tuple[int, int]:
         """Height and width in pixels of a picture of which nobody says more."""

@@ -261,6 +261,12 @@ def rebuild(engine: Path, checkpoint: str | None) -> None:
 )
 @click.option("--image", type=click.Path(path_type=Path), help="Draw over this PNG, JPEG or WebP.")
 @click.option("--mask", type=click.Path(path_type=Path), help="Of it, draw anew only what is white here.")
+@click.option(
+    "--mask-padding",
+    type=int,
+    metavar="PIXELS",
+    help="Of it, draw nothing but that and so many pixels around, at --size, and paste it in.",
+)
 @click.option("--strength", type=float, help="The share of the steps that is done. [default: diffusers']")
 @click.option(
     "--image-guidance", type=float, help="For InstructPix2Pix: how much --image guides. [default: 1.5]"

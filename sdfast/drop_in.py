@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, NoReturn
 
+from PIL import Image
+
 from sdfast.call import Given
 from sdfast.errors import RequestError
 from sdfast.pipeline import Pipeline
@@ -213,6 +215,11 @@ class StableDiffusionXLControlNetPipeline(_Controlled):
 
 class _ControlledOver(_InOrder):
     needed_for = "draws over an image under the guidance of a control image"
+
+    def _size_of_part(self, image: Image.Image) -> tuple[int, int]:
+        """The image's own, in whole latents, as in diffusers."""
+        factor = self.engine.manifest.model.vae_scale_factor
+        return image.height // factor * factor, image.width // factor * factor
 
 
 class StableDiffusionControlNetImg2ImgPipeline(_ControlledOver):

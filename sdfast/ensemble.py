@@ -1,6 +1,6 @@
 """Two pipelines that share the denoising of a picture, such as SDXL's base and its refiner."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -38,8 +38,10 @@ class Ensemble:
         check_alike(self.base.engine.manifest.model, self.refiner.engine.manifest.model)
         self.refiner.engine.check_size(finished.height, finished.width)
         source = [generator(seed) for seed in request.seeds]
-        given = Given(source, over=over, control=control, ip_adapter_images=ip_adapter_images)
+        part = over if over is None else replace(over, area=None)  # which has to be finished to be pasted
+        given = Given(source, over=part, control=control, ip_adapter_images=ip_adapter_images)
         left = self.base.generate(begun, given, "latent")
-        given = Given(source, over=Over(left.images, None if over is None else over.mask))
+        finishing = Over(left.images) if over is None else replace(over, image=left.images)
+        given = Given(source, over=finishing)
         images = self.refiner.generate(finished, given, output_type).images
         return PipelineOutput(images, request.seeds, left.truncated)

@@ -14,6 +14,7 @@ from sdfast.arithmetic import Keep
 from sdfast.engine import Engine
 from sdfast.errors import NumericalError, RequestError
 from sdfast.manifest import Model
+from sdfast.masked_area import MaskedArea
 from sdfast.noise import NoiseSource
 from sdfast.request import Request
 from sdfast.schedulers import Schedule
@@ -24,11 +25,12 @@ class Over:
     """What is drawn over: images [m, 3, H, W] float32 in [0, 1], or their latents [m, C, h, w].
 
     mask: [k, 1, H, W] float32, 1 where they are drawn anew; None: everywhere. m and k divide the number of
-    pictures, which take them in turn.
+    pictures, which take them in turn. area: where both were cut out, and pictures are pasted.
     """
 
     image: Tensor
     mask: Tensor | None = None
+    area: MaskedArea | None = None
 
 
 @dataclass(frozen=True)
@@ -135,12 +137,24 @@ def check_fit(request: Request, over: Over, model: Model) -> None:
         )
 
 
-def check_strength(request: Request, *, over: bool) -> None:
-    """Raises `RequestError` for a strength, or a start, without anything to draw over, and the reverse."""
+def check_strength(request: Request, *, over: bool, masked: bool) -> None:
+    """Raises `RequestError` for a strength, or a start, without anything to draw over, and the reverse; and
+    for a part of it without a mask."""
     if request.over != over:
         names = ("denoising_start", "image_guidance_scale")
         name = next((name for name in names if getattr(request, name) is not None), "strength")
         raise RequestError(f"{name} and an image to draw over go together; give both, or neither")
+    if request.padding_mask_crop is not None and not masked:
+        raise RequestError("padding_mask_crop: is for what a mask leaves open; give a mask, or leave it out")
+
+
+def check_pasted(over: Over | None, output_type: str) -> None:
+    """Raises `RequestError` for what is to be pasted into an image and will be no picture."""
+    if over is not None and over.area is not None and output_type != "pil":
+        raise RequestError(
+            f"output_type: {output_type!r}, but with padding_mask_crop pictures are pasted into the image, "
+            "which is a PIL image; leave it at 'pil', or leave padding_mask_crop out"
+        )
 
 
 def check_edits(engine: Engine) -> None:

@@ -27,6 +27,7 @@ from sdfast.ip_adapter import check_images
 from sdfast.ip_adapter import read_images as read_seen
 from sdfast.loras import check_loras
 from sdfast.manifest import Model
+from sdfast.masked_area import MaskedArea
 from sdfast.pipeline import Pipeline
 from sdfast.preparation import check_cached, check_channels, check_instructed, check_refined
 from sdfast.request import Hires, Request
@@ -52,7 +53,8 @@ class Job:
         dtype ("fp32" or "fp16").
     backend: "engine" for whatever the engine is, "onnx", "inductor" or "eager" for one that must be that, or
         "diffusers" for the stock pipeline of its checkpoint.
-    image, mask: files of what is drawn over, and of what of it is drawn anew (white).
+    image, mask: files of what is drawn over, and of what of it is drawn anew (white); mask_padding: that only
+        this and so many pixels around are drawn, at `size`, and pasted into the image.
     control: files of the ControlNets' control images, in their order, "none" for one that is to add nothing;
         the other controls are the request's: one number, or one for each.
     ip_adapter_image: files of the IP-Adapters' images, likewise; ip_adapter_scale: of each, or of all, as
@@ -86,6 +88,7 @@ class Job:
     attention: str | None = None
     image: Path | None = None
     mask: Path | None = None
+    mask_padding: int | None = None
     strength: float | None = None
     image_guidance: float | None = None
     denoising_start: float | None = None
@@ -110,14 +113,16 @@ class Job:
             raise RequestError(
                 "control-scale, control-start and control-end are for a control image; give --control too"
             )
+        area = self._area(model)
         images = [path and open_image(path) for path in self._controls]
+        images = images if area is None else area.cut_controls(images)
         control = read_controls(_one_or_each(images), controlnets_of(model)) if images else None
         seen = self._adapter_images
         if not seen and self.ip_adapter_scale:
             raise RequestError("ip-adapter-scale is for an IP-Adapter's image; give --ip-adapter-image too")
         opened = [path and open_image(path) for path in seen]
         told = read_seen(model, opened) if opened else None
-        return Given(over=self._over(model), control=control, ip_adapter_images=told)
+        return Given(over=self._over(model, area), control=control, ip_adapter_images=told)
 
     @property
     def _controls(self) -> list[Path | None]:
@@ -129,8 +134,22 @@ class Job:
         """Of each IP-Adapter the file of its image."""
         return [None if str(path) == _OFF else path for path in self.ip_adapter_image]
 
-    def _over(self, model: Model) -> Over | None:
+    def _area(self, model: Model) -> MaskedArea | None:
+        """The part of the image that is drawn, at the model's own size where none is asked for; None for all
+        of it. Raises `RequestError`."""
+        if self.mask_padding is None:
+            return None
+        if self.image is None or self.mask is None:
+            raise RequestError("mask-padding is for an image and its mask; give --image and --mask too")
+        width, height = parse_size("size", self.size) or (model.default_width, model.default_height)
+        image, mask = open_image(self.image).convert("RGB"), open_image(self.mask).convert("L")
+        return MaskedArea.make(image, mask, padding_mask_crop=self.mask_padding, height=height, width=width)
+
+    def _over(self, model: Model, area: MaskedArea | None) -> Over | None:
         """What is drawn over. Raises `RequestError` for files that are no images."""
+        if area is not None:
+            cut = area.cut(area.image), area.cut(area.mask)
+            return Over(read_images(cut[0], model.latent_channels), read_masks(cut[1]), area)
         if self.image is None:
             told = (self.mask, self.strength, self.denoising_start, self.image_guidance)
             if any(value is not None for value in told):
@@ -175,6 +194,7 @@ class Job:
             emphasis=self.emphasis,
             prompt_editing=self.prompt_editing,
             **asked_over(model, over, self.strength, self.denoising_start, self.image_guidance),
+            padding_mask_crop=self.mask_padding,
             denoising_start=self.denoising_start,
             denoising_end=self.denoising_end,
             controlnet_conditioning_scale=scale,

@@ -14,7 +14,7 @@ from sdfast.bucket import Buckets
 from sdfast.call import DiffusersCall, Given, PipelineOutput, StepCallback, refuse
 from sdfast.engine import Engine
 from sdfast.errors import NumericalError
-from sdfast.first_latents import Over
+from sdfast.first_latents import Over, check_pasted
 from sdfast.hires import enlarged_images, enlarged_latents
 from sdfast.ip_adapter import ImagePrompts
 from sdfast.loop import Rows
@@ -142,8 +142,12 @@ class Pipeline(Preparation, DiffusersCall):
         output_type: str = "pil",
         callback: StepCallback | None = None,
     ) -> PipelineOutput:
-        """Draw what `request` asks for: encode, denoise, decode; and for a second pass denoise again."""
+        """Draw what `request` asks for: encode, denoise, decode; and for a second pass denoise again.
+
+        Pictures over a part of an image are given as that image, with the part pasted into it.
+        """
         given, passes = given or Given(), request.passes
+        check_pasted(given.over, output_type)
         for one in passes:
             self.engine.check_size(one.height, one.width)
         with self.engine.running():
@@ -156,6 +160,8 @@ class Pipeline(Preparation, DiffusersCall):
                 given = _again(given, request, over)
                 latents = self._denoise(self.prepare(passes[-1], given, first=request), callback)
             images = _as(latents if output_type == "latent" else self.decode(latents), output_type)
+        if given.over is not None and given.over.area is not None:
+            images = [given.over.area.pasted(picture) for picture in images]
         own_seeds = given.generators is None and given.latents is None
         return PipelineOutput(images, request.seeds if own_seeds else None, prepared.truncated)
 

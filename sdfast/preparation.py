@@ -117,9 +117,9 @@ class Preparation:
         first: the request of which this one is the second pass.
         """
         given = given or Given()
-        check_strength(request, over=given.over is not None)
-        check_refined(self.engine.manifest.model, over=given.over is not None)
         masked = given.over is not None and given.over.mask is not None
+        check_strength(request, over=given.over is not None, masked=masked)
+        check_refined(self.engine.manifest.model, over=given.over is not None)
         check_channels(self.engine.manifest.model, masked)
         check_instructed(self.engine.manifest.model, request, over=given.over is not None, masked=masked)
         self.prompts.check_fields(request)  # what is too long is refused when it is encoded

@@ -113,6 +113,15 @@ class _Checked(BaseModel):
         return side
 
 
+class Crop(_Checked):
+    """What is cut out of an image: what its mask leaves open, with so many pixels more on each side, to be
+    drawn at height x width; see `sdfast.masked_area`."""
+
+    padding_mask_crop: int = Field(ge=0, le=MAX_SIDE)  # pixels of the image
+    height: int = Field(ge=8, le=MAX_SIDE)  # pixels
+    width: int = Field(ge=8, le=MAX_SIDE)  # pixels
+
+
 class Hires(_Checked):
     """A second pass over pictures, at another size: what AUTOMATIC1111 calls hires fix.
 
@@ -154,6 +163,9 @@ class Request(_Checked):
     pipelines, the steps are told apart by their timesteps, not by their number.
     `image_guidance_scale`, with an image that an InstructPix2Pix U-Net edits: how much what it says of the
     image counts beyond what it says of neither image nor prompt (Brooks et al. 2023, section 3.2.1).
+    `padding_mask_crop`, with an image and a mask: they are a part of larger ones, cut out with so many pixels
+    around what the mask leaves open. Whoever cuts pastes the pictures back, see `sdfast.masked_area`; the run
+    itself is that of any other image and mask.
     `controlnet_conditioning_scale`, with a control image: how much the ControlNet adds, in the steps between
     `control_guidance_start` and `control_guidance_end`, which are shares of all steps, as in diffusers. With
     several ControlNets each of these is a list of a number for each, or one for all.
@@ -205,6 +217,7 @@ class Request(_Checked):
     denoising_start: float | None = Field(default=None, gt=0.0, lt=1.0)
     denoising_end: float | None = Field(default=None, gt=0.0, le=1.0)
     image_guidance_scale: float | None = Field(default=None, ge=1.0, le=MAX_GUIDANCE)
+    padding_mask_crop: int | None = Field(default=None, ge=0, le=MAX_SIDE)
     controlnet_conditioning_scale: ControlScales | None = None
     control_guidance_start: Shares = 0.0
     control_guidance_end: Shares = 1.0
@@ -367,6 +380,7 @@ class Request(_Checked):
             raise ValueError(f"seed: {self.seed} leaves no seeds below 2**64 for {self.images} pictures")
         self._check_shares()
         self._check_composed()
+        self._check_crop()
         if self.hires is not None:
             self._check_hires(self.hires)
         return self
@@ -443,6 +457,20 @@ class Request(_Checked):
             raise ValueError(
                 "hires: its second pass draws over whole pictures; leave denoising_start and denoising_end "
                 "out"
+            )
+
+    def _check_crop(self) -> None:
+        """Raises `ValueError` for a part of an image where there is none, or it is edited as a whole."""
+        if self.padding_mask_crop is None:
+            return
+        if self.image_guidance_scale is not None:
+            raise ValueError(
+                "padding_mask_crop: is for the part of an image that a mask leaves open, and with "
+                "image_guidance_scale an image is edited as a whole; leave it out"
+            )
+        if not self.over:
+            raise ValueError(
+                "padding_mask_crop: is for an image to draw over, with a mask; give both, or leave it out"
             )
 
     def _check_hires(self, hires: Hires) -> None:

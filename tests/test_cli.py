@@ -17,6 +17,8 @@ from sdfast import infotext
 from sdfast.cli import _engine_name, _lora, main
 from sdfast.infotext import read
 from sdfast.manifest import read_manifest
+from sdfast.masked_area import MaskedArea
+from sdfast.pipeline import Pipeline
 from sdfast.schedulers import SAMPLERS, resolve
 from tests import checkpoints
 from tests.backends import xformers
@@ -143,6 +145,58 @@ def test_a_picture_over_an_image_is_the_stock_pipelines(sd_engine: Path, files: 
     assert (told.steps, told.extra) == (5, {"Denoising strength": "0.6"})
 
 
+def test_a_part_of_an_image_is_the_stock_pipelines(sd_engine: Path, here: Path) -> None:
+    """Drawn at the engine's size, or the one that is asked for, and pasted: the picture has the image's."""
+    whole, hole = image(0, 150, 100), Image.new("L", (150, 100))
+    hole.paste(mask(40, 30), (100, 20))
+    whole.save(here / "image.png")
+    hole.save(here / "mask.png")
+    given = ["--image", "image.png", "--mask", "mask.png", "--mask-padding", 6, "--seed", 3, "--steps", 4]
+    for name, backend in (("ours.png", "engine"), ("stock.png", "diffusers")):
+        result = draw(
+            sd_engine, *given, "--scheduler", "Euler a", "--count", 2, "--backend", backend, "-o", name
+        )
+        assert result.exit_code == 0, result.output
+    for number in (1, 2):
+        pair = [here / f"{name}-{number}.png" for name in ("ours", "stock")]
+        ours, stock = (np.asarray(Image.open(path), dtype=int) for path in pair)
+        assert ours.shape == stock.shape == (100, 150, 3)
+        assert np.abs(ours - stock).max() <= 1
+        assert np.array_equal(ours[np.asarray(hole) == 0], np.asarray(whole)[np.asarray(hole) == 0])
+    told = infotext.read(here / "ours-1.png")
+    assert (told.width, told.height) == (64, 64)
+    part = {"Inpaint area": "Only masked", "Masked area padding": "6"}
+    assert told.extra == {"Denoising strength": "1", **part}
+    assert draw(sd_engine, *given, "--size", "96x72", "-o", "large.png").exit_code == 0
+    assert infotext.read(here / "large.png").width == 96
+    assert Image.open(here / "large.png").size == (150, 100)
+
+
+def test_a_part_is_cut_out_of_the_control_image(controlled_engine: Path, files: Path) -> None:
+    image(2).save(files / "control.png")
+    hole = Image.new("L", (64, 64))
+    hole.paste(mask(20, 20), (30, 10))
+    hole.save(files / "mask.png")
+    given = [*PART, 4, "--seed", 3, "--steps", 4, "--strength", 0.7, "--control-scale", 0.8]
+    for name, backend in (("ours.png", "engine"), ("stock.png", "diffusers")):
+        result = draw(controlled_engine, *given, "--control", "control.png", "--backend", backend, "-o", name)
+        assert result.exit_code == 0, result.output
+    ours, stock = (np.asarray(Image.open(files / name), dtype=int) for name in ("ours.png", "stock.png"))
+    assert np.abs(ours - stock).max() <= 1
+    area = MaskedArea.make(image(), hole, padding_mask_crop=4, height=64, width=64)
+    pipe = Pipeline.from_engine(controlled_engine)
+    pipe.set_progress_bar_config(disable=True)
+    drawn = pipe(
+        **{"prompt": "a cabin, misty", "image": area.cut(image()), "mask_image": area.cut(hole)},
+        **{"control_image": area.cut(image(2)), "controlnet_conditioning_scale": 0.8, "seed": 3},
+        **{"strength": 0.7, "num_inference_steps": 4, "scheduler": "dpmpp_2m_karras", "guidance_scale": 7.0},
+    ).images[0]
+    assert np.abs(ours - np.asarray(area.pasted(drawn), int)).max() <= 1
+    other = ["generate", "a", "--engine", controlled_engine, *PART, 4, "--control", "wide.png"]
+    assert "control_image: 72x64, but the image is 64x64" in refused(*other)
+
+
+PART = ["--image", "image.png", "--mask", "mask.png", "--mask-padding"]
 OVER: dict[str, tuple[list[Any], str]] = {
     "a mask alone": (["--mask", "mask.png"], "give --image too"),
     "a strength alone": (["--strength", 0.5], "give --image too"),
@@ -151,6 +205,17 @@ OVER: dict[str, tuple[list[Any], str]] = {
     "half a file": (["--image", "cut.png"], "cut.png: cannot be read"),
     "another size": (["--image", "image.png", "--size", "72x64"], "image: 64x64, but the picture is 72x64"),
     "another mask": (["--image", "image.png", "--mask", "wide.png"], "mask_image: 72x64, but the picture"),
+    "a padding alone": (["--mask-padding", 8], "mask-padding is for an image and its mask; give --image and"),
+    "a padding without a mask": (["--image", "image.png", "--mask-padding", 8], "give --image and --mask"),
+    "a negative padding": ([*PART, -1], "padding_mask_crop: must be greater than or equal to 0 (got -1)"),
+    "a padding around another mask": (
+        ["--image", "image.png", "--mask", "wide.png", "--mask-padding", 8],
+        "mask_image: 72x64, but the image is 64x64",
+    ),
+    "a part of no size": ([*PART, 8, "--size", "0x0"], "height: must be greater than or equal to 8"),
+    "a huge part": ([*PART, 8, "--size", "999999999x64"], "width: must be less than or equal to 8192"),
+    "a part outside": ([*PART, 8, "--size", "256x64"], "size 256x64 is not one of this engine's"),
+    "a part and a second pass": ([*PART, 8, "--hires", "96x96"], "hires: is for pictures drawn from noise"),
     "too little": (["--image", "image.png", "--strength", 0.1], "strength=0.1 of 2 steps leaves no step"),
     "too much": (["--image", "image.png", "--strength", 2], "strength: must be less than or equal to 1"),
 }

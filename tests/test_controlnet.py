@@ -8,6 +8,7 @@ from queue import SimpleQueue
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -22,6 +23,7 @@ from sdfast.export.recipe import Recipe
 from sdfast.images import read_controls
 from sdfast.loop import Rows
 from sdfast.manifest import AddedControlNet, read_manifest
+from sdfast.masked_area import MaskedArea
 from sdfast.pipeline import Pipeline
 from sdfast.request import Request
 from sdfast.server.batcher import Batcher
@@ -31,7 +33,7 @@ from sdfast.server.worker.opening import warm_up
 from tests import checkpoints
 from tests.conftest import FLAT_SIZES
 from tests.fakes import FakeEngine
-from tests.test_image_to_image import image, mask
+from tests.test_image_to_image import assert_same_pictures, image, mask, spot
 from tests.test_pipeline import PROMPT, assert_same, ours, seeded
 
 STEPS = 4
@@ -137,6 +139,35 @@ def test_over_an_image_equals_stock_diffusers(request: pytest.FixtureRequest, fa
     }
     scheduler = "EulerAncestralDiscreteScheduler"
     assert_same(*both((over(reference, task), pipe), scheduler=scheduler, **call, **masked))
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_a_part_of_an_image_equals_stock_diffusers(request: pytest.FixtureRequest, family: str) -> None:
+    """By the drop-in, at the size that is theirs: the image's, in whole latents. The control image is cut out
+    with it; a tensor, which diffusers does not take there, is one of the part."""
+    reference, pipe = request.getfixturevalue(family)
+    theirs = over(reference, "Inpaint")
+    own = getattr(drop_in, type(theirs).__name__)(pipe.engine)
+    own.set_progress_bar_config(disable=True)
+    whole, hole = image(1, 70, 66), spot(70, 66, (20, 10, 50, 40))
+    call = {
+        **{"image": whole, "mask_image": hole, "padding_mask_crop": 4, "output_type": "pil"},
+        **{"strength": 0.6, "num_inference_steps": 5, "guidance_scale": 4.0},
+    }
+    expected, drawn = both((theirs, own), **call, control_image=image(2, 70, 66))
+    assert drawn[0].size == (70, 66)
+    assert_same_pictures(expected, drawn)
+    area = MaskedArea.make(whole, hole, padding_mask_crop=4, height=SIDE, width=SIDE)
+    part = read_controls(area.cut(image(2, 70, 66)))
+    again = own(PROMPT, **call, control_image=part, generator=seeded(0)).images
+    other = own(PROMPT, **call, control_image=read_controls(image(2)), generator=seeded(0)).images
+    assert_same_pictures(drawn, again)
+    assert np.abs(np.asarray(drawn[0], int) - np.asarray(other[0], int)).max() > 1
+    larger = {"image": image(1, 150, 137), "mask_image": spot(150, 137, (20, 10, 50, 40))}
+    with pytest.raises(RequestError, match=r"^size 144x136 is not one of this engine's"):
+        own(PROMPT, **call | larger, control_image=image(2, 150, 137))
+    with pytest.raises(RequestError, match=r"^control_image: 64x64, but the image is 70x66"):
+        own(PROMPT, **call, control_image=image(2))
 
 
 def test_an_onnx_engine_equals_stock_diffusers(flat_sd: Path, flat_onnx: Path, tmp_path: Path) -> None:

@@ -16,11 +16,12 @@ from sdfast.export.recipe import Recipe
 from sdfast.images import controls_from_bytes, read_controls
 from sdfast.infotext import infotext_of
 from sdfast.loop import Rows
+from sdfast.masked_area import MaskedArea
 from sdfast.pipeline import Pipeline
 from tests import checkpoints
 from tests.conftest import FLAT_SIZES
 from tests.test_controlnet import SIDE, STEPS, Pair, both, over, request_of, stock
-from tests.test_image_to_image import image, mask
+from tests.test_image_to_image import assert_same_pictures, image, mask, spot
 from tests.test_pipeline import PROMPT, assert_same, ours, seeded
 
 EDGES, POSE = image(1), image(2)
@@ -97,6 +98,20 @@ def test_over_an_image_equals_stock_diffusers(request: pytest.FixtureRequest, fa
         **{"control_guidance_end": [0.7, 1.0], "guidance_scale": 4.0},
     }
     assert_same(*both((theirs, own), **call, **masked))
+
+
+def test_a_part_of_an_image_is_cut_out_of_every_control_image(sd: Pair) -> None:
+    """Which diffusers does of one alone."""
+    whole, hole = image(3, 90, 120), spot(90, 120, (20, 10, 50, 40))
+    call = {"prompt": PROMPT, "strength": 0.6, "num_inference_steps": 5, "scheduler": "ddim"}
+    area = MaskedArea.make(whole, hole, padding_mask_crop=4, height=SIDE, width=SIDE)
+    edges, pose = image(4, 90, 120), image(5, 90, 120)
+    for controls in ([edges, pose], [None, pose]):
+        parts = [one and area.cut(one) for one in controls]
+        given = {"image": area.cut(whole), "mask_image": area.cut(hole), "control_image": parts}
+        expected = [area.pasted(one) for one in sd[1](**call, **given, seed=1).images]
+        given = {"image": whole, "mask_image": hole, "control_image": controls, "padding_mask_crop": 4}
+        assert_same_pictures(expected, sd[1](**call, **given, seed=1).images)
 
 
 def test_one_without_an_image_adds_nothing(sd: Pair) -> None:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -16,8 +17,11 @@ from sdfast.cli import main
 from sdfast.editing import Editing
 from sdfast.ensemble import Ensemble
 from sdfast.errors import RequestError
+from sdfast.first_latents import Over
+from sdfast.images import read_images, read_masks
 from sdfast.infotext import parse, unet_digest
 from sdfast.manifest import read_manifest
+from sdfast.masked_area import MaskedArea
 from sdfast.pipeline import Pipeline
 from sdfast.request import Request
 from sdfast.schedulers import SAMPLERS, SOLVERS, schedule
@@ -248,6 +252,28 @@ def test_two_engines_from_the_command_line(sdxl_engine: Path, refiner_engine: Pa
     for message, options in wrong.items():
         refused = CliRunner().invoke(main, [*asked, "--overwrite", *options])
         assert refused.exit_code == 1 and message in refused.output
+
+
+def test_two_engines_draw_a_part_of_an_image(sdxl_engine: Path, refiner_engine: Path, tmp_path: Path) -> None:
+    """Both over the part, and pasted once."""
+    whole, hole = image(1, 150, 100), Image.new("L", (150, 100))
+    hole.paste(mask(40, 30), (100, 20))
+    whole.save(tmp_path / "image.png")
+    hole.save(tmp_path / "mask.png")
+    asked = ["generate", "a boat", "--engine", str(sdxl_engine), "--refiner", str(refiner_engine)]
+    asked += ["--image", str(tmp_path / "image.png"), "--mask", str(tmp_path / "mask.png")]
+    asked += ["--steps", "4", "--seed", "5", "--scheduler", "euler", "-o", str(tmp_path / "a.png")]
+    drawn = CliRunner().invoke(main, [*asked, "--mask-padding", "6"])
+    assert drawn.exit_code == 0, drawn.output
+    area = MaskedArea.make(whole, hole, padding_mask_crop=6, height=64, width=64)
+    over = Over(read_images(area.cut(whole), 4), read_masks(area.cut(hole)))
+    request = Request.make(
+        **{"prompts": ("a boat",), "negative_prompts": (None,), "height": 64, "width": 64, "seed": 5},
+        **{"num_inference_steps": 4, "guidance_scale": 7.0, "scheduler": "euler", "strength": 0.9999},
+    )
+    [part] = Ensemble(ours(sdxl_engine), ours(refiner_engine)).generate(request, over).images
+    with Image.open(tmp_path / "a.png") as picture:
+        assert np.abs(np.asarray(picture, int) - np.asarray(area.pasted(part), int)).max() <= 1
 
 
 def test_a_refiner_of_other_latents_is_refused(sides: Any, sd_engine: Path) -> None:

@@ -21,9 +21,11 @@ from sdfast.export.recipe import Recipe
 from sdfast.first_latents import Over, encoded
 from sdfast.images import read_images, read_masks
 from sdfast.loop import Rows
+from sdfast.masked_area import MaskedArea
 from sdfast.pipeline import Pipeline
 from sdfast.request import Request
 from sdfast.server.batcher import Batcher
+from sdfast.server.given import check_given
 from sdfast.server.jobs import Job
 from sdfast.server.worker.opening import warm_up
 from tests import checkpoints
@@ -247,6 +249,84 @@ def test_what_is_black_in_a_mask_stays(pairs: dict[Any, Any]) -> None:
     assert (apart[anew] > 0).all()
 
 
+def assert_same_pictures(expected: list[Image.Image], drawn: list[Image.Image]) -> None:
+    """Of one size and number, and nowhere further apart than rounding is."""
+    assert [picture.size for picture in drawn] == [picture.size for picture in expected]
+    for one, other in zip(drawn, expected, strict=True):
+        assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1
+
+
+def spot(width: int, height: int, box: tuple[int, int, int, int]) -> Image.Image:
+    """A mask with an oval, and grey at its edge."""
+    small = mask(box[2] - box[0], box[3] - box[1])
+    whole = Image.new("L", (width, height))
+    whole.paste(small, box)
+    return whole
+
+
+PARTS: dict[str, dict[str, Any]] = {
+    "in the middle": {},
+    "without padding": {"padding_mask_crop": 0},
+    "at a corner": {"mask_image": spot(200, 152, (160, 120, 200, 152))},
+    "wide": {"mask_image": spot(200, 152, (20, 60, 190, 80)), "padding_mask_crop": 3},
+    "of an image that is too low": {
+        "image": image(4, 200, 40),
+        "mask_image": spot(200, 40, (10, 4, 150, 36)),
+    },
+    "at another size": {"width": 96, "height": 72},
+    "of a small image": {"image": image(4, 40, 36), "mask_image": spot(40, 36, (8, 8, 30, 30))},
+    "several pictures": {"num_images_per_prompt": 2, "strength": 1.0},
+    "several prompts": {"prompt": ["a boat", "the sea"]},
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_of_an_image_equals_stock_diffusers(pairs: dict[Any, Any], part: str) -> None:
+    call = {
+        **{"image": image(4, 200, 152), "mask_image": spot(200, 152, (70, 40, 110, 90))},
+        **{"padding_mask_crop": 8, "strength": 0.6, "output_type": "pil", **PARTS[part]},
+    }
+    expected, drawn = both(pairs["sd", True], "EulerAncestralDiscreteScheduler", **call)
+    assert_same_pictures(expected, drawn)
+    assert drawn[0].size == call["image"].size
+    assert np.abs(np.asarray(drawn[0], int) - np.asarray(call["image"], int)).max() > 50  # it was drawn over
+
+
+def test_a_part_by_sdxl_and_by_a_u_net_for_inpainting_equals_stock_diffusers(
+    pairs: dict[Any, Any], inpainting: tuple[Any, Pipeline]
+) -> None:
+    call = {"image": image(4, 150, 120), "mask_image": spot(150, 120, (30, 20, 80, 100))}
+    call |= {"padding_mask_crop": 12, "output_type": "pil", "guidance_scale": 4.0}
+    for pair in (pairs["sdxl", True], inpainting):
+        assert_same_pictures(*both(pair, **call))
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_a_part_by_a_drop_in_is_what_diffusers_class_draws(pairs: dict[Any, Any], family: str) -> None:
+    """By places alone, at the size that is theirs: the engine's own, not the image's."""
+    reference, pipe = pairs[family, True]
+    own = getattr(drop_in, KINDS[family, True])(pipe.engine)
+    own.set_progress_bar_config(disable=True)
+    reference.scheduler = own.scheduler = diffusers.DDIMScheduler.from_config(pipe.engine.scheduler_config)
+    whole = (image(4, 120, 200), spot(120, 200, (30, 20, 80, 100)))
+    args = (PROMPT, *[None] * (family == "sdxl"), *whole, None, None, None, 6)
+    assert_same_pictures(
+        *[call(*args, num_inference_steps=4, generator=seeded(1)).images for call in (reference, own)]
+    )
+
+
+def test_a_part_is_the_pipelines_picture_of_that_part_alone(pairs: dict[Any, Any]) -> None:
+    """Pasted: and each picture of a seed is what it is alone."""
+    pipe, whole = pairs["sd", True][1], image(4, 200, 152)
+    hole = spot(200, 152, (70, 40, 110, 90))
+    call = {"num_inference_steps": 3, "scheduler": "Euler a"}
+    area = MaskedArea.make(whole, hole, padding_mask_crop=8, height=SIDE, width=SIDE)
+    given = {"image": area.cut(whole), "mask_image": area.cut(hole)}
+    apart = [area.pasted(pipe(PROMPT, seed=seed, **given, **call).images[0]) for seed in (3, 4)]
+    given = {"image": whole, "mask_image": hole, "padding_mask_crop": 8, "num_images_per_prompt": 2}
+    assert_same_pictures(apart, pipe(PROMPT, seed=3, **given, **call).images)
+
+
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a mask alone": (
         {"image": None, "mask_image": mask()},
@@ -277,7 +357,43 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "channels": ({"image": torch.zeros(2, 64, 64)}, r"^image: Tensor of shape \(2, 64, 64\)"),
     "a coloured mask": ({"mask_image": torch.zeros(1, 3, 64, 64)}, "^mask_image: Tensor of shape"),
     "latents too": ({"latents": torch.zeros(1, 4, 8, 8)}, "^latents: with an image"),
-    "a crop": ({"padding_mask_crop": 8}, "^padding_mask_crop: not supported"),
+    "a part without a mask": ({"padding_mask_crop": 8}, "^mask_image: is missing; with padding_mask_crop"),
+    "a part of nothing": (
+        {"padding_mask_crop": 8, "image": None, "mask_image": mask()},
+        "^image: is missing; with padding_mask_crop",
+    ),
+    "a part of an array": (
+        {"padding_mask_crop": 8, "image": np.zeros((64, 64, 3), np.float32), "mask_image": mask()},
+        "^image: ndarray is not a PIL image; with padding_mask_crop give one image and one mask",
+    ),
+    "a part of several images": (
+        {"padding_mask_crop": 8, "image": [image()] * 2, "mask_image": mask()},
+        "^image: list is not a PIL image",
+    ),
+    "a part of an empty mask": (
+        {"padding_mask_crop": 8, "mask_image": Image.new("L", (64, 64))},
+        "^mask_image: nothing of it is white",
+    ),
+    "a part with a mask of another size": (
+        {"padding_mask_crop": 8, "mask_image": mask(72)},
+        "^mask_image: 72x64, but the image is 64x64; with padding_mask_crop they have one size",
+    ),
+    "a part and less": (
+        {"padding_mask_crop": -1, "mask_image": mask()},
+        "^padding_mask_crop: must be greater than or equal to 0",
+    ),
+    "a part as a tensor": (
+        {"padding_mask_crop": 8, "mask_image": mask(), "output_type": "pt"},
+        "^output_type: 'pt', but with padding_mask_crop pictures are pasted into the image",
+    ),
+    "a part as latents": (
+        {"padding_mask_crop": 8, "mask_image": mask(), "output_type": "latent"},
+        "^output_type: 'latent', but with padding_mask_crop",
+    ),
+    "a part, and a second pass": (
+        {"padding_mask_crop": 8, "mask_image": mask(), "hires": {"height": 96, "width": 96}},
+        "^hires: is for pictures drawn from noise, without an image",
+    ),
     "a score": ({"aesthetic_score": 7.0}, "^aesthetic_score: only engines of SDXL's refiner"),
 }
 
@@ -288,6 +404,20 @@ def test_a_bad_call_is_refused_by_name(pairs: dict[Any, Any], case: str) -> None
     call = {"image": image(), "num_inference_steps": 4, "scheduler": "ddim", **fields}
     with pytest.raises(RequestError, match=message):
         pairs["sd", False][1](PROMPT, **call)
+
+
+def test_a_part_of_an_image_without_a_mask_is_refused_by_the_engine(pairs: dict[Any, Any]) -> None:
+    """Whoever asks: a call looks for its mask before."""
+    asked = Request.make(
+        **{"prompts": (PROMPT,), "negative_prompts": (None,), "height": SIDE, "width": SIDE, "strength": 0.6},
+        **{"num_inference_steps": 4, "scheduler": "ddim", "padding_mask_crop": 8},
+    )
+    over = Over(read_images(image(), 4))
+    with pytest.raises(RequestError, match=r"^padding_mask_crop: is for what a mask leaves open"):
+        pairs["sd", False][1].generate(asked, Given(over=over))
+    job = Job("1", "engine", asked, image=image().tobytes())
+    with pytest.raises(RequestError, match=r"^padding_mask_crop: is for what a mask leaves open"):
+        check_given(pairs["sd", False][1].engine, job)
 
 
 def test_an_engine_without_an_encoder_says_so() -> None:

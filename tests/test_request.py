@@ -102,6 +102,10 @@ def request(**fields: Any) -> Request:
             ]
         ],
         *[
+            ("padding_mask_crop", value, allowed)
+            for value, allowed in [(-1, "0"), (8193, "8192"), (1.0, "integer"), (True, "integer")]
+        ],
+        *[
             ("controlnet_conditioning_scale", value, allowed)
             for value, allowed in [(math.nan, "finite"), (-0.1, "0"), (10.5, "10"), ("1", "number")]
         ],
@@ -171,6 +175,14 @@ def test_bad_timesteps_and_sigmas_are_refused(field: str, value: Any) -> None:
 def test_the_steps_are_given_exactly_once(fields: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match="exactly one of num_inference_steps, timesteps, sigmas"):
         request(**fields)
+
+
+def test_a_part_is_of_an_image_that_is_drawn_over() -> None:
+    assert request(padding_mask_crop=8, strength=0.5).padding_mask_crop == 8
+    with pytest.raises(RequestError, match=r"^padding_mask_crop: is for an image to draw over, with a mask"):
+        request(padding_mask_crop=8)
+    with pytest.raises(RequestError, match=r"^padding_mask_crop: .* an image is edited as a whole"):
+        request(padding_mask_crop=8, image_guidance_scale=1.5)
 
 
 def test_a_missing_field_is_named() -> None:

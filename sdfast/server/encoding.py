@@ -1,9 +1,10 @@
 """Pictures as clients want them. These functions take processor time: call them in a thread."""
 
+from collections.abc import Callable
 from io import BytesIO
 from typing import Literal
 
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from sdfast import infotext
 
@@ -26,6 +27,17 @@ def encode(png: bytes, format: Format, quality: int) -> tuple[bytes, bool]:
         file = BytesIO()
         image.convert("RGB").save(file, format, quality=quality, **({"exif": exif} if kept else {}))
     return file.getvalue(), kept
+
+
+def redrawn(png: bytes, change: Callable[[Image.Image], Image.Image]) -> bytes:
+    """A PNG with what `change` makes of its RGB picture, and the same parameters inside."""
+    with Image.open(BytesIO(png), formats=["PNG"]) as picture:
+        told, file = PngImagePlugin.PngInfo(), BytesIO()
+        if infotext.PNG_KEY in picture.info:
+            told.add_text(infotext.PNG_KEY, picture.info[infotext.PNG_KEY])
+        changed = change(picture.convert("RGB"))
+    changed.save(file, "PNG", pnginfo=told, compress_level=infotext.COMPRESS_LEVEL)
+    return file.getvalue()
 
 
 def parameters_of(image: Image.Image) -> str:

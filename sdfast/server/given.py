@@ -31,7 +31,7 @@ def check_given(engine: Engine, job: Job) -> None:
     check_instructed(engine.manifest.model, job.request, over=job.over, masked=job.mask is not None)
     check_cached(engine.manifest.model, job.request)
     check_loras(engine.manifest.model, job.request)
-    check_strength(job.request, over=job.over)
+    check_strength(job.request, over=job.over, masked=job.mask is not None)
     check_refined(engine.manifest.model, over=job.over)
     if job.mask is not None:
         if not job.over:

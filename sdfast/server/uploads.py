@@ -26,6 +26,7 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_BYTES = 16 * 2**20  # of a file
 MAX_PIXELS = 2**24  # of a picture; 4096x4096, say
 
+_LANCZOS = Image.Resampling.LANCZOS
 _HALF = 128  # from here on a mask's pixel is more of the one than of the other
 _DATA_URL = re.compile(r"data:image/[a-z0-9.+-]{1,32};base64,", re.IGNORECASE)
 _SCHEME = re.compile(r"\s*[a-z][a-z0-9+.-]{0,32}:", re.IGNORECASE)
@@ -79,10 +80,13 @@ def pixels(image: Image.Image, height: int, width: int) -> bytes:
 
     Of another size, the picture is resampled (Lanczos): whoever calls has been asked for that.
     """
+    return sized(image, height, width).tobytes()
+
+
+def sized(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The same as a picture, RGB."""
     image = on_white(image)
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
-    return image.tobytes()
+    return image if image.size == (width, height) else image.resize((width, height), _LANCZOS)
 
 
 def seen(image: Image.Image, processor: ImageProcessor, field: str) -> bytes:
@@ -102,8 +106,12 @@ def on_white(image: Image.Image) -> Image.Image:
 
 def mask_of_alpha(image: Image.Image, height: int, width: int) -> bytes:
     """`Job.mask`, [height, width] uint8: drawn anew (255) where the picture is rather transparent."""
-    alpha = image.convert("RGBA").getchannel("A")
-    return _mask(alpha.point(lambda value: 255 - value), height, width)
+    return _mask(shades_of_alpha(image), height, width)
+
+
+def shades_of_alpha(image: Image.Image) -> Image.Image:
+    """A mask of greys, L: white where the picture is transparent."""
+    return image.convert("RGBA").getchannel("A").point(lambda value: 255 - value)
 
 
 def mask_of_luma(image: Image.Image, height: int, width: int) -> bytes:

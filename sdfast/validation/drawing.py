@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from sdfast.errors import BackendError, RequestError
-from sdfast.first_latents import Over
+from sdfast.first_latents import Over, check_pasted
 from sdfast.hires import enlarged_images, enlarged_latents
 from sdfast.noise import generator
 from sdfast.request import SCORES, TOLD_SIZES, Hires, Request, each
@@ -44,8 +44,9 @@ def generate(
 
     Image i has the generator of seed + i. scheduler: a diffusers scheduler in place of the one that the
     request names. over: what a request with an image is drawn over, by the stock pipeline for that, on the
-    networks of `pipe`. control: the control images of a pipeline with N ControlNets, [m, N 3, H, W], which
-    the pictures take in turn. cache_branch: of a request with a `cache_interval`, see `cached_steps`.
+    networks of `pipe`; pictures of a part of an image are pasted into it. control: the control images of a
+    pipeline with N ControlNets, [m, N 3, H, W], which the pictures take in turn.
+    cache_branch: of a request with a `cache_interval`, see `cached_steps`.
     ip_adapter_images: of a pipeline with IP-Adapters, as `sdfast.ip_adapter.read_images` gives them; without,
     it is told of black ones that count for nothing.
     Returns a list of PIL images; or for `output_type="pt"` a tensor [n, 3, H, W] float32 in [0, 1], for
@@ -60,6 +61,7 @@ def generate(
             "prompt: diffusers adds no prompts up, and knows no weight at the end of one; write it "
             "otherwise, or draw with an engine"
         )
+    check_pasted(over, output_type)
     if request.hires is not None:
         return _generate_twice(
             pipe, request, request.hires, scheduler, output_type, cache_branch, ip_adapter_images
@@ -80,7 +82,10 @@ def generate(
         drawing.scheduler = own
     if output_type in ("pt", "latent"):
         return torch.cat(parts).float()
-    return [image for part in parts for image in part]
+    images = [image for part in parts for image in part]
+    if over is None or over.area is None:
+        return images
+    return [over.area.pasted(image) for image in images]
 
 
 def _generate_twice(

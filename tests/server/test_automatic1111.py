@@ -8,6 +8,7 @@ from io import BytesIO
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
@@ -15,6 +16,7 @@ from sdfast import infotext
 from sdfast.request import Hires
 from sdfast.schedulers import SAMPLERS, resolve
 from sdfast.server.automatic1111 import calls
+from sdfast.server.automatic1111.blur import blurred
 from sdfast.server.automatic1111.fields import ImageToImage, TextToImage
 from sdfast.server.automatic1111.pictures import canvas_of
 from sdfast.server.automatic1111.samplers import list_samplers, list_schedulers, sampler_of
@@ -348,6 +350,94 @@ def test_a_blurred_mask_blends() -> None:
     assert set(canvas.job_mask or b"") == {0, 255}
 
 
+LARGE = Image.new("RGB", (200, 100), "red")
+LARGE.paste("lime", (40, 20, 160, 80))
+HOLE = Image.new("L", (200, 100))
+HOLE.paste(255, (80, 30, 110, 50))
+PART = {"inpainting_fill": 1, "mask_blur": 0, "init_images": [coded(LARGE)], "mask": coded(HOLE)}
+
+
+async def test_the_masked_part_alone_is_drawn_and_pasted(api: Client, studio: FakeStudio) -> None:
+    """As it is where nothing is said, and without padding then, as there."""
+    told = await api.post("img2img", **PART, inpaint_full_res_padding=4, seed=1)
+    await api.post("img2img", **PART, inpaint_full_res=True, seed=1)
+    first, second = studio.jobs
+    box = (76, 21, 114, 59)  # 4 pixels around, and as high as it is wide
+    assert first.image == LARGE.crop(box).resize((64, 64), Image.Resampling.LANCZOS).tobytes()
+    hole = HOLE.crop(box).resize((64, 64), Image.Resampling.LANCZOS)
+    assert first.mask == hole.point(lambda value: 255 * (value >= 128)).tobytes()
+    assert (first.request.padding_mask_crop, second.request.padding_mask_crop) == (4, 0)
+    assert second.image == LARGE.crop((80, 25, 110, 55)).resize((64, 64), Image.Resampling.LANCZOS).tobytes()
+    picture = opened(told["images"][0])
+    assert picture.size == (200, 100)
+    kept = np.asarray(HOLE) == 0
+    assert np.array_equal(np.asarray(picture)[kept], np.asarray(LARGE)[kept])
+    assert picture.getpixel((95, 40)) == (1, 0, 99)
+    assert infotext.parse(picture.info["parameters"]).seed == 1
+    info = json.loads(told["info"])
+    assert (info["width"], info["height"]) == (64, 64)
+    assert info["extra_generation_params"]["Masked area padding"] == "4"
+    assert info["extra_generation_params"]["Inpaint area"] == "Only masked"
+
+
+async def test_with_false_the_whole_image_is_drawn(api: Client, studio: FakeStudio) -> None:
+    for value in (False, 0):
+        told = await api.post("img2img", **PART, inpaint_full_res=value)
+        assert opened(told["images"][0]).size == (64, 64)
+        assert "Inpaint area" not in json.loads(told["info"])["extra_generation_params"]
+    resized = LARGE.resize((64, 64), Image.Resampling.LANCZOS).tobytes()
+    assert [(job.image, job.request.padding_mask_crop) for job in studio.jobs] == [(resized, None)] * 2
+    await api.post("img2img", init_images=[coded(RED)], inpaint_full_res=True, inpaint_full_res_padding=32)
+    assert studio.jobs[-1].image == RED.tobytes()  # without a mask it says nothing
+
+
+def test_a_part_is_blended_by_the_mask_as_it_is() -> None:
+    """Unlike over the whole image, where AUTOMATIC1111 doubles the mask first."""
+    asked = ImageToImage(**PART | {"mask_blur": 4, "inpaint_full_res_padding": 8})
+    canvas = canvas_of(asked, 64, 64)
+    picture = opened(base64.b64encode(canvas.over(base64.b64decode(coded(BLUE)))).decode())
+    assert canvas.area is not None
+    for x in range(200):
+        shade = canvas.area.mask.getpixel((x, 40))
+        assert abs(picture.getpixel((x, 40))[2] - shade) <= 2
+    blurred = canvas.area.mask.getbbox()
+    assert blurred[0] < 80 and blurred[2] > 110  # and the part is around that
+    assert canvas.area.box[::2] == (blurred[0] - 8, blurred[2] + 8)
+
+
+@pytest.mark.parametrize("blur", [1, 3, 4, 12])
+def test_a_mask_is_blurred_by_a_gaussian_that_ends(blur: int) -> None:
+    """As OpenCV's, of the size that AUTOMATIC1111 gives it."""
+    reach = int(2.5 * blur + 0.5)
+    taps = np.exp(-0.5 * (np.arange(-reach, reach + 1) / blur) ** 2)
+    mask = np.random.default_rng(blur).integers(0, 256, (40, 33), np.uint8)
+    for across, down in ((blur, 0), (0, blur), (blur, blur)):
+        expected = mask.astype(float)
+        if across:
+            rows = np.pad(expected, ((0, 0), (reach, reach)), "reflect")
+            expected = np.rint([np.convolve(row, taps / taps.sum(), "valid") for row in rows])
+        if down:
+            columns = np.pad(expected.T, ((0, 0), (reach, reach)), "reflect")
+            expected = np.rint([np.convolve(column, taps / taps.sum(), "valid") for column in columns]).T
+        found = np.asarray(blurred(Image.fromarray(mask), across, down), float)
+        assert np.abs(found - expected).max() <= 1 and (found != expected).mean() < 0.01
+
+
+def test_a_blur_of_opencv() -> None:
+    """cv2.GaussianBlur(edge, (21, 1), 4), by OpenCV 5.0."""
+    edge = np.repeat(np.array([[0, 255]], np.uint8), 16, 1)
+    rising = [1, 3, 7, 12, 21, 32, 48, 67, 90, 115, 140, 165, 188, 207, 223, 234, 243, 248, 252, 254]
+    expected = [*[0] * 6, *rising, *[255] * 6]
+    assert np.asarray(blurred(Image.fromarray(edge), 4, 0)).tolist() == [expected]
+    assert np.asarray(blurred(Image.fromarray(edge.T), 0, 4)).T.tolist() == [expected]
+
+
+async def test_an_inverted_mask_has_the_rest_for_its_part(api: Client, studio: FakeStudio) -> None:
+    told = await api.post("img2img", **PART, inpainting_mask_invert=1, seed=1)
+    picture = opened(told["images"][0])
+    assert (picture.getpixel((95, 40)), picture.getpixel((3, 3))) == ((0, 255, 0), (1, 0, 99))
+
+
 async def test_a_mask_may_be_transparency(api: Client, studio: FakeStudio) -> None:
     seen = RED.copy()
     seen.putalpha(LEFT)
@@ -366,8 +456,22 @@ async def test_a_mask_may_be_transparency(api: Client, studio: FakeStudio) -> No
         ({"mask": "AAAA"}, "mask"),
         ({"inpainting_fill": 0}, "inpainting_fill: 1"),
         ({"inpainting_fill": None}, "inpainting_fill: 1"),
-        ({"inpaint_full_res": True}, "inpaint_full_res: false"),
-        ({"inpaint_full_res": None}, "inpaint_full_res: false"),
+        ({"inpaint_full_res": True, "inpaint_full_res_padding": -1}, "inpaint_full_res_padding: must be"),
+        (
+            {"inpaint_full_res": True, "mask": coded(Image.new("L", (64, 64)))},
+            "so that there is no part to inpaint",
+        ),
+        (
+            {"inpaint_full_res": None, "mask": coded(LEFT.resize((32, 64)))},
+            "make them alike, or send inpaint_full_res: false",
+        ),
+        (
+            {
+                **{"inpaint_full_res": True, "init_images": [coded(RED.resize((200, 2)))]},
+                **{"mask": coded(Image.new("L", (200, 2), 255))},
+            },
+            "mask: the part around it is 200x2, too long for its width",
+        ),
         ({"inpainting_mask_invert": 2}, "inpainting_mask_invert"),
         ({"denoising_strength": 0}, "denoising_strength: leaves none of 50 steps"),
         ({"steps": 1}, "denoising_strength: leaves none of 1 steps"),
@@ -590,6 +694,34 @@ async def test_over_an_image_a_unit_without_one_has_that(api: Client, controlled
     await api.post("img2img", **call, **units({"image": coded(RED)}))
     assert [job.image for job in controlled.jobs] == [BLUE.tobytes()] * 2
     assert [job.control for job in controlled.jobs] == [BLUE.tobytes(), RED.tobytes()]
+
+
+async def test_where_a_part_is_drawn_it_is_cut_out_of_control_images(
+    api: Client, controlled: FakeStudio
+) -> None:
+    """Once they have the image's size, as the unit says; unless the unit wants none of it."""
+    call, lanczos = {**PART, "inpaint_full_res_padding": 4}, Image.Resampling.LANCZOS
+    square = RED.copy()
+    square.paste("blue", (16, 0, 48, 64))
+    large, box = square.resize((200, 100), lanczos), (76, 21, 114, 59)
+    for unit in (
+        {"image": coded(square), "resize_mode": 0},
+        {"image": coded(square), "resize_mode": 0, "inpaint_crop_input_image": True},
+        {"image": coded(square), "resize_mode": 0, "inpaint_crop_input_image": False},
+        {"image": coded(square.resize((400, 200))), "resize_mode": 2},
+        {"weight": 0.5},
+        {"weight": 0.5, "inpaint_crop_input_image": False},
+    ):
+        await api.post("img2img", **call, **units(unit))
+    cut, asked, whole, filled, own, own_whole = (job.control for job in controlled.jobs)
+    assert cut == asked == large.crop(box).resize((64, 64), lanczos).tobytes()
+    assert whole == square.tobytes()
+    assert filled is not None and len(filled) == 64 * 64 * 3
+    assert own == controlled.jobs[4].image
+    assert own_whole == LARGE.resize((64, 64), lanczos).tobytes()
+    fill = units({"image": coded(square), "resize_mode": 2})
+    told = "an image of 64x64 leaves something to fill in a picture of 200x100"
+    assert told in await api.refused("img2img", 422, **call, **fill)
 
 
 @pytest.mark.parametrize(

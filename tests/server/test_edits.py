@@ -128,6 +128,97 @@ async def test_the_size_is_the_images_own_or_the_one_asked_for(
     assert asked.mask == np.repeat([[255] * 32 + [0] * 32], 64, 0).astype(np.uint8).tobytes()
 
 
+LARGE = NOISE.resize((200, 120))
+
+
+def hole(alpha: int = 0) -> Image.Image:
+    """A mask for it with a transparent part."""
+    mask = Image.new("RGBA", LARGE.size, "white")
+    mask.paste((0, 0, 0, alpha), (120, 30, 150, 80))
+    return mask
+
+
+async def test_a_part_alone_is_drawn_and_pasted_into_the_image(
+    sdk: openai.AsyncOpenAI, studio: FakeStudio
+) -> None:
+    """At the engine's own size, or the one that is asked for; of the size of the image."""
+    extra = {"seed": 7, "padding_mask_crop": 5}
+    given = {"image": png(LARGE), "mask": png(hole())}
+    answer = await sdk.images.edit(**given, **CALL, extra_body=extra)
+    await sdk.images.edit(**given, **CALL, size="96x64", extra_body=extra)
+    own, asked = studio.jobs
+    box = (105, 25, 165, 85)
+    assert own.image == LARGE.crop(box).resize((64, 64), Image.Resampling.LANCZOS).tobytes()
+    assert (own.request.padding_mask_crop, own.request.strength) == (5, 1.0)
+    opening = hole().getchannel("A").point(lambda value: 255 - value)
+    opening = opening.crop(box).resize((64, 64), Image.Resampling.LANCZOS)
+    assert own.mask == opening.point(lambda value: 255 * (value >= 128)).tobytes()
+    assert (asked.request.width, asked.request.height, len(asked.image or b"")) == (96, 64, 96 * 64 * 3)
+    assert answer.size == "200x120"
+    picture, kept = np.asarray(opened(answer.data[0].b64_json)), np.asarray(hole())[..., 3] == 255
+    assert picture.shape == (120, 200, 3)
+    assert np.array_equal(picture[kept], np.asarray(LARGE)[kept])
+    assert (picture[40:70, 130:140] == (7, 0, 99)).all()
+    told = opened(answer.data[0].b64_json).info["parameters"]
+    assert "Seed: 7" in told
+
+
+async def test_partial_pictures_of_a_part_are_whole_too(sdk: openai.AsyncOpenAI) -> None:
+    given = {"image": png(LARGE), "mask": png(hole()), **CALL, "extra_body": {"padding_mask_crop": 0}}
+    stream = await sdk.images.edit(**given, stream=True, partial_images=1, output_format="webp")
+    events = [event async for event in stream]
+    assert [event.type for event in events] == ["image_edit.partial_image", "image_edit.completed"]
+    assert [opened(event.b64_json).size for event in events] == [(200, 120)] * 2
+    assert {event.size for event in events} == {"200x120"}
+
+
+async def test_a_part_is_cut_out_of_control_images(send: Any, studio: FakeStudio) -> None:
+    studio.engines["tiny"] = engine(controlnets=("canny [01234567]", "pose [89abcdef]"))
+    files = [("image", ("a.png", png(LARGE))), ("mask", ("m.png", png(hole())))]
+    files += [("control_image", ("c.png", png(NOISE))), ("control_image", ("none", b""))]
+    assert (await send(files, padding_mask_crop="5")).status_code == 200
+    large = NOISE.resize(LARGE.size, Image.Resampling.LANCZOS)
+    cut = large.crop((105, 25, 165, 85)).resize((64, 64), Image.Resampling.LANCZOS)
+    assert studio.jobs[0].control == cut.tobytes() + bytes(64 * 64 * 3)
+
+
+@pytest.mark.parametrize(
+    ("mask", "texts", "param", "told"),
+    [
+        (None, {"padding_mask_crop": "4"}, "padding_mask_crop", "send a mask"),
+        (hole(), {"padding_mask_crop": "-1"}, "padding_mask_crop", "greater than or equal to 0"),
+        (hole(), {"padding_mask_crop": "1.5"}, "padding_mask_crop", "valid integer"),
+        (hole(), {"padding_mask_crop": "9000"}, "padding_mask_crop", "less than or equal to 8192"),
+        (hole(255), {"padding_mask_crop": "4"}, "mask", "nothing of it is transparent"),
+        (hole(200), {"padding_mask_crop": "4"}, "mask", "nothing of it is transparent"),
+        (hole(), {"padding_mask_crop": "4", "size": "60x64"}, "size", "multiple of 8"),
+        (hole(), {"padding_mask_crop": "4", "size": "512x512"}, "size", "is not one of"),
+    ],
+)
+async def test_a_part_that_cannot_be_drawn_is_named(
+    send: Any, studio: FakeStudio, mask: Image.Image | None, texts: dict[str, str], param: str, told: str
+) -> None:
+    files = {"image": ("a.png", png(LARGE)), **({"mask": ("m.png", png(mask))} if mask else {})}
+    assert told in problem(await send(files, **texts), 422, param)["message"]
+    assert studio.jobs == []
+
+
+async def test_a_part_that_is_too_long_is_named(send: Any) -> None:
+    files = {
+        "image": ("a.png", png(NOISE.resize((200, 2)))),
+        "mask": ("m.png", png(Image.new("RGBA", (200, 2)))),
+    }
+    answer = await send(files, padding_mask_crop="0")
+    assert "the part around it is 200x2" in problem(answer, 422, "mask")["message"]
+
+
+async def test_an_engine_that_edits_as_told_draws_no_parts(send: Any, studio: FakeStudio) -> None:
+    studio.engines["tiny"] = engine(instructed=True)
+    files = {"image": ("a.png", png(LARGE)), "mask": ("m.png", png(hole()))}
+    answer = await send(files, padding_mask_crop="4")
+    assert "an image is edited as a whole" in problem(answer, 422, "padding_mask_crop")["message"]
+
+
 @pytest.mark.parametrize(
     ("width", "told"), [(128, "64x64, 96x64"), (100, "multiple of 8"), (1, "equal to 8")]
 )

@@ -52,6 +52,10 @@ def test_an_image_drawn_over(api: webuiapi.WebUIApi, studio: FakeStudio) -> None
     )
     assert (told.image.getpixel((4, 4)), told.image.getpixel((60, 4))) == ((5, 0, 99), (255, 0, 0))
     assert studio.jobs[1].mask is not None
+    told = api.img2img(images=[image], mask_image=mask, mask_blur=2, inpainting_fill=1, seed=5, **SIZE)
+    assert told.image.size == (32, 32)  # the client's own default is to draw the masked part alone
+    assert (told.image.getpixel((4, 4)), told.image.getpixel((30, 4))) == ((5, 0, 99), (255, 0, 0))
+    assert studio.jobs[2].request.padding_mask_crop == 0
 
 
 def test_a_control_image(api: webuiapi.WebUIApi, studio: FakeStudio) -> None:

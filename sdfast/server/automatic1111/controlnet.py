@@ -9,6 +9,8 @@ there may be none. Where this differs from the extension:
   said to detectors means nothing, and the control image is not given back among the pictures.
 - An IP-Adapter's image counts in all steps. `module` is "none", or the extension's name for what sees it.
 - A unit that does not say whether it is enabled is enabled, as it was in the extension before 2024.
+- Where only the masked part of an image is drawn, that part is cut out of control images (unless
+  `inpaint_crop_input_image` is false), but not out of an IP-Adapter's image, which is no map of the picture.
 - "Resize and Fill" is taken for images of the picture's proportions, which leave nothing to fill.
 """
 
@@ -169,6 +171,11 @@ class Unit(BaseModel):
     def crop(self) -> bool:
         """Whether an image of other proportions loses its edges, as it does where nothing is said."""
         return self.resize_mode is None or _RESIZE_MODES[self.resize_mode] == _CROP
+
+    @property
+    def crops(self) -> bool:
+        """Whether of an image the part is cut out that is drawn, where only the masked part is."""
+        return self.inpaint_crop_input_image is not False
 
     @property
     def fill(self) -> bool:

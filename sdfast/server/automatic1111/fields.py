@@ -353,7 +353,7 @@ class ImageToImage(Generation):
     mask_round: bool | None = None
     inpainting_fill: int | None = None
     inpaint_full_res: bool | int | None = None
-    inpaint_full_res_padding: int | None = None
+    inpaint_full_res_padding: int | None = Field(default=None, ge=0, le=MAX_SIDE)
     inpainting_mask_invert: Literal[0, 1] | bool | None = None
     mask: str | None = None  # after what its validator looks at
     initial_noise_multiplier: float | None = None
@@ -391,17 +391,24 @@ class ImageToImage(Generation):
             raise ValueError(
                 "needs inpainting_fill: 1 (original); to fill it with anything else first is not supported"
             )
-        if info.data.get("inpaint_full_res") in (None, True):
-            raise ValueError(
-                "needs inpaint_full_res: false; to draw a part of the image at full size is not supported"
-            )
         return mask
 
     def over(self, engine: EngineInfo) -> Mapping[str, float]:
         if engine.instructed:
             guidance = self.image_cfg_scale
             return {"image_guidance_scale": DEFAULT_IMAGE_GUIDANCE if guidance is None else guidance}
-        return {"strength": _strength(self.denoising_strength)}
+        part = {} if self.padding is None else {"padding_mask_crop": self.padding}
+        return {"strength": _strength(self.denoising_strength), **part}
+
+    @property
+    def padding(self) -> int | None:
+        """How many pixels around what the mask leaves open are drawn with it; None for the whole image.
+
+        Where nothing is said it is that part alone, and none around it, as there.
+        """
+        if self.mask is None or not (self.inpaint_full_res is None or self.inpaint_full_res):
+            return None
+        return self.inpaint_full_res_padding or 0
 
     @property
     def blur(self) -> tuple[int, int]:

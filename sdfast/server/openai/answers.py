@@ -12,8 +12,9 @@ from typing import Any, Literal, Self
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from sdfast.masked_area import MaskedArea
 from sdfast.server.desk import ClientLeft, Desk, unless_gone, without_end
-from sdfast.server.encoding import encode
+from sdfast.server.encoding import encode, redrawn
 from sdfast.server.jobs import Done, Event, Job, Preview, Queued, Step
 from sdfast.server.openai.fields import Generation
 from sdfast.server.problems import Problem, bug
@@ -29,29 +30,40 @@ Push = Callable[[bytes], Awaitable[None]]
 class Order:
     """What a client asked for, the job that it became, and when (seconds since 1970).
 
-    kind: what the names of its events begin with.
+    kind: what the names of its events begin with. area: of an image, the part that is drawn.
     """
 
     kind: Kind
     asked: Generation
     job: Job
     created: int
+    area: MaskedArea | None = None
 
     @classmethod
-    def make(cls, kind: Kind, asked: Generation, job: Job) -> Self:
+    def make(cls, kind: Kind, asked: Generation, job: Job, area: MaskedArea | None = None) -> Self:
         """An order of now."""
-        return cls(kind, asked, job, int(time.time()))
+        return cls(kind, asked, job, int(time.time()), area)
 
     @property
     def told(self) -> dict[str, Any]:
         """What every answer repeats."""
-        request = self.job.request
+        width, height = self.job.request.width, self.job.request.height
+        if self.area is not None:
+            width, height = self.area.image.size
         return {
             "background": "opaque",
             "output_format": self.asked.format,
             "quality": "auto",
-            "size": f"{request.width}x{request.height}",
+            "size": f"{width}x{height}",
         }
+
+    def file(self, png: bytes) -> tuple[bytes, bool]:
+        """The file of a picture, whole and as asked for, and whether its parameters are inside.
+
+        Takes processor time.
+        """
+        whole = png if self.area is None else redrawn(png, self.area.pasted)
+        return encode(whole, self.asked.format, self.asked.compression)
 
 
 class EventStream(Response):
@@ -151,7 +163,7 @@ async def answer(receive: Receive, order: Order, desk: Desk) -> Response:
 
 def _whole(order: Order, done: Done) -> bytes:
     """The answer's JSON. Megabytes of base64: in a thread, like everything that is called there."""
-    made = [encode(png, order.asked.format, order.asked.compression) for png in done.pngs]
+    made = [order.file(png) for png in done.pngs]
     data = [_picture(order, done, i, *encoded) for i, encoded in enumerate(made)]
     return json.dumps({"created": order.created, "data": data, **order.told, "usage": _usage(done)}).encode()
 
@@ -173,7 +185,7 @@ def _picture(order: Order, done: Done, i: int, picture: bytes, kept: bool) -> di
 
 
 def _partial(order: Order, preview: Preview) -> bytes:
-    picture, _ = encode(preview.png, order.asked.format, order.asked.compression)
+    picture, _ = order.file(preview.png)
     type = f"{order.kind}.partial_image"
     return _event(
         type,
@@ -189,7 +201,7 @@ def _partial(order: Order, preview: Preview) -> bytes:
 
 def _completed(order: Order, done: Done, i: int) -> bytes:
     type = f"{order.kind}.completed"
-    picture = _picture(order, done, i, *encode(done.pngs[i], order.asked.format, order.asked.compression))
+    picture = _picture(order, done, i, *order.file(done.pngs[i]))
     return _event(
         type, {"type": type, "created_at": order.created, **picture, **order.told, "usage": _usage(done)}
     )

@@ -5,10 +5,11 @@ from typing import TypeVar
 
 from PIL import Image
 
+from sdfast.masked_area import MaskedArea
 from sdfast.server.jobs import EngineInfo
 from sdfast.server.openai.fields import CONTROL_IMAGE, IP_ADAPTER_IMAGE
 from sdfast.server.problems import Problem
-from sdfast.server.uploads import pixels, seen
+from sdfast.server.uploads import pixels, seen, sized
 
 T = TypeVar("T")
 
@@ -47,16 +48,27 @@ def check_control(
 
 
 def controls_of(
-    images: Sequence[T | None], decoded: Callable[[T], Image.Image], height: int, width: int
+    images: Sequence[T | None],
+    decoded: Callable[[T], Image.Image],
+    height: int,
+    width: int,
+    area: MaskedArea | None = None,
 ) -> bytes | None:
     """`Job.control`: the images, resampled where they have another size, black where there is none.
 
+    area: of an image the part that is drawn, which is cut out of control images of the image's size, too.
     Takes processor time. Raises `Problem` for what is no image.
     """
     if not images:
         return None
+
+    def drawn(image: Image.Image) -> bytes:
+        if area is None:
+            return pixels(image, height, width)
+        return area.cut(sized(image, area.image.height, area.image.width)).tobytes()
+
     black = bytes(height * width * 3)
-    return b"".join(pixels(decoded(one), height, width) if one else black for one in images)
+    return b"".join(drawn(decoded(one)) if one else black for one in images)
 
 
 def check_ip_adapter(

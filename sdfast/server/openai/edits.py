@@ -7,6 +7,8 @@ from fastapi import APIRouter, Request
 from PIL import Image
 from starlette.responses import Response
 
+from sdfast.errors import RequestError
+from sdfast.masked_area import MaskedArea
 from sdfast.request import shown
 from sdfast.server.body import checked
 from sdfast.server.desk import Desk
@@ -18,10 +20,12 @@ from sdfast.server.openai.answers import Order, answer
 from sdfast.server.openai.control import check_control, check_ip_adapter, controls_of, seen_of
 from sdfast.server.openai.fields import CONTROL_IMAGE, IP_ADAPTER_IMAGE, Edit, check_area, engine_of
 from sdfast.server.problems import Problem
-from sdfast.server.uploads import decode, mask_of_alpha, pixels
+from sdfast.server.uploads import decode, halved, mask_of_alpha, on_white, pixels, shades_of_alpha
 
 _IMAGE, _MASK, _CONTROL = ("image", "image[]"), "mask", (CONTROL_IMAGE, f"{CONTROL_IMAGE}[]")
 _ADAPTED = (IP_ADAPTER_IMAGE, f"{IP_ADAPTER_IMAGE}[]")
+_PADDING = "padding_mask_crop"
+_ALL_STAYS = "nothing of it is transparent; make transparent what is to be drawn anew"
 _FILES = (*_IMAGE, _MASK, *_CONTROL, *_ADAPTED)
 
 
@@ -88,22 +92,53 @@ def _order(asked: Edit, form: Form, engine: EngineInfo, desk: Desk) -> Order:
     controls, adapted = _each(form, _CONTROL), _each(form, _ADAPTED)
     asked = asked.under_control([not one for one in controls]) if controls else asked
     asked = asked.seeing([not one for one in adapted]) if adapted else asked
-    request = asked.request(image.height, image.width)
+    own = (image.height, image.width)
+    if asked.padding_mask_crop is not None:
+        own = (engine.default_height, engine.default_width)
+    request = asked.request(*own)
     side = request.height, request.width
     check_area(request)
-    open_parts = None if mask is None else mask_of_alpha(mask, *side)
-    if open_parts is not None and b"\xff" not in open_parts:
-        raise _refused("mask", "nothing of it is transparent; make transparent what is to be drawn anew")
+    area = _area(image, mask, asked.padding_mask_crop, *side)
     job = desk.job(
         engine.name,
         request,
         previews=asked.partial_images or 0,
-        image=pixels(image, *side),
-        mask=open_parts,
-        control=controls_of(controls, lambda data: decode(data, CONTROL_IMAGE), *side),
+        image=pixels(image if area is None else area.cut(area.image), *side),
+        mask=_open_parts(mask, area, *side),
+        control=controls_of(controls, lambda data: decode(data, CONTROL_IMAGE), *side, area),
         ip_adapter=seen_of(adapted, lambda data: decode(data, IP_ADAPTER_IMAGE), engine),
     )
-    return Order.make("image_edit", asked, job)
+    return Order.make("image_edit", asked, job, area)
+
+
+def _area(
+    image: Image.Image, mask: Image.Image | None, padding: int | None, height: int, width: int
+) -> MaskedArea | None:
+    """The part of the image that is drawn; None for all of it. Raises `Problem`."""
+    if padding is None:
+        return None
+    if mask is None:
+        told = "is for what a mask leaves open; send a mask, or leave it out"
+        raise Problem(422, f"{_PADDING}: {told}", param=_PADDING)
+    image, shades = on_white(image), shades_of_alpha(mask)
+    if shades.getbbox() is None:
+        raise _refused(_MASK, _ALL_STAYS)
+    try:
+        return MaskedArea.make(image, shades, padding_mask_crop=padding, height=height, width=width)
+    except RequestError as error:  # of a part that is too long
+        raise _refused(_MASK, str(error).partition(": ")[2]) from None
+
+
+def _open_parts(mask: Image.Image | None, area: MaskedArea | None, height: int, width: int) -> bytes | None:
+    """`Job.mask`. Raises `Problem` for a mask that leaves nothing open."""
+    if mask is None:
+        return None
+    parts = mask_of_alpha(mask, height, width)
+    if area is not None:
+        parts = halved(area.cut(area.mask).convert("L")).tobytes()
+    if b"\xff" not in parts:
+        raise _refused(_MASK, _ALL_STAYS)
+    return parts
 
 
 def _opened(form: Form) -> tuple[Image.Image, Image.Image | None]:

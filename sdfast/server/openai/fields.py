@@ -183,10 +183,12 @@ class Generation(BaseModel):
 
 class Edit(Generation):
     """The texts of a form. strength: how much of the image is drawn over, 1.0 all of it.
-    image_guidance_scale: in its place, of an engine that edits images as the prompt says."""
+    image_guidance_scale: in its place, of an engine that edits images as the prompt says. padding_mask_crop:
+    that only what the mask leaves open, with so many pixels around, is drawn."""
 
     strength: float | None = Field(default=None, gt=0.0, le=1.0)
     image_guidance_scale: float | None = None
+    padding_mask_crop: int | None = None
     input_fidelity: str | None = None
 
     def over(self, masked: bool, instructed: bool) -> Self:
@@ -228,6 +230,7 @@ _SAME = {
     "prompt_editing",
     "strength",
     "image_guidance_scale",
+    "padding_mask_crop",
     "controlnet_conditioning_scale",
     "control_guidance_start",
     "control_guidance_end",

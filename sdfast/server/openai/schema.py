@@ -11,6 +11,7 @@ from sdfast.request import (
     MAX_GUIDANCE,
     MAX_IMAGE_SCALE,
     MAX_PROMPT,
+    MAX_SIDE,
     MAX_STEPS,
     SEED_LIMIT,
 )
@@ -134,12 +135,19 @@ _SAID: Mapping[str, dict[str, Any]] = {
         "minimum": 1,
         "maximum": MAX_GUIDANCE,
     },
+    "padding_mask_crop": {
+        "description": "Of an image with a mask: only what is drawn anew, and so many pixels around it, is "
+        "drawn, at `size`, and pasted into the image; the pictures have the image's size.",
+        "minimum": 0,
+        "maximum": MAX_SIDE,
+    },
     "user": {"description": "Checked and forgotten."},
     "safety_identifier": {"description": "Checked and forgotten."},
 }
 _SIZE = {
     Generation: "WIDTHxHEIGHT in pixels; the engine's own when left out.",
-    Edit: "WIDTHxHEIGHT in pixels, to which the image is resampled; its own size when left out.",
+    Edit: "WIDTHxHEIGHT in pixels, to which the image is resampled; its own size when left out. With "
+    "padding_mask_crop that at which the part is drawn; the engine's own when left out.",
 }
 _FILES = {
     "image": "One PNG, JPEG or WebP; image[] is taken too. Transparency is white here; it is no mask.",
