@@ -51,14 +51,26 @@ def free_bytes() -> int | None:
     return bytes_of("/proc/meminfo", "MemAvailable")
 
 
-def _processor() -> str:
-    """The processor, with what of its vector instructions decides the speed."""
+def instructions() -> str:
+    """What instructions the processor has, on which it depends where a program compiled for it runs."""
+    return _cpuinfo().get("flags") or platform.processor()
+
+
+def _cpuinfo() -> dict[str, str]:
+    """What Linux tells of the last processor; nothing on other systems."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return platform.processor()
+        return {}
     facts = dict(line.split(":", 1) for line in lines if ":" in line)
-    facts = {key.strip(): value.strip() for key, value in facts.items()}
+    return {key.strip(): value.strip() for key, value in facts.items()}
+
+
+def _processor() -> str:
+    """The processor, with what of its vector instructions decides the speed."""
+    facts = _cpuinfo()
+    if not facts:
+        return platform.processor()
     flags = facts.get("flags", "").split()
     vectors = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_tile") if flag in flags]
     model = f"family {facts.get('cpu family')} model {facts.get('model')}"

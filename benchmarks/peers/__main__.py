@@ -4,11 +4,13 @@
     python -m benchmarks.peers sd15 --size 256x256 --steps 3 --rounds 5
     python -m benchmarks.peers landscapes --only sdfast --only openvino --no-keep
 
-The sides are stock diffusers (eager, and channels last), optimum-onnx, OpenVINO and sdfast's `onnx` backend.
-Peers are installed on first use, each in an environment of its own under --environments, in the versions of
-`constraints/`. Every side is a process; they are measured in turn, round by round. They stay open, unless
-they have no room in memory beside one another: then each is opened for its turn. `sd15` and `sd21` are the
-real architectures with random weights, made on first use in --workdir.
+The sides are stock diffusers (eager, and channels last), optimum-onnx, OpenVINO, stable-diffusion.cpp and
+sdfast's `onnx` backend. Peers are installed on first use, each in an environment of its own under
+--environments, in the versions of `constraints/`; stable-diffusion.cpp is compiled then, for this very
+processor, which takes a C++ compiler and minutes. A side that cannot run the checkpoint says why and is left
+out. Every side is a process; they are measured in turn, round by round. They stay open, unless they have no
+room in memory beside one another: then each is opened for its turn. `sd15` and `sd21` are the real
+architectures with random weights, made on first use in --workdir.
 """
 
 import shlex
@@ -37,6 +39,7 @@ from sdfast.export.recipe import sides as sides_of
 from sdfast.export.sharing import link_or_copy
 
 REPOSITORY = Path(__file__).parents[2]
+MEASURED = {name: side.measures for name, side in SIDES.items()}
 ROOM = 0.6  # of the free memory: sides take more than when they open
 PREFIX, PREFIXED = "text_model.", ("embeddings", "encoder", "final_layer_norm")
 
@@ -108,7 +111,11 @@ class Bench:
         """Whether the sides were open at once."""
 
     def run(self, rounds: Mapping[str, int], openings: int) -> list[Comparison]:
-        for name in self.opened:
+        for name, side in self.opened.items():
+            side.left_out = SIDES[name].left_out(self._task)
+            if side.left_out is not None:
+                click.echo(f"{name}: {side.left_out}")
+        for name in self.taking:
             self._part(name, lambda name=name: self._prepare(name))
         for _ in range(max(1, openings - 1)):  # and once more to be measured
             for name in self.taking:
@@ -116,23 +123,24 @@ class Bench:
         self.together = self._have_room()
         if self.together:
             with self._all_open() as workers:
-                measuring = Rounds(list(workers), click.echo)
+                measuring = Rounds(list(workers), click.echo, MEASURED)
                 seconds = measuring.together(workers, rounds)
         else:
-            measuring = Rounds(self.taking, click.echo)
+            measuring = Rounds(self.taking, click.echo, MEASURED)
             seconds = measuring.apart(self._one_open, rounds)
         for name, why in measuring.failed.items():
             self.opened[name].failed = why
         for name in self.taking:
             self.opened[name].idle = measuring.idle.get(name)
-        for name, far in distances(Path(self._task.outputs), self.taking).items():
+        computed = {name: MEASURED[name] for name in self.taking}
+        for name, far in distances(Path(self._task.outputs), computed).items():
             self.opened[name].distances = far
         return compared(seconds)
 
     @property
     def taking(self) -> list[str]:
         """The sides that take part."""
-        return [name for name, side in self.opened.items() if side.failed is None]
+        return [name for name, side in self.opened.items() if side.absent is None]
 
     def _part(self, name: str, work: Callable[[], object]) -> None:
         """Do a part of a side; one that cannot is out, with the reason."""
@@ -230,7 +238,7 @@ def _task(name: str, size: str | None, steps: int, threads: int, workdir: Path) 
         "ids": _ids(checkpoint.folder, task.prompt),
         "sample": torch.randn(2, *shape, generator=generator),
         "hidden": torch.randn(2, 77, model.text_width, generator=generator),
-        "latents": torch.randn(1, *shape, generator=generator),
+        "latents": torch.randn(1, *shape, generator=torch.Generator().manual_seed(task.seed)),
     }
     save_file(inputs, task.inputs)
     return task

@@ -1,6 +1,7 @@
 """How far what the sides computed is from stock diffusers in float32: like is to be timed with like."""
 
 import math
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,11 @@ from benchmarks.peers.task import ASKED
 REFERENCE = "diffusers"
 
 
-def distances(folder: Path, sides: list[str]) -> dict[str, dict[str, float]]:
+def distances(folder: Path, sides: Mapping[str, Collection[str]]) -> dict[str, dict[str, float]]:
     """side -> the relative L2 of each module's output, and the PSNR of the picture in dB.
 
-    The PSNR of equal pictures is infinite. Nothing where the reference is not among the sides.
+    sides: side -> what it computed. The PSNR of equal pictures is infinite. Nothing where the reference is
+    not among the sides.
     """
     if REFERENCE not in sides:
         return {}
@@ -22,6 +24,8 @@ def distances(folder: Path, sides: list[str]) -> dict[str, dict[str, float]]:
     for measure in ASKED:
         reference = np.load(folder / REFERENCE / f"{measure}.npy")
         for side, figures in told.items():
+            if measure not in sides[side]:
+                continue
             output = np.load(folder / side / f"{measure}.npy")
             if output.shape != reference.shape:
                 raise ValueError(f"{side}: {measure} is {output.shape}, not {reference.shape}")

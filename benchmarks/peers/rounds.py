@@ -1,7 +1,7 @@
 """The sides in turn: what is asked of them, and the figures of what they answer."""
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -43,11 +43,18 @@ class Rounds:
     """idle: side -> the largest share of a processor that it took while others were measured.
     failed: side -> why it was left out from then on."""
 
-    def __init__(self, sides: Sequence[str], say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        sides: Sequence[str],
+        say: Callable[[str], None],
+        measures: Mapping[str, Collection[str]] | None = None,
+    ) -> None:
+        """measures: side -> what it is asked for; of those that are not named, everything."""
         self.idle: dict[str, float] = {}
         self.failed: dict[str, str] = {}
         self._sides = sides
         self._say = say
+        self._measures = measures or {}
         self._last: str | None = None
         self._seconds: Seconds = {name: {} for name in (*ASKED, "step")}
 
@@ -58,7 +65,7 @@ class Rounds:
         """
         for measure in ASKED:
             for turn in range(-1, rounds[measure]):
-                for side in self._order(turn):
+                for side in self._order(turn, [measure]):
                     with self._or_left_out(side):
                         self._measure(side, workers[side], measure, turn >= 0)
             self._say(f"{measure}: {rounds[measure]} rounds")
@@ -71,17 +78,22 @@ class Rounds:
         each measure once uncounted and once more, and closed."""
         for turn in range(max(rounds.values())):
             due = [measure for measure in ASKED if turn < rounds[measure]]
-            for side in self._order(turn):
+            for side in self._order(turn, due):
                 with self._or_left_out(side), opened(side) as worker:
-                    for measure in due:
+                    for measure in self._asked_of(side, due):
                         for counted in (False, True):
                             self._measure(side, worker, measure, counted)
             self._say(f"round {turn + 1}: {', '.join(due)}")
         self.idle.clear()  # nobody else was measured while a side was open
         return self._whole()
 
-    def _order(self, turn: int) -> list[str]:
-        return [side for side in order(self._sides, turn) if side not in self.failed]
+    def _order(self, turn: int, due: Sequence[str]) -> list[str]:
+        """The sides that are still there and are asked for any of what is due."""
+        there = [side for side in order(self._sides, turn) if side not in self.failed]
+        return [side for side in there if self._asked_of(side, due)]
+
+    def _asked_of(self, side: str, due: Sequence[str]) -> list[str]:
+        return [measure for measure in due if measure in self._measures.get(side, ASKED)]
 
     @contextmanager
     def _or_left_out(self, side: str) -> Iterator[None]:

@@ -4,10 +4,11 @@ This file is read in every peer's environment, so that a side imports what it ru
 Every peer is given what serves it best of what its documentation offers: fixed shapes, threads, float32.
 """
 
+import json
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -17,10 +18,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.peers.task import Task
+from benchmarks.peers.task import ASKED, Task
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,23 @@ def clocked(work: Callable[[], Any]) -> Measured:
     return Measured(time.perf_counter() - start, output)
 
 
+def between(ends: Sequence[float]) -> float | None:
+    """The median seconds between two of the moments at which steps ended, or None of less than two."""
+    return median(later - sooner for sooner, later in pairwise(ends)) if len(ends) > 1 else None
+
+
 class Side(ABC):
-    """packages: whose versions a result tells. modules: what is imported before opening is timed."""
+    """packages: whose versions a result tells. modules: what is imported before opening is timed.
+    measures: what of `ASKED` it can measure: a method of that name each."""
 
     packages: tuple[str, ...]
     modules: tuple[str, ...]
+    measures: tuple[str, ...] = ASKED
+
+    @classmethod
+    def left_out(cls, task: Task) -> str | None:
+        """Why it cannot run this checkpoint, whatever is installed; None if it can."""
+        return None
 
     def imports(self) -> None:
         for name in self.modules:
@@ -56,8 +70,6 @@ class Side(ABC):
         self.task = task
         self.inputs = load_file(task.inputs)
         self.pipe = self.load(task)
-        self.pipe.scheduler = scheduler_of(task)
-        self.pipe.set_progress_bar_config(disable=True)
 
     @abstractmethod
     def load(self, task: Task) -> Any:
@@ -66,6 +78,29 @@ class Side(ABC):
     def facts(self) -> dict[str, Any]:
         """What a result tells of the side."""
         return {"versions": {name: version(name) for name in self.packages}}
+
+    @abstractmethod
+    def picture(self) -> Measured:
+        """Prompt to picture [1, H, W, 3] in [0, 1]."""
+
+    def export_folder(self, task: Task, name: str, make: Callable[[Path], object]) -> Path:
+        """A folder that `make` writes, whole or not at all; kept if it is there."""
+        folder = Path(task.exports) / name
+        if not folder.exists():
+            part = folder.with_name(f"{folder.name}.part")
+            shutil.rmtree(part, ignore_errors=True)
+            make(part)
+            part.rename(folder)
+        return folder
+
+
+class InParts(Side):
+    """A pipeline that is called as diffusers' are, and whose networks can be run alone."""
+
+    def open(self, task: Task) -> None:
+        super().open(task)
+        self.pipe.scheduler = scheduler_of(task)
+        self.pipe.set_progress_bar_config(disable=True)
 
     @abstractmethod
     def text(self) -> Measured:
@@ -80,7 +115,6 @@ class Side(ABC):
         """The picture [1, 3, H, W] in [0, 1] of one row of latents."""
 
     def picture(self) -> Measured:
-        """Prompt to picture [1, H, W, 3] in [0, 1]."""
         ends: list[float] = []
 
         def at_step_end(_pipe: Any, _step: int, _time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -89,21 +123,10 @@ class Side(ABC):
 
         call = {**self.task.call(), "latents": self.inputs["latents"].clone()}
         found = clocked(lambda: self.pipe(**call, callback_on_step_end=at_step_end).images)
-        step = median(later - sooner for sooner, later in pairwise(ends)) if len(ends) > 1 else None
-        return Measured(found.seconds, found.output, step)
-
-    def export_folder(self, task: Task, name: str, make: Callable[[Path], object]) -> Path:
-        """A folder that `make` writes, whole or not at all; kept if it is there."""
-        folder = Path(task.exports) / name
-        if not folder.exists():
-            part = folder.with_name(f"{folder.name}.part")
-            shutil.rmtree(part, ignore_errors=True)
-            make(part)
-            part.rename(folder)
-        return folder
+        return Measured(found.seconds, found.output, between(ends))
 
 
-class DiffusersLike(Side):
+class DiffusersLike(InParts):
     """A pipeline with diffusers' parts, called as its pipelines call them."""
 
     def text(self) -> Measured:
@@ -149,7 +172,7 @@ class StockChannelsLast(Stock):
         return pipe
 
 
-class Sdfast(Side):
+class Sdfast(InParts):
     """An `onnx` engine of this very size, for up to two rows."""
 
     packages = ("sdfast", "torch", "onnxruntime")
@@ -282,6 +305,98 @@ class OpenVino(DiffusersLike):
         return {**super().facts(), "precision": precision}
 
 
+class StableDiffusionCpp(Side):
+    """stable-diffusion.cpp, by its Python bindings: networks in C++ on ggml, compiled for this processor.
+
+    It reads the diffusers folder itself. Its call takes a prompt and gives a picture, so that no network is
+    measured alone. Weights are in float32 but for those of convolutions, which it holds and computes in
+    float16 whatever it is told. Its options for the CPU are off, which is fastest: on a core of an Ice Lake
+    a guided step of SD 1.5 at 256x256 takes twice as long with `diffusion_flash_attn`, and as long with
+    `diffusion_conv_direct`; `vae_conv_direct` makes the decoder slower by a fifth or more.
+
+    Its generator `cpu` is like torch's, so that it begins with the task's latents. Its picture cannot be as
+    near to stock's as the others' are, as the result notes.
+    """
+
+    packages = ("stable-diffusion-cpp-python", "torch")
+    modules = ("stable_diffusion_cpp",)
+    measures = ("picture",)
+    NOTE = (
+        "its picture has 8 bits, which alone is a PSNR of 58.9 dB; its sampler multiplies the first latents "
+        "by sigma, not by sqrt(sigma^2 + 1), and evaluates the U-Net at fractions of timesteps"
+    )
+
+    @classmethod
+    def left_out(cls, task: Task) -> str | None:
+        """Its networks are those of published checkpoints, whatever a folder's configs say."""
+        own = {"unet": [320, 640, 1280, 1280], "vae": [128, 256, 512, 512]}
+        for component, widths in own.items():
+            found = config_of(task, component)["block_out_channels"]
+            if found != widths:
+                return f"its {component} is written for blocks of {widths} channels; this has {found}"
+        return None
+
+    def prepare(self, task: Task) -> None:
+        """Nothing: it reads the checkpoint."""
+
+    def load(self, task: Task) -> Any:
+        from stable_diffusion_cpp import StableDiffusion
+
+        return StableDiffusion(
+            model_path=task.checkpoint,
+            prediction=PREDICTIONS[config_of(task, "scheduler")["prediction_type"]],
+            vae_decode_only=True,
+            n_threads=task.threads,
+            wtype="f32",
+            rng_type="cpu",
+            sampler_rng_type="cpu",
+        )
+
+    def facts(self) -> dict[str, Any]:
+        import stable_diffusion_cpp
+
+        return {
+            **super().facts(),
+            "precision": {"used": "float32, convolutions float16"},
+            "built_for": " ".join(stable_diffusion_cpp.sd_get_system_info().decode().split()),
+            "note": self.NOTE,
+        }
+
+    def picture(self) -> Measured:
+        ends: list[float] = []
+
+        def at_progress(step: int, _steps: int, _seconds: float) -> None:
+            if step > 0:  # before the first step it tells 0
+                ends.append(time.perf_counter())
+
+        task = self.task
+        call = {
+            "prompt": task.prompt,
+            "width": task.width,
+            "height": task.height,
+            "cfg_scale": task.guidance,
+            "sample_method": "dpm++2m",
+            "scheduler": "karras",
+            "sample_steps": task.steps,
+            "seed": task.seed,
+        }
+        found = clocked(lambda: self.pipe.generate_image(**call, progress_callback=at_progress)[0])
+        rgb = np.asarray(found.output.convert("RGB"), dtype=np.float32)
+        return Measured(found.seconds, rgb[None] / 255, between(ends))
+
+
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}
+"""diffusers' names of what a U-Net predicts, and stable-diffusion.cpp's."""
+
+
+def config_of(task: Task, component: str) -> dict[str, Any]:
+    """The JSON config of a component of the checkpoint."""
+    name = "scheduler_config.json" if component == "scheduler" else "config.json"
+    path = Path(task.checkpoint) / component / name
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return config
+
+
 def scheduler_of(task: Task) -> Any:
     """DPM++ 2M Karras of the checkpoint's own config."""
     import diffusers
@@ -296,4 +411,5 @@ SIDES: Mapping[str, type[Side]] = {
     "diffusers-channels-last": StockChannelsLast,
     "optimum-onnx": OptimumOnnx,
     "openvino": OpenVino,
+    "stable-diffusion.cpp": StableDiffusionCpp,
 }

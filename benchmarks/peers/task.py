@@ -20,7 +20,8 @@ ASKED = ("text", "unet", "vae", "picture")
 class Task:
     """checkpoint: a diffusers folder. exports: where each side has a folder for what it makes of it.
     inputs: a file of tensors: `ids` [1, 77] int64, `sample` [2, C, h, w], `hidden` [2, 77, D] and `latents`
-    [1, C, h, w] float32. outputs: where each side has a folder for what it computes.
+    [1, C, h, w] float32. outputs: where each side has a folder for what it computes. seed: of torch's
+    generator on the CPU that the latents are drawn with, for sides that draw them themselves.
     """
 
     checkpoint: str
@@ -34,6 +35,7 @@ class Task:
     prompt: str = "a cabin in misty mountains, watercolor style"
     guidance: float = 7.0
     timestep: int = 500
+    seed: int = 42
 
     @classmethod
     def read(cls, path: str | Path) -> Self:

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.peers.channel import answer_all, own_stdout
 from benchmarks.peers.sides import SIDES, Side
-from benchmarks.peers.task import ASKED, Task
+from benchmarks.peers.task import Task
 from sdfast.proc import bytes_of
 
 SETTLE = 0.1  # seconds that threads of this process, and of the one measured before, have to go to sleep
@@ -39,13 +39,13 @@ class Serving:
         self._rested: tuple[float, float] | None = None
 
     def answer(self, question: dict[str, Any]) -> dict[str, Any]:
-        """Raises `KeyError` for a question that there is not."""
+        """Raises `KeyError` for a question that there is not, or not for this side."""
         do = question["do"]
         if do == "open":
             return self._open()
         if do == "memory":
             return {"peak_bytes": peak_bytes()}
-        if do not in ASKED:
+        if do not in self._side.measures:
             raise KeyError(do)
         return self._measure(do)
 

@@ -5,24 +5,29 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from io import StringIO
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from benchmarks import machine, random_weights
 from benchmarks.peers import environments, outputs, sides, worker
-from benchmarks.peers.__main__ import for_every_version
+from benchmarks.peers.__main__ import Bench, _task, for_every_version
 from benchmarks.peers.channel import Worker, WorkerError, answer_all
 from benchmarks.peers.environments import ENVIRONMENTS, Environment, InstallError
 from benchmarks.peers.report import Opened, measures, properties
 from benchmarks.peers.rounds import Comparison, Rounds, compared, order
-from benchmarks.peers.sides import SIDES, Measured, Side
+from benchmarks.peers.sides import SIDES, InParts, Measured, StableDiffusionCpp
 from benchmarks.peers.task import ASKED, MEASURES, Task
+from sdfast.export.checkpoint import resolve
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -181,6 +186,27 @@ def test_sides_without_room_beside_one_another_are_opened_in_turn() -> None:
     assert measuring.idle == {}
 
 
+def test_a_side_is_asked_for_no_more_than_it_can_measure() -> None:
+    asked: list[tuple[str, str]] = []
+    turns = {"sdfast": Clockwork("sdfast", 2.0, asked), "a": Clockwork("a", 3.0, asked)}
+    rounds, measures = {**dict.fromkeys(ASKED, 3), "picture": 2}, {"a": ("picture",)}
+    measuring = Rounds(list(turns), lambda message: None, measures)
+    seconds = measuring.together(turns, rounds)
+    assert {do for name, do in asked if name == "a"} == {"picture"}
+    assert seconds["unet"] == {"sdfast": [2.0] * 3}
+    assert seconds["picture"] == {"sdfast": [2.0] * 2, "a": [3.0] * 2}
+
+    @contextmanager
+    def opened(name: str) -> Iterator[Clockwork]:
+        openings.append(name)
+        yield turns[name]
+
+    openings: list[str] = []
+    measuring = Rounds(list(turns), lambda message: None, measures)
+    assert measuring.apart(opened, rounds) == seconds
+    assert openings == ["sdfast", "a", "a", "sdfast", "sdfast"]  # in the last round nothing is due of it
+
+
 def test_a_side_that_cannot_be_opened_again_is_left_out() -> None:
     asked: list[tuple[str, str]] = []
     turns = {name: Clockwork(name, 1.0, asked) for name in ("sdfast", "a")}
@@ -231,19 +257,46 @@ def test_the_tables() -> None:
     assert same["distances"] == {"picture": "the same"}
 
 
+def test_the_tables_have_gaps_where_a_side_has_no_figures() -> None:
+    figures = [
+        Comparison("unet", "sdfast", 0.01, 1.0, 1.0, 1.0, 3),
+        Comparison("picture", "sdfast", 1.0, 1.0, 1.0, 1.0, 3),
+        Comparison("picture", "a", 2.0, 2.0, 2.0, 2.0, 3),
+    ]
+    lines = [line.split() for line in measures(figures).splitlines()[1:]]
+    assert lines[0][:4] == ["U-Net,", "2", "rows", "sdfast"] and lines[1] == ["a", "-", "-", "-", "-"]
+    assert lines[2][:3] == ["whole", "picture", "sdfast"] and "2.00×" in lines[3]
+    known = {
+        "diffusers": Opened([1.0]),
+        "a": Opened(
+            [1.0], {"precision": {"used": "mixed"}, "note": "other noise"}, distances={"picture": 40.0}
+        ),
+        "b": Opened([1.0]),
+        "c": Opened(left_out="its unet is written for other widths"),
+    }
+    stock, a, b, *notes = properties(known).splitlines()[1:]
+    assert stock.split() == ["diffusers", "1.00", "s", "the", "reference", "float32"]
+    assert a.split() == ["a", "1.00", "s", "40.0", "dB", "-", "mixed"]
+    assert b.split() == ["b", "1.00", "s", "-", "-", "float32"]
+    assert notes == ["a: other noise", "c: its unet is written for other widths"]
+    assert known["c"].as_json() == {"left_out": "its unet is written for other widths"}
+
+
 def test_distances_are_those_from_stock_diffusers(tmp_path: Path) -> None:
-    for side, off in (("diffusers", 0.0), ("sdfast", 0.1), ("same", 0.0)):
+    for side, off in (("diffusers", 0.0), ("sdfast", 0.1), ("same", 0.0), ("pictures", 0.1)):
         (tmp_path / side).mkdir()
         for measure in ASKED:
             np.save(tmp_path / side / f"{measure}.npy", np.full((1, 4), 0.5 + off, np.float32))
-    told = outputs.distances(tmp_path, ["sdfast", "diffusers", "same"])
+    everything = dict.fromkeys(("sdfast", "diffusers", "same"), ASKED)
+    told = outputs.distances(tmp_path, {**everything, "pictures": ("picture",)})
     assert told["sdfast"]["picture"] == pytest.approx(20.0, abs=1e-4)  # an error of a tenth everywhere
     assert told["sdfast"]["unet"] == pytest.approx(0.2, rel=1e-6)
     assert told["same"] == {"text": 0.0, "unet": 0.0, "vae": 0.0, "picture": float("inf")}
-    assert outputs.distances(tmp_path, ["sdfast"]) == {}
+    assert told["pictures"] == {"picture": told["sdfast"]["picture"]}
+    assert outputs.distances(tmp_path, {"sdfast": ASKED}) == {}
     np.save(tmp_path / "sdfast" / "vae.npy", np.zeros((2, 4), np.float32))
     with pytest.raises(ValueError, match="sdfast: vae is"):
-        outputs.distances(tmp_path, ["sdfast", "diffusers"])
+        outputs.distances(tmp_path, everything)
 
 
 def test_an_environment_has_torch_first_and_every_version_pinned(tmp_path: Path) -> None:
@@ -256,6 +309,23 @@ def test_an_environment_has_torch_first_and_every_version_pinned(tmp_path: Path)
         assert {name.split("[")[0] for name in environment.requirements} <= pinned
         assert "torch==2.13.0" in lines, side
     assert ENVIRONMENTS.keys() < SIDES.keys()
+
+
+def test_what_comes_as_source_is_compiled_for_this_processor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = ENVIRONMENTS["stable-diffusion.cpp"]
+    *_, install = compiled.commands(tmp_path)
+    assert "--config-settings=cmake.define.GGML_NATIVE=ON" in install
+    assert "--config-settings=cmake.define.CMAKE_BUILD_TYPE=Release" in install
+    assert "--no-cache-dir" in install  # pip's cache does not know the processor
+    assert install[-3:] == list(compiled.requirements)
+    for environment in (compiled, ENVIRONMENTS["openvino"]):
+        here = environment.digest()
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(machine, "instructions", lambda: "sse2")
+            assert (environment.digest() != here) == bool(environment.built_with)
+    assert not any("config-settings" in word for word in ENVIRONMENTS["openvino"].commands(tmp_path)[-2])
 
 
 def test_an_environment_is_made_once_and_its_failure_has_a_reason(
@@ -295,7 +365,7 @@ def test_text_weights_have_the_names_that_every_version_of_transformers_reads(tm
     assert load_file(made / "unet" / "model.safetensors").keys() == tensors.keys()
 
 
-class Toy(Side):
+class Toy(InParts):
     """A side that computes what is plain to see."""
 
     packages, modules = ("numpy",), ("numpy",)
@@ -376,3 +446,84 @@ def test_a_short_module_is_called_until_it_is_warm(
     assert serving.answer({"do": measure})["seconds"] == told
     assert list(left) == []
     assert len(took) == calls
+
+
+def task_of(checkpoint: Path, outputs: Path) -> Task:
+    return Task(str(checkpoint), str(outputs), "", str(outputs), height=16, width=24, steps=3, threads=2)
+
+
+def configs_of(name: str, folder: Path) -> Path:
+    """The configs of a checkpoint, without its weights."""
+    for file, config in random_weights.configs(name).items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text(json.dumps(config))
+    return folder
+
+
+def test_stable_diffusion_cpp_is_left_out_of_networks_that_it_does_not_have(tmp_path: Path) -> None:
+    landscapes = resolve("landscapes").folder
+    why = StableDiffusionCpp.left_out(task_of(landscapes, tmp_path))
+    assert why == "its unet is written for blocks of [320, 640, 1280, 1280] channels; this has [64, 96, 128]"
+    for name in ("sd15", "sd21"):
+        task = task_of(configs_of(name, tmp_path / name), tmp_path)
+        assert [side for side, cls in SIDES.items() if cls.left_out(task)] == []
+
+
+def test_a_side_that_is_left_out_is_neither_installed_nor_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Bench, "_prepare", lambda self, name: pytest.fail(f"{name} is prepared"))
+    task = task_of(configs_of("tiny", tmp_path / "tiny"), tmp_path)
+    bench = Bench(task, ("stable-diffusion.cpp",), tmp_path / "environments")
+    assert bench.run(dict.fromkeys(ASKED, 1), openings=1) == []
+    told = bench.opened["stable-diffusion.cpp"].as_json()
+    assert told["left_out"].startswith("its unet is written for")
+
+
+def test_stable_diffusion_cpp_draws_the_task_and_tells_its_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: dict[str, Any] = {}
+    drawn: dict[str, Any] = {}
+
+    class StableDiffusion:
+        def __init__(self, **told: Any) -> None:
+            opened.update(told)
+
+        def generate_image(self, progress_callback: Any, **call: Any) -> list[Image.Image]:
+            drawn.update(call)
+            for step in range(call["sample_steps"] + 1):
+                progress_callback(step, call["sample_steps"], 0.0)
+            return [Image.new("RGBA", (call["width"], call["height"]), (255, 0, 51))]
+
+    library = ModuleType("stable_diffusion_cpp")
+    library.StableDiffusion = StableDiffusion  # type: ignore[attr-defined]
+    library.sd_get_system_info = lambda: b"System Info: \n    AVX2 = 1 | "  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "stable_diffusion_cpp", library)
+    monkeypatch.setattr(sides, "version", lambda name: "1.0")
+    inputs = tmp_path / "inputs"
+    save_file({"latents": torch.zeros(1)}, inputs)
+    task = replace(task_of(configs_of("sd21", tmp_path / "sd21"), tmp_path), inputs=str(inputs))
+
+    side = StableDiffusionCpp()
+    side.prepare(task)
+    side.open(task)
+    assert (opened["model_path"], opened["prediction"]) == (task.checkpoint, "v")
+    assert (opened["n_threads"], opened["wtype"], opened["rng_type"]) == (task.threads, "f32", "cpu")
+    assert side.facts()["built_for"] == "System Info: AVX2 = 1 |"
+    measured = side.picture()
+    assert (drawn["seed"], drawn["sample_steps"], drawn["cfg_scale"]) == (task.seed, 3, task.guidance)
+    assert measured.output.shape == (1, 16, 24, 3)
+    assert measured.output[0, 0, 0] == pytest.approx([1.0, 0.0, 0.2])
+    assert measured.step_seconds is not None and 0 <= measured.step_seconds <= measured.seconds
+    with pytest.raises(KeyError):
+        worker.Serving(side, task, tmp_path).answer({"do": "unet"})
+
+
+def test_the_latents_are_what_torchs_generator_draws_with_the_tasks_seed(tmp_path: Path) -> None:
+    """A side that draws them itself, with a generator like torch's, begins with the same."""
+    task = _task("landscapes", None, 3, 1, tmp_path)
+    latents = load_file(task.inputs)["latents"]
+    assert torch.equal(
+        latents, torch.randn(latents.shape, generator=torch.Generator().manual_seed(task.seed))
+    )
