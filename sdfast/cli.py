@@ -234,6 +234,18 @@ def rebuild(engine: Path, checkpoint: str | None) -> None:
 )
 @click.option("--scheduler", default="dpmpp_2m_karras", show_default=True, help="See `sdfast schedulers`.")
 @click.option("--seed", type=int, help="Picture i gets seed + i. [default: random]")
+@click.option("--variation-seed", type=int, help="Picture i varies towards this seed + i. [default: random]")
+@click.option(
+    "--variation-strength",
+    type=float,
+    default=0.0,
+    help="How far the first noise is turned to the variation seed's, 0 to 1. All pictures then have --seed.",
+)
+@click.option(
+    "--seed-resize-from",
+    metavar="SIZE",
+    help="The WIDTHxHEIGHT at which the seed gave a picture that this one is to be like.",
+)
 @click.option("--size", help="WIDTHxHEIGHT in pixels. [default: the image's, or the engine's own]")
 @click.option("--count", type=int, default=1, show_default=True, help="How many pictures.")
 @click.option("--clip-skip", type=int, help="Text layers to leave out, as diffusers counts them.")
@@ -335,8 +347,8 @@ def generate(
     from sdfast.pictures import Job, draw
 
     job = Job(prompt=prompt, loras=dict(map(_scaled, loras)), **options)
-    for path, seed in draw(job, output, overwrite):
-        click.echo(f"{path}  seed {seed}")
+    for path, seed, varied in draw(job, output, overwrite):
+        click.echo(f"{path}  seed {seed}" + ("" if varied is None else f"  variation seed {varied}"))
 
 
 @main.command()

@@ -42,4 +42,6 @@ class Ensemble:
         left = self.base.generate(begun, given, "latent")
         given = Given(source, over=Over(left.images, None if over is None else over.mask))
         images = self.refiner.generate(finished, given, output_type).images
-        return PipelineOutput(images, request.seeds, left.truncated)
+        return PipelineOutput(
+            images, request.seeds, left.truncated, variation_seeds=request.variation_seeds or None
+        )

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from PIL import Image
@@ -38,6 +38,15 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+
+class Written(NamedTuple):
+    """A picture's file and its seeds."""
+
+    path: Path
+    seed: int
+    variation_seed: int | None
+
+
 _OFF = "none"  # in place of a control image
 _SIZE = re.compile(r"(\d{1,9})x(\d{1,9})")
 _OTHER_PICTURES = {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
@@ -59,7 +68,8 @@ class Job:
         JSON, a number or numbers by layers.
     refiner: the directory of the engine that goes on from the share refiner_switch_at of the denoising.
     loras: how much is added of LoRAs that the engine has for requests, by their names.
-    hires: the size of a second pass, "WIDTHxHEIGHT"; what it is told besides is `sdfast.request.Hires`'s.
+    seed_resize_from: the size of a picture of the seed that this one is to be like, "WIDTHxHEIGHT".
+    hires: the size of a second pass, likewise; what it is told besides is `sdfast.request.Hires`'s.
     """
 
     prompt: str
@@ -74,6 +84,9 @@ class Job:
     cache_interval: int = 1
     scheduler: str = "dpmpp_2m_karras"
     seed: int | None = None
+    variation_seed: int | None = None
+    variation_strength: float = 0.0
+    seed_resize_from: str | None = None
     size: str | None = None
     count: int = 1
     clip_skip: int | None = None
@@ -158,6 +171,7 @@ class Job:
             counts = _one_or_each([_counted(text) for text in self.ip_adapter_scale])
             counts = asked_image_scale(model, self._adapter_images, counts)
         seed = {} if self.seed is None else {"seed": self.seed}
+        resized = parse_size("seed-resize-from", self.seed_resize_from)
         return Request.make(
             prompts=(self.prompt,),
             negative_prompts=(self.negative,),
@@ -183,6 +197,9 @@ class Job:
             loras=dict(self.loras),
             ip_adapter_scale=counts,
             hires=self._second_pass(),
+            variation_seed=self.variation_seed,
+            variation_strength=self.variation_strength,
+            seed_resize_from=None if resized is None else resized[::-1],
             **seed,
         )
 
@@ -242,8 +259,8 @@ class Painter:
     told: Mapping[str, str] = field(default_factory=dict)  # what pictures' parameters tell besides
 
 
-def draw(job: Job, output: Path | None, overwrite: bool) -> list[tuple[Path, int]]:
-    """Draw the pictures and write them; their paths and seeds. What could not be written is refused first.
+def draw(job: Job, output: Path | None, overwrite: bool) -> list[Written]:
+    """Draw the pictures and write them. What could not be written is refused first.
 
     output: a `.png` file (numbered when there are several pictures) or a directory; default `outputs/`.
     """
@@ -273,11 +290,12 @@ def draw(job: Job, output: Path | None, overwrite: bool) -> list[tuple[Path, int
     paths = _paths(output or Path("outputs"), request, overwrite)
     _tell_unread(request, painter.model)
     images = painter.paint(request, given)
-    for path, seed, image in zip(paths, request.seeds, images, strict=True):
-        text = infotext_of(request, plan, seed, model=painter.name, weights=painter.weights)
+    for i, (path, image) in enumerate(zip(paths, images, strict=True)):
+        text = infotext_of(request, plan, i, model=painter.name, weights=painter.weights)
         text = replace(text, extra={**text.extra, **painter.told})
         _save(image, path, text, overwrite)
-    return list(zip(paths, request.seeds, strict=True))
+    varied = request.variation_seeds or (None,) * request.images
+    return list(map(Written, paths, request.seeds, varied))
 
 
 def _painter(job: Job) -> Painter:

@@ -153,7 +153,12 @@ class Pipeline(Preparation, DiffusersCall):
                 latents = self._denoise(self.prepare(passes[-1], given, first=request), callback)
             images = _as(latents if output_type == "latent" else self.decode(latents), output_type)
         own_seeds = given.generators is None and given.latents is None
-        return PipelineOutput(images, request.seeds if own_seeds else None, prepared.truncated)
+        return PipelineOutput(
+            images,
+            request.seeds if own_seeds else None,
+            prepared.truncated,
+            variation_seeds=request.variation_seeds or None,
+        )
 
     @torch.no_grad()
     def enlarged(self, latents: torch.Tensor, request: Request) -> Over:

@@ -23,7 +23,7 @@ from sdfast.first_latents import (
 from sdfast.ip_adapter import ImagePrompts, check_images
 from sdfast.loras import LoraScales, check_loras
 from sdfast.manifest import Model
-from sdfast.noise import BrownianNoise, NoiseSource, OwnNoise, SharedNoise, generator
+from sdfast.noise import BrownianNoise, NoiseSource, OwnNoise, SharedNoise, VariedNoise, generator
 from sdfast.prompts import (
     Edited,
     Prompts,
@@ -288,10 +288,14 @@ class Preparation:
         return model.latent_channels, request.height // factor, request.width // factor
 
     def _noise(self, request: Request, given: Given, plan: Schedule) -> NoiseSource:
-        first = self._first_noise(request, given, plan)
+        own, shape = self._first_noise(request, given, plan), self._latent_shape(request)
+        first: OwnNoise | SharedNoise | VariedNoise = own
+        if request.varied:
+            check_seeded(request, given)
+            first = varied(own, request, shape, self.engine.manifest.model)
         if plan.brownian is None:
             return first
-        return BrownianNoise(first, plan.brownian, self._latent_shape(request), request.images, self.device)
+        return BrownianNoise(first, plan.brownian, shape, request.images, self.device)
 
     def _first_noise(self, request: Request, given: Given, plan: Schedule) -> OwnNoise | SharedNoise:
         shape, source = self._latent_shape(request), given.generators
@@ -340,6 +344,34 @@ def _guides(
             own.append(Guide(negative[prompt], rest))
         guides.append(own)
     return guides
+
+
+def varied(
+    own: OwnNoise | SharedNoise, request: Request, shape: tuple[int, int, int], model: Model
+) -> VariedNoise:
+    """The noise of a request's pictures, (C, h, w) each, as its variations have it."""
+    placed, others = None, None
+    if request.seed_resize_from is not None:
+        height, width = (side // model.vae_scale_factor for side in request.seed_resize_from)
+        if (height, width) != shape[1:]:
+            shape = (shape[0], height, width)
+            placed = OwnNoise([generator(seed) for seed in request.seeds], shape)
+    if request.variation_strength:
+        others = OwnNoise([generator(seed) for seed in request.variation_seeds], shape)
+    return VariedNoise(own, placed, others, request.variation_strength)
+
+
+def check_seeded(request: Request, given: Given) -> None:
+    """Raises `RequestError` for a variation of noise that is not the request's seeds'."""
+    name = "variation_strength" if request.variation_strength else "seed_resize_from"
+    if given.latents is not None:
+        raise RequestError(f"{name}: is for noise by seeds, and the first latents are given; leave one out")
+    source = given.generators
+    if source is None:
+        return
+    several = [source] if isinstance(source, torch.Generator) else list(source)
+    if [one.initial_seed() for one in several] != list(request.seeds):
+        raise RequestError(f"{name}: is for noise by seeds; give seed in place of generator")
 
 
 def check_channels(model: Model, masked: bool) -> None:

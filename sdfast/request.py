@@ -7,7 +7,15 @@ from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from sdfast.composition import composed
 from sdfast.emphasis import Emphasis
@@ -40,6 +48,11 @@ TOLD_SIZES = (
 """Fields of what SDXL is told of a picture's size."""
 SCORES = ("aesthetic_score", "negative_aesthetic_score")
 """Fields of what its refiner is told in place of the target sizes."""
+SeedSize = tuple[
+    Annotated[int, Field(ge=8, le=MAX_SIDE, multiple_of=8)],
+    Annotated[int, Field(ge=8, le=MAX_SIDE, multiple_of=8)],
+]
+"""Height and width in pixels of another picture of the same seed."""
 ToldSize = tuple[Annotated[int, Field(ge=0, le=MAX_TOLD)], Annotated[int, Field(ge=0, le=MAX_TOLD)]]
 
 LoraScale = Annotated[float, Field(ge=-MAX_LORA, le=MAX_LORA)]
@@ -184,6 +197,12 @@ class Request(_Checked):
     `loras`: how much is added of each LoRA that the engine has for requests to choose: 1 is all, 0, where it
     is not named, nothing; or two numbers, how much in the text encoders and how much in the U-Net.
 
+    `variation_strength`: how far the noise that a picture begins with is turned from that of `seed` to that
+    of another, `variation_seed`, which is picked at random where it is `None`: 0 not at all, 1 all the way.
+    As with AUTOMATIC1111 image i of the request then has variation_seed + i and all have `seed`, from whose
+    generators comes the noise of later steps. `seed_resize_from`: the (height, width) in pixels of a picture
+    whose first noise is put in the middle of this one's, so that a seed's pictures of two sizes are alike.
+
     `hires`: a second pass over the pictures of this one, at another size.
     """
 
@@ -227,6 +246,9 @@ class Request(_Checked):
     loras: Loras = Field(default_factory=dict)
     hires: Hires | None = None
     seed: int = Field(default_factory=lambda: secrets.randbelow(2**32), ge=0, lt=SEED_LIMIT)
+    variation_strength: float = Field(default=0.0, ge=0.0, le=1.0)
+    variation_seed: int | None = Field(default=None, ge=0, lt=SEED_LIMIT, validate_default=True)
+    seed_resize_from: SeedSize | None = None
 
     @property
     def images(self) -> int:
@@ -235,8 +257,19 @@ class Request(_Checked):
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """One seed for each picture."""
-        return tuple(self.seed + i for i in range(self.images))
+        """One seed for each picture; variations have the same."""
+        return tuple(self.seed if self.variation_strength else self.seed + i for i in range(self.images))
+
+    @property
+    def variation_seeds(self) -> tuple[int, ...]:
+        """The other seed of each picture; none without variations."""
+        first = self.variation_seed
+        return () if first is None else tuple(first + i for i in range(self.images))
+
+    @property
+    def varied(self) -> bool:
+        """Whether the first noise is another than the seeds' own."""
+        return bool(self.variation_strength) or self.seed_resize_from is not None
 
     @property
     def over(self) -> bool:
@@ -320,10 +353,18 @@ class Request(_Checked):
             given = {name: getattr(asked, name, None) for name in texts}
             return {name: prompts[one] for name, prompts in given.items() if prompts is not None}
 
-        fields = {**of_one(self), "num_images_per_prompt": 1, "seed": self.seed + picture}
+        fields = {**of_one(self), "num_images_per_prompt": 1, "seed": self.seeds[picture]}
+        if self.variation_seeds:
+            fields["variation_seed"] = self.variation_seeds[picture]
         if self.hires is not None:
             fields["hires"] = self.hires.model_copy(update=of_one(self.hires))
         return self.model_copy(update=fields)
+
+    @field_validator("variation_seed")
+    @classmethod
+    def _some_variation(cls, seed: int | None, info: ValidationInfo) -> int | None:
+        """One where none is given for a variation."""
+        return secrets.randbelow(2**32) if seed is None and info.data.get("variation_strength") else seed
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -363,8 +404,7 @@ class Request(_Checked):
                 f"{self.images} pictures; at most {MAX_IMAGES} in one request"
             )
         self._check_control_spans()
-        if self.seed + self.images > SEED_LIMIT:
-            raise ValueError(f"seed: {self.seed} leaves no seeds below 2**64 for {self.images} pictures")
+        self._check_seeds()
         self._check_shares()
         self._check_composed()
         if self.hires is not None:
@@ -396,6 +436,18 @@ class Request(_Checked):
                 "control_guidance_start and control_guidance_end are for a control image; give one, or leave "
                 "them out"
             )
+
+    def _check_seeds(self) -> None:
+        """Raises `ValueError` for too few seeds, and for a variation seed without variations."""
+        if self.variation_seed is not None and not self.variation_strength:
+            raise ValueError(
+                "variation_seed: is for a variation_strength above 0; give that too, or leave it out"
+            )
+        name, first = ("variation_seed", self.variation_seed)
+        if first is None:
+            name, first = ("seed", self.seed)
+        if first + self.images > SEED_LIMIT:
+            raise ValueError(f"{name}: {first} leaves no seeds below 2**64 for {self.images} pictures")
 
     def _check_composed(self) -> None:
         """Raises `ValueError` for several things to be guided to, where guidance is not as that needs."""

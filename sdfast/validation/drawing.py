@@ -55,6 +55,11 @@ def generate(
     """
     if request.prompt_editing:
         raise RequestError("prompt_editing: diffusers has none; leave it out, or draw with an engine")
+    if request.varied:
+        raise RequestError(
+            "variation_strength, seed_resize_from: diffusers has neither; leave them out, or draw with an "
+            "engine"
+        )
     if any(len(parts) > 1 or parts[0][1] != 1 for parts in request.composed):
         raise RequestError(
             "prompt: diffusers adds no prompts up, and knows no weight at the end of one; write it "

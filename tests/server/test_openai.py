@@ -67,6 +67,34 @@ async def test_plain_fields_reach_the_engine(sdk: openai.AsyncOpenAI, studio: Fa
     assert told == {name: value for name, value in extra.items() if name != "negative_prompt"}
 
 
+async def test_variations_have_one_seed_and_their_own_variation_seeds(
+    sdk: openai.AsyncOpenAI, studio: FakeStudio
+) -> None:
+    extra = {"seed": 7, "variation_seed": 40, "variation_strength": 0.3, "seed_resize_from": "96x48"}
+    answer = await sdk.images.generate(**CALL, n=2, extra_body=extra)
+    assert [(picture.seed, picture.variation_seed) for picture in answer.data] == [(7, 40), (7, 41)]
+    request = studio.jobs[0].request
+    assert (request.variation_strength, request.seed_resize_from) == (0.3, (48, 96))
+    plain = await sdk.images.generate(**CALL)
+    assert "variation_seed" not in plain.data[0].model_dump(exclude_unset=True)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "advice"),
+    [
+        ("variation_seed", 3, "give that too"),
+        ("variation_strength", 2, "less than or equal to 1"),
+        ("seed_resize_from", "big", "WIDTHxHEIGHT"),
+        ("seed_resize_from", "64x60", "multiple of 8"),
+    ],
+)
+async def test_variations_that_make_no_sense_are_refused(
+    post: Any, studio: FakeStudio, field: str, value: Any, advice: str
+) -> None:
+    assert advice in problem(await post({"prompt": "a", field: value}), 422, field)["message"]
+    assert studio.jobs == []
+
+
 async def test_step_caching_is_asked_for_and_not_together_with_a_late_guidance(
     post: Any, studio: FakeStudio
 ) -> None:

@@ -60,6 +60,23 @@ _SAID: Mapping[str, dict[str, Any]] = {
         "minimum": 0,
         "maximum": SEED_LIMIT - 1,
     },
+    "variation_seed": {
+        "description": "With a variation_strength: the seed of the noise that picture i is varied towards, + "
+        "i; picked at random when left out, and told.",
+        "minimum": 0,
+        "maximum": SEED_LIMIT - 1,
+    },
+    "variation_strength": {
+        "description": "How far the first noise is turned from the seed's to the variation seed's. All n "
+        "pictures then have the same seed.",
+        "default": 0,
+        "minimum": 0,
+        "maximum": 1,
+    },
+    "seed_resize_from": {
+        "description": "WIDTHxHEIGHT in pixels of a picture of the seed that this one is to be like.",
+        "pattern": "^[0-9]{1,5}x[0-9]{1,5}$",
+    },
     "num_inference_steps": {"default": STEPS, "minimum": 1, "maximum": MAX_STEPS},
     "guidance_scale": {"default": GUIDANCE, "minimum": 0, "maximum": MAX_GUIDANCE},
     "guidance_rescale": {"minimum": 0, "maximum": 1},
@@ -158,10 +175,11 @@ class _Shape(BaseModel):
 
 
 class Picture(_Shape):
-    """b64_json: the file, as base64. seed: makes this picture again."""
+    """b64_json: the file, as base64. seed: makes this picture again, of a variation with variation_seed."""
 
     b64_json: str
     seed: int
+    variation_seed: int | None = None
     warnings: list[str]
 
 
