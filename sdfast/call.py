@@ -140,6 +140,8 @@ class DiffusersCall(ABC):
         guidance_start: float = 0.0,
         guidance_end: float = 1.0,
         cache_interval: int = 1,
+        pag_scale: float = 0.0,
+        pag_adaptive_scale: float = 0.0,
         long_prompts: str = "truncate",
         emphasis: str | None = None,
         prompt_editing: bool = False,
@@ -162,6 +164,8 @@ class DiffusersCall(ABC):
         guidance_start, guidance_end: between which shares of the steps is guidance; the others cost half.
         cache_interval: one evaluation of the U-Net in so many is a whole one, the others are shallow, on
             engines with a cache branch; see `Request`.
+        pag_scale: perturbed-attention guidance, on engines with layers for it, by default none;
+            pag_adaptive_scale: how much less of it there is for each timestep below 1000; see `Request`.
         long_prompts: "truncate" cuts prompts after 75 tokens, as diffusers does; "chunk" reads all of them,
             75 at a time. emphasis: how `(words:1.3)` count, "original" as with AUTOMATIC1111, "no_norm" or
             "ignore"; by default brackets are text. See `sdfast.emphasis`.
@@ -265,6 +269,8 @@ class DiffusersCall(ABC):
             "guidance_start": guidance_start,
             "guidance_end": guidance_end,
             "cache_interval": cache_interval,
+            "pag_scale": pag_scale,
+            "pag_adaptive_scale": pag_adaptive_scale,
             "eta": eta,
             **asked_over(model, given.over, strength, denoising_start, image_guidance_scale),
             "denoising_start": denoising_start,

@@ -156,6 +156,13 @@ def main(debug: bool) -> None:
     type=int,
     help="Make shallow steps too, for --cache-interval: an approximation. 0 is the usual branch.",
 )
+@click.option(
+    "--pag",
+    multiple=True,
+    metavar="LAYER",
+    help="For --pag-scale: let the self-attention layers in whose names this is found be perturbed, as "
+    "diffusers does; mid is usual. Repeatable, in place of the recipe's.",
+)
 def export(
     source: str | None,
     output: Path | None,
@@ -167,6 +174,7 @@ def export(
     controlnet: tuple[str, ...],
     embeddings: tuple[str, ...],
     ip_adapters: tuple[str, ...],
+    pag: tuple[str, ...],
     **fields: Any,
 ) -> None:
     """Build an engine of SOURCE: a Hub id, a diffusers folder, a .safetensors file, or "landscapes". A folder
@@ -182,6 +190,8 @@ def export(
     given = {name: value for name, value in fields.items() if value is not None}
     if controlnet:
         given["controlnet"] = controlnet
+    if pag:
+        given["pag"] = pag
     if loras or on_request:
         given["loras"] = [*map(_lora, loras), *map(_lora_on_request, on_request)]
     if embeddings:
@@ -231,6 +241,15 @@ def rebuild(engine: Path, checkpoint: str | None) -> None:
     type=int,
     default=1,
     help="Whole evaluations of the U-Net: one in so many. For engines with a --cache-branch.",
+)
+@click.option(
+    "--pag-scale",
+    type=float,
+    default=0.0,
+    help="Perturbed-attention guidance, such as 3: one evaluation more a step. For engines with --pag.",
+)
+@click.option(
+    "--pag-adaptive-scale", type=float, default=0.0, help="How much less of it for each timestep below 1000."
 )
 @click.option("--scheduler", default="dpmpp_2m_karras", show_default=True, help="See `sdfast schedulers`.")
 @click.option("--seed", type=int, help="Picture i gets seed + i. [default: random]")

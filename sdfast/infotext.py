@@ -36,6 +36,8 @@ _USUAL = {
     "denoising_end": None,
     "guidance_start": 0.0,
     "guidance_end": 1.0,
+    "pag_scale": 0.0,
+    "pag_adaptive_scale": 0.0,
     "aesthetic_score": 6.0,
     "negative_aesthetic_score": 2.5,
 }
@@ -260,7 +262,7 @@ def of_hires(request: Request, hires: Hires, prompt: int) -> dict[str, str]:
 
 def _label(name: str) -> str:
     """The name of a field, or of a choice, for people."""
-    return name.capitalize().replace("_", " ")
+    return name.capitalize().replace("_", " ").replace("Pag ", "PAG ")
 
 
 def png(image: Image.Image, infotext: Infotext) -> bytes:

@@ -27,6 +27,7 @@ from sdfast.ip_adapter import check_images
 from sdfast.ip_adapter import read_images as read_seen
 from sdfast.loras import check_loras
 from sdfast.manifest import Model
+from sdfast.pag import check_pag
 from sdfast.pipeline import Pipeline
 from sdfast.preparation import check_cached, check_channels, check_instructed, check_refined
 from sdfast.request import Hires, Request
@@ -82,6 +83,8 @@ class Job:
     guidance_start: float = 0.0
     guidance_end: float = 1.0
     cache_interval: int = 1
+    pag_scale: float = 0.0
+    pag_adaptive_scale: float = 0.0
     scheduler: str = "dpmpp_2m_karras"
     seed: int | None = None
     variation_seed: int | None = None
@@ -183,6 +186,8 @@ class Job:
             guidance_start=self.guidance_start,
             guidance_end=self.guidance_end,
             cache_interval=self.cache_interval,
+            pag_scale=self.pag_scale,
+            pag_adaptive_scale=self.pag_adaptive_scale,
             num_images_per_prompt=self.count,
             clip_skip=self.clip_skip,
             long_prompts=self.long_prompts,
@@ -278,6 +283,7 @@ def draw(job: Job, output: Path | None, overwrite: bool) -> list[Written]:
     check_control(painter.model, request, given.control)
     check_images(painter.model, request, given.ip_adapter_images)
     check_cached(painter.model, request)
+    check_pag(painter.model, request)
     check_loras(painter.model, request)
     plan = schedule(
         job.scheduler,
@@ -337,13 +343,14 @@ class Stock:
         request: Request,
         given: Given,
         cache_branch: int | None = None,
+        pag: Sequence[str] = (),
     ) -> list[Image.Image]:
         from sdfast.validation.drawing import generate
         from sdfast.validation.reading import written_out
         from sdfast.validation.reference import reference_pipeline, tokenizers_of
 
         pipe = reference_pipeline(
-            checkpoint, dtype=DTYPES[dtype], device=self.device, attention=self.attention
+            checkpoint, dtype=DTYPES[dtype], device=self.device, attention=self.attention, pag=pag
         )
         pipe.set_progress_bar_config(disable=None)
         images: list[Image.Image] = generate(
@@ -410,7 +417,8 @@ def _stock_painter(job: Job, folder: Path) -> Painter:
     def paint(request: Request, given: Given) -> list[Image.Image]:
         checkpoint = resolve(made_of.source, revision=made_of.revision, variant=variant, progress=_say)
         made = as_made(checkpoint, engine.manifest, _say)
-        return stock.paint(made, dtype, request, given, cache.branch if cache else None)
+        branch = cache.branch if cache else None
+        return stock.paint(made, dtype, request, given, branch, engine.manifest.model.pag)
 
     return _painter_of(engine, paint)
 

@@ -67,6 +67,7 @@ class Pipeline(Preparation, DiffusersCall):
         ip_adapters: Sequence[str | Path | Mapping[str, Any]] = (),
         image_encoder: str | Path | None = None,
         cache_branch: int | None = None,
+        pag_applied_layers: str | Sequence[str] = (),
         compile: bool = False,
         **refused: Any,
     ) -> Self:
@@ -85,6 +86,7 @@ class Pipeline(Preparation, DiffusersCall):
         `source`, `subfolder`, `weight_name` and `revision`, as diffusers' load_ip_adapter has them;
         `image_encoder`: the folder of what they see with, by default that beside the first one's file.
         `cache_branch`: for calls with a `cache_interval`, see `sdfast.models.step_cache`.
+        `pag_applied_layers`: for calls with a `pag_scale`, see `sdfast.models.pag`.
         `compile`, for `backend="eager"`: see `Engine.open`.
         """
         from sdfast.export.first_use import cached_engine
@@ -105,6 +107,7 @@ class Pipeline(Preparation, DiffusersCall):
             ip_adapters=ip_adapters,
             image_encoder=image_encoder,
             cache_branch=cache_branch,
+            pag=(pag_applied_layers,) if isinstance(pag_applied_layers, str) else tuple(pag_applied_layers),
         )
         return cls.from_engine(folder, compile=compile)
 

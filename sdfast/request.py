@@ -197,6 +197,11 @@ class Request(_Checked):
     `loras`: how much is added of each LoRA that the engine has for requests to choose: 1 is all, 0, where it
     is not named, nothing; or two numbers, how much in the text encoders and how much in the U-Net.
 
+    `pag_scale`, for engines with layers to be perturbed: how much a picture is guided away from what comes
+    out where these look at nothing but themselves (Ahn et al. 2024), with a negative prompt or without; 0 not
+    at all. It costs one evaluation more. `pag_adaptive_scale`: how much less that is for each timestep below
+    1000, as in diffusers; it ends at 0.
+
     `variation_strength`: how far the noise that a picture begins with is turned from that of `seed` to that
     of another, `variation_seed`, which is picked at random where it is `None`: 0 not at all, 1 all the way.
     As with AUTOMATIC1111 image i of the request then has variation_seed + i and all have `seed`, from whose
@@ -219,6 +224,8 @@ class Request(_Checked):
     guidance_start: float = Field(default=0.0, ge=0.0, le=1.0)
     guidance_end: float = Field(default=1.0, ge=0.0, le=1.0)
     cache_interval: int = Field(default=1, ge=1, le=MAX_STEPS)
+    pag_scale: float = Field(default=0.0, ge=0.0, le=MAX_GUIDANCE)
+    pag_adaptive_scale: float = Field(default=0.0, ge=0.0, le=MAX_GUIDANCE)
     eta: float = Field(default=0.0, ge=0.0, le=1.0)
     strength: float | None = Field(default=None, gt=0.0, le=1.0)
     denoising_start: float | None = Field(default=None, gt=0.0, lt=1.0)
@@ -407,6 +414,7 @@ class Request(_Checked):
         self._check_seeds()
         self._check_shares()
         self._check_composed()
+        self._check_pag()
         if self.hires is not None:
             self._check_hires(self.hires)
         return self
@@ -476,6 +484,19 @@ class Request(_Checked):
                 raise ValueError(
                     f"prompt: {told}, each read by both text encoders; leave prompts_2 out, or AND"
                 )
+
+    def _check_pag(self) -> None:
+        """Raises `ValueError` for perturbed-attention guidance beside what it does not go with."""
+        if not self.pag_scale:
+            if self.pag_adaptive_scale:
+                raise ValueError("pag_adaptive_scale: lowers pag_scale; give that too, or leave it out")
+            return
+        if self.image_guidance_scale is not None:
+            raise ValueError("pag_scale: is not for engines that edit an image; leave it out")
+        if (self.guidance_start, self.guidance_end) != (0, 1):
+            raise ValueError("pag_scale: guides in all steps; leave guidance_start and guidance_end out")
+        if any(len(parts) > 1 for parts in self.composed):
+            raise ValueError("pag_scale: is not for prompts that AND adds up; leave one of the two out")
 
     def _check_shares(self) -> None:
         """Raises `ValueError` for a part of the denoising that is none, or does not go with the rest."""

@@ -133,8 +133,15 @@ def _pipeline_over(pipe: Any, request: Request, over: Over) -> Any:
     sdxl, controlnet = hasattr(pipe, "text_encoder_2"), hasattr(pipe, "controlnet")
     if request.guidance_rescale and (controlnet or not sdxl):
         raise RequestError("guidance_rescale: diffusers takes none over an image; leave it at 0")
-    without = {"add_watermarker": False} if sdxl else {"requires_safety_checker": False}
-    kind = pipeline_class("sdxl" if sdxl else "sd", controlnet=controlnet, masked=over.mask is not None)
+    without: dict[str, Any] = {"add_watermarker": False} if sdxl else {"requires_safety_checker": False}
+    kind = pipeline_class(
+        "sdxl" if sdxl else "sd",
+        controlnet=controlnet,
+        masked=over.mask is not None,
+        pag=bool(request.pag_scale),
+    )
+    if request.pag_scale:
+        without["pag_applied_layers"] = pipe.pag_applied_layers
     with quiet():
         made = getattr(stock(), kind).from_pipe(pipe, torch_dtype=pipe.unet.dtype, **without)
     made.set_progress_bar_config(**pipe._progress_bar_config)
@@ -262,7 +269,9 @@ def _model_arguments(pipe: Any, request: Request) -> dict[str, Any]:
     taken = inspect.signature(pipe.__call__).parameters
     if request.clip_skip is not None and "clip_skip" not in taken:
         raise RequestError(f"clip_skip: diffusers' {type(pipe).__name__} takes none; draw with an engine")
-    names = ["guidance_rescale", "clip_skip"]
+    if request.pag_scale and "pag_scale" not in taken:
+        raise RequestError(f"pag_scale: diffusers' {type(pipe).__name__} takes none; draw with an engine")
+    names = ["guidance_rescale", "clip_skip", "pag_scale", "pag_adaptive_scale"]
     if hasattr(pipe, "text_encoder_2"):
         names += TOLD_SIZES
         names += ["height", "width"] if is_instructed(pipe) else []

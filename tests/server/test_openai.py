@@ -51,6 +51,8 @@ async def test_plain_fields_reach_the_engine(sdk: openai.AsyncOpenAI, studio: Fa
         "guidance_start": 0.25,
         "guidance_end": 0.75,
         "cache_interval": 1,
+        "pag_scale": 0,
+        "pag_adaptive_scale": 0,
         "scheduler": "Euler a",
         "eta": 0.25,
         "clip_skip": 1,
@@ -93,6 +95,16 @@ async def test_variations_that_make_no_sense_are_refused(
 ) -> None:
     assert advice in problem(await post({"prompt": "a", field: value}), 422, field)["message"]
     assert studio.jobs == []
+
+
+async def test_perturbed_attention_guidance_is_asked_for(post: Any, studio: FakeStudio) -> None:
+    answer = await post({"prompt": "a", "pag_scale": 3, "pag_adaptive_scale": 0.001})
+    assert answer.status_code == 200
+    request = studio.jobs[0].request
+    assert (request.pag_scale, request.pag_adaptive_scale) == (3.0, 0.001)
+    problem(await post({"prompt": "a", "pag_scale": -1}), 422, "pag_scale")
+    alone = await post({"prompt": "a", "pag_adaptive_scale": 0.001})
+    assert "give that too" in problem(alone, 422, "pag_adaptive_scale")["message"]
 
 
 async def test_step_caching_is_asked_for_and_not_together_with_a_late_guidance(
@@ -396,7 +408,7 @@ async def test_a_control_image_reaches_the_engine(sdk: openai.AsyncOpenAI, contr
     assert told == {name: value for name, value in more.items() if name != "control_image"}
     models = (await sdk.models.list()).data
     [told_of] = [model.to_dict() for model in models]
-    assert (told_of["controlled"], told_of["step_cache"]) == (True, False)
+    assert (told_of["controlled"], told_of["step_cache"], told_of["pag"]) == (True, False, False)
     assert told_of["controlnets"] == ["canny [01234567]"]
 
 

@@ -84,6 +84,8 @@ class Generation(BaseModel):
     guidance_start: float | None = None
     guidance_end: float | None = None
     cache_interval: int | None = None
+    pag_scale: float | None = None
+    pag_adaptive_scale: float | None = None
     scheduler: str | None = None
     eta: float | None = None
     clip_skip: int | None = None
@@ -235,6 +237,8 @@ _SAME = {
     "guidance_start",
     "guidance_end",
     "cache_interval",
+    "pag_scale",
+    "pag_adaptive_scale",
     "eta",
     "clip_skip",
     "long_prompts",

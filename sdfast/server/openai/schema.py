@@ -97,6 +97,19 @@ _SAID: Mapping[str, dict[str, Any]] = {
         "minimum": 1,
         "maximum": MAX_STEPS,
     },
+    "pag_scale": {
+        "description": "Perturbed-attention guidance, such as 3, on engines that were exported with layers "
+        "for it (pag in /v1/models): one evaluation more a step.",
+        "default": 0,
+        "minimum": 0,
+        "maximum": MAX_GUIDANCE,
+    },
+    "pag_adaptive_scale": {
+        "description": "How much less of it there is for each timestep below 1000.",
+        "default": 0,
+        "minimum": 0,
+        "maximum": MAX_GUIDANCE,
+    },
     "eta": {"minimum": 0, "maximum": 1},
     "clip_skip": {"minimum": 0, "maximum": 64},
     "long_prompts": {
@@ -222,6 +235,7 @@ class Model(_Shape):
     loras: list[str]
     ip_adapters: list[str]
     step_cache: bool
+    pag: bool
     refines: bool
     instructed: bool
 
