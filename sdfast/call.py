@@ -44,7 +44,8 @@ class PipelineOutput:
 
     images: PIL images; or [n, H, W, 3] float32 in [0, 1] ("np"); or a tensor [n, 3, H, W] ("pt"); or the
     latents [n, C, h, w] ("latent").
-    seeds: one for each picture; `None` when the caller's generators or latents were used.
+    seeds: one for each picture; `None` when the caller's generators or latents were used. variation_seeds:
+    likewise of variations, `None` without.
     truncated: the text that was cut from each prompt, "" for none.
     """
 
@@ -52,6 +53,7 @@ class PipelineOutput:
     seeds: tuple[int, ...] | None
     truncated: tuple[str, ...]
     nsfw_content_detected: None = None  # sdfast runs no safety checker
+    variation_seeds: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -141,21 +143,32 @@ class DiffusersCall(ABC):
         guidance_start: float = 0.0,
         guidance_end: float = 1.0,
         cache_interval: int = 1,
+        pag_scale: float = 0.0,
+        pag_adaptive_scale: float = 0.0,
         long_prompts: str = "truncate",
         emphasis: str | None = None,
         prompt_editing: bool = False,
         loras: Mapping[str, float | tuple[float, float]] | None = None,
         hires: Hires | Mapping[str, Any] | None = None,
+        variation_seed: int | None = None,
+        variation_strength: float = 0.0,
+        seed_resize_from: tuple[int, int] | None = None,
         **refused: Any,
     ) -> Any:
         """Draw pictures. The arguments are those of diffusers' pipelines; beyond them:
 
         seed: image i gets its own generator, seeded with seed + i (default: a random seed, told in the
             output). `scheduler`: for this call only, by diffusers, AUTOMATIC1111 or short name.
+        variation_strength: how far the first noise is turned from the seed's to that of `variation_seed`, by
+            default a random one; image i then has variation_seed + i, and all have the same seed, as with
+            AUTOMATIC1111. seed_resize_from: the (height, width) of a picture whose first noise is put in the
+            middle of this one's.
         guidance_scale: 7.5 by default, 5 for SDXL, as in diffusers.
         guidance_start, guidance_end: between which shares of the steps is guidance; the others cost half.
         cache_interval: one evaluation of the U-Net in so many is a whole one, the others are shallow, on
             engines with a cache branch; see `Request`.
+        pag_scale: perturbed-attention guidance, on engines with layers for it, by default none;
+            pag_adaptive_scale: how much less of it there is for each timestep below 1000; see `Request`.
         long_prompts: "truncate" cuts prompts after 75 tokens, as diffusers does; "chunk" reads all of them,
             75 at a time. emphasis: how `(words:1.3)` count, "original" as with AUTOMATIC1111, "no_norm" or
             "ignore"; by default brackets are text. See `sdfast.emphasis`.
@@ -272,6 +285,8 @@ class DiffusersCall(ABC):
             "guidance_start": guidance_start,
             "guidance_end": guidance_end,
             "cache_interval": cache_interval,
+            "pag_scale": pag_scale,
+            "pag_adaptive_scale": pag_adaptive_scale,
             "eta": eta,
             **asked_over(model, given.over, strength, denoising_start, image_guidance_scale),
             "padding_mask_crop": padding_mask_crop,
@@ -288,6 +303,9 @@ class DiffusersCall(ABC):
             "prompt_editing": prompt_editing,
             "loras": dict(self._loras if loras is None else loras),
             "hires": Hires.make(**hires) if isinstance(hires, Mapping) else hires,
+            "variation_seed": variation_seed,
+            "variation_strength": variation_strength,
+            "seed_resize_from": seed_resize_from,
         }
         if seed is not None:
             fields["seed"] = seed

@@ -161,6 +161,13 @@ def main(debug: bool) -> None:
     type=int,
     help="Make shallow steps too, for --cache-interval: an approximation. 0 is the usual branch.",
 )
+@click.option(
+    "--pag",
+    multiple=True,
+    metavar="LAYER",
+    help="For --pag-scale: let the self-attention layers in whose names this is found be perturbed, as "
+    "diffusers does; mid is usual. Repeatable, in place of the recipe's.",
+)
 def export(
     source: str | None,
     output: Path | None,
@@ -172,6 +179,7 @@ def export(
     controlnet: tuple[str, ...],
     embeddings: tuple[str, ...],
     ip_adapters: tuple[str, ...],
+    pag: tuple[str, ...],
     **fields: Any,
 ) -> None:
     """Build an engine of SOURCE: a Hub id, a diffusers folder, a .safetensors file, or "landscapes". A folder
@@ -187,6 +195,8 @@ def export(
     given = {name: value for name, value in fields.items() if value is not None}
     if controlnet:
         given["controlnet"] = controlnet
+    if pag:
+        given["pag"] = pag
     if loras or on_request:
         given["loras"] = [*map(_lora, loras), *map(_lora_on_request, on_request)]
     if embeddings:
@@ -237,8 +247,29 @@ def rebuild(engine: Path, checkpoint: str | None) -> None:
     default=1,
     help="Whole evaluations of the U-Net: one in so many. For engines with a --cache-branch.",
 )
+@click.option(
+    "--pag-scale",
+    type=float,
+    default=0.0,
+    help="Perturbed-attention guidance, such as 3: one evaluation more a step. For engines with --pag.",
+)
+@click.option(
+    "--pag-adaptive-scale", type=float, default=0.0, help="How much less of it for each timestep below 1000."
+)
 @click.option("--scheduler", default="dpmpp_2m_karras", show_default=True, help="See `sdfast schedulers`.")
 @click.option("--seed", type=int, help="Picture i gets seed + i. [default: random]")
+@click.option("--variation-seed", type=int, help="Picture i varies towards this seed + i. [default: random]")
+@click.option(
+    "--variation-strength",
+    type=float,
+    default=0.0,
+    help="How far the first noise is turned to the variation seed's, 0 to 1. All pictures then have --seed.",
+)
+@click.option(
+    "--seed-resize-from",
+    metavar="SIZE",
+    help="The WIDTHxHEIGHT at which the seed gave a picture that this one is to be like.",
+)
 @click.option("--size", help="WIDTHxHEIGHT in pixels. [default: the image's, or the engine's own]")
 @click.option("--count", type=int, default=1, show_default=True, help="How many pictures.")
 @click.option("--clip-skip", type=int, help="Text layers to leave out, as diffusers counts them.")
@@ -346,8 +377,8 @@ def generate(
     from sdfast.pictures import Job, draw
 
     job = Job(prompt=prompt, loras=dict(map(_scaled, loras)), **options)
-    for path, seed in draw(job, output, overwrite):
-        click.echo(f"{path}  seed {seed}")
+    for path, seed, varied in draw(job, output, overwrite):
+        click.echo(f"{path}  seed {seed}" + ("" if varied is None else f"  variation seed {varied}"))
 
 
 @main.command()

@@ -20,7 +20,7 @@ def run(engines: Path, outputs: Path, progress: Progress, say: Callable[[str], N
     start = time.perf_counter()
     export("landscapes", engine, Recipe(), progress=progress)
     say(f"2. draw {PROMPT!r}")
-    [(picture, seed)] = draw(Job(PROMPT, engine, seed=SEED), outputs / "demo.png", overwrite=True)
+    [(picture, seed, _)] = draw(Job(PROMPT, engine, seed=SEED), outputs / "demo.png", overwrite=True)
     say(f"   export and picture: {time.perf_counter() - start:.1f} s")
     say("3. validate against stock diffusers")
     report = validate(engine, progress=say)

@@ -4,8 +4,9 @@ They are `Pipeline`'s otherwise, and documented there.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, Self
 
 from PIL import Image
 
@@ -28,6 +29,7 @@ _DRAWN = ("num_images_per_prompt", "eta", "generator")
 _MASKED = ("image", "mask_image", "masked_image_latents", "height", "width", "padding_mask_crop", "strength")
 _MASKED_CONTROL = ("image", "mask_image", "control_image")
 _GUIDED = ("guidance_scale", "negative_prompt")
+_PAG = ("pag_scale", "pag_adaptive_scale")
 _ENDS = ("denoising_start", "denoising_end")
 _REST = (*_ADAPTER, *_OUTPUT, *_CALLBACK)
 _REST_XL = (*_DRAWN, "latents", *_EMBEDS_XL, *_ADAPTER, *_OUTPUT, "guidance_rescale", *TOLD_SIZES)
@@ -140,6 +142,29 @@ class StableDiffusionXLPipeline(_InOrder):
         *(*_REST_XL, *_CALLBACK),
     )
     defaults: ClassVar[Mapping[str, Any]] = {"guidance_scale": 5.0}
+
+
+class _Perturbed(_InOrder):
+    """The engine has to have layers to be perturbed; by default they are diffusers'."""
+
+    @classmethod
+    def from_pretrained(cls, checkpoint: str | Path, **options: Any) -> Self:
+        """As `Pipeline.from_pretrained`, with `pag_applied_layers="mid"` by default, as diffusers has it."""
+        return super().from_pretrained(checkpoint, **{"pag_applied_layers": "mid", **options})
+
+
+class StableDiffusionPAGPipeline(_Perturbed):
+    """The drop-in for diffusers' class of this name."""
+
+    order = (*StableDiffusionPipeline.order, *_PAG)
+    defaults: ClassVar[Mapping[str, Any]] = {**StableDiffusionPipeline.defaults, "pag_scale": 3.0}
+
+
+class StableDiffusionXLPAGPipeline(_Perturbed):
+    """The drop-in for diffusers' class of this name."""
+
+    order = (*StableDiffusionXLPipeline.order, *_PAG)
+    defaults: ClassVar[Mapping[str, Any]] = {**StableDiffusionXLPipeline.defaults, "pag_scale": 3.0}
 
 
 class _AtOwnSize(_InOrder):

@@ -44,4 +44,6 @@ class Ensemble:
         finishing = Over(left.images) if over is None else replace(over, image=left.images)
         given = Given(source, over=finishing)
         images = self.refiner.generate(finished, given, output_type).images
-        return PipelineOutput(images, request.seeds, left.truncated)
+        return PipelineOutput(
+            images, request.seeds, left.truncated, variation_seeds=request.variation_seeds or None
+        )

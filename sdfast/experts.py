@@ -18,7 +18,8 @@ def halves(request: Request, switch_at: float, refiner: Model) -> tuple[Request,
     """What is asked of the base and of the refiner, for a whole picture that switches there.
 
     The refiner reads what the base's first text encoder reads, and has no ControlNet, no IP-Adapter
-    and no shallow steps; of LoRAs those that it has.
+    and no shallow steps; of LoRAs those that it has, and perturbed-attention guidance if it has layers for
+    that.
     Raises `RequestError` for what is not shared so.
     """
     for name, usual in _NOT_SHARED.items():
@@ -34,6 +35,8 @@ def halves(request: Request, switch_at: float, refiner: Model) -> tuple[Request,
         "cache_interval": 1,
         "loras": {name: scale for name, scale in request.loras.items() if name in refiner.loras},
     }
+    if not refiner.pag:
+        alone |= {"pag_scale": 0.0, "pag_adaptive_scale": 0.0}
     if refiner.scored:
         names = ("prompts_2", "negative_prompts_2", "target_size", "negative_target_size")
         alone |= dict.fromkeys(names)

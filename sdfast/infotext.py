@@ -37,6 +37,8 @@ _USUAL = {
     "denoising_end": None,
     "guidance_start": 0.0,
     "guidance_end": 1.0,
+    "pag_scale": 0.0,
+    "pag_adaptive_scale": 0.0,
     "aesthetic_score": 6.0,
     "negative_aesthetic_score": 2.5,
 }
@@ -50,11 +52,19 @@ _NAMES = {
     "Schedule type": "schedule_type",
     "CFG scale": "cfg_scale",
     "Seed": "seed",
+    "Variation seed": "variation_seed",
+    "Variation seed strength": "variation_strength",
     "Model hash": "model_hash",
     "Model": "model",
     "Version": "version",
 }
-_NUMBERS = {"steps": int, "seed": int, "cfg_scale": float}
+_NUMBERS = {
+    "steps": int,
+    "seed": int,
+    "cfg_scale": float,
+    "variation_seed": int,
+    "variation_strength": float,
+}
 
 
 @dataclass(frozen=True)
@@ -76,6 +86,8 @@ class Infotext:
     model: str | None = None
     model_hash: str | None = None
     version: str | None = None
+    variation_seed: int | None = None
+    variation_strength: float | None = None
     extra: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -94,6 +106,7 @@ class Infotext:
                 f"extra: {wrong[0]!r} cannot name a setting; use letters, digits, spaces, - and /, at least "
                 "two, and none of the names that have a field"
             )
+        strength = self.variation_strength
         size = f"{self.width}x{self.height}" if self.width is not None and self.height is not None else None
         known = {
             "Steps": self.steps,
@@ -104,6 +117,8 @@ class Infotext:
             "Size": size,
             "Model hash": self.model_hash,
             "Model": self.model,
+            "Variation seed": self.variation_seed,
+            "Variation seed strength": None if strength is None else _number(strength),
             **self.extra,
             "Version": self.version,
         }
@@ -111,15 +126,15 @@ class Infotext:
 
 
 def infotext_of(
-    request: Request, plan: Schedule, seed: int, *, model: str, weights: Mapping[str, str]
+    request: Request, plan: Schedule, picture: int, *, model: str, weights: Mapping[str, str]
 ) -> Infotext:
-    """How the picture of `request` with this seed is made.
+    """How a picture of `request`, counted from 0, is made.
 
     plan: the request's schedule. model: the checkpoint's or the engine's name. weights: by file name in the
     checkpoint, their SHA-256 in hex; the U-Net's is told.
     """
     digest = unet_digest(weights)
-    prompt = (seed - request.seed) // request.num_images_per_prompt
+    prompt = picture // request.num_images_per_prompt
     return Infotext(
         prompt=told_prompt(request, prompt),
         negative_prompt=request.negative_prompts[prompt] or "",
@@ -127,12 +142,14 @@ def infotext_of(
         sampler=plan.sampler,
         schedule_type=plan.schedule_type,
         cfg_scale=request.guidance_scale,
-        seed=seed,
+        seed=request.seeds[picture],
         width=request.width,
         height=request.height,
         model=model,
         model_hash=digest[:10] if digest else None,
         version=f"sdfast {__version__}",
+        variation_seed=request.variation_seeds[picture] if request.variation_seeds else None,
+        variation_strength=request.variation_strength or None,
         extra=_extra(request, prompt),
     )
 
@@ -159,7 +176,9 @@ def _extra(request: Request, prompt: int) -> dict[str, str]:
     strength, image_guidance = request.strength, request.image_guidance_scale
     clip_skip, emphasis = request.clip_skip, request.emphasis
     second = (request.pairs[prompt][1], request.negative_pairs[prompt][1])
+    resized = request.seed_resize_from
     return {
+        **({} if resized is None else {"Seed resize from": f"{resized[1]}x{resized[0]}"}),
         **({} if strength is None else {"Denoising strength": _number(strength)}),
         **of_masked_area(request),
         **({} if image_guidance is None else {"Image CFG scale": _number(image_guidance)}),
@@ -256,7 +275,7 @@ def of_hires(request: Request, hires: Hires, prompt: int) -> dict[str, str]:
 
 def _label(name: str) -> str:
     """The name of a field, or of a choice, for people."""
-    return name.capitalize().replace("_", " ")
+    return name.capitalize().replace("_", " ").replace("Pag ", "PAG ")
 
 
 def png(image: Image.Image, infotext: Infotext) -> bytes:

@@ -204,7 +204,8 @@ class Model(_Part):
     default_width: int = Field(ge=1)
     text_width: int = Field(ge=1)  # D of the text encoders' joined hidden states [B, L, D]
     context_width: int = Field(ge=1)  # KV of the packed context [B, L, KV]
-    time_shift_width: int = Field(ge=1)  # T of the time projections, and of ControlNets' and LoRAs' scales
+    # T of the time projections, of ControlNets' and LoRAs' scales, and of which rows are perturbed
+    time_shift_width: int = Field(ge=1)
     control_channels: int | None = None  # of the embedded control images, all together, with ControlNets
     controlnets: int = Field(default=0, ge=0)
     pooled_width: int | None = None  # P of the pooled text embedding that SDXL adds to the time embedding
@@ -218,6 +219,7 @@ class Model(_Part):
     ip_adapters: tuple[IPAdapter, ...] = ()
     image_processor: ImageProcessor | None = None  # with IP-Adapters
     transformers: tuple[Transformer, ...] = ()  # with IP-Adapters: of the U-Net, of all its context
+    pag: tuple[str, ...] = ()  # which layers requests may have perturbed, as diffusers names them
 
     @property
     def inpaints(self) -> bool:

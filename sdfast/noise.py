@@ -103,6 +103,86 @@ class SharedNoise:
         return noise
 
 
+class VariedNoise:
+    """A generator for each picture, whose draws before the first step are mixed with those of others.
+
+    As in AUTOMATIC1111 (modules/rng.py) it is the first noise alone that varies: the steps draw from the
+    pictures' own generators, which are as far then as if nothing had been mixed. Where several draws come
+    before the first step, as those for the latents of an image, each of them varies.
+    """
+
+    def __init__(
+        self,
+        own: OwnNoise | SharedNoise,
+        placed: OwnNoise | None = None,
+        others: OwnNoise | None = None,
+        strength: float = 0.0,
+    ) -> None:
+        """own: the pictures' noise. placed: that of their seeds at another size, [C, h', w'], which is put in
+        the middle of it. others: of each picture what it, or else what is placed, is turned to by `strength`.
+        """
+        self._own, self._placed, self._others, self._strength = own, placed, others, strength
+
+    @property
+    def apart(self) -> bool:
+        """Whether each picture has a generator of its own."""
+        return self._own.apart
+
+    def initial(self, count: int | None = None) -> torch.Tensor:
+        """Unit noise before the first step, for the first `count` pictures (default: all), [n, C, h, w]."""
+        own = self._own.initial(count)
+        noise = own if self._placed is None else self._placed.initial(count)
+        if self._others is not None:
+            pairs = zip(noise, self._others.initial(count), strict=True)
+            noise = torch.stack([turned(one, other, self._strength) for one, other in pairs])
+        return noise if self._placed is None else in_the_middle(noise, own)
+
+    def seeds(self) -> list[int]:
+        """What each picture's generator was seeded with."""
+        return self._own.seeds()
+
+    def of_row(self, row: int) -> Noise:
+        """The noise of one picture, a step at a time."""
+        return self._own.of_row(row)
+
+
+PARALLEL = 1e-3
+"""Of the sine of an angle: below, what lies between two directions is as good as on a line."""
+
+
+def turned(low: torch.Tensor, high: torch.Tensor, share: float) -> torch.Tensor:
+    """[C, h, w], each of its columns of h numbers turned by a share of the angle from `low`'s to `high`'s.
+
+    Shoemake's slerp (1985), over the columns as AUTOMATIC1111 has it; at 1 it is `high` itself. Columns that
+    point the same way, or opposite ways, are mixed on a straight line.
+    """
+    direction, target = (noise / noise.norm(dim=1, keepdim=True) for noise in (low, high))
+    angle = (direction * target).sum(1, keepdim=True).clamp(-1.0, 1.0).acos()
+    sine = angle.sin()
+    between = ((1.0 - share) * angle).sin() / sine * low + (share * angle).sin() / sine * high
+    return torch.where(sine > PARALLEL, between, (1.0 - share) * low + share * high)
+
+
+def in_the_middle(noise: torch.Tensor, around: torch.Tensor) -> torch.Tensor:
+    """[n, C, h, w] like `around`, with the middle of `noise` [n, C, h', w'] in its middle."""
+    (top, from_top, height), (left, from_left, width) = (
+        _overlap(*sides) for sides in zip(noise.shape[2:], around.shape[2:], strict=True)
+    )
+    whole = around.clone()
+    part = noise[:, :, from_top : from_top + height, from_left : from_left + width]
+    whole[:, :, top : top + height, left : left + width] = part
+    return whole
+
+
+def _overlap(inner: int, outer: int) -> tuple[int, int, int]:
+    """Where two centred sides meet: the place in the outer, that in the inner, and the length.
+
+    As in AUTOMATIC1111 of a longer inner side, where the difference is odd, one less is taken than would fit.
+    """
+    offset = (outer - inner) // 2
+    return (offset, 0, inner) if offset >= 0 else (0, -offset, inner + 2 * offset)
+
+
 DIGITS = 6
 """To so many decimals diffusers' Brownian motion knows its levels."""
 
@@ -119,7 +199,7 @@ class BrownianNoise:
 
     def __init__(
         self,
-        first: OwnNoise | SharedNoise,
+        first: OwnNoise | SharedNoise | VariedNoise,
         brownian: Brownian,
         shape: Sequence[int],
         rows: int,
@@ -169,7 +249,7 @@ class BrownianNoise:
         return -together / (low - high).abs().sqrt().to(together.device)
 
 
-NoiseSource = OwnNoise | SharedNoise | BrownianNoise
+NoiseSource = OwnNoise | SharedNoise | VariedNoise | BrownianNoise
 
 
 def _motion(seed: int, span: tuple[float, float], size: Sequence[int], device: torch.device) -> Any:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from PIL import Image
@@ -28,6 +28,7 @@ from sdfast.ip_adapter import read_images as read_seen
 from sdfast.loras import check_loras
 from sdfast.manifest import Model
 from sdfast.masked_area import MaskedArea
+from sdfast.pag import check_pag
 from sdfast.pipeline import Pipeline
 from sdfast.preparation import check_cached, check_channels, check_instructed, check_refined
 from sdfast.request import Hires, Request
@@ -38,6 +39,15 @@ if TYPE_CHECKING:
     from sdfast.export.checkpoint import Checkpoint
 
 T = TypeVar("T")
+
+
+class Written(NamedTuple):
+    """A picture's file and its seeds."""
+
+    path: Path
+    seed: int
+    variation_seed: int | None
+
 
 _OFF = "none"  # in place of a control image
 _SIZE = re.compile(r"(\d{1,9})x(\d{1,9})")
@@ -61,7 +71,8 @@ class Job:
         JSON, a number or numbers by layers.
     refiner: the directory of the engine that goes on from the share refiner_switch_at of the denoising.
     loras: how much is added of LoRAs that the engine has for requests, by their names.
-    hires: the size of a second pass, "WIDTHxHEIGHT"; what it is told besides is `sdfast.request.Hires`'s.
+    seed_resize_from: the size of a picture of the seed that this one is to be like, "WIDTHxHEIGHT".
+    hires: the size of a second pass, likewise; what it is told besides is `sdfast.request.Hires`'s.
     """
 
     prompt: str
@@ -74,8 +85,13 @@ class Job:
     guidance_start: float = 0.0
     guidance_end: float = 1.0
     cache_interval: int = 1
+    pag_scale: float = 0.0
+    pag_adaptive_scale: float = 0.0
     scheduler: str = "dpmpp_2m_karras"
     seed: int | None = None
+    variation_seed: int | None = None
+    variation_strength: float = 0.0
+    seed_resize_from: str | None = None
     size: str | None = None
     count: int = 1
     clip_skip: int | None = None
@@ -177,6 +193,7 @@ class Job:
             counts = _one_or_each([_counted(text) for text in self.ip_adapter_scale])
             counts = asked_image_scale(model, self._adapter_images, counts)
         seed = {} if self.seed is None else {"seed": self.seed}
+        resized = parse_size("seed-resize-from", self.seed_resize_from)
         return Request.make(
             prompts=(self.prompt,),
             negative_prompts=(self.negative,),
@@ -188,6 +205,8 @@ class Job:
             guidance_start=self.guidance_start,
             guidance_end=self.guidance_end,
             cache_interval=self.cache_interval,
+            pag_scale=self.pag_scale,
+            pag_adaptive_scale=self.pag_adaptive_scale,
             num_images_per_prompt=self.count,
             clip_skip=self.clip_skip,
             long_prompts=self.long_prompts,
@@ -203,6 +222,9 @@ class Job:
             loras=dict(self.loras),
             ip_adapter_scale=counts,
             hires=self._second_pass(),
+            variation_seed=self.variation_seed,
+            variation_strength=self.variation_strength,
+            seed_resize_from=None if resized is None else resized[::-1],
             **seed,
         )
 
@@ -262,8 +284,8 @@ class Painter:
     told: Mapping[str, str] = field(default_factory=dict)  # what pictures' parameters tell besides
 
 
-def draw(job: Job, output: Path | None, overwrite: bool) -> list[tuple[Path, int]]:
-    """Draw the pictures and write them; their paths and seeds. What could not be written is refused first.
+def draw(job: Job, output: Path | None, overwrite: bool) -> list[Written]:
+    """Draw the pictures and write them. What could not be written is refused first.
 
     output: a `.png` file (numbered when there are several pictures) or a directory; default `outputs/`.
     """
@@ -281,6 +303,7 @@ def draw(job: Job, output: Path | None, overwrite: bool) -> list[tuple[Path, int
     check_control(painter.model, request, given.control)
     check_images(painter.model, request, given.ip_adapter_images)
     check_cached(painter.model, request)
+    check_pag(painter.model, request)
     check_loras(painter.model, request)
     plan = schedule(
         job.scheduler,
@@ -293,11 +316,12 @@ def draw(job: Job, output: Path | None, overwrite: bool) -> list[tuple[Path, int
     paths = _paths(output or Path("outputs"), request, overwrite)
     _tell_unread(request, painter.model)
     images = painter.paint(request, given)
-    for path, seed, image in zip(paths, request.seeds, images, strict=True):
-        text = infotext_of(request, plan, seed, model=painter.name, weights=painter.weights)
+    for i, (path, image) in enumerate(zip(paths, images, strict=True)):
+        text = infotext_of(request, plan, i, model=painter.name, weights=painter.weights)
         text = replace(text, extra={**text.extra, **painter.told})
         _save(image, path, text, overwrite)
-    return list(zip(paths, request.seeds, strict=True))
+    varied = request.variation_seeds or (None,) * request.images
+    return list(map(Written, paths, request.seeds, varied))
 
 
 def _painter(job: Job) -> Painter:
@@ -339,13 +363,14 @@ class Stock:
         request: Request,
         given: Given,
         cache_branch: int | None = None,
+        pag: Sequence[str] = (),
     ) -> list[Image.Image]:
         from sdfast.validation.drawing import generate
         from sdfast.validation.reading import written_out
         from sdfast.validation.reference import reference_pipeline, tokenizers_of
 
         pipe = reference_pipeline(
-            checkpoint, dtype=DTYPES[dtype], device=self.device, attention=self.attention
+            checkpoint, dtype=DTYPES[dtype], device=self.device, attention=self.attention, pag=pag
         )
         pipe.set_progress_bar_config(disable=None)
         images: list[Image.Image] = generate(
@@ -413,7 +438,8 @@ def _stock_painter(job: Job, folder: Path) -> Painter:
     def paint(request: Request, given: Given) -> list[Image.Image]:
         checkpoint = resolve(made_of.source, revision=made_of.revision, variant=variant, progress=_say)
         made = as_made(checkpoint, engine.manifest, _say)
-        return stock.paint(made, dtype, request, given, cache.branch if cache else None)
+        branch = cache.branch if cache else None
+        return stock.paint(made, dtype, request, given, branch, engine.manifest.model.pag)
 
     return _painter_of(engine, paint)
 

@@ -68,6 +68,7 @@ class Pipeline(Preparation, DiffusersCall):
         image_encoder: str | Path | None = None,
         vae: str | Path | Mapping[str, Any] | None = None,
         cache_branch: int | None = None,
+        pag_applied_layers: str | Sequence[str] = (),
         compile: bool = False,
         **refused: Any,
     ) -> Self:
@@ -88,6 +89,7 @@ class Pipeline(Preparation, DiffusersCall):
         `vae`: what takes the place of the checkpoint's own VAE, a tiny one too: a folder, a file or a Hub id,
         or a mapping of `source`, `revision` and `variant`.
         `cache_branch`: for calls with a `cache_interval`, see `sdfast.models.step_cache`.
+        `pag_applied_layers`: for calls with a `pag_scale`, see `sdfast.models.pag`.
         `compile`, for `backend="eager"`: see `Engine.open`.
         """
         from sdfast.export.first_use import cached_engine
@@ -109,6 +111,7 @@ class Pipeline(Preparation, DiffusersCall):
             image_encoder=image_encoder,
             vae=vae,
             cache_branch=cache_branch,
+            pag=(pag_applied_layers,) if isinstance(pag_applied_layers, str) else tuple(pag_applied_layers),
         )
         return cls.from_engine(folder, compile=compile)
 
@@ -163,7 +166,12 @@ class Pipeline(Preparation, DiffusersCall):
         if given.over is not None and given.over.area is not None:
             images = [given.over.area.pasted(picture) for picture in images]
         own_seeds = given.generators is None and given.latents is None
-        return PipelineOutput(images, request.seeds if own_seeds else None, prepared.truncated)
+        return PipelineOutput(
+            images,
+            request.seeds if own_seeds else None,
+            prepared.truncated,
+            variation_seeds=request.variation_seeds or None,
+        )
 
     @torch.no_grad()
     def enlarged(self, latents: torch.Tensor, request: Request) -> Over:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from sdfast.arithmetic import Weight
 from sdfast.call import Given
 from sdfast.control import check_control, embedded, scales, with_scales
 from sdfast.editing import Editing
@@ -23,7 +24,8 @@ from sdfast.first_latents import (
 from sdfast.ip_adapter import ImagePrompts, check_images
 from sdfast.loras import LoraScales, check_loras
 from sdfast.manifest import Model
-from sdfast.noise import BrownianNoise, NoiseSource, OwnNoise, SharedNoise, generator
+from sdfast.noise import BrownianNoise, NoiseSource, OwnNoise, SharedNoise, VariedNoise, generator
+from sdfast.pag import away_from, check_pag, scale_of, told_of
 from sdfast.prompts import (
     Edited,
     Prompts,
@@ -127,6 +129,7 @@ class Preparation:
         check_loras(self.engine.manifest.model, request)
         check_images(self.engine.manifest.model, request, given.ip_adapter_images)
         check_cached(self.engine.manifest.model, request)
+        check_pag(self.engine.manifest.model, request)
         if request.hires is not None:
             self.check_hires(request, request.hires)
         plan = self.schedule_of(request)
@@ -257,7 +260,15 @@ class Preparation:
         if self.engine.manifest.model.loras:  # behind those of ControlNets
             by_step = [LoraScales.of(self.engine.manifest.model, request).unet] * len(plan)
             told, told_negative = with_scales(told, by_step), with_scales(told_negative, by_step)
-        guides, rows = _guides(request, told, told_negative), []
+        perturbed: list[Conditioning] = []
+        if self.engine.manifest.model.pag:  # behind those of LoRAs
+            if request.pag_scale:
+                perturbed = told_of(told, len(plan), perturbed=True)
+            told = told_of(told, len(plan), perturbed=False)
+            told_negative = told_of(told_negative, len(plan), perturbed=False)
+        guides = _guides(request, told, told_negative, perturbed, scale_of(request, plan))
+        # without negative prompts, there is still something to be guided away from
+        away_from_each, rows = told_negative or perturbed, []
         for i in range(request.images):
             prompt = i // request.num_images_per_prompt
             beside = away_beside = None if start.beside is None else start.beside[i]
@@ -269,10 +280,10 @@ class Preparation:
                     schedule=plan,
                     latents=start.latents[i],
                     positive=first.told,
-                    negative=replace(told_negative[prompt], beside=away_beside) if told_negative else None,
+                    negative=replace(away_from_each[prompt], beside=away_beside) if away_from_each else None,
                     guidance=first.weight,
                     noise=noise.of_row(i),
-                    guidance_rescale=request.guidance_rescale,
+                    guidance_rescale=request.guidance_rescale if told_negative else 0.0,
                     guided=request.guided(len(plan)),
                     cache_interval=request.cache_interval,
                     keep=start.keeps[i],
@@ -288,10 +299,14 @@ class Preparation:
         return model.latent_channels, request.height // factor, request.width // factor
 
     def _noise(self, request: Request, given: Given, plan: Schedule) -> NoiseSource:
-        first = self._first_noise(request, given, plan)
+        own, shape = self._first_noise(request, given, plan), self._latent_shape(request)
+        first: OwnNoise | SharedNoise | VariedNoise = own
+        if request.varied:
+            check_seeded(request, given)
+            first = varied(own, request, shape, self.engine.manifest.model)
         if plan.brownian is None:
             return first
-        return BrownianNoise(first, plan.brownian, self._latent_shape(request), request.images, self.device)
+        return BrownianNoise(first, plan.brownian, shape, request.images, self.device)
 
     def _first_noise(self, request: Request, given: Given, plan: Schedule) -> OwnNoise | SharedNoise:
         shape, source = self._latent_shape(request), given.generators
@@ -325,21 +340,60 @@ def _each(like: Sequence[Edited[Any]], values: Sequence[T]) -> list[Edited[T]]:
 
 
 def _guides(
-    request: Request, told: Sequence[Conditioning], negative: Sequence[Conditioning]
+    request: Request,
+    told: Sequence[Conditioning],
+    negative: Sequence[Conditioning],
+    perturbed: Sequence[Conditioning],
+    scale: Weight,
 ) -> list[list[Guide]]:
     """What each prompt's pictures are guided to: what is told of it, or of those that are added up in it.
 
     Where an image is edited, also what is told of that alone. With t for the image and a prompt, and i for
     the image, the output is negative + guidance · Σ weight · (t − i) + image guidance · (i − negative).
+    perturbed: what is told of each prompt, to guide away from by `scale`, see `sdfast.pag`; without negative
+    prompts these are in their place.
     """
     several, guides = iter(told), []
     for prompt, parts in enumerate(request.composed):
-        own = [Guide(next(several), weight * request.guidance_scale) for _, weight in parts]
+        if perturbed:
+            weight = parts[0][1] * request.guidance_scale if negative else 1.0
+            both = away_from(perturbed[prompt], next(several), weight, scale)
+            guides.append(both if negative else both[:1])
+            continue
+        weights = [weight * request.guidance_scale for _, weight in parts]
+        own = [Guide(next(several), weight) for weight in weights]
         if request.image_guidance_scale is not None and negative:
-            rest = request.image_guidance_scale - sum(guide.weight for guide in own)
-            own.append(Guide(negative[prompt], rest))
+            own.append(Guide(negative[prompt], request.image_guidance_scale - sum(weights)))
         guides.append(own)
     return guides
+
+
+def varied(
+    own: OwnNoise | SharedNoise, request: Request, shape: tuple[int, int, int], model: Model
+) -> VariedNoise:
+    """The noise of a request's pictures, (C, h, w) each, as its variations have it."""
+    placed, others = None, None
+    if request.seed_resize_from is not None:
+        height, width = (side // model.vae_scale_factor for side in request.seed_resize_from)
+        if (height, width) != shape[1:]:
+            shape = (shape[0], height, width)
+            placed = OwnNoise([generator(seed) for seed in request.seeds], shape)
+    if request.variation_strength:
+        others = OwnNoise([generator(seed) for seed in request.variation_seeds], shape)
+    return VariedNoise(own, placed, others, request.variation_strength)
+
+
+def check_seeded(request: Request, given: Given) -> None:
+    """Raises `RequestError` for a variation of noise that is not the request's seeds'."""
+    name = "variation_strength" if request.variation_strength else "seed_resize_from"
+    if given.latents is not None:
+        raise RequestError(f"{name}: is for noise by seeds, and the first latents are given; leave one out")
+    source = given.generators
+    if source is None:
+        return
+    several = [source] if isinstance(source, torch.Generator) else list(source)
+    if [one.initial_seed() for one in several] != list(request.seeds):
+        raise RequestError(f"{name}: is for noise by seeds; give seed in place of generator")
 
 
 def check_channels(model: Model, masked: bool) -> None:

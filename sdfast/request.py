@@ -7,7 +7,15 @@ from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from sdfast.composition import composed
 from sdfast.emphasis import Emphasis
@@ -40,6 +48,11 @@ TOLD_SIZES = (
 """Fields of what SDXL is told of a picture's size."""
 SCORES = ("aesthetic_score", "negative_aesthetic_score")
 """Fields of what its refiner is told in place of the target sizes."""
+SeedSize = tuple[
+    Annotated[int, Field(ge=8, le=MAX_SIDE, multiple_of=8)],
+    Annotated[int, Field(ge=8, le=MAX_SIDE, multiple_of=8)],
+]
+"""Height and width in pixels of another picture of the same seed."""
 ToldSize = tuple[Annotated[int, Field(ge=0, le=MAX_TOLD)], Annotated[int, Field(ge=0, le=MAX_TOLD)]]
 
 LoraScale = Annotated[float, Field(ge=-MAX_LORA, le=MAX_LORA)]
@@ -196,6 +209,17 @@ class Request(_Checked):
     `loras`: how much is added of each LoRA that the engine has for requests to choose: 1 is all, 0, where it
     is not named, nothing; or two numbers, how much in the text encoders and how much in the U-Net.
 
+    `pag_scale`, for engines with layers to be perturbed: how much a picture is guided away from what comes
+    out where these look at nothing but themselves (Ahn et al. 2024), with a negative prompt or without; 0 not
+    at all. It costs one evaluation more. `pag_adaptive_scale`: how much less that is for each timestep below
+    1000, as in diffusers; it ends at 0.
+
+    `variation_strength`: how far the noise that a picture begins with is turned from that of `seed` to that
+    of another, `variation_seed`, which is picked at random where it is `None`: 0 not at all, 1 all the way.
+    As with AUTOMATIC1111 image i of the request then has variation_seed + i and all have `seed`, from whose
+    generators comes the noise of later steps. `seed_resize_from`: the (height, width) in pixels of a picture
+    whose first noise is put in the middle of this one's, so that a seed's pictures of two sizes are alike.
+
     `hires`: a second pass over the pictures of this one, at another size.
     """
 
@@ -212,6 +236,8 @@ class Request(_Checked):
     guidance_start: float = Field(default=0.0, ge=0.0, le=1.0)
     guidance_end: float = Field(default=1.0, ge=0.0, le=1.0)
     cache_interval: int = Field(default=1, ge=1, le=MAX_STEPS)
+    pag_scale: float = Field(default=0.0, ge=0.0, le=MAX_GUIDANCE)
+    pag_adaptive_scale: float = Field(default=0.0, ge=0.0, le=MAX_GUIDANCE)
     eta: float = Field(default=0.0, ge=0.0, le=1.0)
     strength: float | None = Field(default=None, gt=0.0, le=1.0)
     denoising_start: float | None = Field(default=None, gt=0.0, lt=1.0)
@@ -240,6 +266,9 @@ class Request(_Checked):
     loras: Loras = Field(default_factory=dict)
     hires: Hires | None = None
     seed: int = Field(default_factory=lambda: secrets.randbelow(2**32), ge=0, lt=SEED_LIMIT)
+    variation_strength: float = Field(default=0.0, ge=0.0, le=1.0)
+    variation_seed: int | None = Field(default=None, ge=0, lt=SEED_LIMIT, validate_default=True)
+    seed_resize_from: SeedSize | None = None
 
     @property
     def images(self) -> int:
@@ -248,8 +277,19 @@ class Request(_Checked):
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """One seed for each picture."""
-        return tuple(self.seed + i for i in range(self.images))
+        """One seed for each picture; variations have the same."""
+        return tuple(self.seed if self.variation_strength else self.seed + i for i in range(self.images))
+
+    @property
+    def variation_seeds(self) -> tuple[int, ...]:
+        """The other seed of each picture; none without variations."""
+        first = self.variation_seed
+        return () if first is None else tuple(first + i for i in range(self.images))
+
+    @property
+    def varied(self) -> bool:
+        """Whether the first noise is another than the seeds' own."""
+        return bool(self.variation_strength) or self.seed_resize_from is not None
 
     @property
     def over(self) -> bool:
@@ -333,10 +373,18 @@ class Request(_Checked):
             given = {name: getattr(asked, name, None) for name in texts}
             return {name: prompts[one] for name, prompts in given.items() if prompts is not None}
 
-        fields = {**of_one(self), "num_images_per_prompt": 1, "seed": self.seed + picture}
+        fields = {**of_one(self), "num_images_per_prompt": 1, "seed": self.seeds[picture]}
+        if self.variation_seeds:
+            fields["variation_seed"] = self.variation_seeds[picture]
         if self.hires is not None:
             fields["hires"] = self.hires.model_copy(update=of_one(self.hires))
         return self.model_copy(update=fields)
+
+    @field_validator("variation_seed")
+    @classmethod
+    def _some_variation(cls, seed: int | None, info: ValidationInfo) -> int | None:
+        """One where none is given for a variation."""
+        return secrets.randbelow(2**32) if seed is None and info.data.get("variation_strength") else seed
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -376,11 +424,11 @@ class Request(_Checked):
                 f"{self.images} pictures; at most {MAX_IMAGES} in one request"
             )
         self._check_control_spans()
-        if self.seed + self.images > SEED_LIMIT:
-            raise ValueError(f"seed: {self.seed} leaves no seeds below 2**64 for {self.images} pictures")
+        self._check_seeds()
         self._check_shares()
         self._check_composed()
         self._check_crop()
+        self._check_pag()
         if self.hires is not None:
             self._check_hires(self.hires)
         return self
@@ -411,6 +459,18 @@ class Request(_Checked):
                 "them out"
             )
 
+    def _check_seeds(self) -> None:
+        """Raises `ValueError` for too few seeds, and for a variation seed without variations."""
+        if self.variation_seed is not None and not self.variation_strength:
+            raise ValueError(
+                "variation_seed: is for a variation_strength above 0; give that too, or leave it out"
+            )
+        name, first = ("variation_seed", self.variation_seed)
+        if first is None:
+            name, first = ("seed", self.seed)
+        if first + self.images > SEED_LIMIT:
+            raise ValueError(f"{name}: {first} leaves no seeds below 2**64 for {self.images} pictures")
+
     def _check_composed(self) -> None:
         """Raises `ValueError` for several things to be guided to, where guidance is not as that needs."""
         always = not self.guidance_rescale and (self.guidance_start, self.guidance_end) == (0, 1)
@@ -438,6 +498,19 @@ class Request(_Checked):
                 raise ValueError(
                     f"prompt: {told}, each read by both text encoders; leave prompts_2 out, or AND"
                 )
+
+    def _check_pag(self) -> None:
+        """Raises `ValueError` for perturbed-attention guidance beside what it does not go with."""
+        if not self.pag_scale:
+            if self.pag_adaptive_scale:
+                raise ValueError("pag_adaptive_scale: lowers pag_scale; give that too, or leave it out")
+            return
+        if self.image_guidance_scale is not None:
+            raise ValueError("pag_scale: is not for engines that edit an image; leave it out")
+        if (self.guidance_start, self.guidance_end) != (0, 1):
+            raise ValueError("pag_scale: guides in all steps; leave guidance_start and guidance_end out")
+        if any(len(parts) > 1 for parts in self.composed):
+            raise ValueError("pag_scale: is not for prompts that AND adds up; leave one of the two out")
 
     def _check_shares(self) -> None:
         """Raises `ValueError` for a part of the denoising that is none, or does not go with the rest."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from sdfast.arithmetic import Keep, Noise, Plan
+from sdfast.arithmetic import Keep, Noise, Plan, Weight
 from sdfast.schedulers import Schedule
 
 
@@ -42,7 +42,7 @@ class Guide:
     negative says, is added to what is guided."""
 
     told: Conditioning
-    weight: float
+    weight: Weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +51,7 @@ class Row:
 
     latents: the first ones, [C, h, w] float32, scaled by the schedule's `init_noise_sigma`.
     guided: the steps in which it is guided away from its negative, if it has one; default: all.
-    further: what else guides it, in all steps; such a row has a negative and does not rescale.
+    further: what else guides it, in all steps; such a row has a negative.
     noise: unit noise for the steps that draw some. keep: what it keeps of an image that it is drawn over.
     control: the embedded control image of a ControlNet, [C_0, h, w]; every row of an engine has one, or none
     has. cache_interval: N, where the steps 0, N, 2N, … run the whole U-Net and the others are shallow; above
@@ -63,7 +63,7 @@ class Row:
     latents: torch.Tensor
     positive: Conditioning
     negative: Conditioning | None
-    guidance: float
+    guidance: Weight
     noise: Noise
     guidance_rescale: float = 0.0
     keep: Keep | None = None
@@ -77,8 +77,8 @@ class Row:
         if self.cache_interval > 1 and late:
             raise ValueError("a row whose steps are cached is guided from the first step on, or not at all")
         always = self.negative is not None and len(self.guided or self.schedule) == len(self.schedule)
-        if self.further and (not always or self.guidance_rescale):
-            raise ValueError("a row of further guides has a negative in all steps, and does not rescale")
+        if self.further and not always:
+            raise ValueError("a row of further guides has a negative in all steps")
 
     def phase_at(self, step: int) -> tuple[int, int]:
         """What rows that share ticks have in common: the interval, and the step's place in it."""

@@ -75,7 +75,7 @@ def _measured(manifest: Manifest) -> dict[str, str]:
 
 def _approximated(manifest: Manifest) -> dict[str, str]:
     """The layers in FP8 or INT8 by their own names, without where they are; `to_json` has each. And the
-    branch of step caching, which a request asks for."""
+    branch of step caching, and the layers to be perturbed, for which a request asks."""
     told = {}
     if manifest.rounding is not None:
         names = manifest.fp8 or manifest.int8
@@ -84,6 +84,8 @@ def _approximated(manifest: Manifest) -> dict[str, str]:
         told[f"in {manifest.rounding}"] = f"{len(names)} layers of the U-Net: {layers}"
     if manifest.model.step_cache is not None:
         told["step cache"] = f"branch {manifest.model.step_cache.branch}, for requests with a cache_interval"
+    if manifest.model.pag:
+        told["PAG"] = f"{', '.join(manifest.model.pag)}, for requests with a pag_scale"
     return told
 
 

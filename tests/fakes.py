@@ -161,7 +161,8 @@ class FakeEngine(Engine):
     batches: the batch forms of the U-Net. sizes: its (height, width) forms in pixels. failpoints: by module
     name; may be changed at any time. calls: the batch of every call, by module name. edits: whether it takes
     images. controlnets: how many it has. cached: whether it has shallow steps. loras: names of those that
-    requests choose, which the U-Net alone is told.
+    requests choose, which the U-Net alone is told. pag: which layers they may have perturbed; rows that are
+    have a LoRA more.
     """
 
     def __init__(
@@ -175,9 +176,10 @@ class FakeEngine(Engine):
         controlnets: int = 0,
         cached: bool = False,
         loras: tuple[str, ...] = (),
+        pag: tuple[str, ...] = (),
     ) -> None:
         self.folder = Path("fake")
-        self.manifest = _manifest(batches, sizes, guidance_embedding, controlnets, cached, loras)
+        self.manifest = _manifest(batches, sizes, guidance_embedding, controlnets, cached, loras, pag)
         if not edits:
             del self.manifest.modules["vae_encoder"]
         self.device = torch.device("cpu")
@@ -197,6 +199,7 @@ def _manifest(
     controlnets: int,
     cached: bool,
     loras: tuple[str, ...],
+    pag: tuple[str, ...],
 ) -> Manifest:
     forms: dict[str, list[Variant]] = {
         name: [Variant(file=name, batch=Span.exactly(1))] for name in _FUNCTIONS
@@ -234,6 +237,7 @@ def _manifest(
         controlnets=controlnets,
         step_cache=STEP_CACHE if cached else None,
         loras=loras,
+        pag=pag,
     )
     return Manifest.model_construct(
         name="fake",

@@ -214,9 +214,9 @@ def test_bytes_are_read_as_pictures_are() -> None:
 
 def test_a_picture_tells_the_scales_and_the_steps(sd: Pair) -> None:
     asked = request_of(controlnet_conditioning_scale=[0.8, 0.5], control_guidance_end=[1.0, 0.5])
-    told = infotext_of(asked, sd[1].schedule_of(asked), 1, model="tiny", weights={}).extra
+    told = infotext_of(asked, sd[1].schedule_of(asked), 0, model="tiny", weights={}).extra
     assert told == {"ControlNet scale": "0.8/0.5", "ControlNet steps": "0-1/0-0.5"}
     whole = request_of(controlnet_conditioning_scale=[0.8, 0.5])
-    assert infotext_of(whole, sd[1].schedule_of(whole), 1, model="tiny", weights={}).extra == {
+    assert infotext_of(whole, sd[1].schedule_of(whole), 0, model="tiny", weights={}).extra == {
         "ControlNet scale": "0.8/0.5"
     }

@@ -33,7 +33,7 @@ def unsupported() -> list[tuple[str, str]]:
 def test_there_is_one_for_each_class() -> None:
     xl = ("", "XL")
     tasks = [f"{control}{over}" for control in ("", "ControlNet") for over in ("", "Img2Img", "Inpaint")]
-    tasks.append("InstructPix2Pix")
+    tasks += ["InstructPix2Pix", "PAG"]
     assert sorted(f"StableDiffusion{size}{task}Pipeline" for size in xl for task in tasks) == KINDS
 
 
@@ -42,7 +42,7 @@ def test_the_arguments_are_diffusers_in_diffusers_order(kind: str) -> None:
     own, named = getattr(drop_in, kind), defaults_of(kind)
     assert getattr(sdfast, kind) is own
     assert own.order == tuple(named)
-    told = ("strength", "guidance_scale", "controlnet_conditioning_scale")
+    told = ("strength", "guidance_scale", "controlnet_conditioning_scale", "pag_scale")
     defaults = {name: named[name] for name in told if name in named}
     if named["num_inference_steps"] != DEFAULT_STEPS:
         defaults["num_inference_steps"] = named["num_inference_steps"]

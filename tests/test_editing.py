@@ -323,5 +323,5 @@ def test_the_command_line_reads_it_when_asked(
 def test_the_parameters_tell_of_it() -> None:
     for prompt, told in (("a [b:2]", True), ("a [b]", False), ("a", False)):
         asked = request(prompt)
-        text = infotext.infotext_of(asked, fake().schedule_of(asked), 1, model="m", weights={})
+        text = infotext.infotext_of(asked, fake().schedule_of(asked), 0, model="m", weights={})
         assert ("Prompt editing" in text.extra) == told

@@ -105,5 +105,5 @@ def test_what_makes_no_sense_is_refused() -> None:
 def test_the_parameters_say_so() -> None:
     pipe = Pipeline(FakeEngine())
     request = request_of(guidance_start=0.25, guidance_end=0.6)
-    told = infotext_of(request, pipe.schedule_of(request), 3, model="m", weights={}).extra
+    told = infotext_of(request, pipe.schedule_of(request), 0, model="m", weights={}).extra
     assert told == {"Guidance start": "0.25", "Guidance end": "0.6"}

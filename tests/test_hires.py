@@ -244,7 +244,7 @@ def test_the_parameters_tell_of_it() -> None:
     def told(**hires: Any) -> dict[str, str]:
         request = asked(hires=Hires.make(**hires))
         plan = Pipeline(FakeEngine()).schedule_of(request)
-        text = infotext.infotext_of(request, plan, 6, model="m", weights={})
+        text = infotext.infotext_of(request, plan, 1, model="m", weights={})
         return dict(infotext.parse(str(text)).extra)
 
     assert told(height=32, width=32) == {

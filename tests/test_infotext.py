@@ -54,6 +54,7 @@ def with_prompts(prompt: str, negative: str = "") -> Infotext:
         with_prompts('quotes " and \\ and (weights:1.2), [x|y]'),
         Infotext("p", steps=1, model='a, "b": c\nd\\', version=" padded ", sampler='"quoted"'),
         Infotext("p", steps=1, extra={"Hires upscale": "2", "Lora hashes": "a: 1, b: 2", "Tiling": ""}),
+        Infotext("p", steps=1, seed=2, variation_seed=2**64 - 1, variation_strength=0.25),
         Infotext("a prompt and nothing else"),
     ],
 )

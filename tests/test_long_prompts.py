@@ -197,7 +197,7 @@ def test_the_parameters_say_how_prompts_were_read() -> None:
 
     def extra(**more: Any) -> dict[str, str]:
         request = request_of(ask, **more)
-        text = infotext_of(request, pipe.schedule_of(request), 3, model="m", weights={})
+        text = infotext_of(request, pipe.schedule_of(request), 0, model="m", weights={})
         return dict(text.extra)
 
     assert extra() == {}

@@ -13,6 +13,7 @@ from sdfast.arithmetic import (
     HostArithmetic,
     Keep,
     Plan,
+    Weight,
     device,
     rescale_guidance,
 )
@@ -70,12 +71,12 @@ def row(
     seed: int = 0,
     prompt: float = 10.0,
     negative: float | None = -5.0,
-    guidance: float = 7.0,
+    guidance: Weight = 7.0,
     rescale: float = 0.0,
     keeps: bool = False,
     interval: int = 1,
     guided: range | None = None,
-    further: Sequence[tuple[float, float]] = (),
+    further: Sequence[tuple[float, Weight]] = (),
 ) -> Row:
     """further: the prompt and the weight of each."""
     chosen = plan(name, steps)
@@ -111,6 +112,15 @@ FURTHER: list[dict[str, object]] = [
     {"name": "dpmpp_2m", "steps": 4, "seed": 9, "further": [(20.0, 3.0)]},
     {"name": "euler_a", "steps": 6, "seed": 10, "guidance": 5.0, "further": [(-8.0, -1.5), (50.0, 0.5)]},
     {"name": "ddim", "steps": 3, "seed": 11, "guidance": 0.0, "further": [(4.0, 1.0)], "keeps": True},
+    {
+        "name": "dpmpp_2m",
+        "steps": 3,
+        "seed": 12,
+        "guidance": [9.0, 8.0, 7.5],
+        "further": [(2.0, [-2.0, -1.0, 0.0])],
+    },
+    {"name": "euler_a", "steps": 4, "seed": 13, "rescale": 0.6, "further": [(5.0, [-3.0, -3.0, -1.0, -0.5])]},
+    {"name": "euler", "steps": 5, "seed": 14, "guidance": [4.0, 3.0, 2.0, 1.0, 1.0]},
 ]
 # Rows that keep a part of an image.
 KEEPING: list[dict[str, object]] = [
@@ -131,6 +141,10 @@ def alone(arithmetic: Arithmetics, **kinds: object) -> torch.Tensor:
     return run(FakeEngine(cached="interval" in kinds), [row(**kinds)], arithmetic)[0]
 
 
+def at(weight: Weight, step: int) -> float:
+    return weight[step] if isinstance(weight, Sequence) else weight
+
+
 def by_hand(told_row: Row) -> torch.Tensor:
     """The row in float64, from the documentation of `Schedule` alone."""
     table = told_row.schedule
@@ -147,11 +161,11 @@ def by_hand(told_row: Row) -> torch.Tensor:
             outputs = [sample * 0.25 + t + d for t, d in zip(told, deep, strict=True)]
         guided, away = outputs[-1], len(told_row.told_at(k)) > 1
         if away:
-            guided = outputs[0] + told_row.guidance * (outputs[-1] - outputs[0])
+            guided = outputs[0] + at(told_row.guidance, k) * (outputs[-1] - outputs[0])
         for guide, output in zip(told_row.further, outputs[1:], strict=False):
-            guided = guided + guide.weight * (output - outputs[0])
+            guided = guided + at(guide.weight, k) * (output - outputs[0])
         if away and told_row.guidance_rescale:
-            rescaled = guided * outputs[1].std() / guided.std()
+            rescaled = guided * outputs[-1].std() / guided.std()
             guided = told_row.guidance_rescale * rescaled + (1 - told_row.guidance_rescale) * guided
         z = told_row.noise(k).double() if table.draws_noise[k] else torch.zeros(SHAPE, dtype=torch.float64)
         state = torch.cat([registers, guided[None], z[None]])

@@ -174,7 +174,7 @@ def test_the_stock_pipeline_draws_the_same(made: Any, tmp_path: Path) -> None:
         "seed": 3,
     }
     cached = Job(**job, engine=pipe.engine.folder, size="64x64", cache_interval=3, backend="diffusers")
-    [(path, _)] = draw(cached, tmp_path / "a.png", False)
+    [(path, _, _)] = draw(cached, tmp_path / "a.png", False)
     [expected] = generate(stock, asked, cache_branch=branch)
     assert Image.open(path).tobytes() == expected.tobytes()
 
@@ -431,7 +431,7 @@ def test_layers_in_fp8_are_so_in_shallow_steps(tiny_sdxl: Path) -> None:
 
 def test_the_parameters_say_so() -> None:
     pipe = Pipeline(FakeEngine(cached=True))
-    told = infotext_of(request_of(), pipe.schedule_of(request_of()), 3, model="m", weights={}).extra
+    told = infotext_of(request_of(), pipe.schedule_of(request_of()), 0, model="m", weights={}).extra
     assert told == {"Cache interval": "3"}
 
 

@@ -161,4 +161,4 @@ def _alike(first: Job, other: Job) -> bool:
 def _png(pipeline: Pipeline, job: Job, image: Image.Image) -> bytes:
     request, manifest = job.request, pipeline.engine.manifest
     plan, weights = pipeline.schedule_of(request), manifest.checkpoint.weights
-    return png(image, infotext_of(request, plan, request.seed, model=manifest.name, weights=weights))
+    return png(image, infotext_of(request, plan, 0, model=manifest.name, weights=weights))

@@ -23,7 +23,7 @@ import torch
 from sdfast.arithmetic.device import DeviceArithmetic, rescale_guidance
 from sdfast.arithmetic.fused import FusedArithmetic
 from sdfast.arithmetic.host import HostArithmetic
-from sdfast.arithmetic.plan import Arithmetic, Buffers, Capacity, Keep, Noise, Plan
+from sdfast.arithmetic.plan import Arithmetic, Buffers, Capacity, Keep, Noise, Plan, Weight
 
 __all__ = [
     "Arithmetic",
@@ -35,6 +35,7 @@ __all__ = [
     "Keep",
     "Noise",
     "Plan",
+    "Weight",
     "arithmetic_for",
     "rescale_guidance",
 ]

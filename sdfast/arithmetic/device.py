@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from sdfast.arithmetic.plan import Buffers, Capacity, Plan, step_matrices, step_noising
+from sdfast.arithmetic.plan import Buffers, Capacity, Plan, by_step, step_matrices, step_noising
 from sdfast.schedulers import Schedule
 
 NOISE = 256 * 2**20  # bytes of noise that lie on the device at a time: that of all steps, unless it is more
@@ -48,6 +48,9 @@ class DeviceArithmetic:
         self._idle = zeros(n, 1, 1, dtype=torch.bool)
         self._guidance, self._rescale = zeros(capacity.guided, 1, 1, 1), zeros(capacity.guided, 1, 1, 1)
         self._further = [zeros(having, 1, 1, 1) for having in capacity.further]
+        self._weights = [self._guidance, *self._further]
+        varying = self._weights if capacity.varies else []
+        self._weights_by_line = [zeros(len(weight) * self._lines_a_row) for weight in varying]
         self._window = max(1, min(capacity.steps, NOISE // (4 * n * numbers))) if capacity.draws else 0
         self._noise = zeros(n * self._window + 1, numbers)  # the last line is no noise
         self._noise_lines = zeros(n * self._lines_a_row, dtype=torch.int64)
@@ -146,14 +149,21 @@ class DeviceArithmetic:
         self._m[guided:] = outputs[-1][guided:]
         if not guided:
             return
+        if self._capacity.varies:
+            self._weigh()
         negative, positive = outputs[0].float(), outputs[-1][:guided].float()
         mixed = torch.lerp(negative, positive, self._guidance)
-        if self._capacity.rescales:
-            mixed = rescale_guidance(mixed, positive, self._rescale)
         for weight, output in zip(self._further, outputs[1:], strict=False):
             having = len(weight)
             mixed[:having] += weight * (output.float() - negative[:having])
+        if self._capacity.rescales:
+            mixed = rescale_guidance(mixed, positive, self._rescale)
         self._m[:guided] = mixed
+
+    def _weigh(self) -> None:
+        """The weights of the step at which each row stands."""
+        for weight, by_line in zip(self._weights, self._weights_by_line, strict=True):
+            weight.copy_(by_line.index_select(0, self._table_line[: len(weight)]).view_as(weight))
 
     def _draw(self, steps: Sequence[int]) -> None:
         """More noise for the rows that have used up theirs, as much as there is room for.
@@ -188,13 +198,17 @@ class DeviceArithmetic:
         self._stride[: n + self._capacity.unet_rows] = 1
 
     def _place_guidance(self, plans: Sequence[Plan]) -> None:
-        guided, further = plans[: self._capacity.guided], range(len(self._further))
-        for target, values in (
-            (self._guidance, [plan.guidance for plan in guided]),
-            (self._rescale, [plan.guidance_rescale for plan in guided]),
-            *((self._further[j], [p.further[j] for p in plans if len(p.further) > j]) for j in further),
-        ):
-            target.copy_(torch.tensor(values, dtype=torch.float32).view(-1, 1, 1, 1))
+        guided, each = plans[: self._capacity.guided], self._lines_a_row
+        rescale = torch.tensor([plan.guidance_rescale for plan in guided], dtype=torch.float32)
+        self._rescale.copy_(rescale.view(-1, 1, 1, 1))
+        for j, target in enumerate(self._weights):
+            weights = np.zeros((len(target), each), np.float32)  # the last line is the idle one
+            for own, plan in zip(weights, plans, strict=False):
+                steps = len(plan.schedule)
+                own[:steps] = by_step((plan.guidance, *plan.further)[j], steps)
+            target.copy_(torch.from_numpy(weights[:, :1].copy()).view(-1, 1, 1, 1))
+            if self._weights_by_line:
+                self._weights_by_line[j].copy_(torch.from_numpy(weights.ravel()))
 
     def _place_kept(self, plans: Sequence[Plan]) -> None:
         keeping = np.ones((len(plans), self._lines_a_row, 3), np.float32)

@@ -10,8 +10,8 @@ class FusedArithmetic(DeviceArithmetic):
     """`DeviceArithmetic` whose `advance` is `kernels.advance.Advance`, on the same tensors.
 
     Its numbers differ from that one's by the rounding of float32 alone. Rows that rescale their guidance need
-    the spread of a whole picture first, and those of further outputs are rare: a capacity with such rows
-    advances as in `DeviceArithmetic`.
+    the spread of a whole picture first, and those of further outputs, or of weights that vary, are rare: a
+    capacity with such rows advances as in `DeviceArithmetic`.
     """
 
     def __init__(self, buffers: Buffers, capacity: Capacity) -> None:
@@ -43,7 +43,7 @@ class FusedArithmetic(DeviceArithmetic):
         )
 
     def advance(self) -> None:
-        if self._capacity.rescales or self._capacity.further:
+        if self._capacity.rescales or self._capacity.further or self._capacity.varies:
             super().advance()
         else:
             self._fused()

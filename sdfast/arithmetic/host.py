@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sdfast.arithmetic.plan import Buffers, Capacity, Keep, Plan, step_matrices, step_noising
+from sdfast.arithmetic.plan import Buffers, Capacity, Keep, Plan, by_step, step_matrices, step_noising
 from sdfast.schedulers import Schedule
 
 Float32s = NDArray[np.float32]
@@ -74,7 +74,8 @@ class _HostRow:
         self._matrices = step_matrices(plan.schedule, len(state) - 2).astype(np.float32)
         self._scales = np.append(plan.schedule.input_scale, 1.0).astype(np.float32)
         self._kept = _Kept(plan.keep, plan.schedule) if plan.keep else None
-        self._guidance, self._rescale = np.float32(plan.guidance), plan.guidance_rescale
+        steps = len(self._matrices)
+        self._guidance, self._rescale = by_step(plan.guidance, steps), plan.guidance_rescale
         samples, outputs = buffers.sample.flatten(1).numpy(), buffers.output.flatten(1).numpy()
         shifts, own = buffers.time_shift.numpy(), state.shape[1]
         self._told = [
@@ -83,7 +84,8 @@ class _HostRow:
         ]
         negative, *further, self._positive = (outputs[place] for place in [places[0], *places])
         self._negative = negative if plan.guided else None
-        self._further = list(zip(map(np.float32, plan.further), further[1:], strict=True))
+        weights = [by_step(weight, steps) for weight in plan.further]
+        self._further = list(zip(weights, further[1:], strict=True))
 
     def prepare(self, k: int) -> None:
         self._write(self._state[0] * self._scales[k], k)
@@ -95,7 +97,7 @@ class _HostRow:
     def advance(self, k: int) -> None:
         if k == len(self._matrices):
             return
-        self._guide()
+        self._guide(k)
         np.matmul(self._matrices[k], self._state, out=self._product)
         self._registers[:] = self._product[:-1]
         if self._kept is None:
@@ -104,16 +106,16 @@ class _HostRow:
             self._kept.put_back(self._registers[0], k)
             self.prepare(k + 1)
 
-    def _guide(self) -> None:
+    def _guide(self, k: int) -> None:
         m, negative, positive = self._m, self._negative, self._positive
         if negative is None:
             m[:] = positive
             return
         np.subtract(positive, negative, out=m, dtype=_FLOAT32)
-        m *= self._guidance
+        m *= self._guidance[k]
         m += negative
         for weight, output in self._further:
-            m += weight * np.subtract(output, negative, dtype=_FLOAT32)
+            m += weight[k] * np.subtract(output, negative, dtype=_FLOAT32)
         if self._rescale:
             spread = positive.astype(np.float32).std(ddof=1) / m.std(ddof=1)
             m *= self._rescale * spread + (1 - self._rescale)

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from sdfast.schedulers import Schedule
 
+Weight = float | Sequence[float]
+"""How much an output counts: one number for all steps, or one for each."""
 Noise = Callable[[int], torch.Tensor]  # step → unit noise [C, h, w], drawn in the order of the steps
 
 
@@ -40,15 +42,20 @@ class Plan:
 
     schedule: Schedule
     time_shifts: Sequence[torch.Tensor]
-    guidance: float
+    guidance: Weight
     guidance_rescale: float
     noise: Noise
     keep: Keep | None = None
-    further: Sequence[float] = ()
+    further: Sequence[Weight] = ()
 
     @property
     def guided(self) -> bool:
         return len(self.time_shifts) > 1
+
+    @property
+    def varies(self) -> bool:
+        """Whether some output counts more in one step than in another."""
+        return any(isinstance(weight, Sequence) for weight in (self.guidance, *self.further))
 
 
 @dataclass(frozen=True)
@@ -72,8 +79,8 @@ class Capacity:
 
     Rows of more U-Net rows come first. guided: how many have a negative. further: how many have one further
     output or more, how many two or more, and so on.
-    steps, registers: the most that a row may have. draws, rescales, keeps: whether some row draws noise,
-    rescales its guidance, or keeps a part of an image.
+    steps, registers: the most that a row may have. draws, rescales, keeps, varies: whether some row draws
+    noise, rescales its guidance, keeps a part of an image, or weighs outputs otherwise from step to step.
     """
 
     rows: int
@@ -84,6 +91,7 @@ class Capacity:
     rescales: bool
     keeps: bool
     further: tuple[int, ...] = ()
+    varies: bool = False
 
     @property
     def unet_rows(self) -> int:
@@ -113,6 +121,7 @@ class Capacity:
             rescales=any(plan.guided and plan.guidance_rescale for plan in plans),
             keeps=any(plan.keep is not None for plan in plans),
             further=tuple(takewhile(bool, (sum(len(p.further) > j for p in plans) for j in count()))),
+            varies=any(plan.guided and plan.varies for plan in plans),
         )
 
 
@@ -151,6 +160,11 @@ class Arithmetic(Protocol):
     def advance(self) -> None:
         """Take each row from its step to the next and prepare that. A row at its end stays as it is."""
         ...
+
+
+def by_step(weight: Weight, steps: int) -> NDArray[np.float32]:
+    """[K]: how much an output counts in each of so many steps."""
+    return np.broadcast_to(np.asarray(weight, np.float32), steps)
 
 
 def step_noising(schedule: Schedule) -> NDArray[np.float64]:

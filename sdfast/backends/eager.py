@@ -24,6 +24,7 @@ from sdfast.models.fp8 import use_convolution, use_product
 from sdfast.models.half_range import set_eps
 from sdfast.models.ip_adapter import ImageContext, ImageEncoder, IPAdapterConfig
 from sdfast.models.lora import Choosing, attach, attach_to_step, attach_to_text_model, empty_of
+from sdfast.models.pag import Perturbing, perturb
 from sdfast.models.rounded import rounded
 from sdfast.models.step_cache import ShallowUNet
 from sdfast.models.tiny_vae import TinyEncoder
@@ -66,8 +67,9 @@ class EagerModule:
     def __init__(self, network: nn.Module, outputs: tuple[str, ...]) -> None:
         self._network = network
         self._outputs = outputs
-        # With LoRAs it holds what it is told while it runs, which is one call's.
+        # With LoRAs or perturbed layers it holds what it is told while it runs, which is one call's.
         told = any(isinstance(part, Choosing) and part.loras is not None for part in network.modules())
+        told |= isinstance(network, Perturbing) and network.switch is not None
         self._alone: AbstractContextManager[object] = threading.Lock() if told else nullcontext()
 
     @torch.inference_mode()
@@ -223,10 +225,12 @@ def _unet_part(name: str, header: Mapping[str, Any]) -> nn.Module:
     if name == SHALLOW:
         shallow = ShallowUNet(config, header["cache_branch"], tokens)
         attach_to_step(shallow, count, empty_of(shallow, ranks))
+        perturb(shallow, header.get("perturbed", ()))
         return rounded(shallow, *layers)
     unet = UNet(config, header.get("cache_branch"), tokens)
     own = unet, TimeShift(config, shift_parts(unet)), Context(config, context_parts(unet))
     attach_to_step(unet, count, empty_of(unet, ranks))
+    perturb(unet, header.get("perturbed", ()))
     for network in own[1:]:
         attach(network, count, empty_of(network, ranks))
     parts: Sequence[nn.Module] = own

@@ -379,6 +379,8 @@ class _Build:
             depends["image tokens"] = tokens
         if self.recipe.cache_branch is not None and spec.name in ("unet", SHALLOW):
             depends["cache branch"] = self.recipe.cache_branch
+        if self.recipe.pag and spec.name in ("unet", SHALLOW):
+            depends["pag"] = self.recipe.pag
         if self.code_target is not None and self.code_target.device == "cuda":
             depends["kernels"] = self.recipe.kernels or "auto"
         return json_digest(depends)
@@ -412,7 +414,7 @@ def _modules(checkpoint: Checkpoint, recipe: Recipe) -> "tuple[Networks | Graphs
 
         graphs = Graphs.of(checkpoint)
         return graphs, graphs.specs(recipe)
-    networks = Networks.of(checkpoint, recipe.cache_branch)
+    networks = Networks.of(checkpoint, recipe.cache_branch, recipe.pag)
     return networks, module_specs(networks, recipe)
 
 

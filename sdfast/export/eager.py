@@ -34,6 +34,8 @@ def compile_eager(spec: ModuleSpec, place: Path, checkpoint: Checkpoint) -> list
         header["controlnets"] = [dict(checkpoint.component(name).config) for name in beside]
     if isinstance(network, UNet | ShallowUNet) and network.branch is not None:
         header["cache_branch"] = network.branch
+    if isinstance(network, UNet | ShallowUNet) and network.switch is not None:
+        header["perturbed"] = network.switch.layers
     if checkpoint.chosen and component.name in ("unet", *checkpoint.text_encoders):
         header["loras"] = {"count": len(checkpoint.chosen), "ranks": checkpoint.ranks(component.name)}
     if checkpoint.ip_adapters and "unet" in spec.components:

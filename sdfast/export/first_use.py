@@ -33,12 +33,13 @@ def cached_engine(
     image_encoder: str | Path | None = None,
     vae: Any = None,
     cache_branch: int | None = None,
+    pag: Sequence[str] = (),
 ) -> Path:
     """The folder of the engine of a checkpoint, built when it is not there or the checkpoint has changed.
 
     The checkpoint's own size is compiled unless `sizes` ("512x768", width first) names others. `loras`,
-    `controlnet`, `embeddings`, `ip_adapters`, `image_encoder`, `vae`, `cache_branch`: as a recipe has them.
-    What is built is said on stderr.
+    `controlnet`, `embeddings`, `ip_adapters`, `image_encoder`, `vae`, `cache_branch`, `pag`: as a recipe has
+    them. What is built is said on stderr.
     """
     if dtype not in _DTYPES:
         raise RequestError(f"torch_dtype: {dtype} is not one of torch.float32, torch.float16")
@@ -58,6 +59,7 @@ def cached_engine(
         image_encoder=image_encoder,
         vae=vae,
         cache_branch=cache_branch,
+        pag=tuple(pag),
     )
     source = str(checkpoint)
     shown = source.replace(os.sep, "--").strip("-.") or "checkpoint"

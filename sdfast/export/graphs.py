@@ -43,6 +43,7 @@ _REFUSED = {
     "fp8": "FP8 is for networks of sdfast's own",
     "int8": "INT8 is for networks of sdfast's own",
     "cache_branch": "shallow steps are made of the U-Net's weights",
+    "pag": "perturbed layers are layers of sdfast's own",
 }
 
 

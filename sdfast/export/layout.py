@@ -18,12 +18,14 @@ PIPELINES: Mapping[str, Family] = {
     "StableDiffusionImg2ImgPipeline": "sd",
     "StableDiffusionInpaintPipeline": "sd",
     "StableDiffusionInstructPix2PixPipeline": "sd",
+    "StableDiffusionPAGPipeline": "sd",
     "LatentConsistencyModelPipeline": "sd",
     "LatentConsistencyModelImg2ImgPipeline": "sd",
     "StableDiffusionXLPipeline": "sdxl",
     "StableDiffusionXLImg2ImgPipeline": "sdxl",
     "StableDiffusionXLInpaintPipeline": "sdxl",
     "StableDiffusionXLInstructPix2PixPipeline": "sdxl",
+    "StableDiffusionXLPAGPipeline": "sdxl",
 }
 
 COMPONENTS: Mapping[Family, tuple[str, ...]] = {

@@ -27,6 +27,7 @@ from sdfast.models.controlnet import (
 )
 from sdfast.models.half_range import rescale
 from sdfast.models.lora import attach, attach_to_step, attach_to_text_model
+from sdfast.models.pag import perturb
 from sdfast.models.rounded import rounded
 from sdfast.models.step_cache import ShallowUNet
 from sdfast.models.text import TextEncoder
@@ -71,10 +72,12 @@ class UNetParts:
         return controlled
 
     def _with_loras(self, own: tuple[UNet, TimeShift, Context]) -> tuple[UNet, TimeShift, Context]:
-        """The U-Net's modules, once their layers have the LoRAs beside them that requests choose."""
+        """The U-Net's modules, once their layers have the LoRAs beside them that requests choose, and those
+        to be perturbed are."""
         checkpoint = self._networks.checkpoint
         count, found = len(checkpoint.chosen), checkpoint.low_rank("unet")
         attach_to_step(own[0], count, found, self._dtype)
+        perturb(own[0], self._networks.perturbed)
         for outside in own[1:]:
             attach(outside, count, found, self._dtype)
         return own

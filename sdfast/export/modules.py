@@ -89,7 +89,7 @@ def module_specs(networks: Networks, recipe: Recipe) -> list[ModuleSpec]:
     _check_sizes(sizes, networks.factor)
     int8 = networks.int8() if recipe.int8 else ()
     load = UNetParts(networks, dtype, *_in_fp8(networks, recipe), int8)
-    batches = recipe.unet_batches(guided=3 if model.instructed else 2)
+    batches = recipe.unet_batches((3,) if model.instructed else (2, 3) if model.pag else (2,))
     steps = model, load, dtype, batches, sizes, recipe.prompt_lengths()
     vae = VAEHalves(networks, half=dtype == torch.float16 and recipe.vae_dtype == "auto")
     return [

@@ -23,6 +23,7 @@ from sdfast.models.fp8 import MULTIPLE, fp8_convolutions, fp8_layers
 from sdfast.models.int8 import int8_layers
 from sdfast.models.ip_adapter import IPAdapterConfig, transformers
 from sdfast.models.lora import attach_to_step, empty_of
+from sdfast.models.pag import matching, perturb
 from sdfast.models.unet import (
     Context,
     TimeShift,
@@ -74,6 +75,7 @@ class Configs:
         ip_adapters: tuple[IPAdapter, ...] = (),
         image_processor: ImageProcessor | None = None,
         transformers: tuple[Transformer, ...] = (),
+        pag: tuple[str, ...] = (),
     ) -> Model:
         """What the manifest says of the networks."""
         return Model(
@@ -99,6 +101,7 @@ class Configs:
             ip_adapters=ip_adapters,
             image_processor=image_processor,
             transformers=transformers,
+            pag=pag,
         )
 
     def _image_latents_scale(self) -> float | None:
@@ -115,10 +118,14 @@ class Networks(Configs):
     controlnets: tuple[ControlNetConfig, ...] = ()
     ip_adapters: tuple[IPAdapterConfig, ...] = ()
     step_cache: StepCache | None = None
+    pag: tuple[str, ...] = ()
+    perturbed: tuple[str, ...] = ()  # the layers that those name
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, cache_branch: int | None = None) -> "Networks":
-        """cache_branch: as a recipe's. Raises `ExportError` for one that the U-Net does not have."""
+    def of(
+        cls, checkpoint: Checkpoint, cache_branch: int | None = None, pag: tuple[str, ...] = ()
+    ) -> "Networks":
+        """cache_branch, pag: as a recipe's. Raises `ExportError` for those that the U-Net does not have."""
         checkpoint.check_weights()
         parts = checkpoint.components
         unet = UNetConfig.from_diffusers(parts["unet"].config)
@@ -128,7 +135,13 @@ class Networks(Configs):
             vae_config(parts["vae"].class_name, parts["vae"].config),
             checkpoint.text_encoders,
             step_cache=None if cache_branch is None else _step_cache(unet, cache_branch),
+            pag=pag,
+            perturbed=_perturbed(unet, pag),
         )
+        if pag and networks._image_latents_scale() is not None:
+            raise ExportError(
+                "pag: an InstructPix2Pix U-Net is guided by the image that it edits; leave it out"
+            )
         networks._check_pooled()
         networks._check_alone()
         for adapter in checkpoint.ip_adapters:
@@ -201,6 +214,7 @@ class Networks(Configs):
             branch = self.step_cache.branch if self.step_cache else None
             unet = UNet(self.unet, branch, self.image_tokens)
             attach_to_step(unet, len(self.checkpoint.chosen), empty_of(unet, self.checkpoint.ranks("unet")))
+            perturb(unet, self.perturbed)
             beside = [ControlNet(config.way_down) for config in self.controlnets]
             return ControlledUNet(unet, beside) if beside else unet
 
@@ -223,11 +237,12 @@ class Networks(Configs):
         return self._model(
             text_width=sum(widths),
             context_width=sum(step.context_widths),
-            time_shift_width=sum(step.shift_widths) + len(loras),
+            time_shift_width=sum(step.shift_widths) + len(loras) + bool(self.pag),
             control_channels=sum(config.channels for config in self.controlnets) or None,
             controlnets=len(self.controlnets),
             step_cache=self.step_cache,
             loras=loras,
+            pag=self.pag,
             **self._of_images(),
         )
 
@@ -244,6 +259,27 @@ class Networks(Configs):
             "image_processor": encoder.processor,
             "transformers": tuple(Transformer(**run._asdict()) for run in transformers(self.unet)),
         }
+
+
+def _perturbed(unet: UNetConfig, patterns: tuple[str, ...]) -> tuple[str, ...]:
+    """The layers in which one of the patterns is found. Raises `ExportError` for one found in none."""
+    if not patterns:
+        return ()
+    with torch.device("meta"):
+        step, found = UNet(unet), set[str]()
+    for pattern in patterns:
+        try:
+            layers = matching(step, pattern)
+        except ValueError as error:
+            raise ExportError(f"pag: {error}; give a part of a layer's name, such as mid") from None
+        if not layers:
+            there = ", ".join(dict.fromkeys(name.partition(".attentions")[0] for name in matching(step, "")))
+            raise ExportError(
+                f"pag: {pattern!r:.60} is in no name of a self-attention layer of this U-Net; they are in: "
+                f"{there}"
+            )
+        found.update(layers)
+    return tuple(sorted(found))
 
 
 def _step_cache(unet: UNetConfig, branch: int) -> StepCache:

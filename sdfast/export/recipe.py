@@ -3,7 +3,7 @@
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -38,6 +38,7 @@ def _size(text: str) -> str:
 
 
 Size = Annotated[str, AfterValidator(_size)]
+LayerPattern = Annotated[str, Field(min_length=1, max_length=200)]
 Count = Annotated[int, Field(strict=True, ge=1, le=MAX_IMAGES)]
 
 
@@ -230,6 +231,9 @@ class Recipe(_Part):
     cache_branch: make shallow steps of the U-Net too, for requests with a `cache_interval`: an approximation,
         see `sdfast.models.step_cache`. The skip up to which they go: 0 is the usual one, the fastest; later
         ones change the picture less. Not together with a ControlNet.
+    pag: for requests with a `pag_scale` (perturbed-attention guidance, see `sdfast.models.pag`): which
+        self-attention layers are perturbed, as diffusers' pag_applied_layers name them: "mid" is the usual.
+        Not together with a ControlNet.
 
     A field that has no use in a recipe is None there, and refused when it is given.
     """
@@ -257,6 +261,7 @@ class Recipe(_Part):
     ip_adapters: Annotated[tuple[IPAdapterSetting, ...], Field(max_length=MAX_IP_ADAPTERS)] = ()
     image_encoder: Annotated[str | None, BeforeValidator(_path_as_text)] = None
     cache_branch: Annotated[int | None, Field(strict=True, ge=0)] = None
+    pag: tuple[LayerPattern, ...] = ()
 
     @field_validator("batch")
     @classmethod
@@ -396,6 +401,13 @@ class Recipe(_Part):
             )
         return branch
 
+    @field_validator("pag")
+    @classmethod
+    def _unguided_otherwise(cls, layers: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if layers and info.data.get("controlnet"):
+            raise ValueError("is not supported beside a ControlNet; leave one of the two out")
+        return layers
+
     @classmethod
     def make(cls, **fields: Any) -> Self:
         """A checked recipe. Raises `ExportError` naming the field."""
@@ -439,11 +451,11 @@ class Recipe(_Part):
     def max_images(self) -> int:
         return self.batch if isinstance(self.batch, int) else max(self.batch)
 
-    def unet_batches(self, guided: int = 2) -> list[Span]:
-        """The U-Net's batches: a picture takes so many rows with guidance, one without."""
+    def unet_batches(self, guided: Sequence[int] = (2,)) -> list[Span]:
+        """The U-Net's batches: a picture takes one of these numbers of rows with guidance, one without."""
         if isinstance(self.batch, int):
-            return [Span(low=1, high=guided * self.batch)]
-        return [Span.exactly(rows) for rows in sorted({n * m for n in self.batch for m in (1, guided)})]
+            return [Span(low=1, high=max(guided) * self.batch)]
+        return [Span.exactly(rows) for rows in sorted({n * m for n in self.batch for m in (1, *guided)})]
 
     def prompt_lengths(self) -> list[Span]:
         """The tokens of the prompts that the U-Net is told of, a form for each span."""

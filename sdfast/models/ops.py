@@ -255,7 +255,7 @@ def add_scaled(x: Tensor, branch: Tensor, scale: Tensor) -> Tensor:
 
 @_named(_same)
 def scale_channels(x: Tensor, scale: Tensor) -> Tensor:
-    """x [B, C], tokens [B, N, C] or an image [B, C, H, W], scale [B or 1, C]: each row's channels by its
+    """x [B, C], tokens [B, N, C] or an image [B, C, H, W], scale [B or 1, C or 1]: each row's channels by its
     own."""
     if x.dim() == 4:
         return x * scale[:, :, None, None]

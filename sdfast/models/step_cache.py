@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sdfast.models.layers import Layer
+from sdfast.models.pag import Perturbable
 from sdfast.models.unet import (
     BothWays,
     DownBlock,
@@ -53,7 +54,9 @@ class ShallowUNet(BothWays):
         for name, layer in list(shallow.named_modules()):
             if isinstance(layer, Layer):
                 layer.branch = cast(Layer, unet.get_submodule(name)).branch
-        shallow.loras = unet.loras
+            if isinstance(layer, Perturbable):
+                layer.switch = cast(Perturbable, unet.get_submodule(name)).switch
+        shallow.loras, shallow.switch = unet.loras, unet.switch
         own, weights = shallow.state_dict().keys(), unet.state_dict()
         shallow.load_state_dict({name: weights[name] for name in own}, assign=True)
         return shallow.eval().requires_grad_(False)

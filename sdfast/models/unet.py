@@ -25,6 +25,7 @@ from sdfast.models.layers import (
     Upsample,
 )
 from sdfast.models.lora import Choosing
+from sdfast.models.pag import Perturbable, Perturbing
 from sdfast.models.weights import load_weights
 
 __all__ = ["Context", "TimeShift", "UNet", "UNetConfig", "load_unet"]
@@ -33,7 +34,7 @@ Told = Sequence[tuple[Tensor, Tensor]]
 """What a cross-attention layer is told: keys and values [B, L, C] of the prompt, then those of each image."""
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(Perturbable):
     def __init__(self, channels: int, heads: int, upcast: bool) -> None:
         super().__init__()
         self.heads, self.upcast = heads, upcast
@@ -43,11 +44,13 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [B, N, C]
         qkv = self.to_qkv
-        if self.attend is ops.attention and isinstance(qkv, PackedLinear) and qkv.branch is None:
+        whole = self.attend is ops.attention and self.switch is None
+        if whole and isinstance(qkv, PackedLinear) and qkv.branch is None:
             h = ops.self_attention(x, qkv.weight, qkv.bias, self.heads, self.upcast)
         else:
             q, k, v = qkv(x).chunk(3, dim=-1)
             h = self.attend(q, k, v, self.heads, self.upcast)
+            h = h if self.switch is None else self.switch.taken(h, v)
         y: Tensor = self.to_out[0](h)
         return y
 
@@ -195,7 +198,7 @@ class UpBlock(Block):
         return x
 
 
-class Attending(Choosing):
+class Attending(Perturbing):
     """A network whose attention and gated products may be computed otherwise than by their definitions."""
 
     def use_attention(self, attend: ops.Attend) -> None:
@@ -290,10 +293,10 @@ class UNet(BothWays):
         """sample [B, C, H, W], time_shift [B, T], context [B, L, KV] -> [B, C_out, H, W], all of one dtype.
 
         time_shift comes from `TimeShift` and context from `Context` of the same checkpoint. With LoRAs that
-        requests choose, more columns follow it, see `lora`. image_context, with IP-Adapters: the images'
-        tokens [B, I, KV], those of one adapter after those of the other, from `ip_adapter.ImageContext`. With
-        a branch there is a second result, its deep feature, [B, C_d, H / s, W / s] rounded up; see
-        `step_cache`.
+        requests choose, more columns follow it, see `lora`, and with layers to be perturbed one more, see
+        `pag`. image_context, with IP-Adapters: the images' tokens [B, I, KV], those of one adapter after
+        those of the other, from `ip_adapter.ImageContext`. With a branch there is a second result, its deep
+        feature, [B, C_d, H / s, W / s] rounded up; see `step_cache`.
         """
         time_shift = self.told_last(time_shift)
         shifts = iter(time_shift.split_with_sizes(self.shift_widths, dim=-1))

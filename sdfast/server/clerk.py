@@ -61,15 +61,14 @@ class Clerk:
 
     def _png(self, work: Work, index: int, pixels: Image.Image) -> bytes:
         request, manifest = work.job.request, self._engine.manifest
-        seed, weights = request.seeds[index], manifest.checkpoint.weights
-        name, origin = manifest.name, work.job.origin
+        weights, name, origin = manifest.checkpoint.weights, manifest.name, work.job.origin
         vae = told_of_vae(manifest.checkpoint.vae)
         if origin is None:
-            told = infotext_of(request, work.ready.schedule, seed, model=name, weights=weights)
+            told = infotext_of(request, work.ready.schedule, index, model=name, weights=weights)
             return png(pixels, replace(told, extra={**told.extra, **vae}))
         whole = request.model_copy(update={"denoising_start": None, "strength": origin.strength})
         begun = {"unet/": origin.unet_digest}
-        told = infotext_of(whole, work.ready.schedule, seed, model=origin.engine, weights=begun)
+        told = infotext_of(whole, work.ready.schedule, index, model=origin.engine, weights=begun)
         refined = told_of_refiner(name, unet_digest(weights), origin.switch_at)
         return png(pixels, replace(told, extra={**told.extra, **refined, **vae}))
 

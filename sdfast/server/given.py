@@ -17,6 +17,7 @@ from sdfast.images import (
 from sdfast.ip_adapter import check_images, check_taken, processor_of
 from sdfast.loras import check_loras
 from sdfast.noise import generator
+from sdfast.pag import check_pag
 from sdfast.preparation import check_cached, check_channels, check_instructed, check_refined
 from sdfast.request import Request
 from sdfast.server.handover import check_handed, unpacked
@@ -30,6 +31,7 @@ def check_given(engine: Engine, job: Job) -> None:
     check_channels(engine.manifest.model, masked=job.mask is not None)
     check_instructed(engine.manifest.model, job.request, over=job.over, masked=job.mask is not None)
     check_cached(engine.manifest.model, job.request)
+    check_pag(engine.manifest.model, job.request)
     check_loras(engine.manifest.model, job.request)
     check_strength(job.request, over=job.over, masked=job.mask is not None)
     check_refined(engine.manifest.model, over=job.over)

@@ -154,8 +154,9 @@ class EngineInfo:
     controlnets: names of its ControlNets, in their order, by which AUTOMATIC1111's clients know them. loras:
     names of the LoRAs that requests choose. ip_adapters: those of its IP-Adapters, as of ControlNets;
     image_processor: how images are made ready for them.
-    step_cache: whether it takes a `cache_interval`. refines: whether it is SDXL's refiner, whose jobs all
-    have an image. instructed: whether its jobs all have one to edit, and `image_guidance_scale`.
+    step_cache: whether it takes a `cache_interval`. pag: whether it takes a `pag_scale`. refines: whether it
+    is SDXL's refiner, whose jobs all have an image. instructed: whether its jobs all have one to edit, and
+    `image_guidance_scale`.
     """
 
     name: str
@@ -176,6 +177,7 @@ class EngineInfo:
     ip_adapters: tuple[str, ...] = ()
     image_processor: ImageProcessor | None = None
     step_cache: bool = False
+    pag: bool = False
     refines: bool = False
     instructed: bool = False
 

@@ -50,6 +50,8 @@ _FIELDS = {
     "num_images_per_prompt": "n",
     "hires": "enable_hr",
     "image_guidance_scale": "image_cfg_scale",
+    "variation_seed": "subseed",
+    "variation_strength": "subseed_strength",
 }
 """The API's names of a `sdfast.request.Request`'s fields, where they are others."""
 

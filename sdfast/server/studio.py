@@ -139,6 +139,7 @@ def info_of(manifest: Manifest) -> EngineInfo:
         embeddings={one.token: one.vectors for one in manifest.checkpoint.embeddings},
         text_width=manifest.model.text_width,
         step_cache=manifest.model.step_cache is not None,
+        pag=bool(manifest.model.pag),
         refines=manifest.model.scored,
         instructed=manifest.model.instructed,
     )

@@ -42,6 +42,7 @@ PROMPTS = (
 STOCHASTIC = "Euler a"  # draws noise at every step: its pictures prove the order of the draws
 KNOWN = "DPM++ 2M Karras"  # in place of a checkpoint's own scheduler, where sdfast does not have that
 STRENGTH = 0.6  # of the picture that is drawn over another
+PAG_SCALE = 3.0  # of the picture with perturbed-attention guidance: diffusers' usual
 OBSERVED_STEPS = 5  # of each picture, at which the U-Net is compared: the first, the last, and between
 PACKAGES = (
     "torch",
@@ -93,7 +94,8 @@ def validate(
     What an engine whose U-Net is for inpainting draws, it draws over the masked part of an image (`Scene`),
     and SDXL's refiner over the whole of it; what one with ControlNets draws, under the guidance of
     `control_images`; what one with IP-Adapters draws, like `adapter_images`. LoRAs that requests choose are
-    all added, each with a scale of 1, and once none of them.
+    all added, each with a scale of 1, and once none of them. An engine with layers to be perturbed draws one
+    picture more, with perturbed-attention guidance.
 
     Writes `validation/report.json` and `validation/report.html` into the engine, and the figures into its
     manifest. An engine that differs makes a report whose `passed` is False, not an error.
@@ -113,8 +115,8 @@ def validate(
     reference, notes = counterpart(engine, checkpoint)
     tell("stock pipelines")
     sides = Stock(
-        reference_pipeline(reference, device=engine.device),
-        reference_pipeline(reference, dtype=engine.dtype, device=engine.device)
+        reference_pipeline(reference, device=engine.device, pag=model.pag),
+        reference_pipeline(reference, dtype=engine.dtype, device=engine.device, pag=model.pag)
         if engine.dtype != torch.float32
         else None,
     )
@@ -131,6 +133,7 @@ def validate(
     if engine.manifest.edits and not model.instructed:  # all that such a one draws is of one kind
         over = _over_trial(engine, sides, trials[0], scene, tell)
     over += _plain_trial(engine, sides, trials[0], tell) if model.loras else []
+    over += _pag_trial(engine, sides, trials[0], tell) if model.pag else []
     price = _price(engine, trials, guidance_start, guidance_end, tell)
     caching, cache = None, engine.step_cache
     if cache is not None and cache_interval > 1:
@@ -304,6 +307,17 @@ def _plain_trial(engine: Engine, sides: Stock, trial: _Trial, tell: Progress) ->
     return [_Trial(name, trial.plan, [picture])]
 
 
+def _pag_trial(engine: Engine, sides: Stock, trial: _Trial, tell: Progress) -> list[_Trial]:
+    """The first picture with perturbed-attention guidance."""
+    name, first = f"{trial.name}, PAG {PAG_SCALE:g}", trial.pictures[0]
+    tell(name)
+    pipe = Pipeline(engine)
+    pipe.set_progress_bar_config(disable=True)
+    request = first.request.model_copy(update={"pag_scale": PAG_SCALE})
+    picture = compare_picture(pipe, sides.exact, sides.same, request, (), *first.told)
+    return [_Trial(name, trial.plan, [picture])]
+
+
 def _observed(steps: int) -> list[int]:
     return sorted({int(k) for k in np.linspace(0, steps - 1, min(steps, OBSERVED_STEPS)).round()})
 
@@ -346,8 +360,8 @@ def _judge(
     over: Sequence[_Trial],
     scene: Scene | None,
 ) -> tuple[list[ModuleFigures], list[PictureFigures], list[Check]]:
-    """Every figure with its verdict. over: trials over pictures, and without LoRAs, of which only the
-    pictures are judged."""
+    """Every figure with its verdict. over: trials over pictures, without LoRAs and with perturbed-attention
+    guidance, of which only the pictures are judged."""
     rounding = engine.manifest.rounding
     prompts = [picture.request.prompts[0] for picture in trials[0].pictures]
     texts = ["", *prompts, *(embedding.token for embedding in reference.embeddings)]
@@ -425,7 +439,11 @@ def _setting(engine: Engine, reference: Checkpoint, request: Request, start: flo
     controlled = manifest.model.controlled
     masked = True if inpaints else False if manifest.model.scored else None
     stock_name = pipeline_class(
-        reference.family, controlnet=controlled, masked=masked, instructed=manifest.model.instructed
+        reference.family,
+        controlnet=controlled,
+        masked=masked,
+        instructed=manifest.model.instructed,
+        pag=bool(manifest.model.pag),
     )
     return Setting(
         engine=manifest.name,

@@ -56,6 +56,11 @@ def generate(
     """
     if request.prompt_editing:
         raise RequestError("prompt_editing: diffusers has none; leave it out, or draw with an engine")
+    if request.varied:
+        raise RequestError(
+            "variation_strength, seed_resize_from: diffusers has neither; leave them out, or draw with an "
+            "engine"
+        )
     if any(len(parts) > 1 or parts[0][1] != 1 for parts in request.composed):
         raise RequestError(
             "prompt: diffusers adds no prompts up, and knows no weight at the end of one; write it "
@@ -133,8 +138,15 @@ def _pipeline_over(pipe: Any, request: Request, over: Over) -> Any:
     sdxl, controlnet = hasattr(pipe, "text_encoder_2"), hasattr(pipe, "controlnet")
     if request.guidance_rescale and (controlnet or not sdxl):
         raise RequestError("guidance_rescale: diffusers takes none over an image; leave it at 0")
-    without = {"add_watermarker": False} if sdxl else {"requires_safety_checker": False}
-    kind = pipeline_class("sdxl" if sdxl else "sd", controlnet=controlnet, masked=over.mask is not None)
+    without: dict[str, Any] = {"add_watermarker": False} if sdxl else {"requires_safety_checker": False}
+    kind = pipeline_class(
+        "sdxl" if sdxl else "sd",
+        controlnet=controlnet,
+        masked=over.mask is not None,
+        pag=bool(request.pag_scale),
+    )
+    if request.pag_scale:
+        without["pag_applied_layers"] = pipe.pag_applied_layers
     with quiet():
         # Of the VAE it would take the class alone that its signature names.
         taken = {"vae": pipe.vae, "torch_dtype": pipe.unet.dtype}
@@ -264,7 +276,9 @@ def _model_arguments(pipe: Any, request: Request) -> dict[str, Any]:
     taken = inspect.signature(pipe.__call__).parameters
     if request.clip_skip is not None and "clip_skip" not in taken:
         raise RequestError(f"clip_skip: diffusers' {type(pipe).__name__} takes none; draw with an engine")
-    names = ["guidance_rescale", "clip_skip"]
+    if request.pag_scale and "pag_scale" not in taken:
+        raise RequestError(f"pag_scale: diffusers' {type(pipe).__name__} takes none; draw with an engine")
+    names = ["guidance_rescale", "clip_skip", "pag_scale", "pag_adaptive_scale"]
     if hasattr(pipe, "text_encoder_2"):
         names += TOLD_SIZES
         names += ["height", "width"] if is_instructed(pipe) else []

@@ -240,13 +240,15 @@ def _output(engine: Engine, step: StepInputs, told: Told, height: int, width: in
         tensors |= {"time_shift": torch.cat([shift, scales], dim=1), "control": told.control}
     if step.images is not None:
         tensors["image_context"] = scaled_contexts(engine, step, told.images)
-    tensors["time_shift"] = with_lora_scales(engine, step, tensors["time_shift"])
+    tensors["time_shift"] = with_last_columns(engine, step, tensors["time_shift"])
     return engine.call("unet", as_inputs(engine, tensors), height, width)["output"]
 
 
-def with_lora_scales(engine: Engine, step: StepInputs, time_shift: Tensor) -> Tensor:
-    """The time shifts, and behind them how much of each LoRA is added."""
-    scales = time_shift.new_tensor([step.loras[name][1] for name in engine.manifest.model.loras])
+def with_last_columns(engine: Engine, step: StepInputs, time_shift: Tensor) -> Tensor:
+    """The time shifts, and behind them how much of each LoRA is added, and that no row is perturbed."""
+    model = engine.manifest.model
+    told = [*(step.loras[name][1] for name in model.loras), *([0.0] if model.pag else [])]
+    scales = time_shift.new_tensor(told)
     return torch.cat([time_shift, scales.expand(len(time_shift), -1)], dim=1)
 
 

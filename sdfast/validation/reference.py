@@ -40,12 +40,18 @@ _VARIANT = re.compile(r"\.(\w+?)(?:-\d+-of-\d+)?\.safetensors$")
 
 
 def pipeline_class(
-    family: str, *, controlnet: bool = False, masked: bool | None = None, instructed: bool = False
+    family: str,
+    *,
+    controlnet: bool = False,
+    masked: bool | None = None,
+    instructed: bool = False,
+    pag: bool = False,
 ) -> str:
     """The name of diffusers' pipeline. masked: whether what it draws over has a mask; None: over nothing.
-    instructed: of one that edits an image as the prompt says."""
+    instructed: of one that edits an image as the prompt says. pag: of one with perturbed-attention guidance.
+    """
     task = _INSTRUCTED if instructed else TASKS[masked]
-    parts = ("XL" * (family == "sdxl"), "ControlNet" * controlnet, task)
+    parts = ("XL" * (family == "sdxl"), "ControlNet" * controlnet, "PAG" * pag, task)
     return f"StableDiffusion{''.join(parts)}Pipeline"
 
 
@@ -67,6 +73,7 @@ def reference_pipeline(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     attention: "Attention | None" = None,
+    pag: Sequence[str] = (),
 ) -> Any:
     """diffusers' own text-to-image pipeline of `checkpoint`, or for SDXL's refiner that over images, with its
     ControlNets and another VAE if it has some, in `dtype`, without its safety checker.
@@ -75,6 +82,8 @@ def reference_pipeline(
     loaded and left to run beside its layers, and `set_loras` says how much of each is added, at first none.
     Embeddings are loaded by diffusers' own code, their tokens in small letters (see `reading.as_given`).
 
+    pag: which layers are perturbed for requests with a `pag_scale`; the pipeline is then of the kind that has
+        this guidance, and has none of it unless it is asked for.
     attention: what computes that of the U-Net and a ControlNet, for a stock pipeline that is drawn with; the
         reference of a comparison leaves it out, and PyTorch chooses.
 
@@ -95,7 +104,10 @@ def reference_pipeline(
         controlnet=bool(checkpoint.controlnets),
         masked=False if checkpoint.scored else None,
         instructed=_edits(checkpoint),
+        pag=bool(pag),
     )
+    if pag:
+        options["pag_applied_layers"] = list(pag)
     with quiet():
         if checkpoint.controlnets:
             networks = [_controlnet(added) for added in checkpoint.controlnets]

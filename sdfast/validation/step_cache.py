@@ -18,7 +18,7 @@ from sdfast.validation.modules import (
     as_inputs,
     scaled_contexts,
     shaped,
-    with_lora_scales,
+    with_last_columns,
 )
 from sdfast.validation.observe import StepInputs, evaluate, observed_step
 from sdfast.validation.pictures import Drawn, Picture, draw
@@ -76,7 +76,7 @@ def _own_pair(
 def _told(engine: Engine, pipe: Any, step: StepInputs) -> dict[str, Tensor]:
     """What the U-Net is told of a step: stock's own contexts and shifts."""
     outputs = observed_step(pipe, step)
-    shift = with_lora_scales(engine, step, outputs.time_shift)
+    shift = with_last_columns(engine, step, outputs.time_shift)
     told = {"sample": step.sample, "time_shift": shift, "context": outputs.context}
     if step.images is not None:
         told["image_context"] = scaled_contexts(engine, step, outputs.image_contexts)

@@ -220,6 +220,23 @@ def test_a_lora_is_not_compiled(decoding_sd: Path, engine: Path, tmp_path: Path,
     assert torch.linalg.norm(picture(ours) - picture(engine)) > 0.1 * torch.linalg.norm(picture(ours))
 
 
+@pytest.mark.slow
+def test_rows_that_are_perturbed_share_one_compiled_module(
+    decoding_sd: Path, tmp_path: Path, compiled: list[str]
+) -> None:
+    """Of a U-Net that is compiled for it, and nothing else is compiled anew."""
+    recipe = {"sizes": ["16x16"], "batch": [1], "pag": ["mid"]}
+    ours, eager = (
+        export(decoding_sd, tmp_path / backend, Recipe.make(backend=backend, **recipe))
+        for backend in ("inductor", "eager")
+    )
+    assert compiled and all("unet" in form for form in compiled)
+    drawn = [picture(ours, pag_scale=scale) for scale in (0.0, 3.0)]
+    for scale, latents in zip((0.0, 3.0), drawn, strict=True):
+        assert_same(latents, picture(eager, pag_scale=scale))
+    assert torch.linalg.norm(drawn[0] - drawn[1]) > 0.01 * torch.linalg.norm(drawn[0])
+
+
 def test_engines_of_one_checkpoint_share_their_weights(
     decoding_sd: Path, engine: Path, compiled: list[str]
 ) -> None:

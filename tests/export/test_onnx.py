@@ -16,6 +16,7 @@ from sdfast.export.onnx_tensorrt import TENSORRT
 from sdfast.models import ops
 from sdfast.models.layers import Conv1x1, Conv3x3, GroupNorm, Linear
 from sdfast.models.lora import Choosing, attach, empty_of
+from sdfast.models.pag import matching, perturb
 from sdfast.models.step_cache import ShallowUNet
 from sdfast.models.text import TextEncoder
 from sdfast.models.unet import (
@@ -126,6 +127,32 @@ def test_layers_with_loras(tmp_path):
     export_module(network, rows_with_scales(1), dynamic, ["output"], path)
     for rows in (1, 3):
         check(path, network, rows_with_scales(rows), 1e-5)
+
+
+@pytest.mark.parametrize("layers", [["mid"], ["mid", "up_blocks.0"]])
+def test_layers_that_may_be_perturbed(tmp_path, layers):
+    """Of any batch, each row as it is told; in shallow steps too, which have none of the middle."""
+    unet, _, _ = unet_modules(SHALLOW, branch=2)
+    names = [name for pattern in layers for name in matching(unet, pattern)]
+    assert names
+    perturb(unet, names)
+    shallow = ShallowUNet.of(unet, 2)
+    for network, outputs in ((unet, ["output", "deep"]), (shallow, ["output"])):
+        path = tmp_path / f"{len(outputs)}.onnx"
+        dynamic = {name: {0: BATCH} for name in told_which(network, 1)}
+        export_module(network, told_which(network, 1), dynamic, outputs, path)
+        for rows in (1, 3):
+            check(path, network, told_which(network, rows), 1e-5)
+
+
+def told_which(network, rows):
+    """The inputs of a step of so many rows, of which every second is perturbed."""
+    inputs = unet_inputs(network, rows, 8, 12)
+    perturbed = torch.arange(rows).add(1).remainder(2)[:, None].to(inputs["time_shift"])
+    inputs["time_shift"] = torch.cat([inputs["time_shift"], perturbed], dim=1)
+    if isinstance(network, ShallowUNet):
+        inputs["deep"] = torch.randn(rows, network.rungs[2].channels, 4, 6)
+    return inputs
 
 
 def test_many_weights_go_to_several_files(tmp_path, monkeypatch):

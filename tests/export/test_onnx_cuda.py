@@ -24,6 +24,7 @@ from sdfast.export.onnx_tensorrt import TENSORRT
 from sdfast.export.recipe import Recipe
 from sdfast.manifest import read_manifest
 from sdfast.models import layers, ops, unet, vae
+from sdfast.models.pag import matching, perturb
 from sdfast.models.text import TextEncoder
 from sdfast.models.unet import UNet, UNetConfig, load_unet
 from sdfast.models.vae import VAEConfig, load_vae
@@ -460,6 +461,22 @@ def test_the_listing_is_what_the_installed_build_has():
         built = [k.version_range for k in kernels if k.op_name == name and k.domain in (domain, "ai.onnx")]
         for first, _, _ in spans:
             assert any(low <= first <= high for low, high in built), (domain, name, first)
+
+
+def test_layers_that_may_be_perturbed(tmp_path):
+    """Their attention is the fused one, in whose place each row may take the values."""
+    from diffusers import UNet2DConditionModel
+
+    weights = randomise(UNet2DConditionModel(**SHALLOW)).state_dict()
+    network, _, _ = load_unet(UNetConfig.from_diffusers(SHALLOW), weights, HALF)
+    names = matching(network, "down_blocks.1")
+    perturb(network, names)
+    inputs = unet_inputs(network, 2, 8, 12, HALF)
+    inputs["time_shift"] = torch.cat([inputs["time_shift"], torch.tensor([[0.0], [1.0]]).to(HALF)], dim=1)
+    path = tmp_path / "unet.onnx"
+    export_module(network, inputs, {}, ["output"], path, CUDA)
+    assert names and kinds(path)["MultiHeadAttention"] == 2 * count(network, unet.TransformerBlock)
+    check(path, network, inputs, 5e-3)
 
 
 def test_attention_to_images_is_the_fused_one(tmp_path):

@@ -244,6 +244,7 @@ def test_sizes_and_batches_become_spans() -> None:
         (Span.exactly(64), Span.exactly(128)),
     ]
     assert several.unet_batches() == [Span.exactly(rows) for rows in (1, 2, 4)]
+    assert several.unet_batches((2, 3)) == [Span.exactly(rows) for rows in (1, 2, 3, 4, 6)]
     assert several.max_images == 2
     free = Recipe.make(sizes={"min": "64x96", "max": "128x160"}, batch=3)
     assert free.size_spans(8) == [(Span(low=96, high=160), Span(low=64, high=128))]
@@ -266,6 +267,7 @@ def test_what_has_a_use_is_recorded_and_nothing_else() -> None:
             exclude={
                 *("batch", "fp8", "int8", "dtype", "backend", "loras", "controlnet", "embeddings"),
                 "ip_adapters",
+                "pag",
             },
             exclude_none=True,
         )

@@ -116,12 +116,49 @@ async def test_a_random_seed_is_told(api: Client, studio: FakeStudio) -> None:
     assert json.loads(told["info"])["seed"] == studio.jobs[0].request.seed >= 0
 
 
+async def test_variations_have_one_seed_and_their_own_subseeds(api: Client, studio: FakeStudio) -> None:
+    call = {"seed": 7, "batch_size": 2, "n_iter": 2}
+    size = {"seed_resize_from_h": 48, "seed_resize_from_w": 96}
+    told = await api.post("txt2img", **call, subseed=40, subseed_strength=0.3, **size)
+    request, info = studio.jobs[0].request, json.loads(told["info"])
+    assert (request.variation_seed, request.variation_strength, request.seed_resize_from) == (
+        40,
+        0.3,
+        (48, 96),
+    )
+    assert (info["seed"], info["all_seeds"]) == (7, [7] * 4)
+    assert (info["subseed"], info["all_subseeds"]) == (40, [40, 41, 42, 43])
+    assert info["subseed_strength"] == 0.3
+    assert (info["seed_resize_from_h"], info["seed_resize_from_w"]) == (48, 96)
+
+
+async def test_a_random_subseed_is_told_and_one_without_strength_means_nothing(
+    api: Client, studio: FakeStudio
+) -> None:
+    told = await api.post("txt2img", subseed=-1, subseed_strength=0.5)
+    assert json.loads(told["info"])["subseed"] == studio.jobs[0].request.variation_seed
+    nothing = {"seed_resize_from_h": -1, "seed_resize_from_w": 0, "subseed_strength": 0}
+    told = await api.post("txt2img", subseed=40, seed=7, batch_size=2, **nothing)
+    request, info = studio.jobs[1].request, json.loads(told["info"])
+    assert request.variation_seed is None and not request.varied
+    assert (info["all_seeds"], info["subseed_strength"]) == ([7, 8], 0)
+    assert (info["seed_resize_from_h"], info["seed_resize_from_w"]) == (-1, -1)
+
+
+async def test_subseeds_that_run_out_are_named_as_the_api_names_them(api: Client) -> None:
+    message = await api.refused("txt2img", 422, batch_size=2, subseed=2**64 - 1, subseed_strength=0.5)
+    assert message.startswith("subseed: variation_seed: 18446744073709551615 leaves no seeds")
+
+
 @pytest.mark.parametrize(
     ("field", "value", "advice"),
     [
         ("alwayson_scripts", {"ControlNet": {"args": [{}]}}, "ControlNet"),
         ("script_name", "x/y/z plot", "no scripts"),
-        ("subseed_strength", 0.1, "one seed"),
+        ("subseed_strength", 1.5, "less than or equal to 1"),
+        ("subseed", -2, "-1"),
+        ("seed_resize_from_w", 64, "give seed_resize_from_h beside it"),
+        ("seed_resize_from_h", 60, "multiple of 8"),
         ("restore_faces", True, "faces"),
         ("tiling", True, "tile"),
         ("s_churn", 0.5, "ancestral"),

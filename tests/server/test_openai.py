@@ -51,6 +51,8 @@ async def test_plain_fields_reach_the_engine(sdk: openai.AsyncOpenAI, studio: Fa
         "guidance_start": 0.25,
         "guidance_end": 0.75,
         "cache_interval": 1,
+        "pag_scale": 0,
+        "pag_adaptive_scale": 0,
         "scheduler": "Euler a",
         "eta": 0.25,
         "clip_skip": 1,
@@ -65,6 +67,44 @@ async def test_plain_fields_reach_the_engine(sdk: openai.AsyncOpenAI, studio: Fa
     assert (request.prompts, request.negative_prompts) == (("a boat",), ("blurry",))
     told = {name: getattr(request, name) for name in extra if name != "negative_prompt"}
     assert told == {name: value for name, value in extra.items() if name != "negative_prompt"}
+
+
+async def test_variations_have_one_seed_and_their_own_variation_seeds(
+    sdk: openai.AsyncOpenAI, studio: FakeStudio
+) -> None:
+    extra = {"seed": 7, "variation_seed": 40, "variation_strength": 0.3, "seed_resize_from": "96x48"}
+    answer = await sdk.images.generate(**CALL, n=2, extra_body=extra)
+    assert [(picture.seed, picture.variation_seed) for picture in answer.data] == [(7, 40), (7, 41)]
+    request = studio.jobs[0].request
+    assert (request.variation_strength, request.seed_resize_from) == (0.3, (48, 96))
+    plain = await sdk.images.generate(**CALL)
+    assert "variation_seed" not in plain.data[0].model_dump(exclude_unset=True)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "advice"),
+    [
+        ("variation_seed", 3, "give that too"),
+        ("variation_strength", 2, "less than or equal to 1"),
+        ("seed_resize_from", "big", "WIDTHxHEIGHT"),
+        ("seed_resize_from", "64x60", "multiple of 8"),
+    ],
+)
+async def test_variations_that_make_no_sense_are_refused(
+    post: Any, studio: FakeStudio, field: str, value: Any, advice: str
+) -> None:
+    assert advice in problem(await post({"prompt": "a", field: value}), 422, field)["message"]
+    assert studio.jobs == []
+
+
+async def test_perturbed_attention_guidance_is_asked_for(post: Any, studio: FakeStudio) -> None:
+    answer = await post({"prompt": "a", "pag_scale": 3, "pag_adaptive_scale": 0.001})
+    assert answer.status_code == 200
+    request = studio.jobs[0].request
+    assert (request.pag_scale, request.pag_adaptive_scale) == (3.0, 0.001)
+    problem(await post({"prompt": "a", "pag_scale": -1}), 422, "pag_scale")
+    alone = await post({"prompt": "a", "pag_adaptive_scale": 0.001})
+    assert "give that too" in problem(alone, 422, "pag_adaptive_scale")["message"]
 
 
 async def test_step_caching_is_asked_for_and_not_together_with_a_late_guidance(
@@ -368,7 +408,7 @@ async def test_a_control_image_reaches_the_engine(sdk: openai.AsyncOpenAI, contr
     assert told == {name: value for name, value in more.items() if name != "control_image"}
     models = (await sdk.models.list()).data
     [told_of] = [model.to_dict() for model in models]
-    assert (told_of["controlled"], told_of["step_cache"]) == (True, False)
+    assert (told_of["controlled"], told_of["step_cache"], told_of["pag"]) == (True, False, False)
     assert told_of["controlnets"] == ["canny [01234567]"]
 
 

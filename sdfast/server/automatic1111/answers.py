@@ -60,7 +60,8 @@ def _infotext(png: bytes) -> str:
 
 def _info(order: Order, infotexts: list[str]) -> dict[str, Any]:
     asked, request, images = order.asked, order.call.job.request, order.call.job.request.images
-    subseed = -1 if asked.subseed is None else asked.subseed
+    subseeds = request.variation_seeds or (-1 if asked.subseed is None else asked.subseed,) * images
+    resized = request.seed_resize_from or (-1, -1)
     again = {} if request.hires is None else of_hires(request, request.hires, 0)
     refined = {}
     if order.refiner is not None:
@@ -72,9 +73,9 @@ def _info(order: Order, infotexts: list[str]) -> dict[str, Any]:
         "all_negative_prompts": [request.negative_prompts[0] or ""] * images,
         "seed": request.seed,
         "all_seeds": list(request.seeds),
-        "subseed": subseed,
-        "all_subseeds": [subseed] * images,
-        "subseed_strength": 0,
+        "subseed": subseeds[0],
+        "all_subseeds": list(subseeds),
+        "subseed_strength": request.variation_strength,
         "width": request.width,
         "height": request.height,
         "sampler_name": order.sampler.sampler,
@@ -87,8 +88,8 @@ def _info(order: Order, infotexts: list[str]) -> dict[str, Any]:
         "sd_model_hash": short_hash(order.engine),
         "sd_vae_name": order.engine.vae[0] if order.engine.vae else None,
         "sd_vae_hash": order.engine.vae[1][:10] if order.engine.vae else None,
-        "seed_resize_from_w": -1,
-        "seed_resize_from_h": -1,
+        "seed_resize_from_w": resized[1],
+        "seed_resize_from_h": resized[0],
         "denoising_strength": request.strength if request.hires is None else request.hires.strength,
         "extra_generation_params": {
             "Schedule type": order.sampler.schedule_type,

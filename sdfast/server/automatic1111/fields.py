@@ -39,9 +39,6 @@ _NO_SCRIPTS = "there are no scripts here but ControlNet; leave it out"
 _SAVES_NOTHING = "the server saves nothing; save what it answers"
 _NEUTRAL: Mapping[str, Neutral] = {
     "styles": (([],), "there are no styles here; put their text into the prompt"),
-    "subseed_strength": ((0,), "pictures are of one seed; leave it out"),
-    "seed_resize_from_h": ((0, -1), "seeds are for the size that is drawn; leave it out"),
-    "seed_resize_from_w": ((0, -1), "seeds are for the size that is drawn; leave it out"),
     "restore_faces": ((False,), "faces are as the engine draws them; leave it out"),
     "tiling": ((False,), "pictures are not made to tile; leave it out"),
     "s_churn": ((0,), "samplers add no noise of their own; take an ancestral sampler such as Euler a"),
@@ -62,8 +59,8 @@ _NEUTRAL: Mapping[str, Neutral] = {
 class Generation(BaseModel):
     """What both calls have. Null is the same as nothing.
 
-    What means something beside another field only has the right type, no more: subseed with subseed_strength,
-    s_tmin, s_tmax and s_noise with s_churn, refiner_switch_at with refiner_checkpoint.
+    What means something beside another field only has the right type, no more: s_tmin, s_tmax and s_noise
+    with s_churn, refiner_switch_at with refiner_checkpoint.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -72,10 +69,10 @@ class Generation(BaseModel):
     negative_prompt: str | None = None
     styles: list[str] | None = None
     seed: int | None = Field(default=None, ge=-1, lt=SEED_LIMIT)
-    subseed: int | None = None
-    subseed_strength: float | None = None
-    seed_resize_from_h: int | None = None
-    seed_resize_from_w: int | None = None
+    subseed: int | None = Field(default=None, ge=-1, lt=SEED_LIMIT)
+    subseed_strength: float | None = Field(default=None, ge=0, le=1)
+    seed_resize_from_h: int | None = Field(default=None, ge=-1, le=MAX_SIDE)
+    seed_resize_from_w: int | None = Field(default=None, ge=-1, le=MAX_SIDE)
     sampler_name: str | None = None
     sampler_index: str | None = None
     scheduler: str | None = None
@@ -129,6 +126,13 @@ class Generation(BaseModel):
     def _understood(cls, prompt: str | None) -> str | None:
         networks.parse(prompt or "")
         return prompt
+
+    @field_validator("seed_resize_from_h", "seed_resize_from_w")
+    @classmethod
+    def _of_whole_latents(cls, side: int | None) -> int | None:
+        if side and side > 0 and side % 8:
+            raise ValueError("must be a multiple of 8")
+        return side
 
     @field_validator("refiner_checkpoint")
     @classmethod
@@ -201,7 +205,23 @@ class Generation(BaseModel):
             hires=self.second_pass(engine, scheduler),
             **told,
             **({} if self.seed in (None, -1) else {"seed": self.seed}),
+            **self._variation(),
         )
+
+    def _variation(self) -> dict[str, Any]:
+        """`Request`'s fields of it. Raises `Problem` for half a size."""
+        sides = [max(side or 0, 0) for side in (self.seed_resize_from_h, self.seed_resize_from_w)]
+        if any(sides) and not all(sides):
+            raise Problem(
+                422,
+                "seed_resize_from_w: give seed_resize_from_h beside it, or neither",
+                param="seed_resize_from_w",
+            )
+        resized = {"seed_resize_from": tuple(sides)} if all(sides) else {}
+        if not self.subseed_strength:
+            return resized
+        seed = None if self.subseed == -1 else self.subseed
+        return {**resized, "variation_seed": seed, "variation_strength": self.subseed_strength}
 
     def _parsed(self, prompt: str, engine: EngineInfo, field: str) -> tuple[str, dict[str, networks.Scales]]:
         """The text of a prompt, and the LoRAs in it. Raises `Problem` for one that is not there."""

@@ -181,7 +181,13 @@ def _picture(order: Order, done: Done, i: int, picture: bytes, kept: bool) -> di
         warnings.append(
             f"{order.asked.format} has no room for the parameters; ask for png to have them inside"
         )
-    return {"b64_json": base64.b64encode(picture).decode(), "seed": done.seeds[i], "warnings": warnings}
+    varied = order.job.request.variation_seeds
+    return {
+        "b64_json": base64.b64encode(picture).decode(),
+        "seed": done.seeds[i],
+        **({"variation_seed": varied[i]} if varied else {}),
+        "warnings": warnings,
+    }
 
 
 def _partial(order: Order, preview: Preview) -> bytes:

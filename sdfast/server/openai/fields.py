@@ -75,12 +75,17 @@ class Generation(BaseModel):
     frame_duration_ms: int | None = None
     negative_prompt: str | None = None
     seed: int | None = None  # from here on, `sdfast.request.Request` knows the bounds
+    variation_seed: int | None = None
+    variation_strength: float | None = None
+    seed_resize_from: str | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     guidance_rescale: float | None = None
     guidance_start: float | None = None
     guidance_end: float | None = None
     cache_interval: int | None = None
+    pag_scale: float | None = None
+    pag_adaptive_scale: float | None = None
     scheduler: str | None = None
     eta: float | None = None
     clip_skip: int | None = None
@@ -114,6 +119,13 @@ class Generation(BaseModel):
     def _pixels(cls, size: str | None) -> str | None:
         if size is not None and size != "auto" and _SIZE.fullmatch(size) is None:
             raise ValueError('must be "auto", or WIDTHxHEIGHT in pixels, such as "512x512"')
+        return size
+
+    @field_validator("seed_resize_from")
+    @classmethod
+    def _of_another(cls, size: str | None) -> str | None:
+        if size is not None and _SIZE.fullmatch(size) is None:
+            raise ValueError('must be WIDTHxHEIGHT in pixels, such as "512x512"')
         return size
 
     @field_validator("output_compression")
@@ -158,6 +170,8 @@ class Generation(BaseModel):
         given = self.model_dump(include=_SAME, exclude_none=True)
         if self.size not in (None, "auto"):
             width, height = map(int, str(self.size).split("x"))
+        if self.seed_resize_from is not None:
+            given["seed_resize_from"] = tuple(map(int, self.seed_resize_from.split("x")))[::-1]
         try:
             return Request.make(
                 prompts=(self.prompt,),
@@ -217,12 +231,16 @@ def _scale_of(given: Any, usual: float, off: Sequence[bool]) -> Any:
 FIELDS = frozenset(Edit.model_fields)
 _SAME = {
     "seed",
+    "variation_seed",
+    "variation_strength",
     "num_inference_steps",
     "guidance_scale",
     "guidance_rescale",
     "guidance_start",
     "guidance_end",
     "cache_interval",
+    "pag_scale",
+    "pag_adaptive_scale",
     "eta",
     "clip_skip",
     "long_prompts",

@@ -65,6 +65,7 @@ def _abilities(engine: EngineInfo) -> dict[str, Any]:
         "loras": engine.loras,
         "ip_adapters": engine.ip_adapters,
         "step_cache": engine.step_cache,
+        "pag": engine.pag,
         "refines": engine.refines,
         "instructed": engine.instructed,
     }

@@ -61,6 +61,23 @@ _SAID: Mapping[str, dict[str, Any]] = {
         "minimum": 0,
         "maximum": SEED_LIMIT - 1,
     },
+    "variation_seed": {
+        "description": "With a variation_strength: the seed of the noise that picture i is varied towards, + "
+        "i; picked at random when left out, and told.",
+        "minimum": 0,
+        "maximum": SEED_LIMIT - 1,
+    },
+    "variation_strength": {
+        "description": "How far the first noise is turned from the seed's to the variation seed's. All n "
+        "pictures then have the same seed.",
+        "default": 0,
+        "minimum": 0,
+        "maximum": 1,
+    },
+    "seed_resize_from": {
+        "description": "WIDTHxHEIGHT in pixels of a picture of the seed that this one is to be like.",
+        "pattern": "^[0-9]{1,5}x[0-9]{1,5}$",
+    },
     "num_inference_steps": {"default": STEPS, "minimum": 1, "maximum": MAX_STEPS},
     "guidance_scale": {"default": GUIDANCE, "minimum": 0, "maximum": MAX_GUIDANCE},
     "guidance_rescale": {"minimum": 0, "maximum": 1},
@@ -80,6 +97,19 @@ _SAID: Mapping[str, dict[str, Any]] = {
         "default": 1,
         "minimum": 1,
         "maximum": MAX_STEPS,
+    },
+    "pag_scale": {
+        "description": "Perturbed-attention guidance, such as 3, on engines that were exported with layers "
+        "for it (pag in /v1/models): one evaluation more a step.",
+        "default": 0,
+        "minimum": 0,
+        "maximum": MAX_GUIDANCE,
+    },
+    "pag_adaptive_scale": {
+        "description": "How much less of it there is for each timestep below 1000.",
+        "default": 0,
+        "minimum": 0,
+        "maximum": MAX_GUIDANCE,
     },
     "eta": {"minimum": 0, "maximum": 1},
     "clip_skip": {"minimum": 0, "maximum": 64},
@@ -166,10 +196,11 @@ class _Shape(BaseModel):
 
 
 class Picture(_Shape):
-    """b64_json: the file, as base64. seed: makes this picture again."""
+    """b64_json: the file, as base64. seed: makes this picture again, of a variation with variation_seed."""
 
     b64_json: str
     seed: int
+    variation_seed: int | None = None
     warnings: list[str]
 
 
@@ -212,6 +243,7 @@ class Model(_Shape):
     loras: list[str]
     ip_adapters: list[str]
     step_cache: bool
+    pag: bool
     refines: bool
     instructed: bool
 
