@@ -501,7 +501,7 @@ def test_an_engine_is_called_like_its_source(
         (["{sd}", "--backend", "eager", "--revision", "main"], "revision has no meaning"),
         (["{sd}", "--no-autotune"], "autotune: only the inductor backend times candidates"),
         (["{sd}", "--backend", "eager", "--winograd"], "winograd: only graphs for the CPU have it"),
-        (["{sd}", "--backend", "eager", "--vae-dtype", "fp32"], "vae: only fp16 engines choose it"),
+        (["{sd}", "--backend", "eager", "--vae-dtype", "fp32"], "vae_dtype: only fp16 engines choose it"),
     ],
 )
 def test_a_bad_export_is_one_line(tiny_sd: Path, here: Path, arguments: list[str], message: str) -> None:

@@ -344,7 +344,7 @@ def test_a_shard_that_is_missing_or_lacks_a_tensor(tmp_path: Path) -> None:
         ({"unet": None}, "names no unet"),
         ({"text_encoder": [None, None]}, "names no text_encoder"),
         ({"unet": ["diffusers", "SD3Transformer2DModel"]}, "supported: UNet2DConditionModel"),
-        ({"vae": ["diffusers", "AutoencoderTiny"]}, "supported: AutoencoderKL"),
+        ({"vae": ["diffusers", "AsymmetricAutoencoderKL"]}, "supported: AutoencoderKL, AutoencoderTiny"),
         ({"tokenizer": ["transformers", "T5Tokenizer"]}, "supported: CLIPTokenizer"),
         ({"unet": "UNet2DConditionModel"}, "not [library, class]"),
         ({"unet": ["diffusers"]}, "not [library, class]"),

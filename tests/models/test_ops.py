@@ -27,6 +27,7 @@ CALLS = {
     "layer_norm": (noise(2, 3, 8), noise(8), noise(8), 1e-5),
     "attention": (noise(2, 3, 8), noise(2, 7, 8), noise(2, 7, 8), 2, True),
     "self_attention": (noise(2, 3, 8), noise(24, 8), None, 2, True),
+    "relu": (noise(2, 3, 4, 5),),
     "add": (noise(2, 3, 4, 5), noise(2, 3, 4, 5)),
     "add_scaled": (noise(2, 3, 4, 5), noise(2, 3, 4, 5), noise(2, 1)),
     "scale_channels": (noise(2, 3, 4, 5), noise(2, 3)),

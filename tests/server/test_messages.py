@@ -131,12 +131,14 @@ def test_what_is_too_large_is_refused_before_it_goes(monkeypatch: pytest.MonkeyP
 def test_settings_reach_the_worker(sd_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
     monkeypatch.setattr(studio, "Supervisor", lambda *given, **named: made.append((given, named)))
-    settings = Settings.load({"max_rows": 3}, {"SDFAST_STEP_TIMEOUT": "7", "SDFAST_QUEUE": "5"})
+    given = {"SDFAST_STEP_TIMEOUT": "7", "SDFAST_QUEUE": "5", "SDFAST_PREVIEWS": "fast"}
+    settings = Settings.load({"max_rows": 3}, given)
     found = WorkerStudio.of([sd_engine], settings, "cpu")
     assert list(found.engines) == ["sd"]
     [((name, command), named)] = made
     assert (name, named["max_queue"], named["patience"].step_timeout) == ("sd", 5, 7.0)
-    assert command[-7:] == [str(sd_engine), "--device", "cpu", "--max-rows", "3", "--max-queue", "5"]
+    limits = ["--max-rows", "3", "--max-queue", "5", "--previews", "fast"]
+    assert command[-9:] == [str(sd_engine), "--device", "cpu", *limits]
 
 
 def test_a_report_goes_through() -> None:
