@@ -71,6 +71,13 @@ def test_nothing_of_what_is_under_the_mask_is_left() -> None:
     assert not np.asarray(filled(others[1], Image.new("L", (64, 64), 255))).any()  # of nothing, black
 
 
+def test_colours_reach_far_where_nothing_is_near() -> None:
+    """Further than the blurs that follow the widest."""
+    image, mask = Image.new("RGB", (700, 16), "red"), Image.new("L", (700, 16), 255)
+    mask.paste(0, (0, 0, 40, 16))
+    assert filled(image, mask).getpixel((450, 8)) == (255, 0, 0)
+
+
 @pytest.mark.parametrize("fill", CONTENTS)
 @pytest.mark.parametrize("part", [True, False])
 async def test_the_engine_is_given_the_filled_image_and_told(
