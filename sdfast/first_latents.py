@@ -16,7 +16,7 @@ from sdfast.errors import NumericalError, RequestError
 from sdfast.manifest import Model
 from sdfast.masked_area import MaskedArea
 from sdfast.noise import NoiseSource
-from sdfast.request import Request
+from sdfast.request import MaskedContent, Request
 from sdfast.schedulers import Schedule
 
 
@@ -64,16 +64,21 @@ def start_over(
     if goes_on and over.mask is None:
         return Start(_in_turn(_image_latents(engine, noise, over.image, count), n), [None] * n)
     levels = check_noising(plan)
-    pure = over.mask is not None and request.strength == 1.0  # it starts from noise alone
+    # It starts from noise alone, as in diffusers; not in AUTOMATIC1111, where what is masked has a content.
+    pure = over.mask is not None and request.strength == 1.0 and request.masked_content is None
     clean = None
     if not (pure and model.inpaints):
         clean = _in_turn(_image_latents(engine, noise, over.image, count), n)
     unit = noise.initial().to(engine.device)
     a, b = (1.0, 0.0) if goes_on else map(float, levels[0])
-    latents = unit * plan.init_noise_sigma if pure or clean is None else a * clean + b * unit
-    if over.mask is None:
+    anew = None if over.mask is None else _in_turn(_mask_of_latents(engine, over.mask), n)
+    if pure or clean is None:
+        latents = unit * plan.init_noise_sigma
+    else:
+        content = None if goes_on else request.masked_content  # with which it was begun
+        latents = a * _with_content(content, clean, unit, anew) + b * unit
+    if over.mask is None or anew is None:
         return Start(latents, [None] * n)
-    anew = _in_turn(_mask_of_latents(engine, over.mask), n)
     keeps: list[Keep | None] = []
     if clean is not None:
         keeps = [Keep(*each) for each in zip(anew, clean, unit, strict=True)]
@@ -139,13 +144,13 @@ def check_fit(request: Request, over: Over, model: Model) -> None:
 
 def check_strength(request: Request, *, over: bool, masked: bool) -> None:
     """Raises `RequestError` for a strength, or a start, without anything to draw over, and the reverse; and
-    for a part of it without a mask."""
+    for what is said of a mask without one."""
     if request.over != over:
         names = ("denoising_start", "image_guidance_scale")
         name = next((name for name in names if getattr(request, name) is not None), "strength")
         raise RequestError(f"{name} and an image to draw over go together; give both, or neither")
-    if request.padding_mask_crop is not None and not masked:
-        raise RequestError("padding_mask_crop: is for what a mask leaves open; give a mask, or leave it out")
+    if request.of_mask is not None and not masked:
+        raise RequestError(f"{request.of_mask}: is for what a mask leaves open; give a mask, or leave it out")
 
 
 def check_pasted(over: Over | None, output_type: str) -> None:
@@ -188,6 +193,15 @@ def _image_latents(engine: Engine, noise: NoiseSource, image: Tensor, count: int
         return _in_turn(mean, count)
     drawn = noise.initial(count).to(engine.device)
     return _in_turn(mean, count) + _in_turn(std, count) * drawn
+
+
+def _with_content(content: MaskedContent | None, clean: Tensor, unit: Tensor, anew: Tensor | None) -> Tensor:
+    """The image's latents with those in their place where it is drawn anew that AUTOMATIC1111 puts there,
+    [n, C, h, w] float32: each picture's own first noise, which it has once more in what noises them; or
+    zeros. anew: [n, 1, h, w] bool."""
+    if anew is None or content not in ("latent_noise", "latent_nothing"):
+        return clean
+    return torch.where(anew, unit if content == "latent_noise" else torch.zeros_like(clean), clean)
 
 
 def _mask_of_latents(engine: Engine, mask: Tensor) -> Tensor:

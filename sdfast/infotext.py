@@ -180,7 +180,7 @@ def _extra(request: Request, prompt: int) -> dict[str, str]:
     return {
         **({} if resized is None else {"Seed resize from": f"{resized[1]}x{resized[0]}"}),
         **({} if strength is None else {"Denoising strength": _number(strength)}),
-        **of_masked_area(request),
+        **of_mask(request),
         **({} if image_guidance is None else {"Image CFG scale": _number(image_guidance)}),
         **({} if request.hires is None else of_hires(request, request.hires, prompt)),
         **{
@@ -208,10 +208,14 @@ def _extra(request: Request, prompt: int) -> dict[str, str]:
     }
 
 
-def of_masked_area(request: Request) -> dict[str, str]:
-    """That only a part of an image is drawn, as AUTOMATIC1111 tells it."""
-    padding = request.padding_mask_crop
-    return {} if padding is None else {"Inpaint area": "Only masked", "Masked area padding": str(padding)}
+def of_mask(request: Request) -> dict[str, str]:
+    """That only a part of an image is drawn, and what with, as AUTOMATIC1111 tells it: of the image itself
+    nothing."""
+    padding, content = request.padding_mask_crop, request.masked_content
+    return {
+        **({} if padding is None else {"Inpaint area": "Only masked", "Masked area padding": str(padding)}),
+        **({} if content in (None, "original") else {"Masked content": content.replace("_", " ")}),
+    }
 
 
 def _of_controlnets(request: Request) -> dict[str, str]:

@@ -71,6 +71,9 @@ AdapterScale = ImageScale | dict[Literal["down", "mid", "up"], ImageScales | dic
 """How much of an IP-Adapter's image each cross-attention layer of the U-Net is told: a number for all, or
 numbers by their places, as diffusers' `set_ip_adapter_scale` has them."""
 
+MaskedContent = Literal["original", "fill", "latent_noise", "latent_nothing"]
+"""What a run begins with where a mask leaves an image open."""
+
 Upscaler = Literal[
     "latent",
     "latent_antialiased",
@@ -179,6 +182,10 @@ class Request(_Checked):
     `padding_mask_crop`, with an image and a mask: they are a part of larger ones, cut out with so many pixels
     around what the mask leaves open. Whoever cuts pastes the pictures back, see `sdfast.masked_area`; the run
     itself is that of any other image and mask.
+    `masked_content`, with an image and a mask: what the run begins with where the mask leaves the image open,
+    as in AUTOMATIC1111: the image, or what whoever gave it has filled it with; or in place of its latents the
+    noise that is added to them, once more, or zeros. It then counts with a `strength` of 1 too, with which a
+    run without it begins from noise alone, as in diffusers.
     `controlnet_conditioning_scale`, with a control image: how much the ControlNet adds, in the steps between
     `control_guidance_start` and `control_guidance_end`, which are shares of all steps, as in diffusers. With
     several ControlNets each of these is a list of a number for each, or one for all.
@@ -244,6 +251,7 @@ class Request(_Checked):
     denoising_end: float | None = Field(default=None, gt=0.0, le=1.0)
     image_guidance_scale: float | None = Field(default=None, ge=1.0, le=MAX_GUIDANCE)
     padding_mask_crop: int | None = Field(default=None, ge=0, le=MAX_SIDE)
+    masked_content: MaskedContent | None = None
     controlnet_conditioning_scale: ControlScales | None = None
     control_guidance_start: Shares = 0.0
     control_guidance_end: Shares = 1.0
@@ -427,7 +435,7 @@ class Request(_Checked):
         self._check_seeds()
         self._check_shares()
         self._check_composed()
-        self._check_crop()
+        self._check_masked()
         self._check_pag()
         if self.hires is not None:
             self._check_hires(self.hires)
@@ -532,18 +540,25 @@ class Request(_Checked):
                 "out"
             )
 
-    def _check_crop(self) -> None:
-        """Raises `ValueError` for a part of an image where there is none, or it is edited as a whole."""
-        if self.padding_mask_crop is None:
+    @property
+    def of_mask(self) -> str | None:
+        """The first field that says something of a mask; None where none does."""
+        names = ("padding_mask_crop", "masked_content")
+        return next((name for name in names if getattr(self, name) is not None), None)
+
+    def _check_masked(self) -> None:
+        """Raises `ValueError` for what is said of a mask where there is no image, or it is edited as a
+        whole."""
+        if self.of_mask is None:
             return
         if self.image_guidance_scale is not None:
             raise ValueError(
-                "padding_mask_crop: is for the part of an image that a mask leaves open, and with "
+                f"{self.of_mask}: is for the part of an image that a mask leaves open, and with "
                 "image_guidance_scale an image is edited as a whole; leave it out"
             )
         if not self.over:
             raise ValueError(
-                "padding_mask_crop: is for an image to draw over, with a mask; give both, or leave it out"
+                f"{self.of_mask}: is for an image to draw over, with a mask; give both, or leave it out"
             )
 
     def _check_hires(self, hires: Hires) -> None:

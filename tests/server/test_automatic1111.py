@@ -491,8 +491,7 @@ async def test_a_mask_may_be_transparency(api: Client, studio: FakeStudio) -> No
         ({"init_images": ["https://example.com/a.png"]}, "fetches nothing"),
         ({"init_images": ["AAAA"]}, "init_images"),
         ({"mask": "AAAA"}, "mask"),
-        ({"inpainting_fill": 0}, "inpainting_fill: 1"),
-        ({"inpainting_fill": None}, "inpainting_fill: 1"),
+        ({"inpainting_fill": 4}, "inpainting_fill: must be 0, 1, 2 or 3"),
         ({"inpaint_full_res": True, "inpaint_full_res_padding": -1}, "inpaint_full_res_padding: must be"),
         (
             {"inpaint_full_res": True, "mask": coded(Image.new("L", (64, 64)))},

@@ -56,6 +56,10 @@ def test_an_image_drawn_over(api: webuiapi.WebUIApi, studio: FakeStudio) -> None
     assert told.image.size == (32, 32)  # the client's own default is to draw the masked part alone
     assert (told.image.getpixel((4, 4)), told.image.getpixel((30, 4))) == ((5, 0, 99), (255, 0, 0))
     assert studio.jobs[2].request.padding_mask_crop == 0
+    told = api.img2img(images=[image], mask_image=mask, seed=5, **SIZE)  # and to fill it before
+    assert (told.image.getpixel((2, 4)), told.image.getpixel((31, 4))) == ((5, 0, 99), (255, 0, 0))
+    assert studio.jobs[3].request.masked_content == "fill"
+    assert told.info["extra_generation_params"]["Masked content"] == "fill"
 
 
 def test_a_control_image(api: webuiapi.WebUIApi, studio: FakeStudio) -> None:

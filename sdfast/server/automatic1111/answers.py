@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from sdfast import __version__
-from sdfast.infotext import of_hires, of_masked_area, told_of_refiner, told_prompt
+from sdfast.infotext import of_hires, of_mask, told_of_refiner, told_prompt
 from sdfast.schedulers import Sampler
 from sdfast.server.automatic1111.calls import Call
 from sdfast.server.automatic1111.fields import Generation
@@ -94,7 +94,7 @@ def _info(order: Order, infotexts: list[str]) -> dict[str, Any]:
         "extra_generation_params": {
             "Schedule type": order.sampler.schedule_type,
             **{name: value for name, value in again.items() if name.startswith("Hires")},
-            **of_masked_area(request),
+            **of_mask(request),
             **refined,
         },
         "index_of_first_image": 0,

@@ -17,6 +17,7 @@ from sdfast.request import (
     SEED_LIMIT,
     UPSCALERS,
     Hires,
+    MaskedContent,
     Request,
     Upscaler,
     check_text,
@@ -34,6 +35,8 @@ SAMPLER, STEPS, GUIDANCE = "Euler", 50, 7.0  # AUTOMATIC1111's, where nothing is
 DENOISING_STRENGTH, MASK_BLUR, HR_SCALE = 0.75, 4, 2.0
 UPSCALERS_HERE: Mapping[str, Upscaler] = {**UPSCALERS, "None": "lanczos"}
 """AUTOMATIC1111's names; without an upscaler pictures are resized by Lanczos there, too."""
+MASKED_CONTENTS: Sequence[MaskedContent] = ("fill", "original", "latent_noise", "latent_nothing")
+"""What `inpainting_fill` numbers; where it says nothing, the first."""
 
 _NO_SCRIPTS = "there are no scripts here but ControlNet; leave it out"
 _SAVES_NOTHING = "the server saves nothing; save what it answers"
@@ -236,7 +239,7 @@ class Generation(BaseModel):
         """The share of the denoising at which it does."""
         return SWITCH_AT if self.refiner_switch_at is None else self.refiner_switch_at
 
-    def over(self, engine: EngineInfo) -> Mapping[str, float]:
+    def over(self, engine: EngineInfo) -> Mapping[str, Any]:
         """`Request`'s fields of an image; none without one."""
         return {}
 
@@ -371,11 +374,11 @@ class ImageToImage(Generation):
     mask_blur_x: int | None = Field(default=None, ge=0, le=256)
     mask_blur_y: int | None = Field(default=None, ge=0, le=256)
     mask_round: bool | None = None
-    inpainting_fill: int | None = None
+    inpainting_fill: Literal[0, 1, 2, 3] | None = None
     inpaint_full_res: bool | int | None = None
     inpaint_full_res_padding: int | None = Field(default=None, ge=0, le=MAX_SIDE)
     inpainting_mask_invert: Literal[0, 1] | bool | None = None
-    mask: str | None = None  # after what its validator looks at
+    mask: str | None = None
     initial_noise_multiplier: float | None = None
     latent_mask: Any = None
     include_init_images: bool | None = None
@@ -402,23 +405,20 @@ class ImageToImage(Generation):
             raise ValueError(f"leaves none of {steps} steps to do; raise one of the two")
         return strength
 
-    @field_validator("mask")
-    @classmethod
-    def _as_here(cls, mask: str | None, info: ValidationInfo) -> str | None:
-        if mask is None:
-            return mask
-        if info.data.get("inpainting_fill") != 1:
-            raise ValueError(
-                "needs inpainting_fill: 1 (original); to fill it with anything else first is not supported"
-            )
-        return mask
-
-    def over(self, engine: EngineInfo) -> Mapping[str, float]:
+    def over(self, engine: EngineInfo) -> Mapping[str, Any]:
         if engine.instructed:
             guidance = self.image_cfg_scale
             return {"image_guidance_scale": DEFAULT_IMAGE_GUIDANCE if guidance is None else guidance}
-        part = {} if self.padding is None else {"padding_mask_crop": self.padding}
-        return {"strength": _strength(self.denoising_strength), **part}
+        return {
+            "strength": _strength(self.denoising_strength),
+            "padding_mask_crop": self.padding,
+            "masked_content": self.masked_content,
+        }
+
+    @property
+    def masked_content(self) -> MaskedContent | None:
+        """What pictures begin with where a mask leaves the image open; None without one."""
+        return None if self.mask is None else MASKED_CONTENTS[self.inpainting_fill or 0]
 
     @property
     def padding(self) -> int | None:

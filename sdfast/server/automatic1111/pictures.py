@@ -15,6 +15,7 @@ from sdfast.masked_area import MaskedArea
 from sdfast.server.automatic1111.blur import blurred
 from sdfast.server.automatic1111.controlnet import Unit, refused
 from sdfast.server.automatic1111.fields import ImageToImage
+from sdfast.server.automatic1111.filling import filled
 from sdfast.server.encoding import redrawn
 from sdfast.server.jobs import EngineInfo
 from sdfast.server.problems import Problem
@@ -28,16 +29,19 @@ class Canvas:
     """image: RGB, of the size that is drawn. mask: as large, L, white where it is drawn anew, blurred.
 
     area: where both were cut out of larger ones. crop: whether what has other proportions loses its edges.
+    fills: whether the run is given the image with what is around the mask in the place of what is under it.
     """
 
     image: Image.Image
     mask: Image.Image | None
     area: MaskedArea | None = None
     crop: bool = False
+    fills: bool = False
 
     @property
     def job_image(self) -> bytes:
-        return self.image.tobytes()
+        image = filled(self.image, self.mask) if self.fills and self.mask is not None else self.image
+        return image.tobytes()
 
     @property
     def job_mask(self) -> bytes | None:
@@ -61,10 +65,12 @@ def canvas_of(asked: ImageToImage, height: int, width: int) -> Canvas:
     image = on_white(of_base64(asked.init_images[0], "init_images"))
     mask = None if asked.mask is None else _mask(of_base64(asked.mask, "mask"), asked)
     crop = asked.resize_mode == 1
+    fills = asked.masked_content not in (None, "original")  # before its latents are replaced, too
     if mask is not None and asked.padding is not None:
         area = _area(image, mask, asked.padding, height, width)
-        return Canvas(area.cut(image), area.cut(mask).convert("L"), area, crop)
-    return Canvas(_sized(image, height, width, crop), mask and _sized(mask, height, width, crop), crop=crop)
+        return Canvas(area.cut(image), area.cut(mask).convert("L"), area, crop, fills)
+    whole = _sized(image, height, width, crop)
+    return Canvas(whole, mask and _sized(mask, height, width, crop), crop=crop, fills=fills)
 
 
 def _area(image: Image.Image, mask: Image.Image, padding: int, height: int, width: int) -> MaskedArea:
@@ -121,7 +127,7 @@ def _control(unit: Unit, canvas: Canvas | None, height: int, width: int) -> byte
             raise ValueError("neither the unit nor the call has an image")
         if canvas.area is not None and area is None:
             return _sized(canvas.area.image, height, width, canvas.crop).tobytes()
-        return canvas.job_image
+        return canvas.image.tobytes()  # as it came, whatever is under the mask
     try:
         image = on_white(of_base64(unit.image, "image"))
     except Problem as problem:
