@@ -60,7 +60,9 @@ class PipelineOutput:
 class Given:
     """Tensors that a caller may give in place of what the pipeline would make; what is drawn over; and the
     control images of N ControlNets, [m, N 3, H, W] float32, which the pictures take in turn; and the images
-    of IP-Adapters, as `sdfast.ip_adapter.read_images` gives them."""
+    of IP-Adapters, as `sdfast.ip_adapter.read_images` gives them.
+
+    seeded: the generators are those of the request's seeds, so that each picture is what it is alone."""
 
     generators: torch.Generator | Sequence[torch.Generator] | None = None
     latents: torch.Tensor | None = None
@@ -71,6 +73,7 @@ class Given:
     over: Over | None = None
     control: torch.Tensor | None = None
     ip_adapter_images: torch.Tensor | None = None
+    seeded: bool = False
 
 
 class DiffusersCall(ABC):

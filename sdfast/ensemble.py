@@ -39,10 +39,10 @@ class Ensemble:
         self.refiner.engine.check_size(finished.height, finished.width)
         source = [generator(seed) for seed in request.seeds]
         part = over if over is None else replace(over, area=None)  # which has to be finished to be pasted
-        given = Given(source, over=part, control=control, ip_adapter_images=ip_adapter_images)
+        given = Given(source, over=part, control=control, ip_adapter_images=ip_adapter_images, seeded=True)
         left = self.base.generate(begun, given, "latent")
         finishing = Over(left.images) if over is None else replace(over, image=left.images)
-        given = Given(source, over=finishing)
+        given = Given(source, over=finishing, seeded=True)
         images = self.refiner.generate(finished, given, output_type).images
         return PipelineOutput(
             images, request.seeds, left.truncated, variation_seeds=request.variation_seeds or None

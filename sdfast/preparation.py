@@ -323,7 +323,7 @@ class Preparation:
 
     def _start(self, request: Request, given: Given, plan: Schedule, noise: NoiseSource) -> Start:
         if given.over is not None and not self.engine.manifest.model.instructed:
-            seeded = given.generators is None
+            seeded = given.seeded or given.generators is None
             return start_over(self.engine, request, plan, noise, given.over, seeded=seeded)
         if given.latents is not None:
             check_tensor("latents", given.latents, (request.images, *self._latent_shape(request)))

@@ -276,6 +276,22 @@ def test_two_engines_draw_a_part_of_an_image(sdxl_engine: Path, refiner_engine: 
         assert np.abs(np.asarray(picture, int) - np.asarray(area.pasted(part), int)).max() <= 1
 
 
+def test_pictures_of_two_engines_are_what_they_are_alone(sdxl_engine: Path, refiner_engine: Path) -> None:
+    """With a mask too, where each picture's own generator has to draw for the image's latents."""
+    engines = Ensemble(ours(sdxl_engine), ours(refiner_engine), SWITCH)
+    over = Over(read_images(image(), 4), read_masks(mask()))
+    call = {"prompts": (PROMPT,), "negative_prompts": (None,), "height": 64, "width": 64, "strength": 0.8}
+    call |= {"num_inference_steps": 5, "guidance_scale": 4.0, "scheduler": "euler_a"}
+
+    def drawn(seed: int, images: int) -> torch.Tensor:
+        asked = Request.make(seed=seed, num_images_per_prompt=images, **call)
+        found: torch.Tensor = engines.generate(asked, over, output_type="latent").images
+        return found
+
+    for i, picture in enumerate(drawn(3, 2)):
+        torch.testing.assert_close(picture, drawn(3 + i, 1)[0], rtol=1e-4, atol=1e-4)
+
+
 def test_a_refiner_of_other_latents_is_refused(sides: Any, sd_engine: Path) -> None:
     asked = Request.make(
         prompts=("a",), negative_prompts=(None,), height=64, width=64, num_inference_steps=4, scheduler="ddim"

@@ -61,10 +61,10 @@ def given_of(engine: Engine, job: Job) -> Given:
     mask = None if job.mask is None else mask_from_bytes(job.mask, height, width)
     if job.handed is not None:
         latents, sources = unpacked(job.handed, request.images, _latents(engine, request))
-        return Given(sources, over=Over(latents, mask), control=control, ip_adapter_images=seen)
+        return Given(sources, over=Over(latents, mask), control=control, ip_adapter_images=seen, seeded=True)
     over = None if job.image is None else Over(from_bytes(job.image, height, width), mask)
     generators = [generator(seed) for seed in request.seeds] if job.hands_over else None
-    return Given(generators, over=over, control=control, ip_adapter_images=seen)
+    return Given(generators, over=over, control=control, ip_adapter_images=seen, seeded=job.hands_over)
 
 
 def _seen(engine: Engine, job: Job) -> Tensor | None:
