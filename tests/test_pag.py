@@ -218,6 +218,7 @@ def test_calls_of_one_module_do_not_mix(pair: tuple[Any, Any]) -> None:
         same(other, one)
 
 
+@pytest.mark.slow
 def test_an_onnx_engine_draws_what_an_eager_one_does(
     flat_sd: Path, parsed_once: None, tmp_path: Path
 ) -> None:
