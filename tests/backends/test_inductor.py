@@ -222,9 +222,10 @@ def test_a_lora_is_not_compiled(decoding_sd: Path, engine: Path, tmp_path: Path,
 
 @pytest.mark.slow
 def test_rows_that_are_perturbed_share_one_compiled_module(
-    decoding_sd: Path, tmp_path: Path, compiled: list[str]
+    decoding_sd: Path, engine: Path, tmp_path: Path, compiled: list[str]
 ) -> None:
-    """Of a U-Net that is compiled for it, and nothing else is compiled anew."""
+    """Of a U-Net that is compiled for it, and nothing else of the engine is compiled anew."""
+    assert engine.is_dir()
     recipe = {"sizes": ["16x16"], "batch": [1], "pag": ["mid"]}
     ours, eager = (
         export(decoding_sd, tmp_path / backend, Recipe.make(backend=backend, **recipe))
