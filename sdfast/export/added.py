@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sdfast.errors import CheckpointError
 from sdfast.export.checkpoint import Component
+from sdfast.export.files import sha256
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,11 @@ class Added:
         if self.names is None:
             return tensors
         return {theirs: tensors[name] for name, theirs in self.names.items()}
+
+
+def digests_of(component: Component, source: str) -> dict[str, str]:
+    """The SHA-256 of each of its weights files, by the file's name. Errors speak of `source`."""
+    return {path.name: sha256(path, source) for path in component.weights}
 
 
 def refuse_unused(source: str, kind: str, noun: str, **given: str | None) -> None:

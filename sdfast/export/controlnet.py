@@ -6,9 +6,9 @@ from pathlib import Path
 
 from sdfast.errors import CheckpointError
 from sdfast.export import controlnet_file, layout
-from sdfast.export.added import Added, refuse_unused
+from sdfast.export.added import Added, digests_of, refuse_unused
 from sdfast.export.checkpoint import Checkpoint, Component, Progress, component_of, silent
-from sdfast.export.files import Files, sha256
+from sdfast.export.files import Files
 from sdfast.export.recipe import ControlNetSetting, Recipe
 from sdfast.export.sources import kind_of
 from sdfast.manifest import AddedControlNet, Manifest
@@ -65,15 +65,14 @@ def _resolve(setting: ControlNetSetting, checkpoint: Checkpoint, progress: Progr
             source, revision=revision, variant=setting.variant, progress=progress
         )
     component = _read(Files(folder, source), setting.variant)
-    digests = {path.name: sha256(path, source) for path in component.weights}
-    return ControlNetSource(source, revision, component, digests)
+    return ControlNetSource(source, revision, component, digests_of(component, source))
 
 
 def _of_file(source: str, checkpoint: Checkpoint) -> ControlNetSource:
     path = Path(source).expanduser().resolve()
     config, names = controlnet_file.read(path, source, checkpoint.component("unet").config)
     component = Component(layout.CONTROLNET, CLASS, config, (path,))
-    return ControlNetSource(source, None, component, {path.name: sha256(path, source)}, names)
+    return ControlNetSource(source, None, component, digests_of(component, source), names)
 
 
 def _read(files: Files, variant: str | None) -> Component:

@@ -12,7 +12,7 @@ from typing import Any
 
 from sdfast.errors import CheckpointError
 from sdfast.export import layout
-from sdfast.export.files import tensor_shapes
+from sdfast.export.files import numbers_in, tensor_shapes
 from sdfast.export.lora_keys import family_of
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -111,9 +111,9 @@ _BLOCK = re.compile(r"(input_blocks\.(\d{1,4})|middle_block)\.(\d)\.(.+)")
 
 def _renaming(names: Iterable[str]) -> Callable[[str], str]:
     """What turns a name of the original layout, which numbers its blocks through, into diffusers'."""
-    ends = _numbers(names, r"input_blocks\.(\d{1,4})\.0\.op\.weight")
+    ends = numbers_in(names, r"input_blocks\.(\d{1,4})\.0\.op\.weight")
     stride = min(ends, default=0) or _count(names, r"zero_convs\.(\d{1,4})\.") or 1
-    last = max(_numbers(names, rf"{_HINT}\.(\d{{1,4}})\."))
+    last = max(numbers_in(names, rf"{_HINT}\.(\d{{1,4}})\."))
 
     def rename(name: str) -> str:
         layer, _, leaf = name.rpartition(".")
@@ -193,15 +193,9 @@ def _config(shapes: Shapes, unet: Mapping[str, Any], source: str) -> dict[str, A
     return config
 
 
-def _numbers(names: Iterable[str], numbered: str) -> set[int]:
-    """The numbers in the pattern's group, of names that begin so."""
-    found = (re.match(numbered, name) for name in names)
-    return {int(match[1]) for match in found if match}
-
-
 def _count(names: Iterable[str], numbered: str) -> int:
     """How many there are of what is numbered from 0 on."""
-    return 1 + max(_numbers(names, numbered), default=-1)
+    return 1 + max(numbers_in(names, numbered), default=-1)
 
 
 def _embedding(shapes: Shapes) -> list[int]:

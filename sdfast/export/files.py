@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -106,6 +108,12 @@ def tensor_shapes(path: Path, source: str) -> tuple[dict[str, tuple[int, ...]], 
             return shapes, dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError) as error:
         raise unreadable(path, source, error) from error
+
+
+def numbers_in(names: Iterable[str], numbered: str) -> set[int]:
+    """The numbers in the group of a pattern, of the tensors whose names begin so."""
+    found = (re.match(numbered, name) for name in names)
+    return {int(match[1]) for match in found if match}
 
 
 def load_tensors(path: Path, source: str) -> "dict[str, torch.Tensor]":

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from sdfast.errors import CheckpointError
 from sdfast.export import layout
-from sdfast.export.added import Added
+from sdfast.export.added import Added, digests_of
 from sdfast.export.checkpoint import Checkpoint, Component, Progress, component_of, silent
-from sdfast.export.files import Files, load_tensors, sha256, tensor_shapes
+from sdfast.export.files import Files, load_tensors, tensor_shapes
 from sdfast.export.lora_keys import family_of
 from sdfast.export.one_file import Found, Wanted, find
 from sdfast.export.recipe import IPAdapterSetting
@@ -270,7 +270,7 @@ def _read_encoder(files: Files, revision: str | None) -> ImageEncoderSource:
                 f"{files.source}: config.json gives {name} as {config.get(name)!r}; download it again"
             )
     component = component_of(files, layout.IMAGE_ENCODER, ENCODER_CLASS, config, None)
-    digests = {path.name: sha256(path, files.source) for path in component.weights}
+    digests = digests_of(component, files.source)
     given = files.json(_PREPROCESSOR) if _PREPROCESSOR in files.names else {}
     processor = _processor(given, config["image_size"], files.source)
     return ImageEncoderSource(files.source, revision, component, digests, processor=processor)

@@ -1,16 +1,14 @@
 """A VAE that takes the place of a checkpoint's own when an engine is exported: where it lies, and whether it
 fits."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from sdfast.errors import CheckpointError
 from sdfast.export import layout, vae_file
-from sdfast.export.added import Added, refuse_unused
+from sdfast.export.added import Added, digests_of, refuse_unused
 from sdfast.export.checkpoint import Checkpoint, Component, Progress, component_of, silent
-from sdfast.export.files import Files, sha256
+from sdfast.export.files import Files
 from sdfast.export.recipe import VAESetting
 from sdfast.export.sources import kind_of
 from sdfast.manifest import UsedVAE
@@ -63,7 +61,7 @@ def _resolve(setting: VAESetting, own: Component, progress: Progress) -> VAESour
     files = Files(folder, source)
     part = layout.vae_folder(files.names, source)
     component = _read(Files(folder / part, source, folder), setting.variant)
-    return VAESource(source, revision, component, _digests(component, source))
+    return VAESource(source, revision, component, digests_of(component, source))
 
 
 def _of_file(source: str, own: Component) -> VAESource:
@@ -76,7 +74,7 @@ def _of_file(source: str, own: Component) -> VAESource:
         )
     config = {} if class_name == TINY else own.config
     component = Component(VAE, class_name, config, (path,))
-    return VAESource(source, None, component, _digests(component, source), names)
+    return VAESource(source, None, component, digests_of(component, source), names)
 
 
 def _read(files: Files, variant: str | None) -> Component:
@@ -88,10 +86,6 @@ def _read(files: Files, variant: str | None) -> Component:
             f"{', '.join(layout.CLASSES[VAE])}"
         )
     return replace(component_of(files, layout.VAE_ALONE, stated, config, variant), name=VAE)
-
-
-def _digests(component: Component, source: str) -> Mapping[str, str]:
-    return {path.name: sha256(path, source) for path in component.weights}
 
 
 def _check_fits(found: VAESource, own: Component, checkpoint: str) -> None:
@@ -116,8 +110,7 @@ def _check_fits(found: VAESource, own: Component, checkpoint: str) -> None:
 
 
 def _config(component: Component, source: str) -> AnyVAEConfig:
-    config: Mapping[str, Any] = component.config
     try:
-        return vae_config(component.class_name, config)
+        return vae_config(component.class_name, component.config)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error

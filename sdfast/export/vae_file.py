@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sdfast.errors import CheckpointError
 from sdfast.export import layout
-from sdfast.export.files import tensor_names
+from sdfast.export.files import numbers_in, tensor_names
 from sdfast.models.vae import TINY
 
 KL = "AutoencoderKL"
@@ -37,7 +37,7 @@ def read(path: Path, source: str) -> tuple[str, dict[str, str]]:
         return KL, bare
     if not any(name.startswith("decoder.up.") for name in there):
         raise CheckpointError(f"{source}: holds {_what(there)}; {_SUPPORTED}")
-    levels = 1 + max(_numbers(there, r"decoder\.up\.(\d{1,4})\."))
+    levels = 1 + max(numbers_in(there, r"decoder\.up\.(\d{1,4})\."))
     return KL, {name: _renamed(original, levels) for name, original in bare.items()}
 
 
@@ -60,11 +60,6 @@ def _what(names: Collection[str]) -> str:
     if not any(name.startswith("decoder.") for name in names):
         return f"no VAE's decoder, but {min(names, default='nothing')}"
     return f"a decoder of another kind ({min(name for name in names if name.startswith('decoder.'))})"
-
-
-def _numbers(names: Iterable[str], numbered: str) -> set[int]:
-    """The numbers in the pattern's group, of names that begin so."""
-    return {int(match[1]) for name in names if (match := re.match(numbered, name))}
 
 
 def _renamed(name: str, levels: int) -> str:

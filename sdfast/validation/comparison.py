@@ -2,7 +2,7 @@
 
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -132,8 +132,11 @@ def validate(
     over = []
     if engine.manifest.edits and not model.instructed:  # all that such a one draws is of one kind
         over = _over_trial(engine, sides, trials[0], scene, tell)
-    over += _plain_trial(engine, sides, trials[0], tell) if model.loras else []
-    over += _pag_trial(engine, sides, trials[0], tell) if model.pag else []
+    if model.loras:
+        over += _first_again(engine, sides, trials[0], "without LoRAs", {"loras": {}}, tell)
+    if model.pag:
+        scaled = {"pag_scale": PAG_SCALE}
+        over += _first_again(engine, sides, trials[0], f"PAG {PAG_SCALE:g}", scaled, tell)
     price = _price(engine, trials, guidance_start, guidance_end, tell)
     caching, cache = None, engine.step_cache
     if cache is not None and cache_interval > 1:
@@ -296,24 +299,15 @@ def _over_trial(
     return [_Trial(name, trial.plan, [picture])]
 
 
-def _plain_trial(engine: Engine, sides: Stock, trial: _Trial, tell: Progress) -> list[_Trial]:
-    """The first picture without the LoRAs that requests choose."""
-    name, first = f"{trial.name}, without LoRAs", trial.pictures[0]
+def _first_again(
+    engine: Engine, sides: Stock, trial: _Trial, called: str, update: Mapping[str, Any], tell: Progress
+) -> list[_Trial]:
+    """The first picture of a trial once more, of a request with these other fields."""
+    name, first = f"{trial.name}, {called}", trial.pictures[0]
     tell(name)
     pipe = Pipeline(engine)
     pipe.set_progress_bar_config(disable=True)
-    request = first.request.model_copy(update={"loras": {}})
-    picture = compare_picture(pipe, sides.exact, sides.same, request, (), *first.told)
-    return [_Trial(name, trial.plan, [picture])]
-
-
-def _pag_trial(engine: Engine, sides: Stock, trial: _Trial, tell: Progress) -> list[_Trial]:
-    """The first picture with perturbed-attention guidance."""
-    name, first = f"{trial.name}, PAG {PAG_SCALE:g}", trial.pictures[0]
-    tell(name)
-    pipe = Pipeline(engine)
-    pipe.set_progress_bar_config(disable=True)
-    request = first.request.model_copy(update={"pag_scale": PAG_SCALE})
+    request = first.request.model_copy(update=update)
     picture = compare_picture(pipe, sides.exact, sides.same, request, (), *first.told)
     return [_Trial(name, trial.plan, [picture])]
 

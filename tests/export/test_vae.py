@@ -26,10 +26,9 @@ from sdfast.manifest import read_manifest
 from sdfast.models.vae import TINY, load_vae, vae_config
 from sdfast.validation.reference import reference_pipeline
 from tests import checkpoints
+from tests.export.test_controlnet import WEIGHTS, config, cut, to_pickle
 from tests.original_layout import to_original
 from tests.sealing import reseal
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def with_other(checkpoint: Path, source: object, **setting: str) -> Checkpoint:
@@ -47,22 +46,6 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny VAE for `tiny_sd`: copy it before changing it."""
     return checkpoints.build_tiny_vae(tmp_path_factory.mktemp("vae") / "tiny")
-
-
-def config(**fields: object) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        path = folder / "config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **fields}), "utf-8")
-
-    return change
-
-
-def to_pickle(folder: Path) -> None:
-    (folder / WEIGHTS).rename(folder / "diffusion_pytorch_model.bin")
-
-
-def cut(folder: Path) -> None:
-    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:1000])
 
 
 BAD: dict[str, tuple[Callable[[Path], None], str]] = {
