@@ -127,6 +127,11 @@ class OnnxRuntime:
         Every session has threads of its own, which by default spin for some 100 ms after its last call and so
         keep the processor from the next session's: a third of the time of a small picture. They are told to
         stop when a call ends.
+
+        On a processor each value takes its memory from the session's arena when it is made, and gives it back
+        after its last use. By default ONNX Runtime plans ahead: a buffer is kept for a later value of its
+        very shape, and what a call took is taken once more in one piece by the next. That is up to four times
+        the memory (SD 1.5's VAE encoder at 512 x 512: 4.6 GiB in place of 1.2), and no faster.
         """
         options = self._ort.SessionOptions()
         level = self._ort.GraphOptimizationLevel
@@ -136,6 +141,9 @@ class OnnxRuntime:
         options.intra_op_num_threads = self._threads
         options.inter_op_num_threads = 1
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        if self._stream is None:
+            options.enable_mem_pattern = False
+            options.enable_mem_reuse = False
         if self._tensorrt:
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         return options

@@ -6,6 +6,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
+import numpy as np
+import onnx
 import pytest
 import torch
 from filelock import FileLock, Timeout
@@ -17,6 +19,7 @@ from sdfast.errors import BackendError, EngineError
 from sdfast.export.onnx import export_module
 from sdfast.export.onnx_cuda import CUDA
 from sdfast.export.onnx_tensorrt import TENSORRT
+from sdfast.proc import bytes_of
 from tests.export.test_onnx import unet_inputs, unet_modules
 from tests.export.test_onnx_cuda import WIDE
 
@@ -154,6 +157,38 @@ def test_the_processor_is_asked_for_as_ever(runtime, graphs):
     assert type(module) is OnnxModule
     assert session.runs == [None]
     assert "session.disable_cpu_ep_fallback" not in session.options.entries
+
+
+def values_of_four_shapes(path: Path, size: int) -> None:
+    """A network of values of some `size` bytes, one after the other, in four shapes that come twice."""
+    nodes, told = [], "x"
+    for number in range(8):
+        shape = np.array([8, size // 32 + 16 * (number % 4)], np.int64)
+        nodes += [
+            onnx.helper.make_node("Constant", [], [f"shape{number}"], value=onnx.numpy_helper.from_array(shape)),
+            onnx.helper.make_node("Expand", [told, f"shape{number}"], [f"large{number}"]),
+            onnx.helper.make_node("ReduceMax", [f"large{number}"], [f"y{number}"], keepdims=0),
+        ]
+        told = f"y{number}"
+    inputs, outputs = (
+        [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [])] for name in ("x", told)
+    )
+    graph = onnx.helper.make_graph(nodes, "values", inputs, outputs)
+    onnx.save(
+        onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10), path
+    )
+
+
+@pytest.mark.skipif(bytes_of("/proc/self/status", "RssAnon") is None, reason="Linux tells of memory")
+def test_on_a_processor_memory_is_given_back_within_a_call_and_not_taken_twice(tmp_path):
+    size = 2**25
+    values_of_four_shapes(tmp_path / "values.onnx", size)
+    module = OnnxRuntime(PROCESSOR, 1).load(tmp_path / "values.onnx")
+    before = bytes_of("/proc/self/status", "RssAnon")
+    for _ in range(3):
+        (result,) = module({"x": torch.tensor(3.0)}).values()
+        assert result.item() == 3
+    assert bytes_of("/proc/self/status", "RssAnon") - before < 2.5 * size
 
 
 def test_cuda_works_on_a_stream_of_its_own_and_captures_the_loops_file(runtime, graphs):
