@@ -31,7 +31,6 @@ DEFAULT_STRENGTH = {"sd": (0.8, 1.0), "sdxl": (0.3, 0.9999)}
 
 # Arguments of diffusers' that are not supported, at the values at which they ask for nothing.
 NEUTRAL = {
-    "guess_mode": False,
     "callback_steps": 1,
 }
 
@@ -139,6 +138,9 @@ class DiffusersCall(ABC):
         controlnet_conditioning_scale: float | Sequence[float] | None = None,
         control_guidance_start: float | Sequence[float] = 0.0,
         control_guidance_end: float | Sequence[float] = 1.0,
+        guess_mode: bool = False,
+        control_mode: str | Sequence[str] | None = None,
+        control_layer_scales: Sequence[float] | Sequence[Sequence[float] | None] | None = None,
         ip_adapter_image: Any = None,
         ip_adapter_scale: Any = None,
         seed: int | None = None,
@@ -201,7 +203,10 @@ class DiffusersCall(ABC):
             controlnet_conditioning_scale: how much of the ControlNet is added, by default 1;
             control_guidance_start, control_guidance_end: between which shares of the steps. With several
             ControlNets a list of an image for each, None for one that is to add nothing; and for the rest a
-            list of a number for each, or one for all.
+            list of a number for each, or one for all. guess_mode: as in diffusers, which is `control_mode`
+            "guess"; others are "prompt" and "control", as sd-webui-controlnet has them, see `Request`.
+            control_layer_scales: the share of each layer, in place of a mode's; with several ControlNets a
+            list of them, or None, for each.
         ip_adapter_image: what an engine with IP-Adapters is told beside the prompt: one image for all
             pictures, with several adapters a list of one for each; see `sdfast.ip_adapter`. By default
             pictures are drawn without. ip_adapter_scale: how much it counts, by default 1, or what
@@ -298,6 +303,8 @@ class DiffusersCall(ABC):
             "controlnet_conditioning_scale": scale,
             "control_guidance_start": control_guidance_start,
             "control_guidance_end": control_guidance_end,
+            "control_mode": _control_mode(control_mode, guess_mode),
+            "control_layer_scales": _layer_scales(control_layer_scales, model),
             "ip_adapter_scale": counts,
             "num_images_per_prompt": num_images_per_prompt,
             "clip_skip": clip_skip,
@@ -395,6 +402,21 @@ def strength_over(model: Model, over: Over, given: float | None, start: float | 
     if start is not None:
         return None
     return DEFAULT_STRENGTH[model.family][over.mask is not None] if given is None else given
+
+
+def _control_mode(mode: Any, guess: bool) -> Any:
+    """diffusers' `guess_mode` as one of the modes."""
+    if not isinstance(guess, bool):
+        raise RequestError(f"guess_mode: must be True or False (got {guess!r:.60})")
+    if guess and mode is not None:
+        raise RequestError("guess_mode: is a control_mode, and another is given; leave one of them out")
+    return "guess" if guess else mode
+
+
+def _layer_scales(given: Any, model: Model) -> Any:
+    """Those of a single ControlNet as a list of one."""
+    flat = isinstance(given, (list, tuple)) and all(isinstance(one, (int, float)) for one in given)
+    return (given,) if flat and model.controlnets == 1 else given
 
 
 def _texts(

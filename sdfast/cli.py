@@ -38,6 +38,8 @@ UPSCALERS = (  # `sdfast.request.Upscaler`, which takes pydantic to import
     "nearest",
 )
 
+CONTROL_MODES = ("balanced", "prompt", "control", "guess")  # `sdfast.request.ControlMode`, likewise
+
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
@@ -325,6 +327,13 @@ def rebuild(engine: Path, checkpoint: str | None) -> None:
     "--control-start", type=float, multiple=True, help="From this share of the steps on. [default: 0]"
 )
 @click.option("--control-end", type=float, multiple=True, help="To this share of the steps. [default: 1]")
+@click.option(
+    "--control-mode",
+    type=click.Choice(CONTROL_MODES),
+    multiple=True,
+    help="What counts for more, the prompt or the ControlNet; once for all, or for each. guess is diffusers' "
+    "guess_mode. [default: balanced]",
+)
 @click.option(
     "--lora",
     "loras",

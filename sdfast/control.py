@@ -14,10 +14,16 @@ from sdfast.engine import Engine
 from sdfast.errors import NumericalError, RequestError
 from sdfast.images import controls_of_each
 from sdfast.manifest import CONTROL, Model
-from sdfast.request import Request, each
+from sdfast.request import ControlMode, Request, each
 from sdfast.row import Conditioning
 
 DEFAULT_SCALE = 1.0  # as in diffusers
+_OF_EACH = (
+    *("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end"),
+    *("control_mode", "control_layer_scales"),
+)
+SOFTER = 0.825  # the outer layer's share of the next one's, as in sd-webui-controlnet
+_MIDDLE = 12  # there the place of SD's middle, which counts whole; SDXL's is the tenth layer, and counts less
 
 
 def asked_scale(model: Model, images: Any, scale: Any) -> Any:
@@ -80,12 +86,25 @@ def check_controlled(model: Model, request: Request, *, controlled: bool) -> Non
         raise RequestError(
             "controlnet_conditioning_scale and a control image go together; give both, or neither"
         )
-    for name in ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end"):
+    if not controlled:
+        return
+    for name in _OF_EACH:
         given = getattr(request, name)
-        if controlled and isinstance(given, tuple) and len(given) != model.controlnets:
+        if isinstance(given, tuple) and len(given) != model.controlnets:
             raise RequestError(
                 f"{name}: {len(given)} numbers, but this engine has "
                 f"{_of_controlnets(model.controlnets)}; give one for each, in their order, or one for all"
+            )
+    _check_layers(model, request)
+
+
+def _check_layers(model: Model, request: Request) -> None:
+    """Raises `RequestError` for scales of other layers than there are."""
+    for scales in request.control_layer_scales or ():
+        if scales is not None and len(scales) != model.control_layers:
+            raise RequestError(
+                f"control_layer_scales: {len(scales)} numbers, but a ControlNet of this engine adds to "
+                f"{model.control_layers} layers; give one for each, from the outermost to the middle"
             )
 
 
@@ -105,22 +124,60 @@ def embedded(engine: Engine, control: Tensor) -> Tensor:
     return found
 
 
-def scales(request: Request, steps: int, count: int = 1) -> list[tuple[float, ...]]:
-    """How much of each of `count` ControlNets is added at each of so many evaluations of the network."""
+def scales(request: Request, steps: int, model: Model, *, away: bool = False) -> list[tuple[float, ...]]:
+    """How much is added at each of so many evaluations of the network: of each ControlNet, and of what it
+    adds to each layer.
+
+    away: for what is guided away from, the negative prompt.
+    """
     if request.controlnet_conditioning_scale is None:
         raise ValueError("a request without a control image has no scales")
     every = list(
         zip(
-            each(request.controlnet_conditioning_scale, count),
-            each(request.control_guidance_start, count),
-            each(request.control_guidance_end, count),
+            each(request.controlnet_conditioning_scale, model.controlnets),
+            each(request.control_guidance_start, model.controlnets),
+            each(request.control_guidance_end, model.controlnets),
+            _shares(request, model, away=away),
             strict=True,
         )
     )
     return [
-        tuple(scale if k / steps >= start and (k + 1) / steps <= end else 0.0 for scale, start, end in every)
+        tuple(
+            scale * share if k / steps >= start and (k + 1) / steps <= end else 0.0
+            for scale, start, end, shares in every
+            for share in shares
+        )
         for k in range(steps)
     ]
+
+
+def _shares(request: Request, model: Model, *, away: bool) -> list[Sequence[float]]:
+    """Of each ControlNet, how much of its scale each layer has.
+
+    diffusers asks the first ControlNet whether it pools, and if so has all guess; without a mode it is as
+    there.
+    """
+    layers, pooling = model.control_layers, model.pooling_controlnets
+    usual: ControlMode = "guess" if 0 in pooling else "balanced"
+    modes: tuple[ControlMode, ...] = each(request.control_mode or usual, model.controlnets)
+    own = request.control_layer_scales or (None,) * model.controlnets
+    shares: list[Sequence[float]] = []
+    for place, (mode, given) in enumerate(zip(modes, own, strict=True)):
+        # what pools is for the prompt alone where a mode is asked for, as in sd-webui-controlnet
+        alone = place in pooling and request.control_mode is not None
+        if away and (alone or mode in ("control", "guess")):
+            shares.append((0.0,) * layers)
+        else:
+            shares.append(given or _shares_of(mode, layers, pools=place in pooling))
+    return shares
+
+
+def _shares_of(mode: ControlMode, layers: int, *, pools: bool) -> Sequence[float]:
+    if mode == "balanced" or (mode == "guess" and pools):
+        return (1.0,) * layers
+    if mode == "guess":  # from a tenth to the whole, as in diffusers
+        return [float(share) for share in torch.logspace(-1, 0, layers)]
+    return [SOFTER ** max(_MIDDLE - layer, 0) for layer in range(layers)]
 
 
 def with_scales(told: Sequence[Conditioning], by_step: Sequence[Sequence[float]]) -> list[Conditioning]:

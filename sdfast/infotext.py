@@ -224,7 +224,14 @@ def _of_controlnets(request: Request) -> dict[str, str]:
         return {}
     told = {"ControlNet scale": "/".join(map(_number, each(request.controlnet_conditioning_scale)))}
     spans = [f"{_number(start)}-{_number(end)}" for start, end in request.control_spans]
-    return told if set(spans) == {"0-1"} else {**told, "ControlNet steps": "/".join(spans)}
+    if set(spans) != {"0-1"}:
+        told["ControlNet steps"] = "/".join(spans)
+    if request.control_mode is not None:
+        told["ControlNet mode"] = "/".join(map(_label, each(request.control_mode)))
+    if request.control_layer_scales is not None:
+        layers = (",".join(map(_number, of_one or ())) for of_one in request.control_layer_scales)
+        told["ControlNet layers"] = "/".join(layers)
+    return told
 
 
 def _of_ip_adapters(request: Request) -> dict[str, str]:

@@ -208,6 +208,8 @@ class Model(_Part):
     time_shift_width: int = Field(ge=1)
     control_channels: int | None = None  # of the embedded control images, all together, with ControlNets
     controlnets: int = Field(default=0, ge=0)
+    control_layers: int = Field(default=0, ge=0)  # to how many layers each adds, and has a scale for
+    pooling_controlnets: tuple[int, ...] = ()  # places of those that average what they add over the picture
     pooled_width: int | None = None  # P of the pooled text embedding that SDXL adds to the time embedding
     guidance_embedding: int | None = None  # W of an LCM's guidance embedding
     zero_empty_negative: bool = False  # SDXL: a missing negative prompt is a context of zeros, not of ""
@@ -220,6 +222,12 @@ class Model(_Part):
     image_processor: ImageProcessor | None = None  # with IP-Adapters
     transformers: tuple[Transformer, ...] = ()  # with IP-Adapters: of the U-Net, of all its context
     pag: tuple[str, ...] = ()  # which layers requests may have perturbed, as diffusers names them
+
+    @model_validator(mode="after")
+    def _scaled_by_layer(self) -> "Model":
+        if self.controlnets and not self.control_layers:
+            raise ValueError("its ControlNets have one scale for all layers, as an earlier sdfast made them")
+        return self
 
     @property
     def inpaints(self) -> bool:

@@ -115,6 +115,7 @@ class Job:
     control_scale: tuple[float, ...] = ()
     control_start: tuple[float, ...] = ()
     control_end: tuple[float, ...] = ()
+    control_mode: tuple[str, ...] = ()
     loras: Mapping[str, float] = field(default_factory=dict)
     ip_adapter_image: tuple[Path, ...] = ()
     ip_adapter_scale: tuple[str, ...] = ()
@@ -125,9 +126,11 @@ class Job:
 
     def given(self, model: Model) -> Given:
         """What it is drawn over, and the control image. Raises `RequestError` for what is no image."""
-        if not self.control and (self.control_scale or self.control_start or self.control_end):
+        numbers = (self.control_scale, self.control_start, self.control_end)
+        if not self.control and any((*numbers, self.control_mode)):
             raise RequestError(
-                "control-scale, control-start and control-end are for a control image; give --control too"
+                "control-scale, control-start, control-end and control-mode are for a control image; give "
+                "--control too"
             )
         area = self._area(model)
         images = [path and open_image(path) for path in self._controls]
@@ -219,6 +222,7 @@ class Job:
             controlnet_conditioning_scale=scale,
             control_guidance_start=_one_or_each(self.control_start) or 0.0,
             control_guidance_end=1.0 if not self.control_end else _one_or_each(self.control_end),
+            control_mode=_one_or_each(self.control_mode),
             loras=dict(self.loras),
             ip_adapter_scale=counts,
             hires=self._second_pass(),

@@ -254,9 +254,10 @@ class Preparation:
         if control is not None:
             # diffusers takes the shares of all steps, those after denoising_end among them
             whole = self.schedule_of(request.model_copy(update={"denoising_end": None}))
-            by_step = scales(request, len(whole), self.engine.manifest.model.controlnets)[: len(plan)]
-            told = with_scales(told, by_step)
-            told_negative = with_scales(told_negative, by_step)
+            model = self.engine.manifest.model
+            told = with_scales(told, scales(request, len(whole), model)[: len(plan)])
+            away_scales = scales(request, len(whole), model, away=True)[: len(plan)]
+            told_negative = with_scales(told_negative, away_scales)
         if self.engine.manifest.model.loras:  # behind those of ControlNets
             by_step = [LoraScales.of(self.engine.manifest.model, request).unet] * len(plan)
             told, told_negative = with_scales(told, by_step), with_scales(told_negative, by_step)

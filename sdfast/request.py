@@ -4,7 +4,7 @@ import math
 import secrets
 from collections.abc import Collection, Mapping
 from difflib import get_close_matches
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import numpy as np
 from pydantic import (
@@ -35,7 +35,7 @@ MAX_SCORE = 100.0
 MAX_LORA = 100.0
 SEED_LIMIT = 2**64
 _SHOWN = 60  # characters of a bad value that an error repeats
-
+T = TypeVar("T")
 
 TOLD_SIZES = (
     "original_size",
@@ -64,6 +64,11 @@ ControlScales = ControlScale | Annotated[tuple[ControlScale, ...], Field(min_len
 """Of all ControlNets, or of each."""
 Shares = Share | Annotated[tuple[Share, ...], Field(min_length=1)]
 """The same of the steps."""
+ControlMode = Literal["balanced", "prompt", "control", "guess"]
+"""How what a ControlNet adds is dealt out to its layers, and to the prompt and the negative prompt."""
+ControlModes = ControlMode | Annotated[tuple[ControlMode, ...], Field(min_length=1)]
+LayerScales = Annotated[tuple[ControlScale, ...], Field(min_length=1)]
+"""Of what a ControlNet adds to each skip in turn, and in the middle."""
 
 ImageScale = Annotated[float, Field(ge=0.0, le=MAX_IMAGE_SCALE)]
 ImageScales = ImageScale | Annotated[tuple[ImageScale, ...], Field(min_length=1)]
@@ -189,6 +194,11 @@ class Request(_Checked):
     `controlnet_conditioning_scale`, with a control image: how much the ControlNet adds, in the steps between
     `control_guidance_start` and `control_guidance_end`, which are shares of all steps, as in diffusers. With
     several ControlNets each of these is a list of a number for each, or one for all.
+    `control_mode`, one for all ControlNets or one for each: "balanced" adds alike in all layers and for both
+    prompts; "prompt" less in the outer layers, "control" that too, and nothing for the negative prompt, as
+    sd-webui-controlnet does it; "guess" as diffusers' `guess_mode` does it, whose layers count a little
+    otherwise. By default it is what diffusers does: balanced, or guess if the first ControlNet pools.
+    `control_layer_scales`: of each ControlNet the share of every layer in place of the mode's, or None.
 
     `ip_adapter_scale`, with an image for an IP-Adapter: how much it counts, a number or numbers by layers;
     with several adapters a list of one of these for each, or one for all.
@@ -255,6 +265,8 @@ class Request(_Checked):
     controlnet_conditioning_scale: ControlScales | None = None
     control_guidance_start: Shares = 0.0
     control_guidance_end: Shares = 1.0
+    control_mode: ControlModes | None = None
+    control_layer_scales: tuple[LayerScales | None, ...] | None = None
     ip_adapter_scale: AdapterScale | Annotated[tuple[AdapterScale, ...], Field(min_length=1)] | None = None
     num_images_per_prompt: int = Field(default=1, ge=1, le=MAX_IMAGES)
     clip_skip: int | None = Field(default=None, ge=0, le=64)
@@ -444,14 +456,16 @@ class Request(_Checked):
     @property
     def control_spans(self) -> list[tuple[float, float]]:
         """Between which shares of the steps ControlNets add something: of each, or of all."""
-        starts, ends = each(self.control_guidance_start), each(self.control_guidance_end)
+        starts: tuple[float, ...] = each(self.control_guidance_start)
+        ends: tuple[float, ...] = each(self.control_guidance_end)
         if 1 < len(starts) != len(ends) > 1:
             raise ValueError(
                 f"control_guidance_start: {len(starts)} numbers, but control_guidance_end has {len(ends)}; "
                 "give one for each ControlNet, or one for all"
             )
         count = max(len(starts), len(ends))
-        return list(zip(each(starts, count), each(ends, count), strict=True))
+        shares = (each(self.control_guidance_start, count), each(self.control_guidance_end, count))
+        return list(zip(*shares, strict=True))
 
     def _check_control_spans(self) -> None:
         """Raises `ValueError` for those without a step, and without a control image."""
@@ -461,11 +475,16 @@ class Request(_Checked):
                 raise ValueError(
                     f"control_guidance_start: {start:g} is not below control_guidance_end, {end:g}"
                 )
-        if self.controlnet_conditioning_scale is None and spans != [(0.0, 1.0)]:
+        if self.controlnet_conditioning_scale is not None:
+            return
+        if spans != [(0.0, 1.0)]:
             raise ValueError(
                 "control_guidance_start and control_guidance_end are for a control image; give one, or leave "
                 "them out"
             )
+        for name in ("control_mode", "control_layer_scales"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name}: is for a control image; give one, or leave it out")
 
     def _check_seeds(self) -> None:
         """Raises `ValueError` for too few seeds, and for a variation seed without variations."""
@@ -603,10 +622,10 @@ def check_text(text: str) -> None:
         raise ValueError("holds a lone surrogate, which is not text; remove it") from None
 
 
-def each(given: float | tuple[float, ...], count: int | None = None) -> tuple[float, ...]:
-    """What is given for several: one number stands for all of `count`."""
+def each(given: T | tuple[T, ...], count: int = 1) -> tuple[T, ...]:
+    """What is given for several: one, which is no tuple, stands for all of `count`."""
     several = given if isinstance(given, tuple) else (given,)
-    return several * (count or 1) if len(several) == 1 else several
+    return several * count if len(several) == 1 else several
 
 
 def _plain(value: Any) -> Any:

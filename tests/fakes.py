@@ -235,6 +235,7 @@ def _manifest(
         guidance_embedding=guidance_embedding,
         control_channels=CONTROL_CHANNELS * controlnets or None,
         controlnets=controlnets,
+        control_layers=min(controlnets, 1),
         step_cache=STEP_CACHE if cached else None,
         loras=loras,
         pag=pag,

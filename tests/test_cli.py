@@ -647,6 +647,7 @@ def test_a_controlnet_is_told_and_rebuilt_and_stock_draws_with_it(
     same = sdfast("rebuild", "engine")
     assert same.exit_code == 0 and "up to date" in same.output
     control = ["--control", "image.png", "--control-scale", 0.8, "--control-end", 0.5, "--steps", 4]
+    control += ["--control-mode", "guess"]
     for name, backend in (("ours.png", "engine"), ("stock.png", "diffusers")):
         result = draw(files / "engine", "--seed", 3, "--backend", backend, *control, "-o", name)
         assert result.exit_code == 0, result.output
@@ -654,10 +655,17 @@ def test_a_controlnet_is_told_and_rebuilt_and_stock_draws_with_it(
     assert np.abs(ours - stock).max() <= 1
     told = infotext.read(files / "ours.png")
     assert told == infotext.read(files / "stock.png")
-    assert told.extra == {"ControlNet scale": "0.8", "ControlNet steps": "0-0.5"}
+    assert told.extra == {
+        "ControlNet scale": "0.8",
+        "ControlNet steps": "0-0.5",
+        "ControlNet mode": "Guess",
+    }
     asked = ("generate", "a", "-o", "a.png", "--engine")
     assert refused(*asked, "engine").startswith("control_image: is missing; this engine has a ControlNet")
     assert "give --control too" in refused(*asked, "engine", "--control-scale", 1)
+    assert "give --control too" in refused(*asked, "engine", "--control-mode", "prompt")
+    no_mode = ("--control", "image.png", "--control-mode", "prompt", "--backend", "diffusers")
+    assert "diffusers has no mode but guess" in refused(*asked, "engine", *no_mode)
     assert "72x64, but the picture is 64x64" in refused(
         *asked, "engine", "--control", "wide.png", "--size", "64x64"
     )

@@ -22,7 +22,7 @@ from sdfast.export.build import export
 from sdfast.export.recipe import Recipe
 from sdfast.images import read_controls
 from sdfast.loop import Rows
-from sdfast.manifest import AddedControlNet, read_manifest
+from sdfast.manifest import AddedControlNet, Model, read_manifest
 from sdfast.masked_area import MaskedArea
 from sdfast.pipeline import Pipeline
 from sdfast.request import Request
@@ -30,6 +30,7 @@ from sdfast.server.batcher import Batcher
 from sdfast.server.jobs import Done, Event, Failed, Job
 from sdfast.server.studio import controlnet_name, info_of
 from sdfast.server.worker.opening import warm_up
+from sdfast.validation import validate
 from tests import checkpoints
 from tests.conftest import FLAT_SIZES
 from tests.fakes import FakeEngine
@@ -110,6 +111,8 @@ CALLS: dict[str, dict[str, Any]] = {
         "control_image": [image(1), image(2)],
         "controlnet_conditioning_scale": 1.4,
     },
+    "guess mode": {"guess_mode": True, "controlnet_conditioning_scale": 0.9, "control_guidance_end": 0.75},
+    "guess mode without guidance": {"guess_mode": True, "guidance_scale": 1.0},
     "two evaluations a step": {"scheduler": "HeunDiscreteScheduler", "control_guidance_end": 0.6},
     "noise at each step": {"scheduler": "EulerAncestralDiscreteScheduler", "num_images_per_prompt": 2},
     "a tensor with places to be drawn anew": {
@@ -123,19 +126,23 @@ def test_equals_stock_diffusers(sd: Pair, call: str) -> None:
     assert_same(*both(sd, **{"control_image": image(), **CALLS[call]}))
 
 
-@pytest.mark.parametrize("call", ["a scale", "an image each"])
+@pytest.mark.parametrize("call", ["a scale", "an image each", "guess mode"])
 def test_sdxl_equals_stock_diffusers(sdxl: Pair, call: str) -> None:
     assert_same(*both(sdxl, **{"control_image": image(), "guidance_scale": 4.0, **CALLS[call]}))
 
 
+@pytest.mark.parametrize("guess", [False, True])
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 @pytest.mark.parametrize("task", ["Img2Img", "Inpaint"])
-def test_over_an_image_equals_stock_diffusers(request: pytest.FixtureRequest, family: str, task: str) -> None:
+def test_over_an_image_equals_stock_diffusers(
+    request: pytest.FixtureRequest, family: str, task: str, guess: bool
+) -> None:
     reference, pipe = request.getfixturevalue(family)
     masked = {"mask_image": mask(), "height": SIDE, "width": SIDE} if task == "Inpaint" else {}
     call = {
         **{"image": image(1), "control_image": image(2), "strength": 0.6, "num_inference_steps": 5},
         **{"controlnet_conditioning_scale": 0.7, "control_guidance_end": 0.7, "guidance_scale": 4.0},
+        "guess_mode": guess,
     }
     scheduler = "EulerAncestralDiscreteScheduler"
     assert_same(*both((over(reference, task), pipe), scheduler=scheduler, **call, **masked))
@@ -171,9 +178,12 @@ def test_a_part_of_an_image_equals_stock_diffusers(request: pytest.FixtureReques
 
 
 def test_an_onnx_engine_equals_stock_diffusers(flat_sd: Path, flat_onnx: Path, tmp_path: Path) -> None:
-    """Made of one without: what a ControlNet does not change is kept."""
+    """Made of one without: what a ControlNet does not change is kept. Its ControlNet pools."""
     small = checkpoints.build_controlnet(
-        tmp_path / "controlnet", flat_sd, conditioning_embedding_out_channels=(4, 16)
+        tmp_path / "controlnet",
+        flat_sd,
+        conditioning_embedding_out_channels=(4, 16),
+        global_pool_conditions=True,
     )
     engine = shutil.copytree(flat_onnx, tmp_path / "engine")
     pipe = ours(export(flat_sd, engine, Recipe.make(sizes=FLAT_SIZES, batch=2, controlnet=small)))
@@ -214,16 +224,117 @@ def test_rows_of_different_scales_and_images_share_a_batch(sd: Pair, arithmetic:
     assert (alone[1] - alone[2]).norm() > 0.05 * alone[1].norm()
 
 
+def model_of(count: int = 1, layers: int = 1, pooling: tuple[int, ...] = ()) -> Model:
+    fields = {"controlnets": count, "control_layers": layers, "pooling_controlnets": pooling}
+    return FakeEngine(controlnets=count).manifest.model.model_copy(update=fields)
+
+
 def test_nothing_is_added_outside_of_the_steps_asked_for() -> None:
-    assert scales(request_of(), 3) == [(1.0,), (1.0,), (1.0,)]
+    one, two = model_of(), model_of(2)
+    assert scales(request_of(), 3, one) == [(1.0,), (1.0,), (1.0,)]
     asked = request_of(
         controlnet_conditioning_scale=0.5, control_guidance_start=0.25, control_guidance_end=0.75
     )
-    assert scales(asked, 4) == [(0.0,), (0.5,), (0.5,), (0.0,)]
-    assert scales(asked, 3) == [(0.0,), (0.5,), (0.0,)]
+    assert scales(asked, 4, one) == [(0.0,), (0.5,), (0.5,), (0.0,)]
+    assert scales(asked, 3, one) == [(0.0,), (0.5,), (0.0,)]
     each = request_of(controlnet_conditioning_scale=[0.5, 2.0], control_guidance_end=[1.0, 0.5])
-    assert scales(each, 2, 2) == [(0.5, 2.0), (0.5, 0.0)]
-    assert scales(asked, 4, 2)[1] == (0.5, 0.5)
+    assert scales(each, 2, two) == [(0.5, 2.0), (0.5, 0.0)]
+    assert scales(asked, 4, two)[1] == (0.5, 0.5)
+
+
+SOFT = [0.825**n for n in range(12, -1, -1)]  # as sd-webui-controlnet has it, of SD's 13 layers
+FALLING = [10 ** (n / 12 - 1) for n in range(13)]  # as diffusers has it
+NOTHING, WHOLE = [0.0] * 13, [1.0] * 13
+MODES: dict[str, tuple[dict[str, Any], tuple[int, ...], list[float], list[float]]] = {
+    "by default": ({}, (), WHOLE, WHOLE),
+    "balanced": ({"control_mode": "balanced"}, (), WHOLE, WHOLE),
+    "prompt": ({"control_mode": "prompt"}, (), SOFT, SOFT),
+    "control": ({"control_mode": "control"}, (), SOFT, NOTHING),
+    "guess": ({"control_mode": "guess"}, (), FALLING, NOTHING),
+    "pools, by default": ({}, (0,), WHOLE, NOTHING),
+    "pools, balanced": ({"control_mode": "balanced"}, (0,), WHOLE, NOTHING),
+    "pools, prompt": ({"control_mode": "prompt"}, (0,), SOFT, NOTHING),
+    "pools, guess": ({"control_mode": "guess"}, (0,), WHOLE, NOTHING),
+    "by layer": ({"control_layer_scales": [FALLING]}, (), FALLING, FALLING),
+    "by layer, control": (
+        {"control_layer_scales": [FALLING], "control_mode": "control"},
+        *((), FALLING, NOTHING),
+    ),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_mode_deals_the_scale_out(mode: str) -> None:
+    fields, pooling, told, told_away = MODES[mode]
+    asked, model = request_of(controlnet_conditioning_scale=0.5, **fields), model_of(1, 13, pooling)
+    for expected, away in ((told, False), (told_away, True)):
+        [found] = scales(asked, 1, model, away=away)
+        assert found == pytest.approx([0.5 * share for share in expected], rel=1e-6)
+
+
+def test_modes_are_each_controlnets_own() -> None:
+    asked = request_of(control_mode=["control", "balanced"], control_layer_scales=[None, [0.25, 0.5]])
+    [found] = scales(asked, 1, model_of(2, 2))
+    assert found == pytest.approx([0.825**12, 0.825**11, 0.25, 0.5])
+    assert scales(asked, 1, model_of(2, 2), away=True) == [(0.0, 0.0, 0.25, 0.5)]
+
+
+def test_sdxls_ten_layers_are_the_first_of_sds_thirteen() -> None:
+    [found] = scales(request_of(control_mode="prompt"), 1, model_of(1, 10))
+    assert found == pytest.approx(SOFT[:10])
+
+
+def test_of_several_the_first_that_pools_has_all_guess_as_in_diffusers() -> None:
+    two = {"asked": request_of(), "steps": 1}
+    assert scales(two["asked"], 1, model_of(2, 2, (0,)), away=True) == [(0.0,) * 4]
+    assert scales(two["asked"], 1, model_of(2, 2, (0,))) == [pytest.approx((1.0, 1.0, 0.1, 1.0))]
+    assert scales(two["asked"], 1, model_of(2, 2, (1,)), away=True) == [(1.0,) * 4]
+
+
+@pytest.mark.parametrize(("mode", "for_both"), [("prompt", True), ("control", False)])
+def test_a_mode_is_what_stock_draws_with_its_residuals_scaled_so(
+    sd: Pair, monkeypatch: pytest.MonkeyPatch, mode: str, for_both: bool
+) -> None:
+    reference, pipe = sd
+    network = reference.controlnet
+
+    def scaled(*args: Any, **given: Any) -> Any:
+        down, mid = type(network).forward(network, *args, **given)
+        parts = [part * 0.825 ** (12 - layer) for layer, part in enumerate([*down, mid])]
+        if not for_both:
+            for part in parts:
+                part[: len(part) // 2] = 0
+        return parts[:-1], parts[-1]
+
+    monkeypatch.setattr(network, "forward", scaled)
+    expected, _ = both(sd, control_image=image(), controlnet_conditioning_scale=1.5)
+    call = {"prompt": PROMPT, "num_inference_steps": STEPS, "output_type": "latent"}
+    call |= {"control_image": image(), "controlnet_conditioning_scale": 1.5}
+    drawn = pipe(**call, control_mode=mode, generator=seeded(0)).images
+    assert_same(expected, drawn)
+    layers = [0.825 ** (12 - layer) for layer in range(pipe.engine.manifest.model.control_layers)]
+    rest = {"control_mode": "balanced" if for_both else "control", "control_layer_scales": layers}
+    assert_same(expected, pipe(**call, **rest, generator=seeded(0)).images)
+    assert (drawn - pipe(**call, generator=seeded(0)).images).norm() > 0.01 * drawn.norm()
+
+
+@pytest.fixture(scope="module")
+def pooling(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    place = tmp_path_factory.mktemp("pooling")
+    net = checkpoints.build_controlnet(place / "shuffle", tiny_sd, global_pool_conditions=True)
+    engine = export(tiny_sd, place / "engine", Recipe.make(backend="eager", controlnet=net))
+    return stock(tiny_sd, net, "StableDiffusionControlNetPipeline"), ours(engine)
+
+
+@pytest.mark.parametrize("call", ["one picture", "a scale", "no guidance", "an image each", "guess mode"])
+def test_one_that_pools_equals_stock_diffusers(pooling: Pair, call: str) -> None:
+    assert_same(*both(pooling, **{"control_image": image(), **CALLS[call]}))
+
+
+def test_one_that_pools_is_validated(pooling: Pair) -> None:
+    report = validate(pooling[1].engine, prompts=["a boat"], steps=3)
+    assert report.passed, report.table()
+    assert {module.name: module.worst for module in report.modules}["control_scale"] == 0
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
@@ -251,7 +362,29 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"control_guidance_start": 0.5, "control_guidance_end": 0.5},
         r"^control_guidance_start: 0\.5 is not below control_guidance_end, 0\.5",
     ),
-    "guess mode": ({"guess_mode": True}, "^guess_mode: not supported"),
+    "guess mode that is none": ({"guess_mode": 1}, r"^guess_mode: must be True or False \(got 1\)"),
+    "guess mode and another": (
+        {"guess_mode": True, "control_mode": "prompt"},
+        "^guess_mode: is a control_mode, and another is given",
+    ),
+    "a mode that there is not": ({"control_mode": "strong"}, "^control_mode: must be 'balanced', 'prompt'"),
+    "a mode for two": (
+        {"control_mode": ["prompt", "control"]},
+        "^control_mode: 2 numbers, but this engine has one ControlNet",
+    ),
+    "a layer too few": (
+        {"control_layer_scales": [1.0] * 6},
+        r"^control_layer_scales: 6 numbers, but a ControlNet of this engine adds to \d+ layers",
+    ),
+    "a mode without an image": (
+        {"control_image": None, "control_mode": "prompt"},
+        "^control_mode: is for a control image; give one",
+    ),
+    "guess mode without an image": ({"control_image": None, "guess_mode": True}, "^control_mode: is for a"),
+    "layers without an image": (
+        {"control_image": None, "control_layer_scales": [1.0]},
+        "^control_layer_scales: is for a control image",
+    ),
 }
 
 

@@ -64,6 +64,7 @@ CALLS: dict[str, dict[str, Any]] = {
         "control_guidance_end": [0.5, 0.75],
         "scheduler": "EulerAncestralDiscreteScheduler",
     },
+    "guess mode": {"guess_mode": True, "controlnet_conditioning_scale": [0.8, 0.5]},
     "images of each picture": {
         "prompt": ["a boat", "the sea"],
         "control_image": [[EDGES, POSE], [image(3), image(4)]],
@@ -216,6 +217,12 @@ def test_a_picture_tells_the_scales_and_the_steps(sd: Pair) -> None:
     asked = request_of(controlnet_conditioning_scale=[0.8, 0.5], control_guidance_end=[1.0, 0.5])
     told = infotext_of(asked, sd[1].schedule_of(asked), 0, model="tiny", weights={}).extra
     assert told == {"ControlNet scale": "0.8/0.5", "ControlNet steps": "0-1/0-0.5"}
+    modes = request_of(control_mode=["control", "guess"], control_layer_scales=[None, [0.25, 1]])
+    assert infotext_of(modes, sd[1].schedule_of(modes), 0, model="tiny", weights={}).extra == {
+        "ControlNet scale": "1",
+        "ControlNet mode": "Control/Guess",
+        "ControlNet layers": "/0.25,1",
+    }
     whole = request_of(controlnet_conditioning_scale=[0.8, 0.5])
     assert infotext_of(whole, sd[1].schedule_of(whole), 0, model="tiny", weights={}).extra == {
         "ControlNet scale": "0.8/0.5"

@@ -240,9 +240,8 @@ def _unet_part(name: str, header: Mapping[str, Any]) -> nn.Module:
 
 
 def _controlnets(header: Mapping[str, Any]) -> list[ControlNetConfig]:
-    """The ControlNets that a module has a part of; older engines name the only one there is otherwise."""
-    configs = header.get("controlnets") or [header[name] for name in ("controlnet",) if name in header]
-    return [ControlNetConfig.from_diffusers(config) for config in configs]
+    """The ControlNets that a module has a part of."""
+    return [ControlNetConfig.from_diffusers(config) for config in header.get("controlnets", ())]
 
 
 def _encoder(name: str, config: dict[str, Any], header: Mapping[str, Any]) -> nn.Module:

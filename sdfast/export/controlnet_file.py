@@ -14,6 +14,7 @@ from sdfast.errors import CheckpointError
 from sdfast.export import layout
 from sdfast.export.files import numbers_in, tensor_shapes
 from sdfast.export.lora_keys import family_of
+from sdfast.models.controlnet import POOLS
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -51,15 +52,12 @@ def read(path: Path, source: str, unet: Mapping[str, Any]) -> tuple[dict[str, An
     """
     if path.suffix.lower() in layout.PICKLE_SUFFIXES:
         raise CheckpointError(f"{source} is a pickle. {layout.CONVERT}")
-    if _POOLING in path.stem.lower():
-        raise CheckpointError(
-            f"{source}: a ControlNet of this name pools over the picture (global_pool_conditions), which is "
-            "not supported; take another"
-        )
     shapes, _ = tensor_shapes(path, source)
     names = _diffusers_names(shapes, source)
+    pools = _POOLING in path.stem.lower()
     try:
-        return _config({theirs: shapes[name] for name, theirs in names.items()}, unet, source), names
+        config = _config({theirs: shapes[name] for name, theirs in names.items()}, unet, source)
+        return config | ({POOLS: True} if pools else {}), names
     except KeyError as error:
         raise CheckpointError(f"{source}: tensor {error} is missing; download it again") from error
     except IndexError as error:

@@ -18,7 +18,7 @@ from sdfast.manifest import (
     Transformer,
 )
 from sdfast.models.config import adapter_names
-from sdfast.models.controlnet import ControlledUNet, ControlNet, ControlNetConfig
+from sdfast.models.controlnet import ControlledUNet, ControlNet, ControlNetConfig, control_layers
 from sdfast.models.fp8 import MULTIPLE, fp8_convolutions, fp8_layers
 from sdfast.models.int8 import int8_layers
 from sdfast.models.ip_adapter import IPAdapterConfig, transformers
@@ -70,6 +70,8 @@ class Configs:
         side_multiple: int | None = None,
         control_channels: int | None = None,
         controlnets: int = 0,
+        control_layers: int = 0,
+        pooling_controlnets: tuple[int, ...] = (),
         step_cache: StepCache | None = None,
         loras: tuple[str, ...] = (),
         ip_adapters: tuple[IPAdapter, ...] = (),
@@ -91,6 +93,8 @@ class Configs:
             time_shift_width=time_shift_width,
             control_channels=control_channels,
             controlnets=controlnets,
+            control_layers=control_layers,
+            pooling_controlnets=pooling_controlnets,
             pooled_width=self.pooled_width,
             guidance_embedding=self.unet.time_cond_proj_dim,
             zero_empty_negative=self.checkpoint.zero_empty_negative,
@@ -215,7 +219,7 @@ class Networks(Configs):
             unet = UNet(self.unet, branch, self.image_tokens)
             attach_to_step(unet, len(self.checkpoint.chosen), empty_of(unet, self.checkpoint.ranks("unet")))
             perturb(unet, self.perturbed)
-            beside = [ControlNet(config.way_down) for config in self.controlnets]
+            beside = [ControlNet(config.way_down, config.pools) for config in self.controlnets]
             return ControlledUNet(unet, beside) if beside else unet
 
     def takes_loras(self, module: str) -> bool:
@@ -240,6 +244,8 @@ class Networks(Configs):
             time_shift_width=sum(step.shift_widths) + len(loras) + bool(self.pag),
             control_channels=sum(config.channels for config in self.controlnets) or None,
             controlnets=len(self.controlnets),
+            control_layers=control_layers(self.unet) if self.controlnets else 0,
+            pooling_controlnets=tuple(i for i, config in enumerate(self.controlnets) if config.pools),
             step_cache=self.step_cache,
             loras=loras,
             pag=self.pag,

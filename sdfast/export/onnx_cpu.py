@@ -220,6 +220,10 @@ def add_scaled(g: Graph, x: Value, branch: Value, scale: Value) -> Value:
     return g.Add(x, g.Mul(branch, g.Unsqueeze(scale, g.ints(2, 3))))
 
 
+def mean_of_pixels(g: Graph, x: Value) -> Value:
+    return g.ReduceMean(x, g.ints(2, 3), keepdims=1)
+
+
 def scale_channels(g: Graph, x: Value, scale: Value) -> Value:
     between = range(1, len(x.shape) - 1) if len(x.shape) < 4 else (2, 3)
     return g.Mul(x, g.Unsqueeze(scale, g.ints(*between)) if between else scale)
@@ -307,6 +311,7 @@ PLAIN: Lowerings = {
         relu,
         add,
         add_scaled,
+        mean_of_pixels,
         scale_channels,
         concat_channels,
         attention,

@@ -180,6 +180,10 @@ def add_scaled(g: Graph, x: Value, branch: Value, scale: Value) -> Value:
     return image(g, g.Add(form(g, x), g.Mul(form(g, branch), g.Unsqueeze(scale, g.ints(2, 3)))))
 
 
+def mean_of_pixels(g: Graph, x: Value) -> Value:
+    return image(g, g.ReduceMean(form(g, x), g.ints(1, 2), keepdims=1))
+
+
 def scale_channels(g: Graph, x: Value, scale: Value) -> Value:
     if len(x.shape) != 4:
         return onnx_cpu.scale_channels(g, x, scale)
@@ -279,6 +283,7 @@ CUDA: Lowerings = {
         relu,
         add,
         add_scaled,
+        mean_of_pixels,
         scale_channels,
         concat_channels,
         onnx_cpu.attention,

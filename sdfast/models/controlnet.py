@@ -39,11 +39,12 @@ Part = TypeVar("Part", bound=nn.Module)
 CLASS = "ControlNetModel"  # of diffusers'; its other ControlNets are other networks
 WIDTHS = (16, 32, 96, 256)  # of the embedding, by diffusers' default
 _EMBEDDING = "controlnet_cond_embedding."  # before the names of its weights
+POOLS = "global_pool_conditions"  # a field of its config
 _OWN = (  # fields that a U-Net's config does not have
     "conditioning_channels",
     "conditioning_embedding_out_channels",
     "controlnet_conditioning_channel_order",
-    "global_pool_conditions",
+    POOLS,
 )
 
 
@@ -52,12 +53,14 @@ class ControlNetConfig:
     """way_down: of a U-Net, of which the levels up mean nothing here.
 
     embedding: channels of the control image's embedding, each half as large as the one before.
-    bgr: whether it reads blue first.
+    bgr: whether it reads blue first. pools: whether what it adds is averaged over the picture, as those do
+    that are told of a style or of colours ("shuffle").
     """
 
     way_down: UNetConfig
     embedding: tuple[int, ...]
     bgr: bool
+    pools: bool = False
 
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> "ControlNetConfig":
@@ -66,7 +69,8 @@ class ControlNetConfig:
         if stated != CLASS:
             raise CheckpointError(f"controlnet/config.json is of a {stated}; supported: {CLASS}")
         fields = Fields("controlnet", config)
-        fields.require({"global_pool_conditions": False, "conditioning_channels": 3}, set())
+        fields.require({"conditioning_channels": 3}, set())
+        pools = fields.flag(POOLS, False)
         middle = "UNetMidBlock2DCrossAttn"
         fields.choose("mid_block_type", (middle, "UNetMidBlock2D"), middle)
         order = fields.choose("controlnet_conditioning_channel_order", ("rgb", "bgr"), "rgb")
@@ -74,7 +78,8 @@ class ControlNetConfig:
         levels = way_down.get("down_block_types", ("",) * 4)
         if isinstance(levels, (list, tuple)):  # or else that is refused by name
             way_down["up_block_types"] = ("UpBlock2D",) * len(levels)
-        return cls(UNetConfig.from_diffusers(way_down, "controlnet"), _embedding(fields), order == "bgr")
+        levels_down = UNetConfig.from_diffusers(way_down, "controlnet")
+        return cls(levels_down, _embedding(fields), order == "bgr", pools)
 
     @property
     def channels(self) -> int:
@@ -121,8 +126,9 @@ def _levels(config: UNetConfig) -> list[tuple[int, int]]:
 class ControlNet(WayDown):
     """What a control image adds to each skip of a U-Net, and to what leaves its middle."""
 
-    def __init__(self, config: UNetConfig) -> None:
+    def __init__(self, config: UNetConfig, pools: bool = False) -> None:
         super().__init__(config)
+        self.pools = pools
         self.controlnet_down_blocks = nn.ModuleList([Conv1x1(n, n) for n in skip_channels(config)])
         self.controlnet_mid_block = Conv1x1(config.down[-1].channels, config.down[-1].channels)
         self.shift_widths = [part.rows for part in shift_parts(self)]
@@ -131,13 +137,21 @@ class ControlNet(WayDown):
     def forward(self, sample: Tensor, time_shift: Tensor, context: Tensor, control: Tensor) -> list[Tensor]:
         """sample [B, C, h, w], time_shift [B, T], context [B, L, KV], control [B, C_0, h, w], of one dtype.
 
-        control comes from `ControlEmbedding`. The last of the result is the middle's.
+        control comes from `ControlEmbedding`. The last of the result is the middle's. What is averaged over
+        the picture is [B, C, 1, 1]; it is averaged before its convolution, of one pixel: the same numbers.
         """
         shifts = iter(time_shift.split_with_sizes(self.shift_widths, dim=-1))
         kv = iter(told_layers(self.context_widths, context))
         skips, middle = self.descend(ops.add(control, self.conv_in(sample)), shifts, kv)
-        last: Tensor = self.controlnet_mid_block(middle)
-        return [conv(skip) for conv, skip in zip(self.controlnet_down_blocks, skips, strict=True)] + [last]
+        found = [ops.mean_of_pixels(x) for x in (*skips, middle)] if self.pools else [*skips, middle]
+        convolutions = [*self.controlnet_down_blocks, self.controlnet_mid_block]
+        return [conv(x) for conv, x in zip(convolutions, found, strict=True)]
+
+
+def control_layers(unet: UNetConfig) -> int:
+    """How many numbers say how much of a ControlNet beside such a U-Net is added: one for each skip, and the
+    middle's."""
+    return len(skip_channels(unet)) + 1
 
 
 class _Beside(nn.Module, Generic[Part]):
@@ -162,10 +176,11 @@ class ControlledUNet(Attending, _Beside[ControlNet]):
         super().__init__()
         self.unet = unet
         self._put(controlnets)
+        self.layers = control_layers(unet.config)
         self.shift_widths = [
             sum(unet.shift_widths),
             *(sum(one.shift_widths) for one in controlnets),
-            *(1 for _ in controlnets),
+            *(1 for _ in range(self.layers * len(controlnets))),
         ]
         self.context_widths = [sum(unet.context_widths), *(sum(one.context_widths) for one in controlnets)]
 
@@ -181,9 +196,9 @@ class ControlledUNet(Attending, _Beside[ControlNet]):
         -> [B, C_out, h, w], all of one dtype, with N ControlNets. image_context: as for the U-Net, which
         alone is told it.
 
-        time_shift is that of `ControlledTimeShift`, and after it a column for each ControlNet with the scale
-        of each row: how much of it is added. It goes with the rows and the steps, as the time shifts do. The
-        scales of LoRAs come last.
+        time_shift is that of `ControlledTimeShift`, and after it a column for each of what each ControlNet
+        adds, with the scale of each row: how much of it is added, to each skip in turn and in the middle. It
+        goes with the rows and the steps, as the time shifts do. The scales of LoRAs come last.
         """
         unet, count = self.unet, self.count
         time_shift = unet.told_last(time_shift)
@@ -193,12 +208,14 @@ class ControlledUNet(Attending, _Beside[ControlNet]):
         kv = iter(told_layers(unet.context_widths, own_context, image_context, unet.image_tokens))
         skips, x = unet.descend(unet.conv_in(sample), shifts, kv)
         images = [control] if count == 1 else control.chunk(count, dim=1)
-        every = zip(self.controlnets, told[:count], told[count:], contexts, images, strict=True)
-        for controlnet, shift, scale, its_context, image in every:
+        scales = [told[start : start + self.layers] for start in range(count, len(told), self.layers)]
+        every = zip(self.controlnets, told[:count], scales, contexts, images, strict=True)
+        for controlnet, shift, by_layer, its_context, image in every:
             seen = controlnet.config.in_channels  # the latents; a U-Net for inpainting has more beside them
             latents = sample if seen == unet.config.in_channels else sample[:, :seen]
             added = controlnet(latents, shift, its_context, image)
-            *skips, x = [ops.add_scaled(y, a, scale) for y, a in zip([*skips, x], added, strict=True)]
+            sums = zip([*skips, x], added, by_layer, strict=True)
+            *skips, x = [ops.add_scaled(y, a, scale) for y, a, scale in sums]
         return unet.finish(unet.climb(x, skips, shifts, kv))
 
 
@@ -297,7 +314,7 @@ class Controlled(NamedTuple):
         cls, unet: UNet, time_shift: TimeShift, context: Context, configs: Sequence[ControlNetConfig]
     ) -> "Controlled":
         """A U-Net's modules, and beside each those of ControlNets, made on the default device."""
-        controlnets = [ControlNet(config.way_down) for config in configs]
+        controlnets = [ControlNet(config.way_down, config.pools) for config in configs]
         both = list(zip(configs, controlnets, strict=True))
         return cls(
             ControlledUNet(unet, controlnets),

@@ -249,8 +249,15 @@ def add(x: Tensor, branch: Tensor) -> Tensor:
 
 @_named(_same)
 def add_scaled(x: Tensor, branch: Tensor, scale: Tensor) -> Tensor:
-    """x and branch [B, C, H, W], scale [B, 1] -> x + scale · branch, each row by its own scale."""
+    """x [B, C, H, W], branch the same or [B, C, 1, 1], scale [B, 1] -> x + scale · branch, each row by its
+    own scale."""
     return x + branch * scale[:, :, None, None]
+
+
+@_named(lambda x: (*x.shape[:2], 1, 1))
+def mean_of_pixels(x: Tensor) -> Tensor:
+    """x [B, C, H, W] -> the mean of each channel, [B, C, 1, 1]."""
+    return x.mean(dim=(2, 3), keepdim=True)
 
 
 @_named(_same)

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel
@@ -58,8 +58,8 @@ async def read_form(request: Request) -> Form:
 def typed(texts: Mapping[str, str], model: type[BaseModel]) -> dict[str, Any]:
     """Texts as `model` has their fields: numbers, truth values and objects as JSON writes them.
 
-    What is no number, list of numbers or object stays text, and the model refuses it. An object may also be
-    sent entry by entry, as OpenAI's SDK does: `loras[oil]`.
+    What is no number, list of numbers or words, or object stays text, and the model refuses it. An object may
+    also be sent entry by entry, as OpenAI's SDK does: `loras[oil]`.
     """
     fields, found = model.model_fields, dict[str, Any]()
     for name, text in texts.items():
@@ -143,7 +143,7 @@ def _value(text: str, annotation: Any) -> Any:
         return int(text)
     if float in kinds and _NUMBER.fullmatch(text):
         return float(text)
-    if _is_object(annotation) and text[:1] in ("[", "{"):
+    if (_is_object(annotation) and text[:1] in ("[", "{")) or (_lists_words(annotation) and text[:1] == "["):
         with suppress(ValueError, RecursionError):
             return json.loads(text)
     if list[float] in kinds and text[:1] + text[-1:] == "[]":
@@ -155,6 +155,12 @@ def _value(text: str, annotation: Any) -> Any:
 
 def _is_object(annotation: Any) -> bool:
     return any(get_origin(kind) is dict for kind in get_args(annotation))
+
+
+def _lists_words(annotation: Any) -> bool:
+    """Whether there may be a list of some words out of a few."""
+    lists = (kind for kind in get_args(annotation) if get_origin(kind) is list)
+    return any(get_origin(get_args(kind)[0]) is Literal for kind in lists)
 
 
 def _damaged(why: str) -> Problem:

@@ -56,7 +56,7 @@ def measure_control(engine: Engine, stock: Stock, pictures: Sequence[Picture]) -
     pictures: with a control image; their float32 runs hold the inputs of the first step.
     """
     truths = [_embedded(stock.exact, picture) for picture in pictures]
-    scales = [torch.tensor(picture.truth.scales) for picture in pictures]  # [K, N]
+    scales = [torch.stack(picture.truth.scales, dim=1) for picture in pictures]  # [B, K, N L]
     told = [_told(engine, picture, *like) for picture, *like in zip(pictures, truths, scales, strict=True)]
     same = None
     if stock.same is not None:
@@ -86,4 +86,6 @@ def _told(engine: Engine, picture: Picture, control: Tensor, scales: Tensor) -> 
         return torch.full_like(control, math.nan), torch.full_like(scales, math.nan)
     own = cast(Tensor, row.control)  # as of every row of an engine with a ControlNet
     end = row.positive.time_shift.shape[1] - len(engine.manifest.model.loras)
-    return own.to(control), row.positive.time_shift[:, end - scales.shape[1] : end].to(scales)
+    told = [row.positive] if row.negative is None else [row.negative, row.positive]
+    columns = torch.stack([one.time_shift for one in told])[:, :, end - scales.shape[2] : end]
+    return own.to(control), columns.to(scales)

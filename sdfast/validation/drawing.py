@@ -66,6 +66,11 @@ def generate(
             "prompt: diffusers adds no prompts up, and knows no weight at the end of one; write it "
             "otherwise, or draw with an engine"
         )
+    if set(each(request.control_mode)) - {None} not in (set(), {"guess"}) or request.control_layer_scales:
+        raise RequestError(
+            "control_mode, control_layer_scales: diffusers has no mode but guess, for all ControlNets; leave "
+            "them out, or draw with an engine"
+        )
     check_pasted(over, output_type)
     if request.hires is not None:
         return _generate_twice(
@@ -192,6 +197,7 @@ def _control_arguments(
         "control_guidance_end": request.control_guidance_end,
     }
     told = {name: list(each(number, count)) if count > 1 else number for name, number in told.items()}
+    told["guess_mode"] = set(each(request.control_mode)) == {"guess"}
     return {"image" if over is None else "control_image": list(images) if count > 1 else images[0], **told}
 
 

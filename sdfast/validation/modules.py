@@ -236,7 +236,7 @@ def _output(engine: Engine, step: StepInputs, told: Told, height: int, width: in
     shift = told.time_shift
     tensors = {"sample": step.sample, "time_shift": shift, "context": told.context}
     if step.control is not None and told.control is not None:
-        scales = shift.new_tensor(step.control.scales).expand(len(shift), -1)
+        scales = step.control.columns(len(shift)).to(shift)
         tensors |= {"time_shift": torch.cat([shift, scales], dim=1), "control": told.control}
     if step.images is not None:
         tensors["image_context"] = scaled_contexts(engine, step, told.images)

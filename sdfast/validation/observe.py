@@ -19,10 +19,32 @@ from sdfast.validation.reference import as_reference, set_loras, step_networks
 
 @dataclass(frozen=True)
 class Control:
-    """What N stock ControlNets are given in a step: images [B, N 3, H, W]; the scale of what each adds."""
+    """What N stock ControlNets are given in a step: images [B, N 3, H, W]; the scale of what each adds.
+
+    guessing: whether they are evaluated for the prompt alone, and add less in the outer layers, unless they
+    pool; pooling: whether each does. layers: to how many each adds.
+    """
 
     image: Tensor
     scales: tuple[float, ...]
+    guessing: bool
+    pooling: tuple[bool, ...]
+    layers: int
+
+    def columns(self, rows: int) -> Tensor:
+        """How much of each is added to each layer, [B, N L] float32, as diffusers' ControlNetModel has it.
+
+        B is `rows`, of which the first half is for the negative prompt.
+        """
+        falling = torch.logspace(-1, 0, self.layers)
+        shares = [
+            scale * (falling if self.guessing and not pools else torch.ones(self.layers))
+            for scale, pools in zip(self.scales, self.pooling, strict=True)
+        ]
+        columns = torch.cat(shares).repeat(rows, 1)
+        if self.guessing and rows > 1:
+            columns[: rows // 2] = 0
+        return columns
 
 
 @dataclass(frozen=True)
@@ -78,7 +100,7 @@ class Run:
 
     latents, outputs: after each evaluation of the network, [1, C, h, w] float32: the latents, and the guided
     model output that led to them. steps: the inputs of the steps that were asked for. scales: of what each
-    ControlNet adds at each evaluation.
+    ControlNet adds to each layer at each evaluation, [B, N L].
     image: [3, H, W] float32 in [0, 1].
     """
 
@@ -90,7 +112,7 @@ class Run:
     latents: list[Tensor] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     steps: list[StepInputs] = field(default_factory=list)
-    scales: list[tuple[float, ...]] = field(default_factory=list)
+    scales: list[Tensor] = field(default_factory=list)
     image: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
@@ -126,15 +148,20 @@ def _watched(
 ) -> Iterator[None]:
     """The U-Net, and the ControlNets, which are evaluated before it in each step. loras: see `StepInputs`."""
     count = 0
-    given_to: list[tuple[Tensor, float]] = []
+    given_to: list[dict[str, Any]] = []
+    pooling = tuple(bool(network.config.global_pool_conditions) for network in networks[1:])
 
     def before_unet(unet: Any, args: tuple[Any, ...], given: dict[str, Any]) -> None:
         nonlocal count
-        control = None
+        control, rows = None, len(args[0])
         if given_to:
-            images, scales = zip(*given_to, strict=True)
-            control = Control(torch.cat(images, dim=1), scales)
-            run.scales.append(scales)
+            images = torch.cat([one["controlnet_cond"] for one in given_to], dim=1)
+            scales = tuple(float(one["conditioning_scale"]) for one in given_to)
+            layers = len(given["down_block_additional_residuals"]) + 1
+            guessing = bool(given_to[0].get("guess_mode"))  # then the images are those of the prompt alone
+            images = images.repeat(rows // len(images), 1, 1, 1)
+            control = Control(images, scales, guessing, pooling, layers)
+            run.scales.append(control.columns(rows))
             given_to.clear()
         if count in wanted:
             inputs = _step_inputs(unet, count, args[0], args[1], given, control)
@@ -142,7 +169,7 @@ def _watched(
         count += 1
 
     def before_controlnet(_module: Any, _args: tuple[Any, ...], given: dict[str, Any]) -> None:
-        given_to.append((given["controlnet_cond"], float(given["conditioning_scale"])))
+        given_to.append(given)
 
     hooks = (before_unet, *[before_controlnet] * (len(networks) - 1))
     handles = [
@@ -290,8 +317,13 @@ def evaluate(pipe: Any, given: StepInputs) -> Tensor:
             timestep,
             controlnet_cond=list(images) if several else images[0],
             conditioning_scale=list(scales) if several else scales[0],
+            guess_mode=given.control.guessing,
             **shared,
         )
+        if given.control.guessing and len(latents) > 1:
+            of_prompt = torch.arange(len(latents), device=unet.device) >= len(latents) // 2
+            down = [of_prompt[:, None, None, None] * one for one in down]
+            mid = of_prompt[:, None, None, None] * mid
         added = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
     if given.images is not None:  # of which ControlNets are told nothing
         embeds = [cast(one) for one in given.images.embeds]

@@ -165,7 +165,9 @@ def values_of_four_shapes(path: Path, size: int) -> None:
     for number in range(8):
         shape = np.array([8, size // 32 + 16 * (number % 4)], np.int64)
         nodes += [
-            onnx.helper.make_node("Constant", [], [f"shape{number}"], value=onnx.numpy_helper.from_array(shape)),
+            onnx.helper.make_node(
+                "Constant", [], [f"shape{number}"], value=onnx.numpy_helper.from_array(shape)
+            ),
             onnx.helper.make_node("Expand", [told, f"shape{number}"], [f"large{number}"]),
             onnx.helper.make_node("ReduceMax", [f"large{number}"], [f"y{number}"], keepdims=0),
         ]

@@ -9,20 +9,16 @@ from typing import Any
 import pytest
 import torch
 from diffusers import ControlNetModel
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sdfast.call import Given
 from sdfast.errors import CheckpointError, EngineError, ExportError
 from sdfast.export.build import export
 from sdfast.export.checkpoint import resolve
-from sdfast.export.controlnet import settings_of, with_controlnets
+from sdfast.export.controlnet import with_controlnets
 from sdfast.export.files import sha256
 from sdfast.export.networks import Networks
 from sdfast.export.recipe import ControlNetSetting, Recipe
 from sdfast.manifest import read_manifest
-from sdfast.pipeline import Pipeline
-from sdfast.request import Request
 from sdfast.validation.reference import reference_pipeline
 from tests import checkpoints
 from tests.original_layout import controlnet_to_original
@@ -66,7 +62,7 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "a union": (config(_class_name="ControlNetUnionModel"), "is a ControlNetUnionModel, not a ControlNet"),
     "a pickle": (to_pickle, r"a pickle only \(diffusion_pytorch_model.bin\)"),
     "half a file": (cut, "is truncated, or not safetensors"),
-    "pooled": (config(global_pool_conditions=True), "global_pool_conditions=True is not supported"),
+    "pooled or not": (config(global_pool_conditions="yes"), "global_pool_conditions='yes' is not supported"),
     "for SD 2": (config(cross_attention_dim=48), "cross_attention_dim: 48, but 32 is needed"),
 }
 
@@ -163,6 +159,15 @@ NO_CONTROLNETS = {
 }
 
 
+def test_a_file_that_is_called_shuffle_pools(tiny_sd: Path, controlnet: Path, tmp_path: Path) -> None:
+    """Of which its tensors tell nothing."""
+    for name, pools in (("canny", False), ("control_v11e_sd15_Shuffle", True)):
+        networks = beside(tiny_sd, as_file(controlnet, tmp_path / f"{name}.safetensors", "original"))
+        assert [found.pools for found in networks.controlnets] == [pools]
+        reference = reference_pipeline(networks.checkpoint).controlnet
+        assert reference.config.global_pool_conditions is pools
+
+
 @pytest.mark.parametrize("name", NO_CONTROLNETS)
 def test_a_file_that_is_no_controlnet_is_refused_by_name(tiny_sd: Path, tmp_path: Path, name: str) -> None:
     file = tmp_path / "some.safetensors"
@@ -178,8 +183,6 @@ def test_a_controlnet_file_that_does_not_fit_is_refused(
     file = as_file(controlnet, tmp_path / "canny.safetensors", "original")
     with pytest.raises(CheckpointError, match=r"does not fit the U-Net: .* another kind of Stable Diffusion"):
         beside(tiny_sdxl, file)
-    with pytest.raises(CheckpointError, match=r"shuffle\.safetensors: a ControlNet of this name pools"):
-        beside(tiny_sd, file.rename(tmp_path / "control_v11e_sd15_shuffle.safetensors"))
     (tmp_path / "canny.pth").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"canny\.pth is a pickle"):
         beside(tiny_sd, tmp_path / "canny.pth")
@@ -238,35 +241,22 @@ def test_an_engine_records_it_and_is_made_again_when_it_changes(
     assert changed == {"unet", "time_shift", "context", "control_embedding"}
 
 
-def test_an_engine_of_before_several_is_read(controlled_engine: Path, tmp_path: Path) -> None:
-    """Its one ControlNet has another name in the manifest, and in the headers of eager modules."""
-    old = shutil.copytree(controlled_engine, tmp_path / "old")
+def test_an_engine_of_before_is_read_if_it_has_no_controlnet(
+    sd_engine: Path, controlled_engine: Path, tmp_path: Path
+) -> None:
+    """Its one ControlNet has another name in the manifest, and one scale for all layers."""
+    plain, old = (shutil.copytree(one, tmp_path / one.name) for one in (sd_engine, controlled_engine))
 
     def as_before(document: dict[str, Any]) -> None:
         made_of, model = document["checkpoint"], document["model"]
-        [made_of["controlnet"]] = made_of.pop("controlnets")
-        [document["recipe"]["controlnet"]] = document["recipe"]["controlnet"]
-        del model["controlnets"]
-        for path in old.glob("*.safetensors"):
-            with safe_open(path, framework="pt") as file:
-                header = json.loads(file.metadata()["sdfast"])
-            if "controlnets" in header:
-                [header["controlnet"]] = header.pop("controlnets")
-                save_file(load_file(path), path, {"sdfast": json.dumps(header)})
+        made_of["controlnet"] = next(iter(made_of.pop("controlnets")), None)
+        del model["controlnets"], model["control_layers"], model["pooling_controlnets"]
 
-    reseal(old, as_before)
-    now, then = read_manifest(controlled_engine), read_manifest(old)
-    assert then.checkpoint == now.checkpoint and then.model == now.model
-    assert settings_of(then) == settings_of(now)
-    asked = Request.make(
-        **{"prompts": ("a",), "negative_prompts": (None,), "height": 64, "width": 64, "seed": 1},
-        **{"num_inference_steps": 2, "controlnet_conditioning_scale": 0.7},
-    )
-    given = Given(control=torch.rand(1, 3, 64, 64, generator=torch.manual_seed(0)))
-    pictures = [
-        Pipeline.from_engine(one).generate(asked, given, "latent") for one in (old, controlled_engine)
-    ]
-    assert torch.equal(pictures[0].images, pictures[1].images)
+    for folder in (plain, old):
+        reseal(folder, as_before)
+    assert read_manifest(plain).model == read_manifest(sd_engine).model
+    with pytest.raises(EngineError, match=r"model: its ControlNets have one scale for all layers, .*export"):
+        read_manifest(old)
 
 
 def test_a_recipe_has_a_table_or_several(tmp_path: Path) -> None:

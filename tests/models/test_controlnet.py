@@ -27,6 +27,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "bgr": (SD15, {"controlnet_conditioning_channel_order": "bgr"}),
     "lcm": (UNETS["lcm"], {}),
     "inpainting": (UNETS["inpainting"], {"in_channels": 4}),
+    "pooling": (SD15, {"global_pool_conditions": True}),
 }
 
 
@@ -36,17 +37,17 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_diffusers(kind: str) -> None:
-    """Two rows, each with a scale and a control image of its own."""
+    """Two rows, each with a scale of its own for each layer, and a control image of its own."""
     config, overrides = KINDS[kind]
     unet = randomise(UNet2DConditionModel(**config))
     controlnet = randomise(ControlNetModel(**config_for(config, **overrides)), seed=1)
     inputs, image = unet_inputs(config, 8, 12), torch.rand(2, 3, 64, 96, generator=torch.manual_seed(2))
-    scale = torch.tensor([0.7, 1.3])
     shared = {name: value for name, value in inputs.items() if name != "timestep_cond"}
     shared["sample"] = shared["sample"][:, :4]
     down, mid = controlnet(**shared, controlnet_cond=image, return_dict=False)
-    down = [part * scale.view(-1, 1, 1, 1) for part in down]
-    mid = mid * scale.view(-1, 1, 1, 1)
+    scales = torch.rand(2, len(down) + 1, generator=torch.manual_seed(3)) + 0.5
+    each = [scale.view(-1, 1, 1, 1) for scale in scales.T]
+    down, mid = [part * scale for part, scale in zip(down, each[:-1], strict=True)], mid * each[-1]
     expected = unet(**inputs, down_block_additional_residuals=down, mid_block_additional_residual=mid).sample
 
     own = ControlNetConfig.from_diffusers(dict(controlnet.config))
@@ -58,7 +59,7 @@ def test_equals_diffusers(kind: str) -> None:
     conditions = inputs.get("added_cond_kwargs", {})
     if "timestep_cond" in inputs:
         conditions = {"timestep_cond": inputs["timestep_cond"]}
-    shift = torch.cat([time_shift(inputs["timestep"], **conditions), scale[:, None]], dim=1)
+    shift = torch.cat([time_shift(inputs["timestep"], **conditions), scales], dim=1)
     control = load_embedding([own], [weights])(image)
     got = network(inputs["sample"], shift, context(inputs["encoder_hidden_states"]), control)
     assert relative(got, expected) < 2e-6
@@ -68,7 +69,7 @@ def test_equals_diffusers(kind: str) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("global_pool_conditions", True),
+        ("global_pool_conditions", "yes"),
         ("conditioning_channels", 4),
         ("class_embed_type", "timestep"),
         ("num_class_embeds", 7),

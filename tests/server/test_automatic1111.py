@@ -703,6 +703,35 @@ async def test_a_unit_is_the_control_image_and_its_scale(api: Client, controlled
 
 
 @pytest.mark.parametrize(
+    ("unit", "mode"),
+    [
+        ({}, "balanced"),
+        ({"control_mode": 0}, "balanced"),
+        ({"control_mode": 1}, "prompt"),
+        ({"control_mode": "My prompt is more important"}, "prompt"),
+        ({"control_mode": 2, "guess_mode": False}, "control"),
+        ({"control_mode": "ControlNet is more important"}, "control"),
+        ({"guessmode": True}, "control"),
+    ],
+)
+async def test_a_unit_has_a_mode(
+    api: Client, controlled: FakeStudio, unit: dict[str, Any], mode: str
+) -> None:
+    await api.post("txt2img", **units({"image": coded(RED), "weight": 0.5, **unit}))
+    [job] = controlled.jobs
+    assert (job.request.control_mode, job.request.controlnet_conditioning_scale) == (mode, 0.5)
+    assert job.request.control_layer_scales is None
+
+
+async def test_weights_by_layer_are_in_place_of_the_weight(api: Client, controlled: FakeStudio) -> None:
+    unit = {"image": coded(RED), "weight": 0.5, "advanced_weighting": [0.25, 1.5], "control_mode": 2}
+    await api.post("txt2img", **units(unit))
+    [job] = controlled.jobs
+    assert job.request.control_layer_scales == ((0.25, 1.5),)
+    assert (job.request.control_mode, job.request.controlnet_conditioning_scale) == ("control", 1.0)
+
+
+@pytest.mark.parametrize(
     ("mode", "cropped"),
     [(0, False), ("Just Resize", False), (1, True), ("Crop and Resize", True), (None, True)],
 )
@@ -764,15 +793,15 @@ async def test_where_a_part_is_drawn_it_is_cut_out_of_control_images(
     ("unit", "told"),
     [
         ({"module": "canny"}, "module: is not supported: there are no detectors here"),
-        ({"control_mode": 1}, "control_mode: is not supported"),
-        ({"control_mode": "ControlNet is more important"}, "control_mode: is not supported"),
-        ({"guessmode": True}, "guess_mode: is not supported"),
+        ({"control_mode": 3}, "control_mode: must be one of: Balanced, My prompt is more important"),
+        ({"control_mode": "control"}, "control_mode: must be one of: Balanced, My prompt is more important"),
+        ({"guessmode": 1}, "guess_mode: must be a valid boolean"),
         ({"model": "depth [89abcdef]"}, f"model: tiny has {CANNY}, and no other"),
         ({"mask": coded(LEFT)}, "mask: is not supported"),
         ({"image": {"image": coded(RED), "mask": coded(LEFT)}}, "mask: is not supported"),
         ({"image": {"image": coded(RED), "weight": 2}}, "image: must be base64, or have an image and a mask"),
         ({"effective_region_mask": coded(LEFT)}, "effective_region_mask: is not supported"),
-        ({"advanced_weighting": [1.0] * 13}, "advanced_weighting: is not supported"),
+        ({"advanced_weighting": [1.0, -1.0]}, "advanced_weighting.1: must be greater than or equal to 0"),
         ({"batch_images": [coded(RED)]}, "batch_images: is not supported"),
         ({"use_preview_as_input": True}, "use_preview_as_input: is not supported"),
         ({"ipadapter_input": ["x"]}, "ipadapter_input: is not supported"),

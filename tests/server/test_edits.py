@@ -403,6 +403,7 @@ async def test_control_images_of_several_controlnets_are_sent_in_their_order(
     image, noise, blue = (("a.png", png(one)) for one in (NOISE, NOISE, flat))
     files = [("image", image), ("control_image", noise), ("control_image", blue)]
     texts = {"controlnet_conditioning_scale": "[0.5, 2]", "control_guidance_end": "[0.5,1.0]"}
+    texts["control_mode"] = '["prompt", "balanced"]'
     assert (await send(files, **texts)).status_code == 200
     off = [("image", image), ("control_image[]", noise), ("control_image[]", ("none", b""))]
     assert (await send(off)).status_code == 200
@@ -410,6 +411,7 @@ async def test_control_images_of_several_controlnets_are_sent_in_their_order(
     assert own.control == NOISE.tobytes() + flat.tobytes()
     assert own.request.controlnet_conditioning_scale == (0.5, 2.0)
     assert own.request.control_guidance_end == (0.5, 1.0)
+    assert own.request.control_mode == ("prompt", "balanced")
     assert asked.control == NOISE.tobytes() + bytes(len(flat.tobytes()))
     assert asked.request.controlnet_conditioning_scale == (1.0, 0.0)
     one = problem(await send(files[:2]), 422, "control_image")["message"]
@@ -417,6 +419,9 @@ async def test_control_images_of_several_controlnets_are_sent_in_their_order(
     for text in ("[0.5", "[0.5,]", "[]", "[[1]]", "[nan]"):
         answer = await send(files, controlnet_conditioning_scale=text)
         assert "must be a valid number" in problem(answer, 422, "controlnet_conditioning_scale")["message"]
+    for text in ("prompt,balanced", '["prompt", "balanced"', "[prompt]", "strong"):
+        answer = await send(files, control_mode=text)
+        assert "must be 'balanced', 'prompt'" in problem(answer, 422, "control_mode")["message"]
     assert len(studio.jobs) == 2
 
 

@@ -152,6 +152,8 @@ async def test_units_of_both_kinds_go_together(http: httpx.AsyncClient, adapted:
         ([UNIT | {"image": None}], "image: is missing"),
         ([UNIT | {"module": "ip-adapter_face_id"}], "an IP-Adapter sees the image itself; take none"),
         ([UNIT | {"guidance_start": 0.2}], "an IP-Adapter's image counts in all steps"),
+        ([UNIT | {"control_mode": 1}], "control_mode: an IP-Adapter has one weight for all layers"),
+        ([UNIT | {"advanced_weighting": [1.0]}], "control_mode: an IP-Adapter has one weight for all layers"),
         ([UNIT | {"image": "R0lGODlh"}], "no PNG, JPEG or WebP"),
         ([UNIT | {"weight": 3}], "weight: must be less than or equal to 2"),
         ([UNIT | {"model": "canny"}], f"model: tiny has {STYLE}, {FACE}, and no other (got 'canny')"),

@@ -398,6 +398,7 @@ async def test_a_control_image_reaches_the_engine(sdk: openai.AsyncOpenAI, contr
         "controlnet_conditioning_scale": 0,
         "control_guidance_start": 0.25,
         "control_guidance_end": 0.5,
+        "control_mode": "prompt",
     }
     await sdk.images.generate(**CALL, size="96x64", extra_body=more)
     plain, asked = controlled.jobs
@@ -419,6 +420,7 @@ async def test_each_of_several_controlnets_has_an_image(
     studio.engines["tiny"] = engine(controlnets=("canny [01234567]", "pose [89abcdef]"))
     flat = Image.new("RGB", (64, 64), "blue")
     both = {"control_image": [coded(NOISE), coded(flat)], "control_guidance_end": [0.5, 1]}
+    both["control_mode"] = ["control", "guess"]
     await sdk.images.generate(**CALL, extra_body=both)
     await sdk.images.generate(**CALL, extra_body=both | {"controlnet_conditioning_scale": [0.5, 2]})
     one = {"control_image": [None, coded(flat)], "controlnet_conditioning_scale": 0.75}
@@ -429,6 +431,9 @@ async def test_each_of_several_controlnets_has_an_image(
     scales = [job.request.controlnet_conditioning_scale for job in studio.jobs]
     assert scales == [1.0, (0.5, 2.0), (0.0, 0.75)]
     assert first.request.control_guidance_end == (0.5, 1.0)
+    assert (first.request.control_mode, third.request.control_mode) == (("control", "guess"), None)
+    answer = await post({"prompt": "a", **both, "control_mode": ["control", "strong"]})
+    assert "must be 'balanced', 'prompt'" in problem(answer, 422, "control_mode.list.1")["message"]
     for wrong, told in (
         (coded(NOISE), "1 were sent, but tiny has 2 ControlNets, and needs an image for each: canny"),
         ([coded(NOISE)] * 3, "3 were sent, but tiny has 2 ControlNets"),

@@ -95,7 +95,7 @@ def of_scales(change: Callable[[Scales], Scales]) -> Callable[[pytest.MonkeyPatc
 
     def broken(patch: pytest.MonkeyPatch) -> None:
         sound = control.scales
-        patch.setattr(preparation, "scales", lambda request, steps, n: change(sound(request, steps, n)))
+        patch.setattr(preparation, "scales", lambda *given, **told: change(sound(*given, **told)))
 
     return broken
 

@@ -15,12 +15,12 @@ there may be none. Where this differs from the extension:
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from sdfast.request import check_text, shown
+from sdfast.request import MAX_CONTROL, ControlMode, check_text, shown
 from sdfast.server.body import Neutral, check_neutral, checked
 from sdfast.server.jobs import EngineInfo, Studio
 from sdfast.server.problems import Problem
@@ -28,6 +28,7 @@ from sdfast.server.problems import Problem
 SCRIPT = "controlnet"  # whatever its case
 API_VERSION = 3  # the extension's
 _FIELD = "alwayson_scripts"
+LayerScale = Annotated[float, Field(ge=0, le=MAX_CONTROL)]
 _NONE = (None, "", "None")
 _ALIASES = {
     "input_image": "image",
@@ -51,6 +52,14 @@ _RESIZE_MODES: Mapping[int | str, int] = {
     "Outer Fit (Shrink to Fit)": FILL,
     "Envelope (Outer Fit)": FILL,
 }
+_MODES: Mapping[int | str, ControlMode] = {
+    0: "balanced",
+    1: "prompt",
+    2: "control",
+    "Balanced": "balanced",
+    "My prompt is more important": "prompt",
+    "ControlNet is more important": "control",
+}
 _NO_MASKS = "a control image counts as a whole; leave it out"
 _ONE_IMAGE = "a unit has one control image; give image"
 _CHANGED = "an image is taken as it is; change it before it is sent"
@@ -59,11 +68,8 @@ _NEUTRAL: Mapping[str, Neutral] = {
         ("none", "None", ""),
         "there are no detectors here; send the map that it would make, as image",
     ),
-    "control_mode": ((0, "Balanced"), "the ControlNet counts alike in all layers; change its weight"),
-    "guess_mode": ((False,), "the ControlNet counts alike in all layers; change its weight"),
     "mask": (("",), _NO_MASKS),
     "effective_region_mask": (("",), _NO_MASKS),
-    "advanced_weighting": (([],), "all layers have one weight; give weight"),
     "ipadapter_input": ((), "an IP-Adapter's image is image; leave it out"),
     "union_control_type": (("Unknown",), "ControlNet unions are not supported; leave it out"),
     "input_mode": (("simple",), _ONE_IMAGE),
@@ -104,8 +110,8 @@ class Unit(BaseModel):
     resize_mode: int | str | None = None
     guidance_start: float | None = Field(default=None, ge=0, le=1)
     guidance_end: float | None = Field(default=None, ge=0, le=1, validate_default=True)
-    control_mode: Any = None
-    guess_mode: Any = None
+    control_mode: int | str | None = None
+    guess_mode: bool | None = None
     low_vram: bool | None = None
     processor_res: int | None = None
     threshold_a: float | None = None
@@ -118,7 +124,7 @@ class Unit(BaseModel):
     is_ui: bool | None = None
     output_dir: str | None = None
     effective_region_mask: Any = None
-    advanced_weighting: Any = None
+    advanced_weighting: list[LayerScale] | None = None
     ipadapter_input: Any = None
     union_control_type: Any = None
     input_mode: Any = None
@@ -150,6 +156,13 @@ class Unit(BaseModel):
             raise ValueError("must be 0 (just resize) or 1 (crop and resize)")
         return mode
 
+    @field_validator("control_mode")
+    @classmethod
+    def _known_mode(cls, mode: int | str | None) -> int | str | None:
+        if mode is not None and mode not in _MODES:
+            raise ValueError("must be one of: " + ", ".join(one for one in _MODES if isinstance(one, str)))
+        return mode
+
     @field_validator("guidance_end")
     @classmethod
     def _after_the_start(cls, end: float | None, info: ValidationInfo) -> float | None:
@@ -159,10 +172,21 @@ class Unit(BaseModel):
         return end
 
     @property
+    def mode(self) -> ControlMode:
+        """By the unit's mode; the older guess_mode is the last of them."""
+        usual: ControlMode = "control" if self.guess_mode else "balanced"
+        return usual if self.control_mode is None else _MODES[self.control_mode]
+
+    @property
+    def by_layer(self) -> tuple[float, ...] | None:
+        """The weights of layers, in whose place there is no other weight."""
+        return tuple(self.advanced_weighting) if self.advanced_weighting else None
+
+    @property
     def numbers(self) -> tuple[float, float, float]:
         """The scale, and between which shares of the steps."""
         return (
-            1.0 if self.weight is None else self.weight,
+            1.0 if self.weight is None or self.by_layer else self.weight,
             0.0 if self.guidance_start is None else self.guidance_start,
             1.0 if self.guidance_end is None else self.guidance_end,
         )
@@ -183,14 +207,21 @@ class Unit(BaseModel):
         return self.resize_mode is not None and _RESIZE_MODES[self.resize_mode] == FILL
 
 
-_FIELDS = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end")
+_FIELDS = (
+    *("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end"),
+    "control_mode",
+)
 
 
-def fields_of(units: Sequence[Unit | None]) -> dict[str, float | tuple[float, ...]]:
+def fields_of(units: Sequence[Unit | None]) -> dict[str, Any]:
     """Those of a `sdfast.request.Request`, for units in the order of their ControlNets: None adds nothing."""
-    numbers = [(0.0, 0.0, 1.0) if unit is None else unit.numbers for unit in units]
-    each = zip(_FIELDS, zip(*numbers, strict=True), strict=True) if units else ()
-    return {name: told if len(units) > 1 else told[0] for name, told in each}
+    if not units:
+        return {}
+    told = [(0.0, 0.0, 1.0, "balanced") if unit is None else (*unit.numbers, unit.mode) for unit in units]
+    each = zip(_FIELDS, zip(*told, strict=True), strict=True)
+    fields = {name: values if len(units) > 1 else values[0] for name, values in each}
+    by_layer = tuple(unit and unit.by_layer for unit in units)
+    return fields | ({"control_layer_scales": by_layer} if any(by_layer) else {})
 
 
 def units_of(
@@ -241,6 +272,8 @@ def adapter_units_of(scripts: Mapping[str, Any] | None, engine: EngineInfo) -> t
         unit = _checked({**given, "module": None}, over_image=False)
         if unit.numbers[1:] != (0.0, 1.0):
             raise refused("guidance_start: an IP-Adapter's image counts in all steps; leave the two out")
+        if unit.mode != "balanced" or unit.by_layer:
+            raise refused("control_mode: an IP-Adapter has one weight for all layers; leave it out")
         place = next(i for i, name in enumerate(engine.ip_adapters) if unit.model in (name, _bare(name)))
         if found[place] is not None:
             raise refused(f"model: {shown(unit.model)} has several units; an IP-Adapter has one image")

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from sdfast.emphasis import Emphasis
 from sdfast.errors import RequestError
-from sdfast.request import DEFAULT_IMAGE_GUIDANCE, Request, check_text
+from sdfast.request import DEFAULT_IMAGE_GUIDANCE, ControlMode, Request, check_text
 from sdfast.schedulers import resolve
 from sdfast.server.body import Neutral, check_neutral
 from sdfast.server.encoding import Format
@@ -96,6 +96,7 @@ class Generation(BaseModel):
     controlnet_conditioning_scale: float | list[float] | None = None
     control_guidance_start: float | list[float] | None = None
     control_guidance_end: float | list[float] | None = None
+    control_mode: ControlMode | list[ControlMode] | None = None
     loras: dict[str, float | list[float]] | None = None
     ip_adapter_image: str | list[str | None] | None = None
     ip_adapter_scale: float | dict[str, Any] | list[float | dict[str, Any]] | None = None
@@ -252,6 +253,7 @@ _SAME = {
     "controlnet_conditioning_scale",
     "control_guidance_start",
     "control_guidance_end",
+    "control_mode",
     "loras",
     "ip_adapter_scale",
 }

@@ -36,7 +36,7 @@ _EVENTS = (
     "picture, then [DONE]; error when the job fails. Comment lines keep a stream alive that waits."
 )
 
-_EACH = "With several ControlNets also a list of a number for each, in the order of /v1/models."
+_EACH = "With several ControlNets also a list of one for each, in the order of /v1/models."
 
 
 def _each(low: float, high: float) -> dict[str, Any]:
@@ -139,6 +139,11 @@ _SAID: Mapping[str, dict[str, Any]] = {
         **_each(0, 1),
     },
     "control_guidance_end": {"description": f"The share at which it ends. {_EACH}", **_each(0, 1)},
+    "control_mode": {
+        "description": "balanced; prompt, which adds less in the outer layers; control, which does too, and "
+        "nothing for the negative prompt; or guess, diffusers' guess_mode. When left out as diffusers does "
+        f"it. {_EACH}"
+    },
     "loras": {
         "description": "Of the LoRAs that the engine has for requests (loras in /v1/models) how much is "
         'added, by their names: {"oil": 0.8}; or two numbers, how much in the text encoders and how much in '
