@@ -98,7 +98,7 @@ def _build(name: str, folder: Path) -> str:
 
 
 def _export(source: str, target: Path, size: str | None, dtype: str) -> str:
-    from sdfast.cli import Stages
+    from sdfast.cli.stages import Stages
     from sdfast.export.build import export
     from sdfast.export.recipe import Recipe
 

@@ -14,7 +14,9 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from sdfast import infotext
-from sdfast.cli import _engine_name, _lora, main
+from sdfast.cli import main
+from sdfast.cli.export import engine_name
+from sdfast.cli.pairs import lora
 from sdfast.infotext import read
 from sdfast.manifest import read_manifest
 from sdfast.masked_area import MaskedArea
@@ -485,8 +487,8 @@ def test_an_engine_is_called_like_its_source(
 ) -> None:
     (here / "checkpoint").mkdir()
     monkeypatch.chdir(here / "checkpoint")
-    assert _engine_name(source, None) == name
-    assert _engine_name(source, Path("export/sd15.toml")) == "sd15"
+    assert engine_name(source, None) == name
+    assert engine_name(source, Path("export/sd15.toml")) == "sd15"
 
 
 @pytest.mark.parametrize(
@@ -587,7 +589,7 @@ def test_the_command_runs_as_a_module_under_its_own_name(module: str) -> None:
 def test_the_scale_of_a_lora_is_the_number_after_the_last_equals_sign(
     here: Path, text: str, source: str, scale: float
 ) -> None:
-    assert _lora(text) == {"source": source, **({"scale": scale} if scale != 1 else {})}
+    assert lora(text) == {"source": source, **({"scale": scale} if scale != 1 else {})}
 
 
 def test_loras_are_merged_told_and_rebuilt_and_stock_draws_with_them(tiny_sd: Path, here: Path) -> None:

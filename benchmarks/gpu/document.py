@@ -16,7 +16,7 @@ from sdfast.versions import code_digest, installed
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "onnx", "onnxruntime", "onnxruntime-gpu")
 # Of sdfast's code, what neither the speed of engines nor their pictures depend on.
-_ASIDE = ("cli.py", "demo.py", "doctor.py", "infotext.py", "landscapes", "server", "validation")
+_ASIDE = ("cli", "demo.py", "doctor.py", "infotext.py", "landscapes", "server", "validation")
 
 
 class Document:

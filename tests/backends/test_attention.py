@@ -222,7 +222,7 @@ def test_what_is_available_on_a_processor(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_command_line_names_the_same_kinds() -> None:
-    from sdfast.cli import ATTENTION
+    from sdfast.cli.options import ATTENTION
 
     assert ATTENTION == KINDS
 
