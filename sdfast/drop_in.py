@@ -35,11 +35,14 @@ _REST = (*_ADAPTER, *_OUTPUT, *_CALLBACK)
 _REST_XL = (*_DRAWN, "latents", *_EMBEDS_XL, *_ADAPTER, *_OUTPUT, "guidance_rescale", *TOLD_SIZES)
 
 
+Order = tuple[str, ...]
+
+
 class _InOrder(Pipeline):
     """order: of the positional arguments. defaults: where they are others than `Pipeline`'s. needs: what has
     to be given, for what `needed_for`. names: what `Pipeline` calls arguments that are called otherwise."""
 
-    order: ClassVar[tuple[str, ...]]
+    order: ClassVar[Order]
     defaults: ClassVar[Mapping[str, Any]]
     needs: ClassVar[tuple[str, ...]] = ()
     needed_for: ClassVar[str] = "draws over an image"
@@ -127,7 +130,7 @@ def _scales_of(weight: Any) -> Any:
 class StableDiffusionPipeline(_InOrder):
     """The drop-in for diffusers' class of this name."""
 
-    order = (
+    order: ClassVar[Order] = (
         *("prompt", "height", "width", *_STEPS, *_GUIDED, *_DRAWN, "latents", *_EMBEDS),
         *(*_ADAPTER, *_OUTPUT, "guidance_rescale", *_CALLBACK),
     )
@@ -137,34 +140,11 @@ class StableDiffusionPipeline(_InOrder):
 class StableDiffusionXLPipeline(_InOrder):
     """The drop-in for diffusers' class of this name."""
 
-    order = (
+    order: ClassVar[Order] = (
         *("prompt", "prompt_2", "height", "width", *_STEPS, "denoising_end", *_GUIDED, "negative_prompt_2"),
         *(*_REST_XL, *_CALLBACK),
     )
     defaults: ClassVar[Mapping[str, Any]] = {"guidance_scale": 5.0}
-
-
-class _Perturbed(_InOrder):
-    """The engine has to have layers to be perturbed; by default they are diffusers'."""
-
-    @classmethod
-    def from_pretrained(cls, checkpoint: str | Path, **options: Any) -> Self:
-        """As `Pipeline.from_pretrained`, with `pag_applied_layers="mid"` by default, as diffusers has it."""
-        return super().from_pretrained(checkpoint, **{"pag_applied_layers": "mid", **options})
-
-
-class StableDiffusionPAGPipeline(_Perturbed):
-    """The drop-in for diffusers' class of this name."""
-
-    order = (*StableDiffusionPipeline.order, *_PAG)
-    defaults: ClassVar[Mapping[str, Any]] = {**StableDiffusionPipeline.defaults, "pag_scale": 3.0}
-
-
-class StableDiffusionXLPAGPipeline(_Perturbed):
-    """The drop-in for diffusers' class of this name."""
-
-    order = (*StableDiffusionXLPipeline.order, *_PAG)
-    defaults: ClassVar[Mapping[str, Any]] = {**StableDiffusionXLPipeline.defaults, "pag_scale": 3.0}
 
 
 class _AtOwnSize(_InOrder):
@@ -181,7 +161,7 @@ class StableDiffusionImg2ImgPipeline(_InOrder):
     """The drop-in for diffusers' class of this name."""
 
     needs = ("image",)
-    order = (
+    order: ClassVar[Order] = (
         *("prompt", "image", "strength", *_STEPS, *_GUIDED, *_DRAWN, *_EMBEDS),
         *_REST,
     )
@@ -193,7 +173,7 @@ class StableDiffusionInstructPix2PixPipeline(_InOrder):
 
     needs = ("image",)
     needed_for = "edits an image"
-    order = (
+    order: ClassVar[Order] = (
         *("prompt", "image", "num_inference_steps", "guidance_scale", "image_guidance_scale"),
         *("negative_prompt", *_DRAWN, "latents", *_EMBEDS, *_ADAPTER, "output_type", "return_dict"),
         *("callback_on_step_end", "callback_on_step_end_tensor_inputs", "cross_attention_kwargs"),
@@ -204,7 +184,7 @@ class StableDiffusionInstructPix2PixPipeline(_InOrder):
 class StableDiffusionInpaintPipeline(_Inpainting):
     """The drop-in for diffusers' class of this name."""
 
-    order = (
+    order: ClassVar[Order] = (
         *("prompt", *_MASKED, *_STEPS, *_GUIDED, *_DRAWN, "latents", *_EMBEDS),
         *_REST,
     )
@@ -220,7 +200,7 @@ class _Controlled(_InOrder):
 class StableDiffusionControlNetPipeline(_Controlled):
     """The drop-in for diffusers' class of this name: `image` is the control image."""
 
-    order = (
+    order: ClassVar[Order] = (
         *("prompt", "image", "height", "width", *_STEPS, *_GUIDED, *_DRAWN, "latents", *_EMBEDS),
         *(*_ADAPTER, *_OUTPUT, *_CONTROL, *_CALLBACK),
     )
@@ -230,7 +210,7 @@ class StableDiffusionControlNetPipeline(_Controlled):
 class StableDiffusionXLControlNetPipeline(_Controlled):
     """The drop-in for diffusers' class of this name: `image` is the control image."""
 
-    order = (
+    order: ClassVar[Order] = (
         *("prompt", "prompt_2", "image", "height", "width", *_STEPS, "denoising_end", *_GUIDED),
         *("negative_prompt_2", *_DRAWN, "latents", *_EMBEDS_XL, *_ADAPTER, *_OUTPUT, *_CONTROL),
         *(*TOLD_SIZES, *_CALLBACK),
@@ -251,7 +231,7 @@ class StableDiffusionControlNetImg2ImgPipeline(_ControlledOver):
     """The drop-in for diffusers' class of this name."""
 
     needs = ("image", "control_image")
-    order = (
+    order: ClassVar[Order] = (
         *("prompt", "image", "control_image", "height", "width", "strength", "num_inference_steps", *_GUIDED),
         *(*_DRAWN, "latents", *_EMBEDS, *_ADAPTER, *_OUTPUT, *_CONTROL, *_CALLBACK),
     )
@@ -266,7 +246,7 @@ class StableDiffusionControlNetInpaintPipeline(_ControlledOver):
     """The drop-in for diffusers' class of this name."""
 
     needs = _MASKED_CONTROL
-    order = (
+    order: ClassVar[Order] = (
         *("prompt", *_MASKED_CONTROL, "height", "width", "padding_mask_crop", "strength"),
         *("num_inference_steps", *_GUIDED, *_DRAWN, "latents", *_EMBEDS),
         *(*_ADAPTER, *_OUTPUT, *_CONTROL, *_CALLBACK),
@@ -282,7 +262,7 @@ class StableDiffusionXLControlNetImg2ImgPipeline(_ControlledOver):
     """The drop-in for diffusers' class of this name."""
 
     needs = ("image", "control_image")
-    order = (
+    order: ClassVar[Order] = (
         *("prompt", "prompt_2", "image", "control_image", "height", "width", "strength"),
         *("num_inference_steps", *_GUIDED, "negative_prompt_2", *_DRAWN, "latents", *_EMBEDS_XL),
         *(*_ADAPTER, *_OUTPUT, *_CONTROL, *TOLD_SIZES, *_SCORES, *_CALLBACK),
@@ -298,7 +278,7 @@ class StableDiffusionXLControlNetInpaintPipeline(_ControlledOver):
     """The drop-in for diffusers' class of this name. The negative prompt's sizes go by their names alone."""
 
     needs = _MASKED_CONTROL
-    order = (
+    order: ClassVar[Order] = (
         *("prompt", "prompt_2", *_MASKED_CONTROL, "height", "width", "padding_mask_crop", "strength"),
         *("num_inference_steps", *_ENDS, *_GUIDED, "negative_prompt_2", *_DRAWN, "latents", *_EMBEDS),
         *(*_ADAPTER, *_POOLED, *_OUTPUT, *_CONTROL, "guidance_rescale", *TOLD_SIZES[:3]),
@@ -315,7 +295,7 @@ class StableDiffusionXLImg2ImgPipeline(_InOrder):
     """The drop-in for diffusers' class of this name."""
 
     needs = ("image",)
-    order = (
+    order: ClassVar[Order] = (
         *("prompt", "prompt_2", "image", "strength", *_STEPS, *_ENDS, *_GUIDED, "negative_prompt_2"),
         *(*_REST_XL, *_SCORES, *_CALLBACK),
     )
@@ -327,7 +307,7 @@ class StableDiffusionXLInstructPix2PixPipeline(_AtOwnSize):
 
     needs = ("image",)
     needed_for = "edits an image"
-    order = (
+    order: ClassVar[Order] = (
         *("prompt", "prompt_2", "image", "height", "width", "num_inference_steps", "denoising_end"),
         *("guidance_scale", "image_guidance_scale", "negative_prompt", "negative_prompt_2"),
         *(*_DRAWN, "latents"),
@@ -340,8 +320,106 @@ class StableDiffusionXLInstructPix2PixPipeline(_AtOwnSize):
 class StableDiffusionXLInpaintPipeline(_Inpainting):
     """The drop-in for diffusers' class of this name."""
 
-    order = (
+    order: ClassVar[Order] = (
         *("prompt", "prompt_2", *_MASKED, *_STEPS, *_ENDS, *_GUIDED, "negative_prompt_2"),
         *(*_REST_XL, *_SCORES, *_CALLBACK),
     )
     defaults: ClassVar[Mapping[str, Any]] = {"strength": 0.9999, "guidance_scale": 7.5}
+
+
+class _Perturbed(_InOrder):
+    """The engine has to have layers to be perturbed; by default they are diffusers'."""
+
+    @classmethod
+    def from_pretrained(cls, checkpoint: str | Path, **options: Any) -> Self:
+        """As `Pipeline.from_pretrained`, with `pag_applied_layers="mid"` by default, as diffusers has it."""
+        return super().from_pretrained(checkpoint, **{"pag_applied_layers": "mid", **options})
+
+
+class StableDiffusionPAGPipeline(_Perturbed, StableDiffusionPipeline):
+    """The drop-in for diffusers' class of this name."""
+
+    order: ClassVar[Order] = (*StableDiffusionPipeline.order, *_PAG)
+    defaults: ClassVar[Mapping[str, Any]] = {**StableDiffusionPipeline.defaults, "pag_scale": 3.0}
+
+
+class StableDiffusionPAGImg2ImgPipeline(_Perturbed, StableDiffusionImg2ImgPipeline):
+    """The drop-in for diffusers' class of this name."""
+
+    order: ClassVar[Order] = (*StableDiffusionImg2ImgPipeline.order, *_PAG)
+    defaults: ClassVar[Mapping[str, Any]] = {**StableDiffusionImg2ImgPipeline.defaults, "pag_scale": 3.0}
+
+
+class StableDiffusionPAGInpaintPipeline(_Perturbed, StableDiffusionInpaintPipeline):
+    """The drop-in for diffusers' class of this name."""
+
+    order: ClassVar[Order] = (
+        *("prompt", *_MASKED, *_STEPS, *_GUIDED, *_DRAWN, "latents", *_EMBEDS),
+        *(*_ADAPTER, *_OUTPUT, "guidance_rescale", *_CALLBACK, *_PAG),
+    )
+    defaults: ClassVar[Mapping[str, Any]] = {
+        **StableDiffusionInpaintPipeline.defaults,
+        "pag_scale": 3.0,
+        "strength": 0.9999,
+    }
+
+
+class StableDiffusionControlNetPAGPipeline(_Perturbed, StableDiffusionControlNetPipeline):
+    """The drop-in for diffusers' class of this name: `image` is the control image."""
+
+    order: ClassVar[Order] = (*StableDiffusionControlNetPipeline.order, *_PAG)
+    defaults: ClassVar[Mapping[str, Any]] = {**StableDiffusionControlNetPipeline.defaults, "pag_scale": 3.0}
+
+
+class StableDiffusionControlNetPAGInpaintPipeline(_Perturbed, StableDiffusionControlNetInpaintPipeline):
+    """The drop-in for diffusers' class of this name."""
+
+    order: ClassVar[Order] = (
+        *(name for name in StableDiffusionControlNetInpaintPipeline.order if name != "guess_mode"),
+        *_PAG,
+    )
+    defaults: ClassVar[Mapping[str, Any]] = {
+        **StableDiffusionControlNetInpaintPipeline.defaults,
+        "pag_scale": 3.0,
+    }
+
+
+class StableDiffusionXLPAGPipeline(_Perturbed, StableDiffusionXLPipeline):
+    """The drop-in for diffusers' class of this name."""
+
+    order: ClassVar[Order] = (*StableDiffusionXLPipeline.order, *_PAG)
+    defaults: ClassVar[Mapping[str, Any]] = {**StableDiffusionXLPipeline.defaults, "pag_scale": 3.0}
+
+
+class StableDiffusionXLPAGImg2ImgPipeline(_Perturbed, StableDiffusionXLImg2ImgPipeline):
+    """The drop-in for diffusers' class of this name."""
+
+    order: ClassVar[Order] = (*StableDiffusionXLImg2ImgPipeline.order, *_PAG)
+    defaults: ClassVar[Mapping[str, Any]] = {**StableDiffusionXLImg2ImgPipeline.defaults, "pag_scale": 3.0}
+
+
+class StableDiffusionXLPAGInpaintPipeline(_Perturbed, StableDiffusionXLInpaintPipeline):
+    """The drop-in for diffusers' class of this name."""
+
+    order: ClassVar[Order] = (*StableDiffusionXLInpaintPipeline.order, *_PAG)
+    defaults: ClassVar[Mapping[str, Any]] = {**StableDiffusionXLInpaintPipeline.defaults, "pag_scale": 3.0}
+
+
+class StableDiffusionXLControlNetPAGPipeline(_Perturbed, StableDiffusionXLControlNetPipeline):
+    """The drop-in for diffusers' class of this name: `image` is the control image."""
+
+    order: ClassVar[Order] = (
+        *(name for name in StableDiffusionXLControlNetPipeline.order if name != "guess_mode"),
+        *_PAG,
+    )
+    defaults: ClassVar[Mapping[str, Any]] = {**StableDiffusionXLControlNetPipeline.defaults, "pag_scale": 3.0}
+
+
+class StableDiffusionXLControlNetPAGImg2ImgPipeline(_Perturbed, StableDiffusionXLControlNetImg2ImgPipeline):
+    """The drop-in for diffusers' class of this name."""
+
+    order: ClassVar[Order] = (*StableDiffusionXLControlNetImg2ImgPipeline.order, *_PAG)
+    defaults: ClassVar[Mapping[str, Any]] = {
+        **StableDiffusionXLControlNetImg2ImgPipeline.defaults,
+        "pag_scale": 3.0,
+    }

@@ -33,8 +33,10 @@ def unsupported() -> list[tuple[str, str]]:
 def test_there_is_one_for_each_class() -> None:
     xl = ("", "XL")
     tasks = [f"{control}{over}" for control in ("", "ControlNet") for over in ("", "Img2Img", "Inpaint")]
-    tasks += ["InstructPix2Pix", "PAG"]
-    assert sorted(f"StableDiffusion{size}{task}Pipeline" for size in xl for task in tasks) == KINDS
+    tasks += ["InstructPix2Pix", "PAG", "PAGImg2Img", "PAGInpaint", "ControlNetPAG"]
+    both = [f"StableDiffusion{size}{task}Pipeline" for size in xl for task in tasks]
+    of_one = ("ControlNetPAGInpaint", "XLControlNetPAGImg2Img")  # diffusers has no others
+    assert sorted([*both, *(f"StableDiffusion{task}Pipeline" for task in of_one)]) == KINDS
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -23,6 +23,7 @@ from sdfast.export.build import export
 from sdfast.export.checkpoint import resolve
 from sdfast.export.networks import Networks
 from sdfast.export.recipe import Recipe
+from sdfast.first_latents import Over
 from sdfast.loop import Rows
 from sdfast.manifest import read_manifest
 from sdfast.models.pag import Switch
@@ -56,9 +57,11 @@ def far(one: torch.Tensor, other: torch.Tensor) -> bool:
     return bool((one - other).norm() > 0.01 * other.norm())
 
 
-def stock(checkpoint: Path, layers: list[str], kind: str) -> Any:
+def stock(checkpoint: Path, layers: list[str], kind: str, **beside: Any) -> Any:
     without = {"add_watermarker": False} if "XL" in kind else {"safety_checker": None}
-    pipe = getattr(diffusers, kind).from_pretrained(checkpoint, pag_applied_layers=layers, **without)
+    pipe = getattr(diffusers, kind).from_pretrained(
+        checkpoint, pag_applied_layers=layers, **without, **beside
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -273,9 +276,86 @@ def test_layers_that_there_are_not_are_refused(
     assert not (tmp_path / "engine").exists()
 
 
+@pytest.fixture(scope="module", params=["sd", "sdxl"])
+def controlled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """The same under a ControlNet."""
+    checkpoint, layers = request.getfixturevalue(f"tiny_{request.param}"), LAYERS[request.param]
+    kind = f"StableDiffusion{'XL' * (request.param == 'sdxl')}ControlNetPAGPipeline"
+    place = tmp_path_factory.mktemp("controlled")
+    net = checkpoints.build_controlnet(place / "canny", checkpoint)
+    recipe = Recipe.make(backend="eager", pag=layers, controlnet=net)
+    own = getattr(drop_in, kind).from_engine(export(checkpoint, place / "engine", recipe), threads=1)
+    own.set_progress_bar_config(disable=True)
+    return stock(checkpoint, layers, kind, controlnet=diffusers.ControlNetModel.from_pretrained(net)), own
+
+
+@pytest.mark.parametrize("name", ["defaults", "no negative prompt", "several prompts and pictures"])
+def test_under_a_controlnet_it_equals_stock_diffusers(controlled: tuple[Any, Any], name: str) -> None:
+    call = {"image": image(), "controlnet_conditioning_scale": 0.8, **CALLS[name]}
+    expected, drawn = both(controlled, **call, control_guidance_end=0.75)
+    same(expected, drawn)
+    without = both((controlled[0], controlled[1]), **{**call, "pag_scale": 0.0})[1]
+    assert far(drawn, without)
+
+
+def test_under_a_controlnet_over_an_image_it_equals_stock_diffusers(controlled: tuple[Any, Any]) -> None:
+    """By the drop-ins that there are: of SD with a mask, of SDXL without one. The others diffusers lacks."""
+    xl = "XL" in type(controlled[0]).__name__
+    there, lacking = ("Img2Img", "Inpaint") if xl else ("Inpaint", "Img2Img")
+    kind = type(controlled[0]).__name__.replace("PAG", f"PAG{there}")
+    theirs = getattr(diffusers, kind).from_pipe(
+        controlled[0], pag_applied_layers=LAYERS["sdxl" if xl else "sd"]
+    )
+    theirs.set_progress_bar_config(disable=True)
+    own = getattr(drop_in, kind)(controlled[1].engine)
+    own.set_progress_bar_config(disable=True)
+    call = {"image": image(1), "control_image": image(2), "strength": 0.7, "num_inference_steps": 5}
+    same(*both((theirs, own), **call, **({} if xl else {"mask_image": mask()})))
+    asked = Request.make(**ASKED, strength=0.7, controlnet_conditioning_scale=1.0)
+    over = Over(torch.zeros(1, 3, SIDE, SIDE), torch.ones(1, 1, SIDE, SIDE) if xl else None)
+    with pytest.raises(
+        RequestError, match=f"diffusers has no .*ControlNetPAG{lacking}Pipeline; leave it out"
+    ):
+        generate(controlled[0], asked, over=over, control=torch.zeros(1, 3, SIDE, SIDE))
+
+
+ASKED = {
+    **{"prompts": ("a",), "negative_prompts": (None,), "height": SIDE, "width": SIDE, "seed": 1},
+    **{"num_inference_steps": 3, "pag_scale": 2.0},
+}
+
+
+def test_under_a_controlnet_it_is_validated(controlled: tuple[Any, Any]) -> None:
+    report = validate(controlled[1].engine, prompts=["a boat"], steps=3)
+    assert report.passed, report.table()
+    assert "ControlNetPAGPipeline in float32" in report.setting.reference
+    assert "PAG 3 " in report.table()
+
+
+@pytest.mark.parametrize("task", ["Img2Img", "Inpaint"])
+def test_a_drop_in_over_an_image_draws_what_diffusers_class_draws(pair: tuple[Any, Any], task: str) -> None:
+    """By places alone, most of them at diffusers' defaults."""
+    kind = type(pair[0]).__name__.replace("PAG", f"PAG{task}")
+    theirs = getattr(diffusers, kind).from_pipe(pair[0], pag_applied_layers=pair[0].pag_applied_layers)
+    own = getattr(drop_in, kind)(pair[1].engine)
+    theirs.scheduler = own.scheduler = diffusers.DDIMScheduler.from_config(pair[0].scheduler.config)
+    args = (PROMPT, *[None] * ("XL" in kind), image(1), *[mask()] * (task == "Inpaint"))
+    size = {"height": SIDE, "width": SIDE} if task == "Inpaint" else {}
+    drawn = []
+    for pipe in (theirs, own):
+        pipe.set_progress_bar_config(disable=True)
+        call = {"num_inference_steps": 4, "output_type": "latent", "strength": 0.6, **size}
+        drawn.append(pipe(*args, **call, generator=seeded(1)).images)
+    same(*drawn)
+
+
+def test_a_controlnet_that_pools_is_refused(tiny_sd: Path, tmp_path: Path) -> None:
+    net = checkpoints.build_controlnet(tmp_path / "shuffle", tiny_sd, global_pool_conditions=True)
+    with pytest.raises(ExportError, match=r"pag: .*shuffle: a ControlNet that pools guides the prompt alone"):
+        export(tiny_sd, tmp_path / "engine", Recipe.make(backend="eager", pag=["mid"], controlnet=net))
+
+
 def test_recipes_that_it_does_not_go_with_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="pag: is not supported beside a ControlNet; leave one of the two"):
-        Recipe.make(pag=["mid"], controlnet="./canny")
     with pytest.raises(ExportError, match="pag"):
         Recipe.make(pag=[""])
     kind = "StableDiffusionInstructPix2PixPipeline"

@@ -69,7 +69,7 @@ class EagerModule:
         self._outputs = outputs
         # With LoRAs or perturbed layers it holds what it is told while it runs, which is one call's.
         told = any(isinstance(part, Choosing) and part.loras is not None for part in network.modules())
-        told |= isinstance(network, Perturbing) and network.switch is not None
+        told |= any(isinstance(part, Perturbing) and part.switch is not None for part in network.modules())
         self._alone: AbstractContextManager[object] = threading.Lock() if told else nullcontext()
 
     @torch.inference_mode()

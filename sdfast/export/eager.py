@@ -10,6 +10,7 @@ from sdfast.export.modules import ModuleSpec
 from sdfast.export.weights import save_weights
 from sdfast.manifest import Span, Variant
 from sdfast.models.config import controlnet_names
+from sdfast.models.controlnet import ControlledUNet
 from sdfast.models.half_range import changed_eps
 from sdfast.models.ip_adapter import ImageContext
 from sdfast.models.step_cache import ShallowUNet
@@ -34,8 +35,9 @@ def compile_eager(spec: ModuleSpec, place: Path, checkpoint: Checkpoint) -> list
         header["controlnets"] = [dict(checkpoint.component(name).config) for name in beside]
     if isinstance(network, UNet | ShallowUNet) and network.branch is not None:
         header["cache_branch"] = network.branch
-    if isinstance(network, UNet | ShallowUNet) and network.switch is not None:
-        header["perturbed"] = network.switch.layers
+    stepping = network.unet if isinstance(network, ControlledUNet) else network
+    if isinstance(stepping, UNet | ShallowUNet) and stepping.switch is not None:
+        header["perturbed"] = stepping.switch.layers
     if checkpoint.chosen and component.name in ("unet", *checkpoint.text_encoders):
         header["loras"] = {"count": len(checkpoint.chosen), "ranks": checkpoint.ranks(component.name)}
     if checkpoint.ip_adapters and "unet" in spec.components:

@@ -148,11 +148,17 @@ class Networks(Configs):
             )
         networks._check_pooled()
         networks._check_alone()
+        added = tuple(map(networks._fitting, checkpoint.controlnets))
+        if pag and added and added[0].pools:
+            raise ExportError(
+                f"pag: {checkpoint.controlnets[0].source}: a ControlNet that pools guides the prompt alone, "
+                "which perturbed attention does not go with; leave one of the two out"
+            )
         for adapter in checkpoint.ip_adapters:
             adapter.check_fits(unet)
         return replace(
             networks,
-            controlnets=tuple(map(networks._fitting, checkpoint.controlnets)),
+            controlnets=added,
             ip_adapters=tuple(adapter.config for adapter in checkpoint.ip_adapters),
         )
 

@@ -401,13 +401,6 @@ class Recipe(_Part):
             )
         return branch
 
-    @field_validator("pag")
-    @classmethod
-    def _unguided_otherwise(cls, layers: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
-        if layers and info.data.get("controlnet"):
-            raise ValueError("is not supported beside a ControlNet; leave one of the two out")
-        return layers
-
     @classmethod
     def make(cls, **fields: Any) -> Self:
         """A checked recipe. Raises `ExportError` naming the field."""

@@ -85,7 +85,8 @@ def _told(engine: Engine, picture: Picture, control: Tensor, scales: Tensor) -> 
     except NumericalError:
         return torch.full_like(control, math.nan), torch.full_like(scales, math.nan)
     own = cast(Tensor, row.control)  # as of every row of an engine with a ControlNet
-    end = row.positive.time_shift.shape[1] - len(engine.manifest.model.loras)
+    model = engine.manifest.model
+    end = row.positive.time_shift.shape[1] - len(model.loras) - bool(model.pag)
     told = [row.positive] if row.negative is None else [row.negative, row.positive]
     columns = torch.stack([one.time_shift for one in told])[:, :, end - scales.shape[2] : end]
     return own.to(control), columns.to(scales)

@@ -150,6 +150,8 @@ def _pipeline_over(pipe: Any, request: Request, over: Over) -> Any:
         masked=over.mask is not None,
         pag=bool(request.pag_scale),
     )
+    if not hasattr(stock(), kind):
+        raise RequestError(f"pag_scale: diffusers has no {kind}; leave it out, or draw with an engine")
     if request.pag_scale:
         without["pag_applied_layers"] = pipe.pag_applied_layers
     with quiet():
@@ -186,9 +188,13 @@ def _over_arguments(request: Request, rows: range, over: Over) -> dict[str, Any]
 
 
 def _control_arguments(
-    request: Request, rows: range, control: torch.Tensor, over: Over | None
+    pipe: Any, request: Request, rows: range, control: torch.Tensor, over: Over | None
 ) -> dict[str, Any]:
     """What the stock pipeline is told of control images, which are its `image` unless it has another."""
+    if request.control_mode is not None and "guess_mode" not in inspect.signature(pipe.__call__).parameters:
+        raise RequestError(
+            f"control_mode: diffusers' {type(pipe).__name__} takes no guess_mode; draw with an engine"
+        )
     count = control.shape[1] // 3
     images = control[[i % len(control) for i in rows]].chunk(count, dim=1)
     told: dict[str, Any] = {
@@ -197,7 +203,8 @@ def _control_arguments(
         "control_guidance_end": request.control_guidance_end,
     }
     told = {name: list(each(number, count)) if count > 1 else number for name, number in told.items()}
-    told["guess_mode"] = set(each(request.control_mode)) == {"guess"}
+    if request.control_mode is not None:
+        told["guess_mode"] = True
     return {"image" if over is None else "control_image": list(images) if count > 1 else images[0], **told}
 
 
@@ -249,7 +256,7 @@ def _generate_one(
     else:
         run |= _over_arguments(request, rows, over)
     if control is not None:
-        run |= _control_arguments(request, rows, control, over)
+        run |= _control_arguments(pipe, request, rows, control, over)
     run |= _adapter_arguments(pipe, request, ip_adapter_images)
     run |= _text_arguments(pipe, request, index) if is_plain(request) else embeddings(pipe, request, index)
     run |= _model_arguments(pipe, request)
