@@ -39,9 +39,9 @@ LONG = "a cabin in the misty mountains, the sea and a boat, " * 4  # 96 tokens, 
 CHUNKS = {"long_prompts": "chunk"}
 LARGE = {"height": 32, "width": 32, "strength": 0.6, "num_inference_steps": 4}
 CONTROLS = [image(1, 16, 16), image(2, 16, 16)]
-# Of engines: with all that goes together, with one ControlNet or two, with LoRAs and an IP-Adapter, and one
-# that edits images.
-MOST, CONTROL, CONTROL_2, LIKE, EDITS = "most", "control", "control 2", "like", "edits"
+# Of engines: with all that goes together, with one ControlNet and perturbed layers, with two ControlNets, with
+# LoRAs and an IP-Adapter, one that edits images, and one with a tiny VAE.
+MOST, CONTROL, CONTROL_2, LIKE, EDITS, TINY = "most", "control", "control 2", "like", "edits", "tiny"
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,18 @@ ASKS = {
         {"control_image": CONTROLS[::-1]},
         CONTROL_2,
     ),
+    "a control image for the prompt alone": Ask(
+        {"control_image": CONTROLS[0], "control_mode": "control"}, 1, {"control_mode": "balanced"}, CONTROL
+    ),
+    "perturbed attention under a control image": Ask(
+        {"control_image": CONTROLS[0], "pag_scale": 3.0}, 1, {"pag_scale": 0.0}, CONTROL
+    ),
+    "a variation": Ask(
+        {"variation_seed": 3, "variation_strength": 0.4}, 1, {"variation_seed": 4, "variation_strength": 0.4}
+    ),
+    "a second pass over pictures of a tiny VAE": Ask(
+        {"hires": {**LARGE, "upscaler": "lanczos"}}, 2, {"hires": LARGE}, TINY
+    ),
     "prompts that are added up": Ask(
         {"prompt": "a boat AND zq-style :0.7 AND mist :-0.4", "emphasis": "original"},
         1,
@@ -148,27 +160,29 @@ def make(shallow_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     adapter = checkpoints.build_ip_adapter(place / "plain.safetensors", checkpoint)
     widths = {"conditioning_embedding_out_channels": (4, 16)}
     nets = [checkpoints.build_controlnet(place / str(i), checkpoint, seed=i, **widths) for i in range(2)]
+    tiny = checkpoints.build_tiny_vae(place / "tiny", levels=2)
     embedding = automatic1111(place / "zq-style.safetensors", 5)
 
     beside: dict[str, dict[str, Any]] = {
-        CONTROL: {"controlnet": nets[:1]},
+        CONTROL: {"controlnet": nets[:1], "pag": ["mid"]},
         CONTROL_2: {"controlnet": nets},
         LIKE: {
             "loras": [{"source": lora, "on_request": True, "name": "oil"}],
             "ip_adapters": [{"source": adapter}],
         },
         EDITS: {},
+        TINY: {"vae": tiny},
         MOST: {"embeddings": [{"source": embedding}], "cache_branch": 0},
     }
 
     def made(name: str, *, kind: str, **recipe: Any) -> Path:
         own: dict[str, Any] = {**beside[kind], "sizes": ["16x16"], "batch": [1]}
-        if kind == MOST:
+        if kind in (MOST, TINY):
             if recipe["backend"] == "onnx":  # which captures what is of one size
                 own |= {"sizes": ["16x16", "32x32"]}
             else:
                 own |= {"sizes": {"min": "16x16", "max": "32x32"}, "batch": 2}
-            own |= {"long_prompts": True} if recipe["backend"] == "inductor" else {}
+            own |= {"long_prompts": True} if recipe["backend"] == "inductor" and kind == MOST else {}
         source = edits if kind == EDITS else checkpoint
         return export(source, place / f"{name}-{kind.replace(' ', '-')}", Recipe.make(**own, **recipe))
 
