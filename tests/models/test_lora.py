@@ -133,7 +133,7 @@ def test_the_scales_come_behind_those_of_controlnets() -> None:
     kv = both.context(inputs["encoder_hidden_states"], SCALES)
 
     def run(of_control: float) -> Tensor:
-        columns = torch.cat([shift, torch.full((ROWS, 1), of_control), SCALES], dim=1)
+        columns = torch.cat([shift, torch.full((ROWS, both.unet.layers), of_control), SCALES], dim=1)
         made: Tensor = both.unet(inputs["sample"], columns, kv, control)
         return made
 

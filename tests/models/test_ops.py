@@ -30,6 +30,7 @@ CALLS = {
     "relu": (noise(2, 3, 4, 5),),
     "add": (noise(2, 3, 4, 5), noise(2, 3, 4, 5)),
     "add_scaled": (noise(2, 3, 4, 5), noise(2, 3, 4, 5), noise(2, 1)),
+    "mean_of_pixels": (noise(2, 3, 4, 5),),
     "scale_channels": (noise(2, 3, 4, 5), noise(2, 3)),
     "concat_channels": (noise(2, 3, 4, 5), noise(2, 4, 4, 5)),
     "geglu": (noise(2, 3, 8),),

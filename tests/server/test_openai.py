@@ -433,7 +433,7 @@ async def test_each_of_several_controlnets_has_an_image(
     assert first.request.control_guidance_end == (0.5, 1.0)
     assert (first.request.control_mode, third.request.control_mode) == (("control", "guess"), None)
     answer = await post({"prompt": "a", **both, "control_mode": ["control", "strong"]})
-    assert "must be 'balanced', 'prompt'" in problem(answer, 422, "control_mode.list.1")["message"]
+    assert "must be 'balanced', 'prompt'" in problem(answer, 422, "control_mode.1")["message"]
     for wrong, told in (
         (coded(NOISE), "1 were sent, but tiny has 2 ControlNets, and needs an image for each: canny"),
         ([coded(NOISE)] * 3, "3 were sent, but tiny has 2 ControlNets"),
