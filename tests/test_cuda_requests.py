@@ -39,8 +39,8 @@ LONG = "a cabin in the misty mountains, the sea and a boat, " * 4  # 96 tokens, 
 CHUNKS = {"long_prompts": "chunk"}
 LARGE = {"height": 32, "width": 32, "strength": 0.6, "num_inference_steps": 4}
 CONTROLS = [image(1, 16, 16), image(2, 16, 16)]
-# Of engines: with all that goes together, with one ControlNet and perturbed layers, with two ControlNets, with
-# LoRAs and an IP-Adapter, one that edits images, and one with a tiny VAE.
+# Of engines: with all that goes together, with one ControlNet and perturbed layers, with two ControlNets,
+# with LoRAs and an IP-Adapter, one that edits images, and one with a tiny VAE.
 MOST, CONTROL, CONTROL_2, LIKE, EDITS, TINY = "most", "control", "control 2", "like", "edits", "tiny"
 
 

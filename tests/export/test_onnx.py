@@ -129,7 +129,7 @@ def test_layers_with_loras(tmp_path):
         check(path, network, rows_with_scales(rows), 1e-5)
 
 
-@pytest.mark.parametrize("layers", [["mid"], ["mid", "up_blocks.0"]])
+@pytest.mark.parametrize("layers", [pytest.param(["mid"], marks=pytest.mark.slow), ["mid", "up_blocks.0"]])
 def test_layers_that_may_be_perturbed(tmp_path, layers):
     """Of any batch, each row as it is told; in shallow steps too, which have none of the middle."""
     unet, _, _ = unet_modules(SHALLOW, branch=2)
@@ -496,7 +496,9 @@ def test_a_folder_that_is_not_there_is_an_export_error(tmp_path):
         export_module(nn.Linear(64, 64), inputs, {}, ["y"], tmp_path / "none" / "m.onnx")
 
 
-@pytest.mark.parametrize("config", [SHALLOW_XL, UPCAST], ids=["sdxl", "upcast"])
+@pytest.mark.parametrize(
+    "config", [pytest.param(SHALLOW_XL, marks=pytest.mark.slow, id="sdxl"), pytest.param(UPCAST, id="upcast")]
+)
 def test_graphs_for_tensorrt_are_of_standard_operators(tmp_path, config):
     unet, _, _ = unet_modules(config)
     path, inputs = tmp_path / "unet.onnx", unet_inputs(unet, 2, 8, 12)

@@ -203,7 +203,7 @@ def test_unet(tmp_path, dtype, tolerance):
 
 @pytest.mark.parametrize(
     ("config", "dtype", "tolerance"),
-    [(SHALLOW_XL, SINGLE, 1e-5), (UPCAST, HALF, 5e-3)],
+    [pytest.param(SHALLOW_XL, SINGLE, 1e-5, marks=pytest.mark.slow), (UPCAST, HALF, 5e-3)],
     ids=["sdxl", "upcast"],
 )
 def test_sizes_without_a_fused_operator(tmp_path, config, dtype, tolerance):

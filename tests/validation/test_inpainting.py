@@ -68,6 +68,7 @@ def test_a_sound_engine_passes_with_a_margin(engine: Path) -> None:
     assert page.count("data:image/png;base64,") == 3 * len(report.pictures) + 2
 
 
+@pytest.mark.slow
 def test_an_sdxl_engine(tmp_path: Path) -> None:
     """In float32; and in half precision, where stock keeps its VAE in float32."""
     kind = "StableDiffusionXLInpaintPipeline"
