@@ -50,6 +50,18 @@ class Desk:
         )
         return job if refiner is None else replace(job, refiner=refiner)
 
+    def check_size(self, engine: str, request: Request) -> None:
+        """To be asked before images are made ready, which may take seconds. Raises `Problem` for a size that
+        the engine does not have."""
+        try:
+            self.studio.check_size(engine, request)
+        except RequestError as error:
+            raise self._refused(error) from None
+
+    def _refused(self, error: RequestError) -> Problem:
+        self.metrics.failed("request")
+        return of_request_error(error, self.fields)
+
     def submit(self, job: Job) -> AsyncIterator[Event]:
         """Raises `Problem` for what the studio does not take in."""
         try:
@@ -58,8 +70,7 @@ class Desk:
             self.metrics.failed("queue_full")
             raise of_full_queue(error) from None
         except RequestError as error:
-            self.metrics.failed("request")
-            raise of_request_error(error, self.fields) from None
+            raise self._refused(error) from None
         except BackendError as error:  # this engine is not up, while others may be
             self.metrics.failed("engine")
             problem = of_failure(Failed("engine", str(error)), self.fields)

@@ -230,6 +230,11 @@ class Studio(Protocol):
         """Whether every engine is loaded, warmed up and at work."""
         ...
 
+    def check_size(self, engine: str, request: Request) -> None:
+        """Raises `RequestError` for an engine that is not here, and for a size that it does not have: before
+        anybody makes images ready for it."""
+        ...
+
     def submit(self, job: Job) -> AsyncIterator[Event]:
         """Take the job in. Closing the iterator before its end cancels the job. The first event does not wait
         for other jobs: it tells the place in the queue, or why the engine cannot do this one.

@@ -90,6 +90,9 @@ class WorkerStudio:
         begun, finished = parts_of(job, self._engines[job.engine], second.manifest.model)
         return in_turn(post.supervisor.submit(begun), finished, second.supervisor)
 
+    def check_size(self, engine: str, request: Request) -> None:
+        self._post(engine, request)
+
     def _post(self, engine: str, request: Request) -> Post:
         """Raises `RequestError` for an engine that is not here, or of other sizes."""
         post = self._posts.get(engine)

@@ -9,6 +9,7 @@ from PIL import Image
 
 from sdfast.errors import BackendError, RequestError
 from sdfast.infotext import Infotext, png_info
+from sdfast.request import Request
 from sdfast.server.jobs import (
     TICK_SECONDS,
     Done,
@@ -75,14 +76,17 @@ class FakeStudio:
     cancelled: list[str] = field(default_factory=list)
     live: dict[str, asyncio.Event] = field(default_factory=dict)
 
+    def check_size(self, engine: str, request: Request) -> None:
+        for height, width in ((one.height, one.width) for one in request.passes):
+            if (height, width) not in SIZES:
+                raise RequestError(f"size {width}x{height} is not one of this engine's (64x64, 96x64)")
+
     def submit(self, job: Job) -> AsyncIterator[Event]:
         if self.full:
             raise QueueFull(2.5)
         if self.down or job.engine in self.resting:
             raise BackendError("the engine takes no more jobs: it is closed, or it failed too often")
-        for height, width in ((one.height, one.width) for one in job.request.passes):
-            if (height, width) not in SIZES:
-                raise RequestError(f"size {width}x{height} is not one of this engine's (64x64, 96x64)")
+        self.check_size(job.engine, job.request)
         self.jobs.append(job)
         self.live[job.id] = asyncio.Event()
         return self._events(job)

@@ -215,6 +215,10 @@ class Studio:
         self.batcher = batcher
         self.engines: Mapping[str, EngineInfo] = {"fake": info_of(engine.manifest)}
 
+    def check_size(self, engine: str, request: Request) -> None:
+        for one in request.passes:
+            self.batcher._engine.check_size(one.height, one.width)
+
     async def submit(self, job: Job) -> AsyncIterator[Event]:
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
         self.batcher.submit(job, lambda event: loop.call_soon_threadsafe(events.put_nowait, event) and None)

@@ -24,7 +24,7 @@ from sdfast.server.jobs import EngineInfo, Refiner, Studio
 from sdfast.server.metrics import Metrics
 from sdfast.server.problems import Problem, SdapiError
 from sdfast.server.settings import Settings
-from sdfast.server.uploads import MAX_PIXELS, of_base64
+from sdfast.server.uploads import of_base64
 
 _FIELDS = frozenset({*TextToImage.model_fields, *ImageToImage.model_fields})
 
@@ -171,9 +171,7 @@ def _order(asked: Generation, engine: EngineInfo, refiner: EngineInfo | None, de
     units = controlnet.units_of(asked.alwayson_scripts, engine, over_image=isinstance(asked, ImageToImage))
     adapters = controlnet.adapter_units_of(asked.alwayson_scripts, engine)
     request, sampler = asked.request(engine, units, adapters)
-    # The engine knows its sizes, but an image is opened before that.
-    if any(one.height * one.width > MAX_PIXELS for one in request.passes):
-        raise Problem(422, f"width: times height is more than {MAX_PIXELS}, the most taken", param="width")
+    desk.check_size(engine.name, request)
     canvas = canvas_of(asked, request.height, request.width) if isinstance(asked, ImageToImage) else None
     job = desk.job(
         engine.name,

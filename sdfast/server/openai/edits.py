@@ -18,7 +18,7 @@ from sdfast.server.jobs import EngineInfo
 from sdfast.server.openai import schema
 from sdfast.server.openai.answers import Order, answer
 from sdfast.server.openai.control import check_control, check_ip_adapter, controls_of, seen_of
-from sdfast.server.openai.fields import CONTROL_IMAGE, IP_ADAPTER_IMAGE, Edit, check_area, engine_of
+from sdfast.server.openai.fields import CONTROL_IMAGE, IP_ADAPTER_IMAGE, Edit, engine_of
 from sdfast.server.problems import Problem
 from sdfast.server.uploads import decode, halved, mask_of_alpha, on_white, pixels, shades_of_alpha
 
@@ -97,7 +97,7 @@ def _order(asked: Edit, form: Form, engine: EngineInfo, desk: Desk) -> Order:
         own = (engine.default_height, engine.default_width)
     request = asked.request(*own)
     side = request.height, request.width
-    check_area(request)
+    desk.check_size(engine.name, request)
     area = _area(image, mask, asked.padding_mask_crop, *side)
     job = desk.job(
         engine.name,

@@ -14,7 +14,6 @@ from sdfast.server.body import Neutral, check_neutral
 from sdfast.server.encoding import Format
 from sdfast.server.jobs import EngineInfo
 from sdfast.server.problems import Problem, of_request_error
-from sdfast.server.uploads import MAX_PIXELS
 
 STEPS, GUIDANCE, SCHEDULER = 20, 7.0, "dpmpp_2m_karras"  # as `sdfast generate`'s own
 STRENGTH, MASKED_STRENGTH = 0.8, 1.0  # as diffusers' pipelines for images, and for images with masks
@@ -258,13 +257,6 @@ _SAME = {
     "ip_adapter_scale",
 }
 _DEFAULTS: Mapping[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
-
-
-def check_area(request: Request) -> None:
-    """Raises `Problem` for a size to which no picture is resampled: the engine knows its sizes, but pictures
-    are opened before it is asked."""
-    if request.height * request.width > MAX_PIXELS:
-        raise Problem(422, f"size: more than {MAX_PIXELS} pixels, the most taken", param="size")
 
 
 def check_begins(engine: EngineInfo, engines: Mapping[str, EngineInfo]) -> None:

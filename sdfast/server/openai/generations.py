@@ -18,7 +18,6 @@ from sdfast.server.openai.fields import (
     CONTROL_IMAGE,
     IP_ADAPTER_IMAGE,
     Generation,
-    check_area,
     check_begins,
     engine_of,
 )
@@ -81,8 +80,7 @@ def _order(asked: Generation, desk: Desk) -> Order:
     asked = asked.under_control([one is None for one in images]) if images else asked
     asked = asked.seeing([one is None for one in adapted]) if adapted else asked
     request = asked.request(engine.default_height, engine.default_width)
-    if images:
-        check_area(request)
+    desk.check_size(engine.name, request)
     control = controls_of(images, lambda text: of_base64(text, CONTROL_IMAGE), request.height, request.width)
     seen = seen_of(adapted, lambda text: of_base64(text, IP_ADAPTER_IMAGE), engine)
     job = desk.job(engine.name, request, previews=asked.partial_images or 0, control=control, ip_adapter=seen)
