@@ -36,6 +36,7 @@ def engine(
     refines: bool = False,
     instructed: bool = False,
     vae: tuple[str, str] | None = None,
+    pag: bool = False,
 ) -> EngineInfo:
     digest = name.encode().hex().ljust(64, "0")
     return EngineInfo(
@@ -48,6 +49,7 @@ def engine(
         refines=refines,
         instructed=instructed,
         vae=vae,
+        pag=pag,
     )
 
 
