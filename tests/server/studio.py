@@ -37,6 +37,7 @@ def engine(
     refines: bool = False,
     instructed: bool = False,
     vae: tuple[str, str] | None = None,
+    pag: bool = False,
 ) -> EngineInfo:
     digest = name.encode().hex().ljust(64, "0")
     return EngineInfo(
@@ -49,6 +50,7 @@ def engine(
         refines=refines,
         instructed=instructed,
         vae=vae,
+        pag=pag,
     )
 
 

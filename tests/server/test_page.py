@@ -295,16 +295,25 @@ def test_a_control_image_is_chosen_where_the_engine_has_a_controlnet(
     assert page.focused == page["control_image"] and studio.jobs == []
     page["control_image"].send_keys(str(folder / "control-1.png"))
     page.run("document.querySelector('input[value=fixed]').click()")
-    page.draw(prompt=HARD, seed=3, controlnet_conditioning_scale=0.25)
+    assert page["control_mode"].accessible_name == "Mode of canny [01234567]"
+    page.draw(prompt=HARD, seed=3, controlnet_conditioning_scale=0.25, control_mode="prompt")
     subprocess.run(["sh", "-c", page.text("curl")], check=True, timeout=20, capture_output=True)
     exec(page.text("python"), {})
     assert {job.control for job in studio.jobs} == {pixels("teal")} and len(studio.jobs) == 3
-    assert studio.jobs[0].request.controlnet_conditioning_scale == 0.25
+    asked = studio.jobs[0].request
+    assert (asked.controlnet_conditioning_scale, asked.control_mode) == (0.25, "prompt")
     assert len({asked_for(job) for job in studio.jobs}) == 1
-    page.fill(controlnet_conditioning_scale=2)
-    page.all("#gallery button")[0].click()
-    page["reuse"].click()
-    assert page["controlnet_conditioning_scale"].get_property("value") == "0.25"
+    page.draw(controlnet_conditioning_scale=2, control_mode="")
+    assert studio.jobs[3].request.control_mode is None
+    for picture, values in ((1, ["0.25", "prompt"]), (0, ["2", ""])):
+        page.all("#gallery button")[picture].click()
+        page["reuse"].click()
+        names = ("controlnet_conditioning_scale", "control_mode")
+        assert [page[name].get_property("value") for name in names] == values
+    studio.failure = Failed("request", "control_mode: not with this one")
+    page["draw"].click()
+    wait_until(lambda: page.seen("control_mode-error"))
+    assert page.focused == page["control_mode"]
 
 
 def test_loras_have_a_scale_each(page: Page, studio: FakeStudio, folder: Path) -> None:
@@ -332,7 +341,7 @@ def test_loras_have_a_scale_each(page: Page, studio: FakeStudio, folder: Path) -
     assert page.text("loras-error") == "oil: give a number."
 
 
-def test_each_of_several_controlnets_has_a_control_image_and_a_scale(
+def test_each_of_several_controlnets_has_a_control_image_a_scale_and_a_mode(
     page: Page, studio: FakeStudio, folder: Path
 ) -> None:
     """Alone, and beside an image that is drawn over; one without adds nothing."""
@@ -350,16 +359,22 @@ def test_each_of_several_controlnets_has_a_control_image_and_a_scale(
     alone, studio.jobs = studio.jobs, []
     assert {job.control for job in alone} == {bytes(64 * 64 * 3) + pixels("navy")} and len(alone) == 3
     assert alone[0].request.controlnet_conditioning_scale == (0.0, 0.5)
+    assert alone[0].request.control_mode is None
     page["control_image"].send_keys(str(folder / "control-1.png"))
     page["image"].send_keys(str(folder / "image.png"))
     wait_until(lambda: page.seen("image-shown"))
-    page.draw()
+    page.draw(**{"control_mode-2": "guess"})
     subprocess.run(["sh", "-c", page.text("curl")], check=True, timeout=20, capture_output=True)
     exec(page.text("python"), {})
     assert {job.control for job in studio.jobs} == {pixels("teal") + pixels("navy")} and len(studio.jobs) == 3
     assert {job.image for job in studio.jobs} == {pixels("white")}
     assert studio.jobs[0].request.controlnet_conditioning_scale == (1.0, 0.5)
+    assert studio.jobs[0].request.control_mode == ("balanced", "guess")
     assert len({asked_for(job) for job in (*alone, *studio.jobs)}) == 2
+    for picture, modes in ((1, ["", ""]), (0, ["balanced", "guess"])):
+        page.all("#gallery button")[picture].click()
+        page["reuse"].click()
+        assert [page[f"control_mode{i}"].get_property("value") for i in ("", "-2")] == modes
 
 
 def test_pictures_to_be_like_are_chosen_where_the_engine_has_ip_adapters(
@@ -392,6 +407,7 @@ def test_pictures_to_be_like_are_chosen_where_the_engine_has_ip_adapters(
     ):
         page[field].send_keys(str(folder / file))
     wait_until(lambda: page.seen("image-shown"))
+    assert page.seen("control_mode") and page.all("#adapters select") == []
     page.draw(seed=3)
     subprocess.run(["sh", "-c", page.text("curl")], check=True, timeout=20, capture_output=True)
     exec(page.text("python"), {})
@@ -540,6 +556,72 @@ def test_steps_are_cached_where_the_engine_can(page: Page, studio: FakeStudio) -
     page["reuse"].click()
     page.draw()
     assert [job.request.cache_interval for job in studio.jobs] == [1, 3, 1, 3]
+
+
+def test_perturbed_attention_is_asked_for_where_the_engine_has_it(page: Page, studio: FakeStudio) -> None:
+    assert not page.seen("pag_scale")
+    page.draw(pag_scale="")  # not asked for, whatever is in it
+    studio.engines["tiny"] = engine(pag=True)
+    page.load()
+    assert page.seen("pag_scale")
+    assert page["pag_scale"].accessible_name == "PAG scale"
+    page["draw"].click()
+    assert page.text("pag_scale-error") == "PAG scale: give a number."
+    page.run("localStorage.clear()")
+    page.load()
+    page.draw()
+    page.draw(pag_scale=0)
+    page.draw(pag_scale=4.5)
+    page.load()
+    page.draw()  # as the page remembers
+    page.fill(pag_scale=101)
+    page["draw"].click()
+    wait_until(lambda: page.seen("pag_scale-error"))
+    assert page.text("pag_scale-error").startswith("pag_scale: must be") and page.focused == page["pag_scale"]
+    page.all("#gallery button")[0].click()
+    page["reuse"].click()
+    assert page["pag_scale"].get_property("value") == "4.5"
+    assert [job.request.pag_scale for job in studio.jobs] == [0, 3, 0, 4.5, 4.5]
+    page.run("document.getElementById('code').open = true")
+    assert '"pag_scale": 4.5' in page["curl"].text and '"pag_scale": 4.5' in page["python"].text
+
+
+def test_variations_are_drawn_of_one_seed(page: Page, studio: FakeStudio, folder: Path) -> None:
+    """With a seed for them, which is told, or a random one."""
+    page.run("document.querySelector('input[value=fixed]').click()")
+    page.draw(prompt="a", seed=3, variation_seed=9)
+    assert not page.seen("variation_seed")
+    page.draw(variation_strength=0.25, n=2)
+    assert page.seen("variation_seed")
+    subprocess.run(["sh", "-c", page.text("curl")], check=True, timeout=20, capture_output=True)
+    exec(page.text("python"), {})
+    asked = [(job.request.variation_strength, job.request.variation_seed) for job in studio.jobs]
+    assert asked == [(0, None), *[(0.25, 9)] * 3]
+    assert len({asked_for(job) for job in studio.jobs[1:]}) == 1
+    page.load()  # which forgets the pictures, and no settings
+    page.draw(n=1, variation_seed="")
+    [random] = studio.jobs[4].request.variation_seeds
+    [button] = page.all("#gallery button")
+    assert button.accessible_name == f"Show large: a, 20 steps, seed 3, variation seed {random}"
+    page.draw(variation_strength=0)
+    assert studio.jobs[5].request.variation_seeds == ()
+    button.click()
+    assert page["download"].get_attribute("download") == f"sdfast-3-{random}.png"
+    page["reuse"].click()
+    page.draw()
+    assert asked_for(studio.jobs[6]) == asked_for(studio.jobs[4])
+    page.all("#gallery button")[1].click()
+    page["reuse"].click()
+    assert page["variation_strength"].get_property("value") == "0" and not page.seen("variation_seed")
+    for wrong in ({"variation_strength": 2}, {"variation_strength": 0.5, "variation_seed": -1}):
+        page.fill(**wrong)
+        page["draw"].click()
+        field = [*wrong][-1]
+        wait_until(lambda field=field: page.text(f"{field}-error").startswith(f"{field}: must be"))
+        assert page.focused == page[field] and page.seen(f"{field}-error")
+    page.fill(variation_seed=0.5)
+    page["draw"].click()
+    assert page.text("variation_seed-error").startswith("Variation seed: give a whole number")
 
 
 def asked_for(job: Job) -> tuple[str, str]:

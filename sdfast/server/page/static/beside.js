@@ -1,16 +1,25 @@
-// The images that an engine takes beside the form, each with its scale: of its ControlNets, and of its IP-Adapters.
+// The images that an engine takes beside the form, each with its scale: of its ControlNets, which have modes, and of
+// its IP-Adapters.
 
 import { ApiError } from "./api.js";
 import { receive } from "./image.js";
 
 const element = (id) => document.getElementById(id);
+const MODES = {
+  "": "Default",
+  balanced: "Balanced",
+  prompt: "Prompt counts for more",
+  control: "ControlNet counts for more",
+  guess: "Guess (diffusers)",
+};
 
 /**
  * box: the id of what is hidden where there are none, list: of what their fields are put in. image, scale: the API's
- * names of the two. what: what such an image is called. needed: whether there is no picture without.
+ * names of the two. mode: that of a choice of `MODES`, where there is one. what: what such an image is called.
+ * needed: whether there is no picture without.
  */
-function beside({ box, list, image, scale, what, needed }) {
-  let several = []; // of each ControlNet or IP-Adapter: its name, its file or null, and the field of its scale
+function beside({ box, list, image, scale, mode = null, what, needed }) {
+  let several = []; // of each ControlNet or IP-Adapter: its name, its file or null, the fields of its scale and mode
   let changed = () => {};
 
   /** The files, one for each; null for one that is to add nothing. */
@@ -31,7 +40,8 @@ function beside({ box, list, image, scale, what, needed }) {
       one.file = file;
       changed();
     });
-    return made("div", { className: "field" }, title, zone, sliding(one, own(scale)));
+    const modes = mode === null ? [] : [choosing(one, own(mode))];
+    return made("div", { className: "field" }, title, zone, sliding(one, own(scale)), ...modes);
   }
 
   return {
@@ -54,6 +64,19 @@ function beside({ box, list, image, scale, what, needed }) {
       if (numbers.length === several.length) several.forEach(({ field }, i) => (field.value = numbers[i]));
     },
 
+    /** A mode, of several a list; null where nothing is to be said. Where one says something, the others are balanced. */
+    modes() {
+      const given = several.map(({ choice }) => choice.value);
+      if (!given.some(Boolean)) return null;
+      return given.length > 1 ? given.map((mode) => mode || "balanced") : given[0];
+    },
+
+    /** Modes; null for nothing said. */
+    putModes(given) {
+      const modes = given === null ? several.map(() => "") : [given].flat();
+      if (modes.length === several.length) several.forEach(({ choice }, i) => (choice.value = modes[i]));
+    },
+
     /** then: called whenever another image or scale is chosen. */
     setUp(then) {
       changed = then;
@@ -63,7 +86,7 @@ function beside({ box, list, image, scale, what, needed }) {
     offer(names) {
       element(box).hidden = names.length === 0;
       if (names.join("\n") === several.map(({ name }) => name).join("\n")) return;
-      several = names.map((name) => ({ name, file: null, field: null }));
+      several = names.map((name) => ({ name, file: null, field: null, choice: null }));
       element(list).replaceChildren(...several.map(block));
     },
   };
@@ -79,6 +102,12 @@ function sliding(one, id) {
   return made("div", { className: "sliding" }, slider, one.field);
 }
 
+function choosing(one, id) {
+  const options = Object.entries(MODES).map(([mode, text]) => new Option(text, mode));
+  one.choice = made("select", { id, ariaLabel: `Mode of ${one.name}` }, ...options);
+  return made("div", { className: "choosing" }, made("label", { htmlFor: id, textContent: "Mode" }), one.choice);
+}
+
 function made(tag, properties, ...children) {
   const node = Object.assign(document.createElement(tag), properties);
   node.append(...children);
@@ -90,6 +119,7 @@ export const controlnets = beside({
   list: "controlnets",
   image: "control_image",
   scale: "controlnet_conditioning_scale",
+  mode: "control_mode",
   what: "Control image",
   needed: true,
 });

@@ -11,14 +11,29 @@ const OTHER = "other";
 const READING = ["long_prompts", "emphasis"];
 const PLAIN = [
   "prompt", "negative_prompt", ...READING, "prompt_editing", "cache_interval", "scheduler", "n",
-  "num_inference_steps", "guidance_scale", "strength", "image_guidance_scale",
+  "num_inference_steps", "guidance_scale", "pag_scale", "strength", "image_guidance_scale", "variation_strength",
+  "variation_seed",
 ];
+/** What the form holds where a body says nothing. */
+const UNSAID = {
+  negative_prompt: "",
+  long_prompts: "truncate",
+  emphasis: "",
+  prompt_editing: "",
+  cache_interval: 1,
+  control_mode: null,
+  loras: {},
+  variation_strength: 0,
+  variation_seed: "",
+};
 const NUMBERS = {
   num_inference_steps: "Steps",
   guidance_scale: "Guidance",
+  pag_scale: "PAG scale",
   n: "Pictures",
   strength: "Strength",
   image_guidance_scale: "Image guidance",
+  variation_strength: "Variation",
 };
 
 /** Fill the choices, recall what was chosen last, and keep what is chosen from now on. */
@@ -42,6 +57,7 @@ export function setUp(engines, known) {
     beside.adapters.offer(engine.ip_adapters);
     loras.offer(engine.loras);
     element("cache_interval-field").hidden = !engine.step_cache;
+    element("pag_scale-field").hidden = !engine.pag;
   };
   element("model").addEventListener("change", fit);
   image.setUp(() => element("form").dispatchEvent(new Event("input")));
@@ -72,15 +88,24 @@ export function read() {
   body.n = number("n");
   body.size = size();
   for (const name of ["num_inference_steps", "guidance_scale"]) body[name] = number(name);
+  if (!element("pag_scale-field").hidden) body.pag_scale = number("pag_scale");
   body.scheduler = element("scheduler").value;
   if (image.chosen()) body[image.measure()] = number(image.measure());
   for (const one of beside.every) {
     const scales = one.scales();
     if (scales !== null) body[one.scale] = scales;
   }
+  const modes = beside.controlnets.modes();
+  if (modes !== null) body.control_mode = modes;
   const scales = loras.scales();
   if (Object.keys(scales).length) body.loras = scales;
-  if (seeding() === "fixed") body.seed = seed();
+  if (seeding() === "fixed") body.seed = seed("seed", "Seed");
+  const strength = number("variation_strength");
+  if (strength > 0) {
+    body.variation_strength = strength;
+    const field = element("variation_seed");
+    if (field.value || field.validity.badInput) body.variation_seed = seed("variation_seed", "Variation seed");
+  }
   return body;
 }
 
@@ -95,6 +120,7 @@ export function putBack(body) {
     if (name in body && (!choice || has(name, body[name]))) element(name).value = body[name];
   }
   for (const { scale, putScales } of beside.every) if (scale in body) putScales(body[scale]);
+  if ("control_mode" in body) beside.controlnets.putModes(body.control_mode);
   if ("loras" in body) loras.put(body.loras);
   if (body.size) putSize(String(body.size));
   if ("seed" in body) element("seed").value = body.seed;
@@ -104,8 +130,7 @@ export function putBack(body) {
 
 /** Reuse a picture's parameters: as if they had been typed. */
 export function reuse(body) {
-  const usual = { negative_prompt: "", long_prompts: "truncate", emphasis: "", prompt_editing: "", cache_interval: 1, loras: {} };
-  putBack({ ...usual, ...body });
+  putBack({ ...UNSAID, ...body });
   element("form").dispatchEvent(new Event("input"));
 }
 
@@ -147,10 +172,10 @@ function number(name) {
   return value;
 }
 
-function seed() {
-  const value = element("seed").valueAsNumber;
+function seed(name, label) {
+  const value = element(name).valueAsNumber;
   if (Number.isSafeInteger(value)) return value;
-  throw new ApiError(`Seed: give a whole number from 0 to ${Number.MAX_SAFE_INTEGER}.`, { param: "seed" });
+  throw new ApiError(`${label}: give a whole number from 0 to ${Number.MAX_SAFE_INTEGER}.`, { param: name });
 }
 
 function size() {
@@ -191,6 +216,7 @@ function follow() {
   }
   element("sides").hidden = element("size").value !== OTHER;
   element("seed").disabled = seeding() !== "fixed";
+  element("variation_seed-field").hidden = !(element("variation_strength").valueAsNumber > 0);
 }
 
 function group({ group, samplers }) {

@@ -9,6 +9,7 @@ const NAMES = {
   size: "Size",
   num_inference_steps: "Steps",
   guidance_scale: "Guidance",
+  pag_scale: "PAG scale",
   scheduler: "Scheduler",
   long_prompts: "Long prompts",
   emphasis: "Emphasis",
@@ -17,9 +18,12 @@ const NAMES = {
   strength: "Strength",
   image_guidance_scale: "Image guidance",
   controlnet_conditioning_scale: "ControlNet scale",
+  control_mode: "ControlNet mode",
   loras: "LoRAs",
   ip_adapter_scale: "IP-Adapter scale",
   seed: "Seed",
+  variation_strength: "Variation",
+  variation_seed: "Variation seed",
   model: "Engine",
 };
 /** A value for people: of LoRAs each with its scale. */
@@ -53,7 +57,8 @@ export function showLarge(index) {
   ));
   element("warnings").replaceChildren(...warnings.map((warning) => made("li", warning)));
   element("download").href = url;
-  element("download").download = `sdfast-${body.seed}.png`;
+  const seeds = [body.seed, body.variation_seed].filter((seed) => seed !== undefined);
+  element("download").download = `sdfast-${seeds.join("-")}.png`;
   element("before").disabled = index === 0;
   element("after").disabled = index === pictures.length - 1;
   if (!element("large").open) element("large").showModal();
@@ -107,13 +112,15 @@ function rove(index) {
 function thumbnail(body) {
   const button = document.createElement("button");
   button.type = "button";
-  const told = `${body.num_inference_steps} steps, seed ${body.seed}`;
+  const seeds = [`seed ${body.seed}`];
+  if ("variation_seed" in body) seeds.push(`variation seed ${body.variation_seed}`);
+  const told = [`${body.num_inference_steps} steps`, ...seeds].join(", ");
   button.setAttribute("aria-label", `Show large: ${body.prompt || "no prompt"}, ${told}`);
   const image = document.createElement("img");
   image.alt = "";
-  const small = made("span", `seed ${body.seed}`);
-  small.className = "hint";
-  button.append(image, made("span", body.prompt || "no prompt"), small);
+  const small = seeds.map((text) => made("span", text));
+  for (const line of small) line.className = "hint";
+  button.append(image, made("span", body.prompt || "no prompt"), ...small);
   return button;
 }
 

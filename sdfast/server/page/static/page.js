@@ -64,6 +64,7 @@ async function follow(body, signal) {
 /** One of the pictures is done: it goes into the gallery, the first of them onto the canvas. */
 function finish(event, body, i) {
   const own = { ...body, n: 1, seed: event.seed };
+  if ("variation_seed" in event) own.variation_seed = event.variation_seed;
   const { index, url } = gallery.add(decoded(event.b64_json), own, event.warnings);
   lastSeed = event.seed;
   element("reuse-seed").disabled = false;
