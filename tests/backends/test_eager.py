@@ -174,7 +174,7 @@ def test_an_engine_with_another_attention_draws_the_same(sd_engine: Path, kind: 
 
 
 @pytest.mark.usefixtures("dynamo")
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_engines_of_one_process_keep_their_own_attention(flat_engine: Path, compile: bool) -> None:
     expected = {kind: draw(Pipeline.from_engine(flat_engine, attention=kind)) for kind in ("flash", "math")}
     assert not torch.equal(expected["flash"], expected["math"])

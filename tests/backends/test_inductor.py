@@ -347,6 +347,7 @@ class FP8Layers(nn.Module):
         return y
 
 
+@pytest.mark.slow
 def test_fp8_layers_take_their_weights_and_scales_from_the_engine(
     tmp_path: Path, compiled: list[str]
 ) -> None:
@@ -402,7 +403,7 @@ def test_free_sizes_and_batches(shallow_sd: Path, shallow_engine: Path, tmp_path
     assert_same(picture(free, **three), picture(shallow_engine, **three))
 
 
-@pytest.mark.parametrize("name", ["vae_encoder", "vae_decoder"])
+@pytest.mark.parametrize("name", [pytest.param("vae_encoder", marks=pytest.mark.slow), "vae_decoder"])
 def test_a_vae_of_free_sizes_can_be_traced(shallow_sd: Path, name: str) -> None:
     """Channels last, its encoder halves sides that torch.export must know to be even."""
     recipe = Recipe.make(backend="inductor", sizes={"min": "16x16", "max": "32x32"}, batch=2)

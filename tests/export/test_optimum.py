@@ -80,6 +80,7 @@ def test_pictures_are_those_of_stock_diffusers(engine: Path, checkpoint: Path) -
     assert pictures_alike(engine, checkpoint, guidance_scale=1.0, height=32, width=80) > 100  # any size
 
 
+@pytest.mark.slow
 def test_sdxl_too(tmp_path: Path) -> None:
     tiny_sdxl = checkpoints.build_sdxl(tmp_path / "sdxl", transformer_layers_per_block=1, **SHALLOW)
     folder = write_optimum_folder(tiny_sdxl, tmp_path / "folder")

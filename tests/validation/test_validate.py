@@ -150,7 +150,7 @@ def test_half_precision_is_measured_against_stock_in_half_precision(small: Path,
     assert "unet" in {f.part for f in validate(folder, prompts=["boat"], steps=1, scheduler="DDIM").failures}
 
 
-@pytest.mark.parametrize("vae", ["auto", "fp32"])
+@pytest.mark.parametrize("vae", ["auto", pytest.param("fp32", marks=pytest.mark.slow)])
 def test_a_vae_that_stock_keeps_in_float32_is_held_to_stock_in_bfloat16(tmp_path: Path, vae: str) -> None:
     """Only where the engine's is float16; the pictures' bar is that of stock as it is."""
     quiet = checkpoints.build_sdxl(tmp_path / "quiet", vae=checkpoints.SMALL_VAE)
