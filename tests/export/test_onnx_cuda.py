@@ -259,6 +259,23 @@ def test_a_scaled_sum_takes_no_image_out_of_its_form(tmp_path):
     check(path, network, inputs, 5e-3)
 
 
+class PooledSum(ScaledSum):
+    """As of a ControlNet that pools: the mean of each channel is convolved, and added to every pixel."""
+
+    def forward(self, x, branch, scale):
+        pooled = self.branch(ops.mean_of_pixels(branch))
+        return ops.add_scaled(self.x(x), pooled, scale)
+
+
+def test_a_mean_of_pixels_is_taken_in_their_form(tmp_path):
+    inputs = {name: torch.randn(2, 8, 4, 5, dtype=HALF) for name in ("x", "branch")}
+    inputs["scale"] = torch.tensor([[0.5], [-2.0]], dtype=HALF)
+    network, path = PooledSum(), tmp_path / "sum.onnx"
+    export_module(network, inputs, {}, ["output"], path, CUDA)
+    assert (kinds(path)["ReduceMean"], kinds(path)["Transpose"]) == (1, 3)
+    check(path, network, inputs, 5e-3)
+
+
 def test_a_free_batch_asks_for_no_shapes(tmp_path):
     """Shape arithmetic runs on the processor: a graph that leaves only the batch open has none."""
     network, _, _ = unet_modules(WIDE_LEVEL, HALF)
