@@ -30,6 +30,7 @@ _MASKED = ("image", "mask_image", "masked_image_latents", "height", "width", "pa
 _MASKED_CONTROL = ("image", "mask_image", "control_image")
 _GUIDED = ("guidance_scale", "negative_prompt")
 _PAG = ("pag_scale", "pag_adaptive_scale")
+_PAG_SCALE = {"pag_scale": 3.0}  # diffusers' default
 _ENDS = ("denoising_start", "denoising_end")
 _REST = (*_ADAPTER, *_OUTPUT, *_CALLBACK)
 _REST_XL = (*_DRAWN, "latents", *_EMBEDS_XL, *_ADAPTER, *_OUTPUT, "guidance_rescale", *TOLD_SIZES)
@@ -327,6 +328,11 @@ class StableDiffusionXLInpaintPipeline(_Inpainting):
     defaults: ClassVar[Mapping[str, Any]] = {"strength": 0.9999, "guidance_scale": 7.5}
 
 
+def _without_guess_mode(order: Order) -> Order:
+    """Of the PAG pipelines under ControlNets, two take none in diffusers."""
+    return tuple(name for name in order if name != "guess_mode")
+
+
 class _Perturbed(_InOrder):
     """The engine has to have layers to be perturbed; by default they are diffusers'."""
 
@@ -340,14 +346,14 @@ class StableDiffusionPAGPipeline(_Perturbed, StableDiffusionPipeline):
     """The drop-in for diffusers' class of this name."""
 
     order: ClassVar[Order] = (*StableDiffusionPipeline.order, *_PAG)
-    defaults: ClassVar[Mapping[str, Any]] = {**StableDiffusionPipeline.defaults, "pag_scale": 3.0}
+    defaults: ClassVar[Mapping[str, Any]] = {**StableDiffusionPipeline.defaults, **_PAG_SCALE}
 
 
 class StableDiffusionPAGImg2ImgPipeline(_Perturbed, StableDiffusionImg2ImgPipeline):
     """The drop-in for diffusers' class of this name."""
 
     order: ClassVar[Order] = (*StableDiffusionImg2ImgPipeline.order, *_PAG)
-    defaults: ClassVar[Mapping[str, Any]] = {**StableDiffusionImg2ImgPipeline.defaults, "pag_scale": 3.0}
+    defaults: ClassVar[Mapping[str, Any]] = {**StableDiffusionImg2ImgPipeline.defaults, **_PAG_SCALE}
 
 
 class StableDiffusionPAGInpaintPipeline(_Perturbed, StableDiffusionInpaintPipeline):
@@ -359,7 +365,7 @@ class StableDiffusionPAGInpaintPipeline(_Perturbed, StableDiffusionInpaintPipeli
     )
     defaults: ClassVar[Mapping[str, Any]] = {
         **StableDiffusionInpaintPipeline.defaults,
-        "pag_scale": 3.0,
+        **_PAG_SCALE,
         "strength": 0.9999,
     }
 
@@ -368,19 +374,19 @@ class StableDiffusionControlNetPAGPipeline(_Perturbed, StableDiffusionControlNet
     """The drop-in for diffusers' class of this name: `image` is the control image."""
 
     order: ClassVar[Order] = (*StableDiffusionControlNetPipeline.order, *_PAG)
-    defaults: ClassVar[Mapping[str, Any]] = {**StableDiffusionControlNetPipeline.defaults, "pag_scale": 3.0}
+    defaults: ClassVar[Mapping[str, Any]] = {**StableDiffusionControlNetPipeline.defaults, **_PAG_SCALE}
 
 
 class StableDiffusionControlNetPAGInpaintPipeline(_Perturbed, StableDiffusionControlNetInpaintPipeline):
     """The drop-in for diffusers' class of this name."""
 
     order: ClassVar[Order] = (
-        *(name for name in StableDiffusionControlNetInpaintPipeline.order if name != "guess_mode"),
+        *_without_guess_mode(StableDiffusionControlNetInpaintPipeline.order),
         *_PAG,
     )
     defaults: ClassVar[Mapping[str, Any]] = {
         **StableDiffusionControlNetInpaintPipeline.defaults,
-        "pag_scale": 3.0,
+        **_PAG_SCALE,
     }
 
 
@@ -388,31 +394,31 @@ class StableDiffusionXLPAGPipeline(_Perturbed, StableDiffusionXLPipeline):
     """The drop-in for diffusers' class of this name."""
 
     order: ClassVar[Order] = (*StableDiffusionXLPipeline.order, *_PAG)
-    defaults: ClassVar[Mapping[str, Any]] = {**StableDiffusionXLPipeline.defaults, "pag_scale": 3.0}
+    defaults: ClassVar[Mapping[str, Any]] = {**StableDiffusionXLPipeline.defaults, **_PAG_SCALE}
 
 
 class StableDiffusionXLPAGImg2ImgPipeline(_Perturbed, StableDiffusionXLImg2ImgPipeline):
     """The drop-in for diffusers' class of this name."""
 
     order: ClassVar[Order] = (*StableDiffusionXLImg2ImgPipeline.order, *_PAG)
-    defaults: ClassVar[Mapping[str, Any]] = {**StableDiffusionXLImg2ImgPipeline.defaults, "pag_scale": 3.0}
+    defaults: ClassVar[Mapping[str, Any]] = {**StableDiffusionXLImg2ImgPipeline.defaults, **_PAG_SCALE}
 
 
 class StableDiffusionXLPAGInpaintPipeline(_Perturbed, StableDiffusionXLInpaintPipeline):
     """The drop-in for diffusers' class of this name."""
 
     order: ClassVar[Order] = (*StableDiffusionXLInpaintPipeline.order, *_PAG)
-    defaults: ClassVar[Mapping[str, Any]] = {**StableDiffusionXLInpaintPipeline.defaults, "pag_scale": 3.0}
+    defaults: ClassVar[Mapping[str, Any]] = {**StableDiffusionXLInpaintPipeline.defaults, **_PAG_SCALE}
 
 
 class StableDiffusionXLControlNetPAGPipeline(_Perturbed, StableDiffusionXLControlNetPipeline):
     """The drop-in for diffusers' class of this name: `image` is the control image."""
 
     order: ClassVar[Order] = (
-        *(name for name in StableDiffusionXLControlNetPipeline.order if name != "guess_mode"),
+        *_without_guess_mode(StableDiffusionXLControlNetPipeline.order),
         *_PAG,
     )
-    defaults: ClassVar[Mapping[str, Any]] = {**StableDiffusionXLControlNetPipeline.defaults, "pag_scale": 3.0}
+    defaults: ClassVar[Mapping[str, Any]] = {**StableDiffusionXLControlNetPipeline.defaults, **_PAG_SCALE}
 
 
 class StableDiffusionXLControlNetPAGImg2ImgPipeline(_Perturbed, StableDiffusionXLControlNetImg2ImgPipeline):
@@ -421,5 +427,5 @@ class StableDiffusionXLControlNetPAGImg2ImgPipeline(_Perturbed, StableDiffusionX
     order: ClassVar[Order] = (*StableDiffusionXLControlNetImg2ImgPipeline.order, *_PAG)
     defaults: ClassVar[Mapping[str, Any]] = {
         **StableDiffusionXLControlNetImg2ImgPipeline.defaults,
-        "pag_scale": 3.0,
+        **_PAG_SCALE,
     }

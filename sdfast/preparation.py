@@ -243,26 +243,26 @@ class Preparation:
         positive: Sequence[Edited[PromptState]],
         negative: Sequence[Edited[PromptState]],
     ) -> list[Row]:
+        model = self.engine.manifest.model
         noise = self._noise(request, given, plan)
         start = self._start(request, given, plan, noise)
         sizes, away = self.told_sizes(request, over=given.over is not None)
         told = self._told(positive, plan, request, sizes)
         told_negative = self._told(negative, plan, request, away) if negative else []
-        if self.engine.manifest.model.ip_adapters:
+        if model.ip_adapters:
             told, told_negative = self.images.tell(request, given.ip_adapter_images, told, told_negative)
         control = None if given.control is None else embedded(self.engine, given.control)
         if control is not None:
             # diffusers takes the shares of all steps, those after denoising_end among them
             whole = self.schedule_of(request.model_copy(update={"denoising_end": None}))
-            model = self.engine.manifest.model
             told = with_scales(told, scales(request, len(whole), model)[: len(plan)])
             away_scales = scales(request, len(whole), model, away=True)[: len(plan)]
             told_negative = with_scales(told_negative, away_scales)
-        if self.engine.manifest.model.loras:  # behind those of ControlNets
-            by_step = [LoraScales.of(self.engine.manifest.model, request).unet] * len(plan)
+        if model.loras:  # behind those of ControlNets
+            by_step = [LoraScales.of(model, request).unet] * len(plan)
             told, told_negative = with_scales(told, by_step), with_scales(told_negative, by_step)
         perturbed: list[Conditioning] = []
-        if self.engine.manifest.model.pag:  # behind those of LoRAs
+        if model.pag:  # behind those of LoRAs
             if request.pag_scale:
                 perturbed = told_of(told, len(plan), perturbed=True)
             told = told_of(told, len(plan), perturbed=False)

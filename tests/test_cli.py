@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -16,11 +16,14 @@ from PIL import Image
 from sdfast import infotext
 from sdfast.cli import main
 from sdfast.cli.export import engine_name
+from sdfast.cli.options import CONTROL_MODES, UPSCALERS
 from sdfast.cli.pairs import lora
 from sdfast.infotext import read
 from sdfast.manifest import read_manifest
 from sdfast.masked_area import MaskedArea
 from sdfast.pipeline import Pipeline
+from sdfast.request import ControlMode
+from sdfast.request.fields import Upscaler
 from sdfast.schedulers import SAMPLERS, resolve
 from tests import checkpoints
 from tests.backends import xformers
@@ -563,6 +566,12 @@ def test_the_real_command_fails_with_one_line_and_shows_more_with_debug(here: Pa
         assert traceback or result.stderr.splitlines() == [
             "Error: no/engine: no such engine; make one with `sdfast export SOURCE -o no/engine`"
         ]
+
+
+def test_options_offer_what_requests_take() -> None:
+    """They are written out, since importing those takes time."""
+    assert get_args(ControlMode) == CONTROL_MODES
+    assert get_args(Upscaler) == UPSCALERS
 
 
 @pytest.mark.parametrize("module", ["sdfast", "sdfast.cli"])

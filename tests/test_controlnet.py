@@ -285,10 +285,10 @@ def test_sdxls_ten_layers_are_the_first_of_sds_thirteen() -> None:
 
 
 def test_of_several_the_first_that_pools_has_all_guess_as_in_diffusers() -> None:
-    two = {"asked": request_of(), "steps": 1}
-    assert scales(two["asked"], 1, model_of(2, 2, (0,)), away=True) == [(0.0,) * 4]
-    assert scales(two["asked"], 1, model_of(2, 2, (0,))) == [pytest.approx((1.0, 1.0, 0.1, 1.0))]
-    assert scales(two["asked"], 1, model_of(2, 2, (1,)), away=True) == [(1.0,) * 4]
+    asked = request_of()
+    assert scales(asked, 1, model_of(2, 2, (0,)), away=True) == [(0.0,) * 4]
+    assert scales(asked, 1, model_of(2, 2, (0,))) == [pytest.approx((1.0, 1.0, 0.1, 1.0))]
+    assert scales(asked, 1, model_of(2, 2, (1,)), away=True) == [(1.0,) * 4]
 
 
 @pytest.mark.parametrize(("mode", "for_both"), [("prompt", True), ("control", False)])

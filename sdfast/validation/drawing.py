@@ -191,10 +191,6 @@ def _control_arguments(
     pipe: Any, request: Request, rows: range, control: torch.Tensor, over: Over | None
 ) -> dict[str, Any]:
     """What the stock pipeline is told of control images, which are its `image` unless it has another."""
-    if request.control_mode is not None and "guess_mode" not in inspect.signature(pipe.__call__).parameters:
-        raise RequestError(
-            f"control_mode: diffusers' {type(pipe).__name__} takes no guess_mode; draw with an engine"
-        )
     count = control.shape[1] // 3
     images = control[[i % len(control) for i in rows]].chunk(count, dim=1)
     told: dict[str, Any] = {
@@ -203,7 +199,11 @@ def _control_arguments(
         "control_guidance_end": request.control_guidance_end,
     }
     told = {name: list(each(number, count)) if count > 1 else number for name, number in told.items()}
-    if request.control_mode is not None:
+    if request.control_mode is not None:  # which is guess: see `generate`
+        if "guess_mode" not in inspect.signature(pipe.__call__).parameters:
+            raise RequestError(
+                f"control_mode: diffusers' {type(pipe).__name__} takes no guess_mode; draw with an engine"
+            )
         told["guess_mode"] = True
     return {"image" if over is None else "control_image": list(images) if count > 1 else images[0], **told}
 

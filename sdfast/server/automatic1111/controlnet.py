@@ -15,12 +15,12 @@ there may be none. Where this differs from the extension:
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Any
 
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from sdfast.request import MAX_CONTROL, ControlMode, check_text, shown
+from sdfast.request import ControlMode, ControlScale, check_text, shown
 from sdfast.server.body import Neutral, check_neutral, checked
 from sdfast.server.jobs import EngineInfo, Studio
 from sdfast.server.problems import Problem
@@ -28,7 +28,6 @@ from sdfast.server.problems import Problem
 SCRIPT = "controlnet"  # whatever its case
 API_VERSION = 3  # the extension's
 _FIELD = "alwayson_scripts"
-LayerScale = Annotated[float, Field(ge=0, le=MAX_CONTROL)]
 _NONE = (None, "", "None")
 _ALIASES = {
     "input_image": "image",
@@ -124,7 +123,7 @@ class Unit(BaseModel):
     is_ui: bool | None = None
     output_dir: str | None = None
     effective_region_mask: Any = None
-    advanced_weighting: list[LayerScale] | None = None
+    advanced_weighting: list[ControlScale] | None = None
     ipadapter_input: Any = None
     union_control_type: Any = None
     input_mode: Any = None
