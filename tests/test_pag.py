@@ -276,7 +276,7 @@ def test_layers_that_there_are_not_are_refused(
     assert not (tmp_path / "engine").exists()
 
 
-@pytest.fixture(scope="module", params=["sd", "sdxl"])
+@pytest.fixture(scope="module", params=["sd", pytest.param("sdxl", marks=pytest.mark.slow)])
 def controlled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     """The same under a ControlNet."""
     checkpoint, layers = request.getfixturevalue(f"tiny_{request.param}"), LAYERS[request.param]
